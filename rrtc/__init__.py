@@ -1,0 +1,3 @@
+"""rrtc: pretrained language models, compressed into Relaxed Recursive Transformers."""
+
+__version__ = "0.1.0"

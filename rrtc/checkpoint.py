@@ -1,0 +1,310 @@
+"""Model folders on disk: reading tensors one at a time, writing them shard by shard, and what makes a folder whole.
+
+Everything rrtc writes is built in NAME.partial and renamed to NAME when it is complete, so that a killed run never
+leaves something that looks finished. Every folder carries rrtc.yaml: the recipe, the base model it came from, the
+versions, and what was measured on the way.
+"""
+
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import yaml
+
+from rrtc import __version__
+from rrtc.errors import RrtcError, WrongUsage
+
+PROVENANCE = "rrtc.yaml"
+# What goes along with the weights: the tokenizer, the generation defaults, the licence.
+COMPANION_FILES = (
+    "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*",
+    "generation_config.json", "spiece.model", "LICENSE*", "NOTICE*", "USE_POLICY*",
+)  # fmt: skip
+
+
+class Weights:
+    """The tensors of a model folder, read one at a time from its safetensors files.
+
+    Only headers are read until a tensor is asked for. Raises RrtcError for a folder without safetensors, a missing
+    shard, or a file whose length does not match its header.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        self.files = sorted({self.folder / name for name in self._file_names()})
+        self._where: dict[str, Path] = {}
+        self._headers: dict[str, dict] = {}
+        self._open: dict[Path, object] = {}
+        for file in self.files:
+            for name, entry in _header(file).items():
+                if name != "__metadata__":
+                    self._where[name], self._headers[name] = file, entry
+
+    def _file_names(self) -> list[str]:
+        index = self.folder / "model.safetensors.index.json"
+        if index.exists():
+            try:
+                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            except (ValueError, KeyError, AttributeError) as error:
+                raise RrtcError(f"The index {index} is damaged.", "Download the model again.") from error
+            for name in names:
+                if Path(name).name != name:
+                    raise RrtcError(f"The index {index} points outside its folder, to {name}.")
+            missing = [name for name in names if not (self.folder / name).exists()]
+            if missing:
+                raise RrtcError(
+                    f"The weights file {missing[0]} is missing from {self.folder}.", "Download the model again."
+                )
+            return names
+        if (self.folder / "model.safetensors").exists():
+            return ["model.safetensors"]
+        shards = [p.name for p in self.folder.glob("*.safetensors")]
+        if shards and not any(re.search(r"-\d+-of-\d+", name) for name in shards):
+            return shards
+        if shards:
+            raise RrtcError(f"{self.folder} holds shards but no model.safetensors.index.json.", "Download it again.")
+        pickles = [*self.folder.glob("*.bin"), *self.folder.glob("*.pt")]
+        if pickles:
+            raise RrtcError(
+                f"{self.folder} holds its weights as a pickle ({pickles[0].name}), which can run code when it is read.",
+                "Convert it to safetensors first (transformers' save_pretrained writes them).",
+            )
+        raise RrtcError(f"There are no weights in {self.folder} (no *.safetensors).")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._where
+
+    @property
+    def bytes_on_disk(self) -> int:
+        return sum(file.stat().st_size for file in self.files)
+
+    def shape(self, name: str) -> list[int]:
+        return self._headers[name]["shape"]
+
+    @property
+    def dtype(self) -> str:
+        """The number format that most of the parameters are in, as torch calls it."""
+        names = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+        counts: dict[str, int] = {}
+        for entry in self._headers.values():
+            size = 1
+            for dimension in entry["shape"]:
+                size *= dimension
+            counts[entry["dtype"]] = counts.get(entry["dtype"], 0) + size
+        most = max(counts, key=counts.__getitem__)
+        if most not in names:
+            raise RrtcError(f"{self.folder} holds its weights as {most}, a quantised format.", "Use the 16-bit model.")
+        return names[most]
+
+    def read(self, name: str):
+        """The tensor `name` in float32. Raises RrtcError where it holds NaN or infinity."""
+        import torch
+
+        tensor = self.raw(name).to(torch.float32)
+        if not torch.isfinite(tensor).all():
+            raise RrtcError(f"The tensor {name} in {self._where[name]} holds NaN or infinity.", "The file is damaged.")
+        return tensor
+
+    def raw(self, name: str):
+        """The tensor `name` as it is stored."""
+        from safetensors import safe_open
+
+        file = self._where[name]
+        if file not in self._open:
+            self._open[file] = safe_open(file, "pt")
+        return self._open[file].get_tensor(name)
+
+
+def _header(file: Path) -> dict:
+    """The header of a safetensors file: tensor name -> dtype, shape and data_offsets. Checks the file's length."""
+    damaged = RrtcError(f"The weights file {file} is truncated or damaged.", "Download it again.")
+    length = file.stat().st_size
+    with open(file, "rb") as stream:
+        header_length = int.from_bytes(stream.read(8), "little")
+        if length < 8 or header_length > min(length - 8, 100_000_000):
+            raise damaged
+        try:
+            header = json.loads(stream.read(header_length))
+            end = max((e["data_offsets"][1] for name, e in header.items() if name != "__metadata__"), default=0)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise damaged from error
+    if 8 + header_length + end != length:
+        raise damaged
+    return header
+
+
+class ShardWriter:
+    """Writes tensors into safetensors files of at most `max_bytes` each, holding no more than one shard in memory.
+
+    `add` tensors in any order, then `finish`: files get their final names and, where there are several, an index.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int):
+        self.folder, self.max_bytes = Path(folder), max_bytes
+        self._pending: dict = {}
+        self._pending_bytes = 0
+        self._shards: list[list[str]] = []
+        self.total_bytes = 0
+
+    def add(self, name: str, tensor) -> None:
+        size = tensor.numel() * tensor.element_size()
+        if self._pending and self._pending_bytes + size > self.max_bytes:
+            self._flush()
+        self._pending[name] = tensor.contiguous()
+        self._pending_bytes += size
+        self.total_bytes += size
+
+    def _flush(self) -> None:
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
+        file = self.folder / f"shard-{len(self._shards)}.tmp"
+        try:
+            save_file(self._pending, file, metadata={"format": "pt"})  # transformers wants the format named
+        except (OSError, SafetensorError) as error:
+            raise disk_error(file, error) from error
+        self._shards.append(list(self._pending))
+        self._pending, self._pending_bytes = {}, 0
+
+    def finish(self) -> None:
+        self._flush()
+        total = len(self._shards)
+        names = [
+            "model.safetensors" if total == 1 else f"model-{i + 1:05d}-of-{total:05d}.safetensors" for i in range(total)
+        ]
+        for i, name in enumerate(names):
+            (self.folder / f"shard-{i}.tmp").rename(self.folder / name)
+        if total > 1:
+            weight_map = {tensor: name for name, tensors in zip(names, self._shards, strict=True) for tensor in tensors}
+            index = {"metadata": {"total_size": self.total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+            (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def disk_error(path: Path, error: Exception) -> RrtcError:
+    """What a failed write means to the user."""
+    reason = getattr(error, "strerror", None) or str(error)
+    return RrtcError(f"Writing {path.name} failed: {reason}.", "Free some space, or write to another disk.")
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as 4GB or 500MB. Raises WrongUsage for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B?\s*", text, re.IGNORECASE)
+    if not match:
+        raise WrongUsage(f"'{text}' is not a size.", "Write it as 4GB or 500MB.")
+    return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
+
+
+def check_target(target: Path) -> None:
+    """Raises RrtcError unless `target` can become a new folder: absent or empty, in a place that can be written to."""
+    target = Path(target)
+    if target.is_dir() and any(target.iterdir()):
+        raise RrtcError(f"The output folder {target} is not empty.", "Name a new folder: rrtc overwrites nothing.")
+    if target.exists() and not target.is_dir():
+        raise RrtcError(f"The output {target} is a file.", "Name a new folder.")
+    parent = target.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not os.access(parent, os.W_OK):
+        raise RrtcError(f"The output folder {target} cannot be made: {parent} is read-only.")
+
+
+def check_space(target: Path, needed: int) -> None:
+    """Raises RrtcError where the disk of `target` has less than `needed` bytes left."""
+    parent = Path(target).absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise RrtcError(
+            f"The output needs {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free on the disk of {target}."
+        )
+
+
+def partial_of(target: Path) -> Path:
+    """Where `target` is built before it is complete."""
+    target = Path(target).absolute()
+    return target.with_name(target.name + ".partial")
+
+
+@contextmanager
+def whole_folder(target: Path, keep_partial: bool = False):
+    """Yields the folder in which to build `target`; renames it to `target` when the block ends without an error.
+
+    After an error the unfinished folder is removed, unless `keep_partial` (a run that can be resumed) is set.
+    """
+    target, partial = Path(target), partial_of(target)
+    check_target(target)
+    try:
+        if not keep_partial:
+            shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True, exist_ok=True)
+        yield partial
+        if target.is_dir():
+            target.rmdir()
+        partial.rename(target)
+    except BaseException as error:
+        if not keep_partial:
+            shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise disk_error(target, error) from error
+        raise
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copies the tokenizer, generation defaults and licence files of one model folder into another."""
+    for pattern in COMPANION_FILES:
+        for file in Path(source).glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, Path(target) / file.name)
+
+
+def write_provenance(folder: Path, stage: str, base: dict, recipe: dict, measured: dict, history: list) -> dict:
+    """Writes rrtc.yaml into `folder` and returns what it says.
+
+    base: what rrtc.source says of the dense model. recipe: the parts of the recipe that were used. measured: figures by
+    stage. history: the provenance entries of the folders this one was made from, oldest first.
+    """
+    import torch
+    import transformers
+
+    value = {
+        "rrtc": __version__,
+        "stage": stage,
+        "made": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "base": base,
+        "recipe": recipe,
+        "measured": measured,
+        "history": history,
+    }
+    (Path(folder) / PROVENANCE).write_text(yaml.safe_dump(value, sort_keys=False, allow_unicode=True), encoding="utf8")
+    return value
+
+
+def read_provenance(folder: Path) -> dict:
+    """What rrtc.yaml in `folder` says. Raises RrtcError where the folder is not one that rrtc wrote."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise RrtcError(f"There is no folder {folder}.")
+    file = folder / PROVENANCE
+    if not file.exists():
+        raise RrtcError(f"{folder} was not written by rrtc: it has no {PROVENANCE}.", "Make one with 'rrtc init'.")
+    try:
+        value = yaml.safe_load(file.read_text(encoding="utf8"))
+        value["stage"], value["base"], value["recipe"], value["measured"], value["history"]
+    except (yaml.YAMLError, KeyError, TypeError) as error:
+        raise RrtcError(f"The file {file} is damaged.") from error
+    return value
+
+
+def next_history(provenance: dict) -> list:
+    """The history of a folder that is made from the one `provenance` describes."""
+    return [*provenance["history"], {"stage": provenance["stage"], "made": provenance["made"]}]

@@ -1,0 +1,101 @@
+"""What the user sees: results on stdout, progress and notes on stderr, and only from the first process of a run.
+
+Rich itself honours NO_COLOR and writes plain text into pipes.
+"""
+
+import json
+import os
+import sys
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from rrtc.errors import RrtcError
+
+is_first_process = int(os.environ.get("RANK", "0")) == 0
+results = Console(quiet=not is_first_process, soft_wrap=True)
+notes = Console(stderr=True, quiet=not is_first_process, soft_wrap=True)
+
+
+def note(text: str) -> None:
+    """One line about what is going on, on stderr."""
+    notes.print(text, style="dim", highlight=False, markup=False)
+
+
+def warn(text: str) -> None:
+    """One line the user should not miss, on stderr."""
+    notes.print(f"Note: {text}", style="yellow", highlight=False, markup=False)
+
+
+def show_error(error: RrtcError) -> None:
+    """The sentence and the hint of `error`, on stderr, from every process that meets one."""
+    console = Console(stderr=True, soft_wrap=True)
+    console.print(f"Error: {error.sentence}", style="bold red", highlight=False, markup=False)
+    if error.hint:
+        console.print(f"Hint: {error.hint}", style="cyan", highlight=False, markup=False)
+
+
+@contextmanager
+def progress(description: str, total: int):
+    """A progress bar with the time left, on stderr; yields a function that advances it by n steps (default 1)."""
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("left"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda n=1: bar.advance(task, n)
+
+
+def write_json(value: dict, target: str | None) -> None:
+    """`value` as JSON into the file `target`, or onto stdout where it is "-"; nothing where it is None."""
+    if target is None or not is_first_process:
+        return
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    if target == "-":
+        sys.stdout.write(text + "\n")
+        return
+    try:
+        with open(target, "w", encoding="utf8") as file:
+            file.write(text + "\n")
+    except OSError as error:
+        raise RrtcError(f"The JSON file {target} cannot be written: {error.strerror}.") from error
+
+
+def table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
+    """A Rich table: the first column to the left, the others, numbers, to the right."""
+    made = Table(title=title, title_justify="left", title_style="bold")
+    for number, column in enumerate(columns):
+        made.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
+    for row in rows:
+        made.add_row(*[str(cell) for cell in row])
+    return made
+
+
+def count(n: float) -> str:
+    """A count in the unit people read: 134.5M, 1.23B."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(n) >= size:
+            return f"{n / size:.4g}{unit}"
+    return f"{n:.4g}"
+
+
+def size(n: float) -> str:
+    """Bytes in decimal units, as disks are sold: 538.1 MB."""
+    for unit_bytes, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if abs(n) >= unit_bytes:
+            return f"{n / unit_bytes:.4g} {unit}"
+    return f"{n:.0f} B"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: 42 s, 3 min 20 s, 5 h 10 min."""
+    seconds = round(seconds)
+    if seconds < 100:
+        return f"{seconds} s"
+    minutes, rest = divmod(seconds, 60)
+    if minutes < 100:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"

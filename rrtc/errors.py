@@ -1,0 +1,30 @@
+"""The errors that a user can cause: one sentence that says what is wrong, and a hint that says what to do."""
+
+
+class RrtcError(Exception):
+    """Work that cannot go on. `sentence` says what is wrong, `hint` what to do about it (may be empty).
+
+    The command line prints both and exits with `exit_code`, without a traceback.
+    """
+
+    exit_code = 1
+
+    def __init__(self, sentence: str, hint: str = ""):
+        super().__init__(sentence)
+        self.sentence = sentence
+        self.hint = hint
+
+
+class WrongUsage(RrtcError):
+    """The command or the recipe itself is wrong: an unknown key, an impossible value, a missing option."""
+
+    exit_code = 2
+
+
+def nearest(name: str, valid) -> str:
+    """A hint for a misspelt `name`: the closest of `valid`, or all of them where none is close."""
+    import difflib
+
+    valid = [str(v) for v in valid]
+    close = difflib.get_close_matches(name, valid, n=1)
+    return f"Did you mean '{close[0]}'?" if close else "Valid: " + ", ".join(valid) + "."

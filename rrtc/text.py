@@ -1,0 +1,168 @@
+"""Text: from the names of sources to packed windows of tokens.
+
+A source is `pydoc` (the language reference that Python ships), a .txt, .jsonl or .parquet file, a folder of them, or
+the name of a dataset that the `datasets` library can load. Documents in a .txt file are separated by two empty lines.
+A tenth of the documents, chosen by hash, is held out: training never sees it and evaluation scores on it.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rrtc.errors import RrtcError
+from rrtc.recipe import BUILT_IN_TEXT
+
+if TYPE_CHECKING:
+    import torch
+
+HELD_OUT_OF = 10  # one document of so many is held out
+SUFFIXES = (".txt", ".jsonl", ".parquet")
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Token ids packed without padding: `ids` is (windows, context), int64. `bytes_per_token` is the UTF-8 length of
+    the text over the number of its tokens, which makes losses comparable across tokenizers."""
+
+    ids: "torch.Tensor"
+    bytes_per_token: float
+
+
+def documents(source: str, text_field: str = "text") -> Iterator[str]:
+    """The documents of one source, in its own order.
+
+    Raises RrtcError for a source that does not exist, is empty, or has no field of that name.
+    """
+    empty = True
+    for text in _documents(source, text_field):
+        if text.strip():
+            empty = False
+            yield text
+    if empty:
+        raise RrtcError(f"The text {source} is empty.")
+
+
+def _documents(source: str, text_field: str) -> Iterator[str]:
+    if source == BUILT_IN_TEXT:
+        from pydoc_data.topics import topics
+
+        yield from sorted(set(topics.values()))
+        return
+    path = Path(source)
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES)
+        if not files:
+            raise RrtcError(f"The folder {path} holds no text.", f"rrtc reads {', '.join(SUFFIXES)}.")
+        for file in files:
+            yield from _from_file(file, text_field)
+    elif path.exists():
+        yield from _from_file(path, text_field)
+    elif path.suffix in SUFFIXES or source.startswith((".", "/", "~")):
+        raise RrtcError(f"There is no text at {source}.")
+    else:
+        yield from _from_datasets(source, text_field)
+
+
+def _from_file(file: Path, text_field: str) -> Iterator[str]:
+    if file.suffix == ".jsonl":
+        with open(file, encoding="utf8") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    raise RrtcError(f"Line {number} of {file} is not JSON.") from error
+                yield _field(row, text_field, str(file))
+    elif file.suffix == ".parquet":
+        import pyarrow.parquet
+
+        table = pyarrow.parquet.ParquetFile(file)
+        if text_field not in table.schema_arrow.names:
+            raise _no_field(text_field, str(file), table.schema_arrow.names)
+        for batch in table.iter_batches(columns=[text_field]):
+            yield from (text for text in batch.column(0).to_pylist() if text)
+    else:
+        try:
+            yield from file.read_text(encoding="utf8").split("\n\n\n")
+        except UnicodeDecodeError as error:
+            raise RrtcError(f"The text {file} is not UTF-8.") from error
+
+
+def _from_datasets(name: str, text_field: str) -> Iterator[str]:
+    from datasets import load_dataset
+
+    path, _, config = name.partition(":")
+    try:
+        rows = load_dataset(path, config or None, split="train", streaming=True)
+    except Exception as error:  # no network, no such dataset, no permission: datasets raises many kinds
+        raise RrtcError(
+            f"There is no file or folder {name}, and no dataset of that name could be loaded.",
+            "Name a .txt, .jsonl or .parquet file, or 'pydoc' for the text that Python ships.",
+        ) from error
+    for row in rows:
+        yield _field(row, text_field, name)
+
+
+def _field(row: dict, name: str, source: str) -> str:
+    if not isinstance(row, dict) or not isinstance(row.get(name), str):
+        raise _no_field(name, source, row.keys() if isinstance(row, dict) else [])
+    return row[name]
+
+
+def _no_field(name: str, source: str, fields) -> RrtcError:
+    return RrtcError(f"{source} has no text field '{name}'.", f"Its fields are {', '.join(fields)}; see text_field.")
+
+
+def is_held_out(document: str) -> bool:
+    """Whether a document belongs to the held-out tenth. The same document always does, wherever it stands."""
+    return int.from_bytes(hashlib.sha256(document.encode()).digest()[:8]) % HELD_OUT_OF == 0
+
+
+def split(all_documents: list[str]) -> tuple[list[str], list[str]]:
+    """(training documents, held-out documents). Of fewer than HELD_OUT_OF documents, the end of the text is held out."""
+    if len(all_documents) < HELD_OUT_OF:
+        text = "\n\n\n".join(all_documents)
+        cut = len(text) - len(text) // HELD_OUT_OF
+        return [text[:cut]], [text[cut:]]
+    held_out = [document for document in all_documents if is_held_out(document)]
+    if not held_out:
+        return all_documents[:-1], all_documents[-1:]
+    return [document for document in all_documents if not is_held_out(document)], held_out
+
+
+def pack(texts: list[str], tokenizer, context: int, limit: int | None = None) -> Windows:
+    """Documents as windows of `context` tokens, packed without padding, an end-of-text token after each document.
+
+    limit: stop after so many tokens (rounded up to a window). Raises RrtcError where the text does not fill a window.
+    """
+    import torch
+
+    separator = tokenizer.eos_token_id
+    wanted = None if limit is None else max(1, -(-limit // context)) * context
+    ids: list[int] = []
+    text_bytes = text_tokens = 0
+    for text in texts:
+        encoded = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        text_bytes += len(text.encode())
+        text_tokens += len(encoded)
+        ids += encoded if separator is None else [*encoded, separator]
+        if wanted is not None and len(ids) >= wanted:
+            break
+    ids = ids[:wanted]
+    windows = len(ids) // context
+    if windows == 0:
+        raise RrtcError(
+            f"The text has only {len(ids)} tokens, fewer than one context of {context}.",
+            "Give more text, or a smaller context.",
+        )
+    return Windows(torch.tensor(ids[: windows * context]).view(windows, context), text_bytes / max(text_tokens, 1))
+
+
+def held_out_windows(sources: list[str], text_field: str, tokenizer, context: int, limit: int) -> Windows:
+    """What training on `sources` holds out, packed for scoring; see `split` and `pack`."""
+    held_out = [d for source in sources for d in split(list(documents(source, text_field)))[1]]
+    return pack(held_out, tokenizer, context, limit)
