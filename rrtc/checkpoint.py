@@ -278,8 +278,9 @@ def write_provenance(folder: Path, stage: str, base: dict, recipe: dict, measure
     value = {
         "rrtc": __version__,
         "stage": stage,
+        "path": str(Path(folder).absolute()).removesuffix(".partial"),
         "made": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": {"torch": str(torch.__version__), "transformers": transformers.__version__},
         "base": base,
         "recipe": recipe,
         "measured": measured,
@@ -307,4 +308,16 @@ def read_provenance(folder: Path) -> dict:
 
 def next_history(provenance: dict) -> list:
     """The history of a folder that is made from the one `provenance` describes."""
-    return [*provenance["history"], {"stage": provenance["stage"], "made": provenance["made"]}]
+    return [*provenance["history"], {key: provenance[key] for key in ("stage", "path", "made")}]
+
+
+def earlier_stages(folder: Path) -> list[tuple[str, Path]]:
+    """(stage, folder) of the rrtc folders that `folder` was made from, oldest first, as far as they still exist."""
+    found = []
+    for entry in read_provenance(folder)["history"]:
+        # Where it was written, or beside this folder if all of them were moved together.
+        for path in (Path(entry["path"]), Path(folder).absolute().parent / Path(entry["path"]).name):
+            if (path / PROVENANCE).exists() and read_provenance(path)["made"] == entry["made"]:
+                found.append((entry["stage"], path))
+                break
+    return found

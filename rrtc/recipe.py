@@ -49,6 +49,9 @@ class InitRecipe(Section):
         "auto", description="Number format of the weights written; auto: the model's own (bfloat16 for a GGUF)."
     )
     max_shard_size: str = Field("4GB", description="Largest size of one weights file.")
+    measure_tokens: int = Field(
+        4096, ge=0, description="Tokens on which the loss before any training is measured at the end; 0: not at all."
+    )
 
     @field_validator("rank", mode="before")
     @classmethod
@@ -61,7 +64,7 @@ class InitRecipe(Section):
     @field_validator("rank")
     @classmethod
     def _rank_groups(cls, value: int | dict[str, int]) -> int | dict[str, int]:
-        ranks = value if isinstance(value, dict) else {group: value for group in MATRIX_GROUPS}
+        ranks = value if isinstance(value, dict) else dict.fromkeys(MATRIX_GROUPS, value)
         for group, rank in ranks.items():
             if group not in MATRIX_GROUPS:
                 raise ValueError(f"there is no matrix group '{group}'. {nearest(group, MATRIX_GROUPS)}")

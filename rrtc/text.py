@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rrtc.errors import RrtcError
-from rrtc.recipe import BUILT_IN_TEXT
+from rrtc.recipe import BUILT_IN_TEXT, Recipe
 
 if TYPE_CHECKING:
     import torch
@@ -123,7 +123,7 @@ def is_held_out(document: str) -> bool:
 
 
 def split(all_documents: list[str]) -> tuple[list[str], list[str]]:
-    """(training documents, held-out documents). Of fewer than HELD_OUT_OF documents, the end of the text is held out."""
+    """(training documents, held-out ones). Of fewer than HELD_OUT_OF documents, the end of the text is held out."""
     if len(all_documents) < HELD_OUT_OF:
         text = "\n\n\n".join(all_documents)
         cut = len(text) - len(text) // HELD_OUT_OF
@@ -162,7 +162,21 @@ def pack(texts: list[str], tokenizer, context: int, limit: int | None = None) ->
     return Windows(torch.tensor(ids[: windows * context]).view(windows, context), text_bytes / max(text_tokens, 1))
 
 
-def held_out_windows(sources: list[str], text_field: str, tokenizer, context: int, limit: int) -> Windows:
-    """What training on `sources` holds out, packed for scoring; see `split` and `pack`."""
-    held_out = [d for source in sources for d in split(list(documents(source, text_field)))[1]]
-    return pack(held_out, tokenizer, context, limit)
+def longest_context(config, wanted: int) -> int:
+    """`wanted` tokens of context, or as many as the model of that transformers config can see."""
+    return min(wanted, getattr(config.get_text_config(), "max_position_embeddings", None) or wanted)
+
+
+def scoring_texts(recipe: Recipe, tokenizer, context: int, limit: int) -> dict[str, Windows]:
+    """What a model is scored on, by name: the recipe's eval texts, whole, or else what training holds out of its data.
+
+    At most `limit` tokens of each. Raises RrtcError as `documents` and `pack` do.
+    """
+    field = recipe.uptrain.text_field
+    if recipe.eval.text:
+        return {
+            Path(source).name: pack(list(documents(source, field)), tokenizer, context, limit)
+            for source in recipe.eval.text
+        }
+    held_out = [d for source in recipe.uptrain.data for d in split(list(documents(source, field)))[1]]
+    return {"held out": pack(held_out, tokenizer, context, limit)}

@@ -1,0 +1,132 @@
+"""`rrtc eval`: the dense original, the compressed model and the stages it went through, on the same tokens.
+
+report.json (schema 1) holds
+    against   the dense model's URI
+    tokens    scored tokens of each text, by the text's name
+    table     a row a model, dense first: model, params_total, params_non_embedding, bytes, loss (nats per token),
+              bits_per_byte, kl (nats per token, from the dense model), top1_agreement (share from 0 to 1), and the same
+              four scores for each text under texts
+    source_bytes   the size of the file the dense model was read from, where that is a GGUF
+    samples   a continuation by each model: model, text
+"""
+
+import gc
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from rrtc import measure
+from rrtc.checkpoint import Weights, check_target, earlier_stages, read_provenance, whole_folder, write_provenance
+from rrtc.console import progress
+from rrtc.errors import RrtcError
+from rrtc.eval.sample import prompt_ids, sample
+from rrtc.measure import Scores
+from rrtc.recipe import Recipe
+from rrtc.source import Source, find_base, load_tokenizer, read_config
+from rrtc.text import Windows, longest_context, scoring_texts
+
+SCHEMA = 1
+
+
+def evaluate(folder: str, recipe: Recipe, against: str | None = None, output: str | None = None) -> dict:
+    """Measures the rrtc model `folder`; returns the report and, with `output`, writes it into that new folder.
+
+    against: the dense model to compare with, by default the one that was compressed. Raises RrtcError where the models
+    do not share a vocabulary, the dense model cannot be found, or a text is too short.
+    """
+    if output is not None:
+        check_target(Path(output))
+    provenance = read_provenance(Path(folder))
+    if not (Path(folder) / "config.json").exists():
+        raise RrtcError(f"{folder} is a '{provenance['stage']}' folder and holds no model to measure.")
+    tokenizer = load_tokenizer(Path(folder))
+    config = read_config(Path(folder))
+    dense = find_base(Path(folder), against, "--against")
+    _check_vocabulary(dense, config)
+    context = longest_context(config, recipe.eval.context)
+    texts = scoring_texts(recipe, tokenizer, context, recipe.eval.tokens)
+
+    stages = [*earlier_stages(Path(folder)), (provenance["stage"], Path(folder))]
+    table, samples = _measure(dense, provenance, stages, texts, tokenizer, recipe)
+    report = {
+        "schema": SCHEMA,
+        "against": dense.uri,
+        "tokens": {name: len(w.ids) * (w.ids.shape[1] - 1) for name, w in texts.items()},
+        "table": table,
+        "source_bytes": dense.bytes_on_disk if dense.is_gguf else None,
+        "samples": samples,
+    }
+    if output is not None:
+        with whole_folder(Path(output)) as target:
+            (target / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", "utf8")
+            used = provenance["recipe"] | {"eval": recipe.eval.model_dump()}
+            measured = provenance["measured"] | {"eval": {row["model"]: row["bits_per_byte"] for row in table}}
+            write_provenance(target, "eval", provenance["base"], used, measured, provenance["history"])
+    return report
+
+
+def read_report(folder: Path) -> dict:
+    """The report in an eval folder. Raises RrtcError where there is none, or one of another schema."""
+    file = Path(folder) / "report.json"
+    try:
+        report = json.loads(file.read_text(encoding="utf8"))
+    except (OSError, ValueError) as error:
+        raise RrtcError(f"There is no readable report.json in {folder}.", "Make one with 'rrtc eval -o'.") from error
+    if not isinstance(report, dict) or report.get("schema") != SCHEMA:
+        raise RrtcError(f"The report {file} is of another version than this rrtc reads.", "Run 'rrtc eval' again.")
+    return report
+
+
+def _check_vocabulary(dense: Source, config) -> None:
+    ours, theirs = config.get_text_config().vocab_size, dense.config().get_text_config().vocab_size
+    if ours != theirs:
+        raise RrtcError(
+            f"{dense.uri} has a vocabulary of {theirs} tokens and the compressed model one of {ours}, so they cannot "
+            "be compared token by token.",
+            "Name the dense model that was compressed.",
+        )
+
+
+def _measure(dense: Source, provenance: dict, stages: list, texts: dict[str, Windows], tokenizer, recipe: Recipe):
+    """(rows of the table, samples). Besides the dense model, one model at a time is in memory."""
+    reference = measure.load_for_scoring(dense.folder)
+    base = provenance["base"]
+    rows = [("dense", base, base["bytes_in_dtype"])]
+    for stage, path in stages:
+        own = read_provenance(path)["measured"]
+        rows.append((f"after {stage}", own["init"], Weights(path).bytes_on_disk))
+    windows = sum(len(w.ids) for w in texts.values())
+    ids = prompt_ids(tokenizer, recipe.eval.prompt) if recipe.eval.sample_tokens else None
+    table, samples = [], []
+    with progress("Measuring", windows * len(rows)) as advance:
+        for (name, counts, size), path in zip(rows, [None, *(path for _, path in stages)], strict=True):
+            model = reference if path is None else measure.load_for_scoring(path)
+            scores = {text: measure.score(model, w, reference, advance) for text, w in texts.items()}
+            table.append(
+                {
+                    "model": name,
+                    "params_total": counts["params_total"],
+                    "params_non_embedding": counts["params_non_embedding"],
+                    "bytes": size,
+                    **_overall(scores, texts),
+                    "texts": {text: asdict(s) for text, s in scores.items()},
+                }
+            )
+            if ids is not None:
+                samples.append({"model": name, "text": sample(model, tokenizer, ids, recipe.eval.sample_tokens)})
+            del model
+            gc.collect()
+    return table, samples
+
+
+def _overall(scores: dict[str, Scores], texts: dict[str, Windows]) -> dict[str, float]:
+    """The scores over all texts together: means over tokens, and bits over bytes."""
+    tokens = {name: s.tokens for name, s in scores.items()}
+    total = sum(tokens.values())
+    means = {
+        key: sum(getattr(s, key) * tokens[name] for name, s in scores.items()) / total
+        for key in ("loss", "kl", "top1_agreement")
+    }
+    size = {name: tokens[name] * texts[name].bytes_per_token for name in texts}
+    means["bits_per_byte"] = sum(s.bits_per_byte * size[name] for name, s in scores.items()) / sum(size.values())
+    return means

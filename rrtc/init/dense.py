@@ -1,0 +1,79 @@
+"""A dense model on disk, read layer by layer under the names that its stock class uses."""
+
+import torch
+from torch import Tensor
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+from transformers.pytorch_utils import Conv1D
+
+from rrtc.errors import RrtcError
+from rrtc.model.modeling_rrt import find_layers, matrices_of
+from rrtc.model.skeleton import stock_model
+from rrtc.source import Source
+
+
+class DenseModel:
+    """The layers and other tensors of a dense model, in float32, never more in memory than is asked for.
+
+    Raises RrtcError where the weights lack a tensor or hold one of another shape than the config says.
+    """
+
+    def __init__(self, source: Source):
+        self.weights = source.weights()
+        self._stock = stock_model(source.config())
+        depth = self._stock.config.get_text_config().num_hidden_layers
+        parent, name = find_layers(self._stock, depth)
+        self.parent = next(path for path, module in self._stock.named_modules() if module is parent)
+        self._layers = getattr(parent, name)
+        self._layer_prefix = f"{self.parent}.{name}."
+        self._disk_names = self._match_names()
+        self._turned = [
+            {f"{n}.weight" for n, module in matrices_of(layer).items() if isinstance(module, Conv1D)}
+            for layer in self._layers
+        ]
+        self._check_shapes()
+
+    def _match_names(self) -> dict[str, str]:
+        """Model name -> name on disk. transformers knows the renamings of older checkpoints; a checkpoint of the bare
+        decoder lacks the prefix that a causal language model puts before its names."""
+        wanted = {name for name, _ in self._stock.named_parameters(remove_duplicate=False)}
+        renamings = [t for t in get_model_conversion_mapping(self._stock) if isinstance(t, WeightRenaming)]
+        found = {}
+        for on_disk in self.weights:
+            name = on_disk
+            for renaming in renamings:
+                name = renaming.rename_source_key(name)[0]
+            for candidate in (name, f"{self._stock.base_model_prefix}.{name}"):
+                if candidate in wanted:
+                    found[candidate] = on_disk
+                    break
+        return found
+
+    def _check_shapes(self) -> None:
+        tied = set(self._stock.get_expanded_tied_weights_keys()) if self._stock._tied_weights_keys else set()
+        for name, parameter in self._stock.named_parameters(remove_duplicate=False):
+            if name in self._disk_names:
+                on_disk = self.weights.shape(self._disk_names[name])
+                if on_disk != list(parameter.shape):
+                    raise RrtcError(
+                        f"The tensor {name} has shape {on_disk}, but the config asks for {list(parameter.shape)}.",
+                        "config.json and the weights do not belong together.",
+                    )
+            elif name not in tied:
+                raise RrtcError(f"The tensor {name} is missing from {self.weights.folder}.", "Download it again.")
+
+    def layer(self, number: int, device: torch.device) -> dict[str, Tensor]:
+        """The tensors of one decoder layer by their path in it, in float32; matrices as (outputs, inputs)."""
+        tensors = {}
+        for name, _ in self._layers[number].named_parameters():
+            tensor = self.weights.read(self._disk_names[f"{self._layer_prefix}{number}.{name}"]).to(device)
+            tensors[name] = tensor.T.contiguous() if name in self._turned[number] else tensor
+        return tensors
+
+    def others(self) -> list[str]:
+        """The names of all tensors that belong to no decoder layer."""
+        return [name for name in self._disk_names if not name.startswith(self._layer_prefix)]
+
+    def read(self, name: str) -> Tensor:
+        """The tensor of that model name, in float32."""
+        return self.weights.read(self._disk_names[name])
