@@ -203,12 +203,12 @@ class RrtPreTrainedModel(PreTrainedModel):
     _stock_classes = {}
 
     def __init__(self, config: RrtConfig):
-        super().__init__(config)
         base = config.base_config
-        base._attn_implementation = config._attn_implementation
+        base._attn_implementation = config._attn_implementation  # where none is asked for, the stock model chooses
+        super().__init__(config)
         stock = self._stock_classes[type(base)](base)
         graft(stock, config.visits, config.norms)
-        config._attn_implementation_internal = base._attn_implementation  # what the stock model really supports
+        config._attn_implementation_internal = base._attn_implementation  # what the stock model runs
         self.__dict__["stock"] = stock
         self.__dict__["_modules"] = stock._modules
         self.base_model_prefix = stock.base_model_prefix

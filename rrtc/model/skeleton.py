@@ -2,7 +2,6 @@
 
 import contextlib
 
-import torch
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import (
@@ -16,8 +15,8 @@ from rrtc.errors import RrtcError
 from rrtc.model.modeling_rrt import find_layers, matrices_of, matrix_shape
 from rrtc.plan import Architecture, Layer, Matrix
 
-# The projections that one matrix of an attention block can hold, by a piece of its name. Widths are q: the query heads,
-# kv: the key-value heads, for keys and for values each. What is in no row, and in no attention block, is "ffn".
+# The projections that one matrix of an attention block can hold, by a piece of its name; a fused one holds the queries
+# and then keys and values of equal width. What is in no row is "o", and what is in no attention block is "ffn".
 ATTENTION_NAMES = {
     "query_key_value": ("q", "kv", "kv"), "qkv": ("q", "kv", "kv"), "c_attn": ("q", "kv", "kv"),
     "q_proj": ("q",), "query": ("q",), "k_proj": ("kv",), "key": ("kv",), "v_proj": ("kv",), "value": ("kv",),
@@ -71,15 +70,13 @@ def read_architecture(config: PreTrainedConfig) -> Architecture:
     """
     model = stock_model(config)
     text = config.get_text_config()
-    heads = text.num_attention_heads
-    head_width = getattr(text, "head_dim", None) or text.hidden_size // heads
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    widths = {"q": heads * head_width, "kv": kv_heads * head_width}
+    head_width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    query_width = text.num_attention_heads * head_width
 
     layers = []
     for number, layer in enumerate(decoder_layers(model)):
         modules = matrices_of(layer)
-        matrices = tuple(_matrix(name, module, widths) for name, module in modules.items())
+        matrices = tuple(_matrix(name, module, query_width) for name, module in modules.items())
         inside = tuple(f"{name}." for name in modules)
         vectors = {n: p for n, p in layer.named_parameters() if not n.startswith(inside)}
         raw = [name for name, parameter in vectors.items() if parameter.dim() > 1]
@@ -104,11 +101,11 @@ def read_architecture(config: PreTrainedConfig) -> Architecture:
         head=0 if tied else sum(p.numel() for p in output.parameters()),
         head_flops=output.weight.numel() if output is not None else 0,
         rest=sum(p.numel() for p in model.parameters() if id(p) not in outside),
-        kv_width=2 * widths["kv"],
+        kv_width=sum(outputs for matrix in layers[0].matrices for group, outputs in matrix.parts if group == "kv"),
     )
 
 
-def _matrix(name: str, module: nn.Module, widths: dict[str, int]) -> Matrix:
+def _matrix(name: str, module: nn.Module, query_width: int) -> Matrix:
     inputs, outputs = matrix_shape(module)
     *parents, last = name.split(".")
     if not any("att" in parent for parent in parents):
@@ -121,5 +118,6 @@ def _matrix(name: str, module: nn.Module, widths: dict[str, int]) -> Matrix:
         elif len(known) == 1:
             parts = ((known[0], outputs),)
         else:
-            parts = tuple((group, widths[group]) for group in known)
+            key_width = (outputs - query_width) // 2
+            parts = (("q", query_width), ("kv", key_width), ("kv", key_width))
     return Matrix(name, inputs, outputs, module.bias is not None, parts)
