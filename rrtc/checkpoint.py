@@ -311,6 +311,14 @@ def next_history(provenance: dict) -> list:
     return [*provenance["history"], {key: provenance[key] for key in ("stage", "path", "made")}]
 
 
+def base_seen_from(target: Path, folder: Path, provenance: dict) -> dict:
+    """The base model in the `provenance` of the rrtc folder `folder`, with its paths as seen from a folder `target`."""
+    base = provenance["base"]
+    beside = os.path.normpath(Path(folder).absolute() / base["relative_path"])
+    path = next((path for path in (base["path"], beside) if Path(path).exists()), base["path"])
+    return base | {"path": path, "relative_path": os.path.relpath(path, Path(target).absolute())}
+
+
 def earlier_stages(folder: Path) -> list[tuple[str, Path]]:
     """(stage, folder) of the rrtc folders that `folder` was made from, oldest first, as far as they still exist."""
     found = []

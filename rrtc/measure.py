@@ -27,7 +27,7 @@ class Scores:
 
 def device() -> torch.device:
     """The accelerator of this machine, or its CPU."""
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def fast_bfloat16() -> bool:

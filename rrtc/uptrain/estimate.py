@@ -1,0 +1,58 @@
+"""`rrtc uptrain --dry-run`: what a run would take, from a few of its own steps. Nothing is written."""
+
+import resource
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers.utils.logging import disable_progress_bar
+
+from rrtc.console import note
+from rrtc.recipe import Recipe
+from rrtc.uptrain.curve import steps_of
+from rrtc.uptrain.job import prepare
+from rrtc.uptrain.trainer import DistillationTrainer
+
+STEPS = 3  # taken; the first one, which allocates, is not counted
+
+
+def estimate(folder: str, recipe: Recipe) -> dict:
+    """What `uptrain` would take on this machine, as plain data.
+
+    steps, tokens, tokens_per_step; flops_per_token and flops_total (without attention over the context);
+    measured_steps, seconds_per_step and seconds_total (training alone, without loading); peak_memory_bytes (of one
+    process, measured: on the accelerator, or on a CPU all that the process holds); checkpoint_bytes (disk space that
+    is needed on the way); device.
+    Raises RrtcError or WrongUsage for what would stop the run itself.
+    """
+    disable_progress_bar()
+    job = prepare(Path(folder), recipe.uptrain)
+    measured = min(STEPS, job.steps)
+    note(f"Measuring {measured} of {job.steps} steps")
+    with tempfile.TemporaryDirectory() as nowhere:
+        trainer = DistillationTrainer(job, measured, Path(nowhere), save=False, callbacks=[])
+        trainer.train()
+    seconds = [step["seconds"] for step in steps_of(trainer.state.log_history)]
+    seconds_per_step = statistics.mean(seconds[1:] or seconds)
+    return {
+        "steps": job.steps,
+        "tokens": job.tokens,
+        "tokens_per_step": job.tokens_per_step,
+        "flops_per_token": job.flops_per_token(),
+        "flops_total": job.flops_per_token() * job.tokens,
+        "measured_steps": measured,
+        "seconds_per_step": seconds_per_step,
+        "seconds_total": seconds_per_step * job.steps,
+        "peak_memory_bytes": _peak_memory(trainer.args.device),
+        "checkpoint_bytes": job.checkpoint_bytes(),
+        "device": trainer.args.device.type,
+    }
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux kibibytes

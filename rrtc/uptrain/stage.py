@@ -1,0 +1,156 @@
+"""`rrtc uptrain`: heals an rrtc folder by training, and writes the result as a new folder.
+
+While it runs, NAME.partial/checkpoints holds its checkpoints and resume.json, which says what they belong to. They are
+removed before NAME.partial becomes NAME.
+"""
+
+import contextlib
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from transformers.utils.logging import disable_progress_bar
+
+from rrtc.checkpoint import (
+    ShardWriter,
+    Weights,
+    base_seen_from,
+    check_space,
+    check_target,
+    copy_companions,
+    next_history,
+    parse_size,
+    partial_of,
+    whole_folder,
+    write_provenance,
+)
+from rrtc.console import is_first_process, note
+from rrtc.errors import RrtcError
+from rrtc.recipe import Recipe
+from rrtc.uptrain.curve import draw, steps_of, summary, write_metrics
+from rrtc.uptrain.display import Display
+from rrtc.uptrain.job import Job, prepare, process_group
+from rrtc.uptrain.trainer import DistillationTrainer, whole_checkpoints
+
+RESUME = "resume.json"
+
+
+def uptrain(folder: str, output: str, recipe: Recipe, resume: bool = False) -> dict:
+    """Trains the model in the rrtc folder `folder` into the new folder `output`; returns what was measured (also in
+    its rrtc.yaml under measured.uptrain).
+
+    resume: go on from the last checkpoint of an interrupted run to the same output. Under torchrun, every process
+    calls this, and the first one writes. Raises RrtcError or WrongUsage before any work for what can be known in
+    advance; after an error, NAME.partial stays only if it holds a checkpoint.
+    """
+    disable_progress_bar()  # transformers' own
+    target = Path(output)
+    check_target(target)
+    max_shard_bytes = parse_size(recipe.init.max_shard_size)
+    partial = partial_of(target)
+    checkpoints = partial / "checkpoints"
+    saved = whole_checkpoints(checkpoints)
+    if resume and not saved:
+        raise RrtcError(f"There is nothing to resume: {partial} holds no checkpoint.", "Start without --resume.")
+    if saved and not resume:
+        raise RrtcError(
+            f"{partial} holds the checkpoints of an interrupted run.",
+            "Continue it with --resume, or delete that folder.",
+        )
+    job = prepare(Path(folder), recipe.uptrain)
+    fingerprint = job.fingerprint()
+    if resume:
+        _check_unchanged(checkpoints / RESUME, fingerprint)
+    check_space(target, job.checkpoint_bytes())
+
+    # Every process has now seen the disk as it was. From here on, the first one changes it.
+    process_group().wait_for_everyone()
+    if is_first_process and not resume:
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed before its first checkpoint
+    with whole_folder(target, keep_partial=True) if is_first_process else contextlib.nullcontext():
+        try:
+            if is_first_process:
+                checkpoints.mkdir(exist_ok=True)
+                (checkpoints / RESUME).write_text(json.dumps(fingerprint, indent=2) + "\n", encoding="utf8")
+            trainer = _train(job, checkpoints, saved[-1] if resume else None)
+            measured = _measured(job, trainer)
+            if is_first_process:
+                _write(job, trainer, measured, recipe, partial, target, max_shard_bytes)
+                shutil.rmtree(checkpoints)
+        except BaseException:
+            if is_first_process and not whole_checkpoints(checkpoints):
+                shutil.rmtree(partial, ignore_errors=True)
+            elif is_first_process:
+                note(f"The checkpoints are in {checkpoints}: --resume goes on from the last one.")
+            raise
+    process_group().wait_for_everyone()  # nobody goes on before the folder is there
+    return measured
+
+
+def _check_unchanged(file: Path, fingerprint: dict) -> None:
+    """Raises RrtcError where the interrupted run was about something else than what `fingerprint` says."""
+    before = json.loads(file.read_text(encoding="utf8"))
+    hint = "Go on with what the run was started with, or start a new one under another name."
+    for field, value in fingerprint["recipe"].items():
+        if before["recipe"].get(field) != value:
+            raise RrtcError(
+                f"The run cannot be resumed, because {field} was {before['recipe'].get(field)} and is now {value}.",
+                hint,
+            )
+    for part in ("model", "teacher", "text"):
+        if before[part] != fingerprint[part]:
+            raise RrtcError(f"The run cannot be resumed, because the {part} has changed since it was started.", hint)
+
+
+def _train(job: Job, checkpoints: Path, checkpoint: Path | None) -> DistillationTrainer:
+    what = f"{job.tokens} tokens in {job.steps} steps of {job.recipe.batch_size} windows of {job.context}"
+    note(f"Uptraining on {what}, {'with a teacher' if job.teacher else 'without a teacher'}")
+    with Display(job.steps, job.tokens) as display:
+        trainer = DistillationTrainer(job, job.steps, checkpoints, save=True, callbacks=[display])
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    return trainer
+
+
+def _measured(job: Job, trainer: DistillationTrainer) -> dict:
+    steps = steps_of(trainer.state.log_history)
+    seconds = sum(step["seconds"] for step in steps)
+    return {
+        "tokens": job.tokens,
+        "steps": job.steps,
+        "epochs": round(job.tokens / job.windows.ids.numel(), 3),
+        "seconds": round(seconds, 1),
+        "tokens_per_second": round(job.tokens / seconds, 1),
+        "processes": process_group().num_processes,
+        "device": trainer.args.device.type,
+        "arithmetic": "bfloat16" if job.bfloat16 else "float32",
+        "teacher": job.teacher.uri if job.teacher else None,
+        **summary(steps),
+    }
+
+
+def _write(
+    job: Job, trainer: DistillationTrainer, measured: dict, recipe: Recipe, folder: Path, target: Path, max_bytes: int
+) -> None:
+    """Writes the trained model into `folder`, which will become `target`: the tensors that the input folder has, under
+    the same names and in the same number format."""
+    state = trainer.model.state_dict()
+    writer = ShardWriter(folder, max_bytes)
+    for name in Weights(job.folder):
+        writer.add(name, state[name].to("cpu", getattr(torch, job.dtype)))
+    writer.finish()
+    shutil.copyfile(job.folder / "config.json", folder / "config.json")
+    copy_companions(job.folder, folder)
+
+    steps = steps_of(trainer.state.log_history)
+    write_metrics(steps, folder / "metrics.jsonl")
+    base = base_seen_from(target, job.folder, job.provenance)
+    draw(steps, f"Uptraining of {target.name}, compressed from {Path(base['uri']).name}", folder / "loss.png")
+    write_provenance(
+        folder,
+        "uptrain",
+        base,
+        job.provenance["recipe"] | {"uptrain": recipe.uptrain.model_dump()},
+        job.provenance["measured"] | {"uptrain": measured},
+        next_history(job.provenance),
+    )

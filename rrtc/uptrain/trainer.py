@@ -1,0 +1,175 @@
+"""The distillation loss and the transformers Trainer that minimises it.
+
+    objective = next_token_weight * cross entropy of the next token
+              + kl_weight         * KL(teacher || model)           (forward KL: paper §3.2)
+
+Both are means over all predicted tokens of a step. Windows are full and never padded, so every micro-batch of every
+process has the same number of tokens, and the mean of their means is the mean over the step.
+"""
+
+import math
+import time
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, GenerationConfig, PrinterCallback, Trainer, TrainingArguments
+
+from rrtc.checkpoint import disk_error
+from rrtc.errors import RrtcError
+from rrtc.measure import device
+from rrtc.model.skeleton import quiet_warnings
+from rrtc.uptrain.data import Stream
+from rrtc.uptrain.job import Job, process_group
+
+TOKENS_AT_ONCE = 256  # distributions of so many tokens are compared at a time, to bound memory
+WHOLE = "rrtc-whole"  # a file in each checkpoint that was written to the end
+
+
+def distillation_losses(logits: torch.Tensor, teacher_logits: torch.Tensor | None, targets: torch.Tensor):
+    """(cross entropy, KL(teacher || model)) in nats, means over the tokens; the KL is 0 without a teacher.
+
+    logits, teacher_logits: (tokens, vocabulary) in any number format; targets: (tokens,). The float32 distributions
+    exist for TOKENS_AT_ONCE tokens at a time, in the backward pass too.
+    """
+    parts, target_parts = logits.split(TOKENS_AT_ONCE), targets.split(TOKENS_AT_ONCE)
+    teacher_parts = [None] * len(parts) if teacher_logits is None else teacher_logits.split(TOKENS_AT_ONCE)
+    sums = torch.zeros(2, device=logits.device)
+    for part in zip(parts, teacher_parts, target_parts, strict=True):
+        sums = sums + checkpoint(_loss_sums, *part, use_reentrant=False, preserve_rng_state=False)
+    return (sums / len(targets)).unbind()
+
+
+def _loss_sums(logits: torch.Tensor, teacher_logits: torch.Tensor | None, targets: torch.Tensor) -> torch.Tensor:
+    log_p = logits.float().log_softmax(-1)
+    cross_entropy = F.nll_loss(log_p, targets, reduction="sum")
+    if teacher_logits is None:
+        return torch.stack([cross_entropy, torch.zeros_like(cross_entropy)])
+    log_q = teacher_logits.float().log_softmax(-1)
+    return torch.stack([cross_entropy, F.kl_div(log_p, log_q, reduction="sum", log_target=True)])
+
+
+class DistillationTrainer(Trainer):
+    """A Trainer for one job. It logs every step: objective (the weighted sum), loss (cross entropy), kl (None without
+    a teacher), learning_rate, grad_norm, tokens (so far) and seconds (that the step took)."""
+
+    def __init__(self, job: Job, steps: int, output: Path, save: bool, callbacks: list):
+        """steps: how many to take, of those the job has. save: whether to write checkpoints into `output`."""
+        self.job = job
+        model = AutoModelForCausalLM.from_pretrained(job.folder, dtype=torch.float32)
+        model.generation_config = GenerationConfig()  # a base model's own can be one that transformers will not save
+        if job.recipe.activation_checkpointing:
+            # The second is the name in older versions of transformers. Both are non-reentrant by default, which shared
+            # layers need where several processes train.
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable()
+        super().__init__(
+            model=model,
+            args=_arguments(job, steps, output, save),
+            train_dataset=Stream(job.windows, steps * job.recipe.batch_size, job.recipe.seed),
+            callbacks=callbacks,
+        )
+        self.remove_callback(PrinterCallback)  # rrtc has a display of its own
+        self.model_accepts_loss_kwargs = False  # compute_loss returns the mean of a micro-batch
+        self.teacher = None
+        if job.teacher:
+            dtype = torch.bfloat16 if job.bfloat16 else torch.float32
+            self.teacher = AutoModelForCausalLM.from_pretrained(job.teacher.folder, dtype=dtype)
+            self.teacher.requires_grad_(False).eval().to(self.args.device)
+        self._losses = torch.zeros(2, device=self.args.device)  # (cross entropy, KL) since the last step, summed
+        self._step_began: float | None = None
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The objective on inputs["input_ids"] (windows, context), a mean over their tokens but the first of each."""
+        self._step_began = self._step_began or time.perf_counter()
+        ids, targets = inputs["input_ids"][:, :-1], inputs["input_ids"][:, 1:].flatten()
+        teacher_logits = None
+        if self.teacher is not None:
+            with torch.no_grad():
+                teacher_logits = self.teacher(ids, use_cache=False).logits.flatten(0, 1)
+        with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.job.bfloat16):
+            logits = model(ids, use_cache=False).logits.flatten(0, 1)
+        cross_entropy, kl = distillation_losses(logits, teacher_logits, targets)
+        self._losses += torch.stack([cross_entropy.detach(), kl.detach()])
+        return self.job.recipe.next_token_weight * cross_entropy + self.job.recipe.kl_weight * kl
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:  # a step; the Trainer's closing summary has none
+            losses = self.accelerator.reduce(self._losses, "mean") / self.job.accumulation
+            cross_entropy, kl = losses.tolist()
+            now = time.perf_counter()
+            logs["objective"] = logs["loss"]
+            logs["loss"], logs["kl"] = cross_entropy, kl if self.teacher is not None else None
+            logs["tokens"] = self.state.global_step * self.job.tokens_per_step
+            logs["seconds"] = now - self._step_began
+            self._step_began = now
+            self._losses.zero_()
+            if not math.isfinite(logs["objective"]):
+                raise RrtcError(
+                    f"The loss became {logs['objective']} at step {self.state.global_step}.",
+                    "Lower the learning rate, or train in float32 (precision).",
+                )
+        super().log(logs, start_time)
+
+    def get_decay_parameter_names(self, model) -> list[str]:
+        """The matrices: norms and biases are not pulled to zero."""
+        return [name for name, parameter in model.named_parameters() if parameter.dim() > 1]
+
+    def train(self, *args, **kwargs):
+        try:
+            with quiet_warnings():  # about files of the same age, and about a micro-batch changed on resume
+                return super().train(*args, **kwargs)
+        except torch.OutOfMemoryError as error:
+            raise RrtcError(
+                "The accelerator has too little memory for this run.",
+                "Lower micro_batch or context, or turn on activation_checkpointing.",
+            ) from error
+
+    def _save_checkpoint(self, model, trial) -> None:
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        (folder / WHOLE).unlink(missing_ok=True)
+        try:
+            super()._save_checkpoint(model, trial)
+        except (SafetensorError, RuntimeError) as error:  # what safetensors and torch.save raise on a full disk
+            raise disk_error(folder, error) from error
+        process_group().wait_for_everyone()  # every process writes the state of its random numbers
+        if self.args.should_save:
+            (folder / WHOLE).touch()
+
+
+def _arguments(job: Job, steps: int, output: Path, save: bool) -> TrainingArguments:
+    recipe = job.recipe
+    arguments = TrainingArguments(
+        output_dir=str(output),
+        max_steps=steps,
+        per_device_train_batch_size=recipe.micro_batch,
+        gradient_accumulation_steps=job.accumulation,
+        train_sampling_strategy="sequential",  # the Stream is in order already
+        remove_unused_columns=False,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=recipe.warmup,  # below 1: a share of the steps
+        weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.max_grad_norm,
+        seed=recipe.seed,
+        save_strategy="steps" if save else "no",
+        save_steps=recipe.save_every,
+        save_total_limit=2,
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # it would hide that training has failed
+        use_cpu=device().type == "cpu",  # or processes on CPUs would not see each other
+        dataloader_pin_memory=device().type == "cuda",
+        disable_tqdm=True,
+        report_to="none",
+        ddp_find_unused_parameters=False,
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # several accelerators are for torchrun, never for nn.DataParallel
+    return arguments
+
+
+def whole_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in `folder` that were written to the end, oldest first."""
+    whole = [marker.parent for marker in Path(folder).glob(f"checkpoint-*/{WHOLE}")]
+    return sorted(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")))

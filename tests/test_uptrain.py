@@ -1,0 +1,507 @@
+"""Uptraining of a pico model: the losses are what they should be, whatever the batch is cut into; runs can be
+interrupted and resumed; and what a user can get wrong is said before any work."""
+
+import io
+import json
+import math
+import os
+import random
+import resource
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from pico import pico_config, pico_model, pico_tokenizer, save_pico
+from rich.console import Console
+from rich.text import Text
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from rrtc import measure
+from rrtc.checkpoint import Weights, read_provenance, write_provenance
+from rrtc.errors import RrtcError
+from rrtc.model import RrtConfig, RrtForCausalLM
+from rrtc.model.skeleton import read_architecture
+from rrtc.plan import make_plan
+from rrtc.recipe import InitRecipe, Recipe
+from rrtc.source import content_hash, find_model
+from rrtc.text import Windows
+from rrtc.uptrain.data import Stream, training_texts
+from rrtc.uptrain.display import Display, sparkline
+from rrtc.uptrain.estimate import estimate
+from rrtc.uptrain.job import prepare
+from rrtc.uptrain.stage import uptrain
+from rrtc.uptrain.trainer import DistillationTrainer, distillation_losses, whole_checkpoints
+
+CONTEXT, BATCH, STEPS = 32, 4, 6
+SETTINGS = {
+    "data": ["pydoc"], "tokens": CONTEXT * BATCH * STEPS, "context": CONTEXT, "batch_size": BATCH, "micro_batch": 2,
+    "warmup": 0.0, "learning_rate": 1e-2, "precision": "float32", "save_every": 3,
+}  # fmt: skip
+
+
+def settings(**changes) -> Recipe:
+    return Recipe.model_validate({"uptrain": SETTINGS | changes})
+
+
+def make_rrt(folder: Path, dense: Path, architecture: str = "llama", dtype=torch.float32, **changes) -> Path:
+    """An rrtc folder as `init` writes one, with random weights."""
+    config = pico_config(architecture, **changes)
+    recipe = InitRecipe(rank=4)
+    plan = make_plan(read_architecture(config), recipe)
+    torch.manual_seed(1)
+    model = RrtForCausalLM(RrtConfig(base_config=config, visits=[asdict(v) for v in plan.visits])).to(dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".B"):
+                parameter.normal_(std=0.1)
+    model.save_pretrained(folder)
+    pico_tokenizer().save_pretrained(folder)
+    base = find_model(str(dense)).provenance(folder)
+    write_provenance(folder, "init", base, {"init": recipe.model_dump()}, {"init": {"bytes": 1}}, [])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory) -> Path:
+    return save_pico(tmp_path_factory.mktemp("models") / "dense")
+
+
+@pytest.fixture(scope="module")
+def rrt(dense) -> Path:
+    return make_rrt(dense.parent / "rrt", dense)
+
+
+@pytest.fixture(scope="module")
+def trained(rrt) -> Path:
+    """The straight run that others are compared with."""
+    uptrain(str(rrt), str(rrt.parent / "trained"), settings())
+    return rrt.parent / "trained"
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def curve(folder: Path) -> list[tuple[float, float]]:
+    return [(step["loss"], step["kl"]) for step in metrics(folder)]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def interrupt_at(monkeypatch, micro_batch: int) -> None:
+    """Ctrl-C in the middle of the micro-batch of that number."""
+    original, calls = DistillationTrainer.compute_loss, []
+
+    def interrupted(self, *args, **kwargs):
+        calls.append(0)
+        if len(calls) == micro_batch:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(DistillationTrainer, "compute_loss", interrupted)
+
+
+def stop_after_checkpoint(rrt: Path, target: Path, monkeypatch) -> Path:
+    """An interrupted run with a checkpoint at step 3; returns its partial folder."""
+    with monkeypatch.context() as patched:
+        interrupt_at(patched, 8)
+        with pytest.raises(KeyboardInterrupt):
+            uptrain(str(rrt), str(target), settings())
+    return target.with_name(target.name + ".partial")
+
+
+# -- the losses
+
+
+@pytest.mark.parametrize("tokens", [1, 255, 256, 700])
+def test_losses_are_the_definitions(tokens):
+    torch.manual_seed(tokens)
+    logits = torch.randn(tokens, 40, requires_grad=True)
+    teacher, targets = 3 * torch.randn(tokens, 40), torch.randint(40, (tokens,))
+    p, q = logits.softmax(-1), teacher.softmax(-1)
+    expected = -p[torch.arange(tokens), targets].log().mean(), (q * (q / p).log()).sum(-1).mean()
+    losses = distillation_losses(logits, teacher, targets)
+    for loss, value in zip(losses, expected, strict=True):
+        torch.testing.assert_close(loss, value)
+    gradient = torch.autograd.grad(losses[0] + 2 * losses[1], logits)[0]
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected[0] + 2 * expected[1], logits)[0])
+    assert distillation_losses(logits, None, targets)[1] == 0
+
+
+def test_first_step_is_what_measure_says(rrt, dense, trained):
+    job = prepare(rrt, settings().uptrain)
+    stream = Stream(job.windows, BATCH, seed=0)
+    windows = Windows(torch.stack([stream[i]["input_ids"] for i in range(BATCH)]), 1.0)
+    scores = measure.score(measure.load_for_scoring(rrt), windows, measure.load_for_scoring(dense))
+    assert curve(trained)[0] == pytest.approx((scores.loss, scores.kl), abs=1e-5)
+
+
+def test_training_heals(rrt, tmp_path):
+    measured = uptrain(
+        str(rrt), str(tmp_path / "out"), settings(tokens=CONTEXT * BATCH * 40, next_token_weight=0, learning_rate=3e-3)
+    )
+    assert measured["last_kl"] < 0.6 * measured["first_kl"]
+    assert measured["steps"] == 40 and measured["tokens"] == CONTEXT * BATCH * 40
+
+
+@pytest.mark.parametrize("changes", [{"micro_batch": 4}, {"micro_batch": 1}, {"activation_checkpointing": True}])
+def test_cutting_the_batch_changes_nothing(rrt, trained, tmp_path, changes):
+    uptrain(str(rrt), str(tmp_path / "out"), settings(**changes))
+    torch.testing.assert_close(torch.tensor(curve(tmp_path / "out")), torch.tensor(curve(trained)), rtol=0, atol=1e-5)
+
+
+def test_two_processes_give_the_losses_of_one(rrt, trained, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\nfrom rrtc.recipe import Recipe\nfrom rrtc.uptrain.stage import uptrain\n"
+        "uptrain(sys.argv[1], sys.argv[2], Recipe.model_validate_json(sys.argv[3]))\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, rrt]
+    run = subprocess.run(
+        [*command, tmp_path / "out", settings(micro_batch=1).model_dump_json()],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr
+    torch.testing.assert_close(torch.tensor(curve(tmp_path / "out")), torch.tensor(curve(trained)), rtol=0, atol=1e-5)
+    assert read_provenance(tmp_path / "out")["measured"]["uptrain"]["processes"] == 2
+    assert not (tmp_path / "out.partial").exists()
+    assert run.stderr.count(f"step {STEPS} of {STEPS}") == 1  # only the first process speaks
+
+
+def test_without_a_teacher(rrt, tmp_path, monkeypatch):
+    monkeypatch.setattr("rrtc.uptrain.job.find_base", lambda *_: pytest.fail("no teacher is needed"))
+    measured = uptrain(str(rrt), str(tmp_path / "out"), settings(kl_weight=0))
+    assert measured["teacher"] is None and measured["first_kl"] is None
+    assert measured["last_loss"] < measured["first_loss"]
+    assert all(
+        step["kl"] is None and step["objective"] == pytest.approx(step["loss"]) for step in metrics(tmp_path / "out")
+    )
+
+
+def test_weights_of_the_losses(rrt, tmp_path):
+    uptrain(str(rrt), str(tmp_path / "out"), settings(next_token_weight=0.25, kl_weight=3.0, tokens=1))
+    (step,) = metrics(tmp_path / "out")
+    assert step["objective"] == pytest.approx(0.25 * step["loss"] + 3 * step["kl"], rel=1e-5)
+
+
+def test_bfloat16_arithmetic_keeps_float32_weights(rrt, tmp_path):
+    job = prepare(rrt, settings(precision="bfloat16").uptrain)
+    trainer = DistillationTrainer(job, 2, tmp_path, save=False, callbacks=[])
+    trainer.train()
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    assert {p.dtype for p in trainer.teacher.parameters()} == {torch.bfloat16}
+    precise = DistillationTrainer(prepare(rrt, settings().uptrain), 2, tmp_path, save=False, callbacks=[])
+    precise.train()
+    pairs = zip(trainer.state.log_history, precise.state.log_history, strict=True)
+    differences = [abs(a["kl"] - b["kl"]) for a, b in pairs if "kl" in a]
+    assert len(differences) == 2 and 0 < max(differences) < 0.02
+
+
+def test_schedule_and_weight_decay(rrt, tmp_path):
+    recipe = settings(warmup=0.5, weight_decay=0.1)
+    uptrain(str(rrt), str(tmp_path / "out"), recipe)
+    rates = [step["learning_rate"] for step in metrics(tmp_path / "out")]
+    # Three steps up from 0, then the half cosine down towards 0.
+    expected = [0, 1 / 3, 2 / 3, *(0.5 * (1 + math.cos(math.pi * i / 3)) for i in range(3))]
+    assert rates == pytest.approx([1e-2 * rate for rate in expected])
+    trainer = DistillationTrainer(prepare(rrt, recipe.uptrain), 1, tmp_path / "t", save=False, callbacks=[])
+    decayed, free = trainer.create_optimizer().param_groups
+    assert (decayed["weight_decay"], free["weight_decay"]) == (0.1, 0.0)
+    assert {p.dim() for p in decayed["params"]} == {2} and {p.dim() for p in free["params"]} == {1}
+    assert len(decayed["params"]) + len(free["params"]) == len(list(trainer.model.parameters()))
+
+
+# -- the data
+
+
+def test_stream_is_an_order_of_whole_epochs():
+    windows = Windows(torch.arange(10).view(5, 2), 1.0)
+    stream = Stream(windows, 12, seed=3)
+    seen = [stream[i]["input_ids"][0].item() // 2 for i in range(len(stream))]
+    assert sorted(seen[:5]) == sorted(seen[5:10]) == [0, 1, 2, 3, 4] and len(seen) == 12
+    assert seen[:5] != seen[5:10]
+    assert seen != [Stream(windows, 12, seed=4)[i]["input_ids"][0].item() // 2 for i in range(12)]
+
+
+def test_held_out_text_is_never_trained_on(tmp_path):
+    from rrtc.text import documents, split
+
+    file = tmp_path / "text.txt"
+    file.write_text("\n\n\n".join(f"Document {i} says {random.Random(i).random()}." for i in range(300)))
+    held_out = split(list(documents(str(file))))[1]
+    for tokens in (1, 100, 10_000):  # a short run reads only the beginning
+        texts = training_texts(settings(data=str(file)).uptrain, tokens)
+        assert texts and not set(texts) & set(held_out)
+
+
+# -- the folder
+
+
+def test_the_folder_is_whole(rrt, dense, trained):
+    assert {p.name for p in trained.iterdir()} == {
+        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "rrtc.yaml", "metrics.jsonl",
+        "loss.png", *(p.name for p in rrt.glob("generation_config.json")),
+    }  # fmt: skip
+    before, after = weights(rrt), weights(trained)
+    assert before.keys() == after.keys()
+    assert all(before[n].shape == after[n].shape and before[n].dtype == after[n].dtype for n in before)
+    assert all(not torch.equal(before[n], after[n]) for n in before)  # everything learns
+    said = read_provenance(trained)
+    assert said["stage"] == "uptrain" and said["history"][0]["stage"] == "init"
+    assert said["base"]["sha256"] == content_hash(dense)
+    assert said["recipe"]["init"]["rank"] == 4 and said["recipe"]["uptrain"]["tokens"] == SETTINGS["tokens"]
+    assert said["measured"]["init"] == {"bytes": 1} and said["measured"]["uptrain"]["steps"] == STEPS
+    assert (trained / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    steps = metrics(trained)
+    assert [step["tokens"] for step in steps] == [CONTEXT * BATCH * (i + 1) for i in range(STEPS)]
+    # What was written is the model that training ended with: the loss on the next batch has gone down.
+    model = AutoModelForCausalLM.from_pretrained(trained)
+    scores = measure.score(model.eval(), Windows(prepare(rrt, settings().uptrain).windows.ids[:8], 1.0))
+    assert scores.loss < steps[0]["loss"]
+
+
+def test_dtype_shards_and_tied_embeddings_stay(tmp_path, rrt):
+    dense = save_pico(tmp_path / "dense", "gemma")
+    source = make_rrt(tmp_path / "rrt", dense, "gemma", dtype=torch.bfloat16)
+    fingerprint = content_hash(source)
+    recipe = Recipe.model_validate({"init": {"max_shard_size": "60KB"}, "uptrain": SETTINGS | {"tokens": 1}})
+    uptrain(str(source), str(tmp_path / "out"), recipe)
+    written = Weights(tmp_path / "out")
+    assert len(written.files) > 1 and written.dtype == "bfloat16"
+    assert set(written) == set(Weights(source)) and "lm_head.weight" not in written
+    assert content_hash(source) == fingerprint
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.dtype == torch.bfloat16 and model.config.use_cache
+
+
+def test_a_trained_folder_can_be_trained_again(trained, tmp_path):
+    uptrain(str(trained), str(tmp_path / "again"), settings(tokens=1, seed=5))
+    assert [entry["stage"] for entry in read_provenance(tmp_path / "again")["history"]] == ["init", "uptrain"]
+
+
+# -- interrupting and resuming
+
+
+def test_resumed_run_equals_a_straight_one(rrt, trained, tmp_path, monkeypatch):
+    target = tmp_path / "out"
+    partial = stop_after_checkpoint(rrt, target, monkeypatch)
+    assert not target.exists() and [c.name for c in whole_checkpoints(partial / "checkpoints")] == ["checkpoint-3"]
+    # A checkpoint that was cut off while it was written does not count.
+    (partial / "checkpoints" / "checkpoint-5").mkdir()
+    measured = uptrain(str(rrt), str(target), settings(), resume=True)
+    assert curve(target) == curve(trained)
+    ours, theirs = weights(target), weights(trained)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert not partial.exists() and not list(target.rglob("checkpoint*"))
+    assert measured["steps"] == STEPS
+
+
+def test_interrupted_before_a_checkpoint_leaves_nothing(rrt, tmp_path, monkeypatch):
+    interrupt_at(monkeypatch, 3)
+    with pytest.raises(KeyboardInterrupt):
+        uptrain(str(rrt), str(tmp_path / "out"), settings())
+    assert not list(tmp_path.iterdir())
+
+
+def test_resume_is_refused_where_something_changed(rrt, dense, tmp_path, monkeypatch):
+    target = tmp_path / "out"
+    partial = stop_after_checkpoint(rrt, target, monkeypatch)
+    with pytest.raises(RrtcError, match="holds the checkpoints of an interrupted run") as refused:
+        uptrain(str(rrt), str(target), settings())
+    assert "--resume" in refused.value.hint
+    with pytest.raises(RrtcError, match="learning_rate was 0.01 and is now 0.02"):
+        uptrain(str(rrt), str(target), settings(learning_rate=0.02), resume=True)
+    other = make_rrt(tmp_path / "other", dense, dtype=torch.bfloat16)
+    with pytest.raises(RrtcError, match="the model has changed"):
+        uptrain(str(other), str(target), settings(), resume=True)
+    assert whole_checkpoints(partial / "checkpoints")
+    # What only changes the cost of a step may change, as after running out of memory.
+    uptrain(str(rrt), str(target), settings(micro_batch=1), resume=True)
+
+
+def test_nothing_to_resume(rrt, tmp_path):
+    with pytest.raises(RrtcError, match="nothing to resume"):
+        uptrain(str(rrt), str(tmp_path / "out"), settings(), resume=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_full_disk(rrt, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(RrtcError, match="Writing .* failed"):
+            uptrain(str(rrt), str(tmp_path / "out"), settings())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
+
+
+def test_loss_that_is_not_finite(rrt, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "rrtc.uptrain.trainer._loss_sums", lambda logits, *_: logits.sum() * torch.tensor([math.nan, 0])
+    )
+    with pytest.raises(RrtcError, match="became nan at step 1"):
+        uptrain(str(rrt), str(tmp_path / "out"), settings())
+    assert not list(tmp_path.iterdir())
+
+
+# -- what a user can get wrong, before any model is loaded
+
+
+def other_words(folder: Path) -> None:
+    """The pico tokenizer with two words exchanged."""
+    state = json.loads(pico_tokenizer().backend_tokenizer.to_str())
+    vocabulary = state["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    from tokenizers import Tokenizer
+
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)), eos_token="<eos>").save_pretrained(
+        folder
+    )
+
+
+def wrong_size(tmp_path, rrt):
+    return rrt, {"teacher": str(save_pico(tmp_path / "teacher", vocab_size=400))}
+
+
+def wrong_words(tmp_path, rrt):
+    pico_model("llama").save_pretrained(tmp_path / "teacher")
+    other_words(tmp_path / "teacher")
+    return rrt, {"teacher": str(tmp_path / "teacher")}
+
+
+def empty_text(tmp_path, rrt):
+    (tmp_path / "empty.txt").write_text("\n")
+    return rrt, {"data": str(tmp_path / "empty.txt")}
+
+
+def short_text(tmp_path, rrt):
+    (tmp_path / "short.txt").write_text("A few words.")
+    return rrt, {"data": str(tmp_path / "short.txt")}
+
+
+def no_tokenizer(tmp_path, rrt):
+    for name in ("config.json", "model.safetensors", "rrtc.yaml"):
+        (tmp_path / name).write_bytes((rrt / name).read_bytes())
+    return tmp_path, {}
+
+
+def truncated(tmp_path, rrt):
+    for file in rrt.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "model.safetensors").write_bytes((rrt / "model.safetensors").read_bytes()[:-10])
+    return tmp_path, {}
+
+
+def base_gone(tmp_path, rrt):
+    for file in rrt.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    text = (rrt / "rrtc.yaml").read_text()
+    (tmp_path / "rrtc.yaml").write_text(text.replace("/dense", "/moved"))
+    return tmp_path, {}
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (wrong_size, "has a vocabulary of 400 tokens and the model one of 320"),
+        (wrong_words, "gives its tokens other meanings"),
+        (empty_text, "is empty"),
+        (short_text, "fewer than one context of 32"),
+        (no_tokenizer, "There is no tokenizer"),
+        (truncated, "truncated or damaged"),
+        (base_gone, "no longer where it was"),
+        (lambda tmp_path, rrt: (rrt.parent / "dense", {}), "was not written by rrtc"),
+        (lambda tmp_path, rrt: (rrt, {"batch_size": 9, "micro_batch": 3, "data": "gone.txt"}), "no text at gone.txt"),
+    ],
+)
+def test_error_comes_first(make, sentence, rrt, tmp_path, monkeypatch):
+    made = tmp_path / "made"
+    made.mkdir()
+    folder, changes = make(made, rrt)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded too early"))
+    for run in (lambda: uptrain(str(folder), str(tmp_path / "out"), settings(**changes)),
+                lambda: estimate(str(folder), settings(**changes))):  # fmt: skip
+        with pytest.raises(RrtcError, match=sentence) as error:
+            run()
+        assert "\n" not in error.value.sentence
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+def test_output_is_never_overwritten(rrt, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(RrtcError, match="is not empty"):
+        uptrain(str(rrt), str(tmp_path), settings())
+    with pytest.raises(RrtcError, match="is not empty"):
+        uptrain(str(rrt), str(rrt), settings())
+
+
+def test_batch_must_divide_over_the_processes(rrt, monkeypatch):
+    import rrtc.uptrain.job as job
+
+    class Three:
+        num_processes = 3
+
+    monkeypatch.setattr(job, "process_group", Three)
+    with pytest.raises(RrtcError, match="batch_size of 4 cannot be divided into micro-batches of 2 on 3 processes"):
+        prepare(rrt, settings().uptrain)
+
+
+# -- estimate and display
+
+
+def test_estimate_writes_nothing(rrt, tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    before = {p: p.stat().st_mtime_ns for p in rrt.iterdir()}
+    result = estimate(str(rrt), settings())
+    assert {p: p.stat().st_mtime_ns for p in rrt.iterdir()} == before and not list(tmp_path.iterdir())
+    job = prepare(rrt, settings().uptrain)
+    # Forward and backward of the student, forward of the teacher, whose matrices are as many.
+    dense = job.plan.architecture.flops_per_token
+    assert result["flops_per_token"] == 3 * job.plan.flops_per_token + dense
+    assert result["flops_total"] == result["flops_per_token"] * CONTEXT * BATCH * STEPS
+    assert (result["steps"], result["measured_steps"], result["tokens_per_step"]) == (STEPS, 3, CONTEXT * BATCH)
+    assert result["seconds_total"] == pytest.approx(STEPS * result["seconds_per_step"])
+    assert result["peak_memory_bytes"] > 16 * job.plan.parameters and result["device"] == "cpu"
+    json.dumps(result)
+
+
+def test_sparkline():
+    assert sparkline([8, 7, 6, 5, 4, 3, 2, 1]) == "█▇▆▅▄▃▂▁"
+    assert sparkline([1.0] * 100, 5) == "▁▁▁▁▁" and sparkline([2.0]) == "▁"
+    assert len(sparkline(list(range(1000)))) == 24
+
+
+def test_display(trained):
+    class State:
+        global_step = 0
+
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=120)
+    plain = Console(file=io.StringIO(), force_terminal=False, width=300)
+    for console in (terminal, plain):
+        with Display(STEPS, SETTINGS["tokens"], console) as display:
+            display.on_train_begin(None, State(), None)
+            for step in metrics(trained):
+                state = State()
+                state.global_step = step["step"]
+                display.on_log(None, state, None, logs=step)
+            if console is terminal:
+                panel = display.live.renderable
+    lines = plain.file.getvalue().splitlines()
+    assert len(lines) == STEPS  # fewer steps than reports: every one
+    with terminal.capture() as shown:
+        terminal.print(panel)
+    last = metrics(trained)[-1]
+    for text in (lines[-1], shown.get()):
+        text = Text.from_ansi(text).plain
+        assert f"step {STEPS} of {STEPS}" in text and "tokens/s" in text and "0 s left" in text
+        assert f"{last['loss']:.3f}" in text and f"{last['kl']:.3f}" in text and "learning rate" in text
