@@ -1,2 +1,326 @@
-"""placeholder"""
-def main(): ...
+"""The command line: parses, calls a stage, shows what came back. Nothing else happens here.
+
+Flags are made from the fields of the recipe, so that a command line and a recipe file say the same things. Heavy
+imports live inside the commands: `rrtc --help` must not wait for torch.
+"""
+
+import functools
+import inspect
+import os
+import types
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from rrtc import __version__, console, show
+from rrtc.errors import RrtcError
+from rrtc.recipe import (
+    EvalRecipe,
+    ExportRecipe,
+    InitRecipe,
+    Recipe,
+    Section,
+    UptrainRecipe,
+    load_recipe,
+    with_flags,
+)
+
+app = typer.Typer(
+    help="Compress a language model: tie its layers, relax them with LoRA, heal by distillation, measure, export.",
+    epilog="Start with: rrtc run recipes/quickstart.yaml -o runs/quickstart",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipeFile = Annotated[
+    str | None, typer.Option("--recipe", metavar="FILE", help="Recipe to start from; flags given here override it.")
+]
+Json = Annotated[
+    str | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON into FILE; - is stdout.")
+]
+Output = Annotated[str | None, typer.Option("-o", "--output", metavar="DIR", help="New folder to write.")]
+Folder = Annotated[str, typer.Argument(metavar="DIR", help="A folder that rrtc wrote.", show_default=False)]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from where an interrupted run stopped.")]
+
+
+def _with_fields(*sections: tuple[str, type[Section]]) -> Callable:
+    """Gives a command one flag for each field of the recipe's `sections`, and passes them on as one `recipe`."""
+
+    def decorate(command: Callable) -> Callable:
+        signature = inspect.signature(command)
+        flags, owners = [], {}
+        for part, schema in sections:
+            for name, field in schema.model_fields.items():
+                owners[name] = part
+                flags.append(_flag(name, field, part))
+        kept = [p for name, p in signature.parameters.items() if name != "recipe"]
+        kept.append(
+            inspect.Parameter("recipe_file", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=RecipeFile)
+        )
+
+        @functools.wraps(command)
+        def run(*, recipe_file: str | None, **given: Any):
+            recipe = load_recipe(recipe_file)
+            for part, _ in sections:
+                values = {name: given.pop(name) for name, owner in owners.items() if owner == part}
+                recipe = recipe.model_copy(update={part: with_flags(getattr(recipe, part), values)})
+            return command(recipe=recipe, **given)
+
+        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in kept] + flags
+        run.__signature__ = signature.replace(parameters=parameters)
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        return run
+
+    return decorate
+
+
+def _flag(name: str, field: Any, part: str) -> inspect.Parameter:
+    dashed = name.replace("_", "-")
+    kind, default = field.annotation, field.default
+    declared = f"--{dashed}/--no-{dashed}" if kind is bool else f"--{dashed}"
+    if isinstance(kind, types.UnionType):
+        kind = str  # such as rank, which the recipe itself parses
+    shown = ", ".join(default) if isinstance(default, list) else default
+    text = field.description if shown in (None, "") else rf"{field.description} \[default: {shown}]"
+    option = typer.Option(declared, help=text, show_default=False, rich_help_panel=f"Recipe: {part}")
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+    )
+
+
+def _guarded(command: Callable) -> Callable:
+    """Turns what can go wrong into one sentence and an exit code: 1 failed, 2 wrong usage."""
+
+    @functools.wraps(command)
+    def run(*args, **kwargs):
+        try:
+            result = command(*args, **kwargs)
+            console.write_json(result, kwargs.get("json"))
+        except RrtcError as error:
+            console.show_error(error)
+            raise typer.Exit(error.exit_code) from error
+        except KeyboardInterrupt as error:
+            console.show_error(RrtcError("Interrupted.", "Nothing was written under the final name."))
+            raise typer.Exit(1) from error
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
+                hint = "Lower micro-batch, context or tokens, or turn on --activation-checkpointing."
+                console.show_error(RrtcError("The machine ran out of memory.", hint))
+                raise typer.Exit(1) from error
+            raise
+
+    return run
+
+
+def _needs_output(output: str | None) -> str:
+    if output is None:
+        raise typer.BadParameter("say where to write with -o DIR, or use --dry-run", param_hint="--output")
+    return output
+
+
+def _quiet_libraries() -> None:
+    """rrtc shows its own progress; transformers' bars and remarks would run through it."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not console.notes.is_terminal:
+        os.environ.setdefault("TQDM_DISABLE", "1")  # bars of other libraries have no place in a log file
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def _print(renderable: Any, json: str | None) -> None:
+    if json != "-":
+        console.results.print(renderable)
+
+
+@app.command("init")
+@_guarded
+@_with_fields(("init", InitRecipe))
+def init_command(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="The dense model: a folder, a hub id, a .gguf file or package://import_name/path/in/package.",
+            show_default=False,
+        ),
+    ] = None,
+    output: Output = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the plan, its size and its memory; a config.json is enough.")
+    ] = False,
+    json: Json = None,
+    *,
+    recipe: Recipe,
+):
+    """Tie a dense model's layers and give each use its own LoRA.
+
+    Example: rrtc init ./SmolLM2-135M -o small --sharing sequence --keep 2 --rank 64
+    """
+    model = model or recipe.model
+    if model is None:
+        raise typer.BadParameter("name the dense model, here or in the recipe", param_hint="MODEL")
+    target = None if dry_run else _needs_output(output)
+    _quiet_libraries()
+    from rrtc.init import stage
+
+    if target is None:
+        result = stage.dry_run(model, recipe)
+        _print(show.plan(result), json)
+    else:
+        result = stage.init(model, target, recipe)
+        _print(show.init(result, target), json)
+    return result
+
+
+@app.command("uptrain")
+@_guarded
+@_with_fields(("uptrain", UptrainRecipe))
+def uptrain_command(
+    folder: Folder,
+    output: Output = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Measure a few steps and show steps, memory, FLOPs and time.")
+    ] = False,
+    resume: Resume = False,
+    json: Json = None,
+    *,
+    recipe: Recipe,
+):
+    """Heal a tied model by training it to do as its dense original does.
+
+    Example: rrtc uptrain small -o healed --data corpus.jsonl --tokens 10000000. On several GPUs:
+    torchrun --nproc-per-node 8 -m rrtc uptrain small -o healed
+    """
+    target = None if dry_run else _needs_output(output)
+    _quiet_libraries()
+    if target is None:
+        from rrtc.uptrain.estimate import estimate
+
+        result = estimate(folder, recipe)
+        _print(show.estimate(result), json)
+    else:
+        from rrtc.uptrain import stage
+
+        result = stage.uptrain(folder, target, recipe, resume=resume)
+        _print(show.uptrain(result, target), json)
+    return result
+
+
+@app.command("eval")
+@_guarded
+@_with_fields(("eval", EvalRecipe))
+def eval_command(
+    folder: Folder,
+    against: Annotated[
+        str | None, typer.Option("--against", metavar="MODEL", help="The dense original, where it has moved.")
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option("-o", "--output", metavar="REPORT_DIR", help="New folder for the report.")
+    ] = None,
+    json: Json = None,
+    *,
+    recipe: Recipe,
+):
+    """Measure a compressed model beside its dense original, on the same tokens in the same run.
+
+    Example: rrtc eval healed --text book.txt -o report
+    """
+    _quiet_libraries()
+    from rrtc.eval import stage
+
+    result = stage.evaluate(folder, recipe, against, output)
+    _print(show.report(result), json)
+    return result
+
+
+@app.command("export")
+@_guarded
+@_with_fields(("export", ExportRecipe))
+def export_command(
+    folder: Folder,
+    output: Output = None,
+    report: Annotated[
+        str | None,
+        typer.Option("--report", metavar="REPORT_DIR", help="What 'rrtc eval -o' wrote, for the model card."),
+    ] = None,
+    json: Json = None,
+    *,
+    recipe: Recipe,
+):
+    """Write a model that loads without rrtc, and check it in a fresh process before saying so.
+
+    Example: rrtc export healed -o release --format dense
+    """
+    target = _needs_output(output)
+    _quiet_libraries()
+    from rrtc.export import stage
+
+    result = stage.export(folder, target, recipe, report)
+    _print(show.export(result, target), json)
+    return result
+
+
+@app.command("run")
+@_guarded
+def run_command(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE.yaml", help="The recipe.", show_default=False)],
+    output: Annotated[str, typer.Option("-o", "--output", metavar="DIR", help="New folder for the four stages.")],
+    tokens: Annotated[
+        int | None, typer.Option("--tokens", min=1, help="Train on so many tokens instead of the recipe's.")
+    ] = None,
+    resume: Resume = False,
+    json: Json = None,
+):
+    """Run a whole recipe: init, uptrain, eval and export, into DIR/init, DIR/uptrain, DIR/eval and DIR/export.
+
+    Example: rrtc run recipes/quickstart.yaml -o runs/quickstart
+    """
+    loaded = load_recipe(recipe)
+    loaded = loaded.model_copy(update={"uptrain": with_flags(loaded.uptrain, {"tokens": tokens})})
+    _quiet_libraries()
+    from rrtc.pipeline import run
+
+    result = run(loaded, output, resume)
+    _print(show.report(result["eval"]), json)
+    _print(show.export(result["export"], os.path.join(output, "export")), json)
+    return result
+
+
+@app.command("inspect")
+@_guarded
+def inspect_command(folder: Folder, json: Json = None):
+    """Show what an rrtc folder is: plan, origin, sizes, and what was measured.
+
+    Example: rrtc inspect runs/quickstart/uptrain
+    """
+    _quiet_libraries()
+    from rrtc.inspect import describe
+
+    result = describe(folder)
+    _print(show.description(result), json)
+    return result
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"rrtc {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+):
+    pass
+
+
+def main() -> None:
+    """The entry point of the `rrtc` command and of `python -m rrtc`."""
+    app(prog_name="rrtc")

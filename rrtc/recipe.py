@@ -8,7 +8,6 @@ An unknown key is an error that names the nearest valid one.
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from rrtc.errors import WrongUsage, nearest
@@ -179,6 +178,8 @@ def load_recipe(path: str | None) -> Recipe:
     """
     if path is None:
         return Recipe()
+    import yaml
+
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf8"))
     except (OSError, UnicodeDecodeError) as error:

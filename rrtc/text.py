@@ -2,12 +2,12 @@
 
 A source is `pydoc` (the language reference that Python ships), a .txt, .jsonl or .parquet file, a folder of them, or
 the name of a dataset that the `datasets` library can load. Documents in a .txt file are separated by two empty lines.
-A tenth of the documents, chosen by hash, is held out: training never sees it and evaluation scores on it.
+A tenth is held out: training never sees it and evaluation scores on it.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +18,9 @@ from rrtc.recipe import BUILT_IN_TEXT, Recipe
 if TYPE_CHECKING:
     import torch
 
-HELD_OUT_OF = 10  # one document of so many is held out
+HELD_OUT_OF = 10  # a document, or a character, of so many is held out
+FEW = 100  # documents: of fewer, a part of each is held out
+CHARACTERS_PER_TOKEN = 32  # more than any tokenizer puts into one on average
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 
 
@@ -117,24 +119,40 @@ def _no_field(name: str, source: str, fields) -> RrtcError:
     return RrtcError(f"{source} has no text field '{name}'.", f"Its fields are {', '.join(fields)}; see text_field.")
 
 
-def is_held_out(document: str) -> bool:
-    """Whether a document belongs to the held-out tenth. The same document always does, wherever it stands."""
+def beginning(source: str, text_field: str, tokens: int) -> list[str]:
+    """Documents of one source, from its start, that hold at least `tokens` tokens in any tokenizer we know of, or all
+    there are. A source can be larger than memory, and text that will not be used would only cost time."""
+    found, characters = [], 0
+    for document in documents(source, text_field):
+        found.append(document)
+        characters += len(document)
+        # With at least FEW documents, what is held out does not depend on how many more there are.
+        if characters >= CHARACTERS_PER_TOKEN * tokens and len(found) >= FEW:
+            break
+    return found
+
+
+def split(found: list[str]) -> tuple[list[str], list[str]]:
+    """(training documents, held-out documents): a tenth is held out.
+
+    It is chosen by hash, so that the same document is always on the same side, wherever it stands. Of fewer than FEW
+    documents, where a hash could choose none, the last tenth of each is held out.
+    """
+    if len(found) < FEW:
+        cuts = [len(document) - len(document) // HELD_OUT_OF for document in found]
+        pairs = list(zip(found, cuts, strict=True))
+        return [document[:cut] for document, cut in pairs], [document[cut:] for document, cut in pairs]
+    held_out = [_is_held_out(document) for document in found]
+    return [d for d, out in zip(found, held_out, strict=True) if not out], [
+        d for d, out in zip(found, held_out, strict=True) if out
+    ]
+
+
+def _is_held_out(document: str) -> bool:
     return int.from_bytes(hashlib.sha256(document.encode()).digest()[:8]) % HELD_OUT_OF == 0
 
 
-def split(all_documents: list[str]) -> tuple[list[str], list[str]]:
-    """(training documents, held-out ones). Of fewer than HELD_OUT_OF documents, the end of the text is held out."""
-    if len(all_documents) < HELD_OUT_OF:
-        text = "\n\n\n".join(all_documents)
-        cut = len(text) - len(text) // HELD_OUT_OF
-        return [text[:cut]], [text[cut:]]
-    held_out = [document for document in all_documents if is_held_out(document)]
-    if not held_out:
-        return all_documents[:-1], all_documents[-1:]
-    return [document for document in all_documents if not is_held_out(document)], held_out
-
-
-def pack(texts: list[str], tokenizer, context: int, limit: int | None = None) -> Windows:
+def pack(texts: Iterable[str], tokenizer, context: int, limit: int | None = None) -> Windows:
     """Documents as windows of `context` tokens, packed without padding, an end-of-text token after each document.
 
     limit: stop after so many tokens (rounded up to a window). Raises RrtcError where the text does not fill a window.
@@ -175,8 +193,8 @@ def scoring_texts(recipe: Recipe, tokenizer, context: int, limit: int) -> dict[s
     field = recipe.uptrain.text_field
     if recipe.eval.text:
         return {
-            Path(source).name: pack(list(documents(source, field)), tokenizer, context, limit)
+            Path(source).name: pack(beginning(source, field, limit), tokenizer, context, limit)
             for source in recipe.eval.text
         }
-    held_out = [d for source in recipe.uptrain.data for d in split(list(documents(source, field)))[1]]
+    held_out = [d for s in recipe.uptrain.data for d in split(beginning(s, field, HELD_OUT_OF * limit))[1]]
     return {"held out": pack(held_out, tokenizer, context, limit)}

@@ -43,7 +43,9 @@ def dry_run(model: str, recipe: Recipe) -> dict:
     if has_weights:
         DenseModel(source)  # checks names and shapes
     summary = plan.summary(WIDTHS[dtype])
-    return {"model": model, "dtype": dtype, "recipe": recipe.init.model_dump()} | summary
+    source_bytes = source.bytes_on_disk if source.is_gguf else None
+    asked = {"model": model, "dtype": dtype, "source_bytes": source_bytes, "recipe": recipe.init.model_dump()}
+    return asked | summary
 
 
 def init(model: str, output: str, recipe: Recipe) -> dict:
@@ -81,6 +83,8 @@ def init(model: str, output: str, recipe: Recipe) -> dict:
             "params_total": plan.parameters,
             "params_non_embedding": plan.non_embedding,
             "bytes": writer.total_bytes,
+            "dense_bytes": plan.architecture.parameters * WIDTHS[dtype],
+            "source_bytes": source.bytes_on_disk if source.is_gguf else None,
             "residual_energy_kept": {
                 name: round(restored / lost, 4) if lost else 1.0 for name, (restored, lost) in energies.items()
             },
@@ -92,7 +96,7 @@ def init(model: str, output: str, recipe: Recipe) -> dict:
         base = source.provenance(Path(output)) | {
             "params_total": plan.architecture.parameters,
             "params_non_embedding": plan.architecture.non_embedding,
-            "bytes_in_dtype": plan.architecture.parameters * WIDTHS[dtype],
+            "bytes_in_dtype": measured["dense_bytes"],
             "is_gguf": source.is_gguf,
         }
         kept = {"model": source.uri, "init": recipe.init.model_dump()}

@@ -136,12 +136,13 @@ def graft(model: nn.Module, visits: list[dict], norms: str = "per_visit") -> Non
     """
     parent, name = find_layers(model, len(visits))
     layers = getattr(parent, name)
-    slots = nn.ModuleList(Slot() for _ in range(1 + max(visit["slot"] for visit in visits)))
     shapes: dict[int, dict] = {}
     for layer, visit in zip(layers, visits, strict=True):
         shape = {n: tuple(p.shape) for n, p in layer.named_parameters()}
         if shapes.setdefault(visit["slot"], shape) != shape:
             raise ValueError(f"layer {visit['layer']} does not have the parameters of the layers it is tied to")
+    slots = nn.ModuleList(Slot() for _ in shapes)
+    for layer, visit in zip(layers, visits, strict=True):
         _relax(layer, slots[visit["slot"]], visit["ranks"], norms)
         slots[visit["slot"]].loops.append(layer)
     # The slots hang beside the old list, inside the stock base model: its hooks look for layers among its children.

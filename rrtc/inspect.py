@@ -1,0 +1,26 @@
+"""`rrtc inspect`: what a folder that rrtc wrote is."""
+
+import json
+from pathlib import Path
+
+from rrtc.checkpoint import Weights, read_provenance
+
+
+def describe(folder: str) -> dict:
+    """What rrtc.yaml says of `folder`, with the visits of its model and its size on disk where it holds a model.
+
+    Raises RrtcError where rrtc did not write the folder, or where its weights are damaged.
+    """
+    path = Path(folder)
+    description = {"folder": folder} | read_provenance(path)
+    config = path / "config.json"
+    if config.exists():
+        values = json.loads(config.read_text(encoding="utf8"))
+        weights = Weights(path)
+        description["dtype"] = weights.dtype
+        description["bytes_on_disk"] = weights.bytes_on_disk
+        description["visits"] = values.get("visits")  # a dense export has none
+    report = path / "report.json"
+    if report.exists():
+        description["report"] = json.loads(report.read_text(encoding="utf8"))
+    return description

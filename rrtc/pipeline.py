@@ -1,0 +1,57 @@
+"""`rrtc run`: the four stages of a recipe in a row, each into its own folder."""
+
+from pathlib import Path
+
+from rrtc.checkpoint import check_target, partial_of, read_provenance
+from rrtc.console import note
+from rrtc.errors import RrtcError, WrongUsage
+from rrtc.eval.stage import evaluate, read_report
+from rrtc.export.stage import export
+from rrtc.init.stage import init
+from rrtc.recipe import Recipe
+from rrtc.uptrain.stage import uptrain
+
+STAGES = ("init", "uptrain", "eval", "export")
+
+
+def run(recipe: Recipe, output: str, resume: bool = False) -> dict:
+    """Runs init, uptrain, eval and export of `recipe` into folders of those names in `output`.
+
+    With `resume`, stages that are complete are not run again and training goes on from its last checkpoint. Returns the
+    result of each stage by its name. Raises RrtcError where `output` is in use, or was made by another recipe.
+    """
+    if recipe.model is None:
+        raise WrongUsage("The recipe does not name a model.", "Add 'model: …', as in recipes/quickstart.yaml.")
+    folders = {stage: Path(output) / stage for stage in STAGES}
+    if not resume:
+        check_target(Path(output))
+    steps = {
+        "init": lambda: init(recipe.model, str(folders["init"]), recipe),
+        "uptrain": lambda: uptrain(
+            str(folders["init"]), str(folders["uptrain"]), recipe, resume=partial_of(folders["uptrain"]).exists()
+        ),
+        "eval": lambda: evaluate(str(folders["uptrain"]), recipe, output=str(folders["eval"])),
+        "export": lambda: export(str(folders["uptrain"]), str(folders["export"]), recipe, str(folders["eval"])),
+    }
+    results = {}
+    for number, (stage, step) in enumerate(steps.items(), 1):
+        if folders[stage].exists():
+            _check_same_recipe(stage, folders[stage], recipe)
+            note(f"{number}/4 {stage}: done before")
+            made = read_provenance(folders[stage])["measured"]
+            results[stage] = read_report(folders[stage]) if stage == "eval" else made[stage]
+        else:
+            note(f"{number}/4 {stage} → {folders[stage]}")
+            results[stage] = step()
+    return results
+
+
+def _check_same_recipe(stage: str, folder: Path, recipe: Recipe) -> None:
+    done, asked = read_provenance(folder)["recipe"].get(stage, {}), getattr(recipe, stage).model_dump()
+    changed = [key for key in asked if done.get(key) != asked[key]]
+    if changed:
+        raise RrtcError(
+            f"{folder} was made with another recipe: {stage}.{changed[0]} was {done.get(changed[0])} and is now "
+            f"{asked[changed[0]]}.",
+            "Use the old recipe, or another output folder.",
+        )

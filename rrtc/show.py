@@ -1,0 +1,192 @@
+"""Results as tables for people. The numbers are those that `--json` writes."""
+
+from collections import defaultdict
+
+from rich.console import Group
+from rich.text import Text
+
+from rrtc.console import count, duration, size, table
+
+
+def _plain(text: str) -> Text:
+    return Text(text)  # paths and figures hold no markup
+
+
+def visits(rows: list[dict]) -> str:
+    """The layer → visit map in lines of one slot each: which dense layers a slot stands for."""
+    slots: dict[int, list[dict]] = defaultdict(list)
+    for row in rows:
+        slots[row["slot"]].append(row)
+    lines = []
+    for slot, uses in sorted(slots.items()):
+        layers = ", ".join(f"{use['layer']}" for use in uses)
+        if len(uses) == 1:
+            lines.append(f"slot {slot:>3}   layer {layers}, its own weights")
+        else:
+            ranks = sorted({rank for use in uses for rank in use["ranks"].values()})
+            shown = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+            lines.append(f"slot {slot:>3}   layers {layers}, LoRA rank {shown}")
+    return "\n".join(lines)
+
+
+def plan(result: dict) -> Group:
+    """The plan of `init --dry-run`."""
+    dense, made = result["dense_params_total"], result["params_total"]
+    rows = [
+        ["parameters", count(dense), count(made), f"{made / dense:.3f}"],
+        [
+            "without embeddings",
+            count(result["dense_params_non_embedding"]),
+            count(result["params_non_embedding"]),
+            f"{result['params_non_embedding'] / result['dense_params_non_embedding']:.3f}",
+        ],
+        [
+            f"bytes in {result['dtype']}",
+            size(result["dense_bytes"]),
+            size(result["bytes"]),
+            f"{result['bytes'] / result['dense_bytes']:.3f}",
+        ],
+        [
+            "FLOPs per token",
+            count(result["dense_flops_per_token"]),
+            count(result["flops_per_token"]),
+            f"{result['flops_per_token'] / result['dense_flops_per_token']:.3f}",
+        ],
+        ["KV cache per token", *[size(result["kv_bytes_per_token"])] * 2, "1.000"],
+    ]
+    if result["source_bytes"]:
+        ratio = result["bytes"] / result["source_bytes"]
+        rows.append(["the GGUF file, on disk", size(result["source_bytes"]), size(result["bytes"]), f"{ratio:.3f}"])
+    parts = ", ".join(f"{name.replace('_', ' ')} {count(n)}" for name, n in result["params_by_part"].items() if n)
+    return Group(
+        table(f"Plan for {result['model']}", ["", "dense", "compressed", "ratio"], rows),
+        _plain(f"Parameters by part: {parts}"),
+        _plain(f"Peak memory of init: about {size(result['init_peak_bytes'])}"),
+        _plain(visits(result["visits"])),
+        _plain("Tying saves memory and disk. It does not save arithmetic or KV cache."),
+    )
+
+
+def init(result: dict, folder: str) -> Group:
+    """What `init` made."""
+    kept = result["residual_energy_kept"]
+    written, dense, source = result["bytes"], result["dense_bytes"], result["source_bytes"]
+    sizes = f"{size(written)}, {written / dense:.3f} of the dense model in the same format"
+    if source:
+        sizes += f", {written / source:.3f} of the GGUF file"
+    lines = [
+        _plain(f"Wrote {folder}: {count(result['params_total'])} parameters, {sizes}"),
+        table(
+            "What the LoRA kept of what tying lost", ["matrix", "energy"], [[m, f"{e:.1%}"] for m, e in kept.items()]
+        ),
+    ]
+    if loss := result.get("loss"):
+        lines.append(
+            _plain(
+                f"Loss before any training: {loss['after_init']:.3f}; dense: {loss['dense']:.3f} "
+                f"(nats per token, {loss['tokens']} tokens)"
+            )
+        )
+    lines.append(_plain(f"Next: rrtc uptrain {folder} -o HEALED"))
+    return Group(*lines)
+
+
+def report(result: dict) -> Group:
+    """The table of `eval`."""
+    rows = []
+    for row in result["table"]:
+        dense = row["model"] == "dense"
+        rows.append(
+            [
+                row["model"],
+                count(row["params_total"]),
+                count(row["params_non_embedding"]),
+                size(row["bytes"]),
+                f"{row['bits_per_byte']:.4f}",
+                "–" if dense else f"{row['kl']:.4f}",
+                "–" if dense else f"{row['top1_agreement']:.1%}",
+            ]
+        )
+    columns = ["model", "parameters", "without emb.", "bytes", "bits/byte", "KL to dense", "top-1 agreement"]
+    scored = ", ".join(f"{name} ({count(n)} tokens)" for name, n in result["tokens"].items())
+    lines = [table(f"Measured against {result['against']}", columns, rows), _plain(f"Scored on: {scored}")]
+    if result["source_bytes"]:
+        lines.append(
+            _plain(
+                f"The dense model was read from a GGUF file of {size(result['source_bytes'])}; its size above is what "
+                "it takes in the format of the compressed one."
+            )
+        )
+    for said in result["samples"]:
+        lines.append(Text.assemble((f"{said['model']}: ", "bold"), " ".join(said["text"].split())))
+    return Group(*lines)
+
+
+def estimate(result: dict) -> Group:
+    """What `uptrain --dry-run` found."""
+    rows = [
+        ["steps", f"{result['steps']:,}"],
+        ["tokens", count(result["tokens"])],
+        ["FLOPs", count(result["flops_total"])],
+        ["peak memory, about", size(result["peak_memory_bytes"])],
+        [f"seconds a step, over {result['measured_steps']} steps", f"{result['seconds_per_step']:.2f}"],
+        ["time in all, about", duration(result["seconds_total"])],
+    ]
+    return Group(table(f"Uptraining on {result['device']}", ["", ""], rows))
+
+
+def uptrain(result: dict, folder: str) -> Group:
+    """What `uptrain` made."""
+    rows = [["loss", f"{result['first_loss']:.3f}", f"{result['last_loss']:.3f}"]]
+    if result.get("first_kl") is not None:
+        rows.append(["KL to the teacher", f"{result['first_kl']:.3f}", f"{result['last_kl']:.3f}"])
+    trained = f"{count(result['tokens'])} tokens in {duration(result['seconds'])}"
+    return Group(
+        table(f"Wrote {folder}: {trained}", ["on the training text, nats per token", "first", "last"], rows),
+        _plain(f"Curves: {folder}/loss.png. Next: rrtc eval {folder} -o REPORT"),
+    )
+
+
+def export(result: dict, folder: str) -> Group:
+    """What `export` made."""
+    return Group(
+        _plain(
+            f"Wrote {folder}: {result['format']}, {count(result['parameters'])} parameters, {size(result['bytes'])}. "
+            f"Reloaded in a fresh process: largest logit difference {result['max_logit_difference']:.1e}."
+        )
+    )
+
+
+def description(result: dict) -> Group:
+    """What `inspect` found."""
+    base = result["base"]
+    rows = [
+        ["stage", result["stage"]],
+        ["made", f"{result['made']} by rrtc {result['rrtc']}"],
+        ["versions", ", ".join(f"{name} {version}" for name, version in result["versions"].items())],
+        ["dense model", f"{base['uri']} ({size(base['bytes'])}, sha256 {base['sha256'][:12]}…)"],
+        ["came through", " → ".join([h["stage"] for h in result["history"]] + [result["stage"]])],
+    ]
+    if "bytes_on_disk" in result:
+        rows.append(["weights", f"{size(result['bytes_on_disk'])} in {result['dtype']}"])
+    for stage, recipe in result["recipe"].items():
+        text = ", ".join(f"{k}: {v}" for k, v in recipe.items()) if isinstance(recipe, dict) else recipe
+        rows.append([f"recipe, {stage}", text])
+    for stage, figures in result["measured"].items():
+        rows.append([f"measured, {stage}", _figures(figures)])
+    made = table(result["folder"], ["", ""], [])
+    made.columns[1].justify = "left"
+    for row in rows:
+        made.add_row(row[0], _plain(str(row[1])))
+    lines = [made]
+    if result.get("visits"):
+        lines.append(_plain(visits(result["visits"])))
+    if "report" in result:
+        lines.append(report(result["report"]))
+    return Group(*lines)
+
+
+def _figures(figures) -> str:
+    if not isinstance(figures, dict):
+        return str(figures)
+    return ", ".join(f"{key}: {_figures(value)}" for key, value in figures.items())
