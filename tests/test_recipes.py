@@ -1,0 +1,114 @@
+"""Every command in the README and every recipe runs: the quickstart on the real model with fewer tokens, the recipes
+for big models on pico models of the same architecture."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from pico import save_pico
+from transformers import AutoConfig
+from typer.testing import CliRunner
+
+from rrtc.cli import app
+from rrtc.recipe import load_recipe
+
+ROOT = Path(__file__).parent.parent
+TEXT = "\n\n\n".join(f"Chapter {n}. It was the {n}th of May, and the rain had not stopped. " * 30 for n in range(40))
+BIG = sorted(p for p in (ROOT / "recipes").rglob("*.yaml") if p.name != "quickstart.yaml")
+
+
+def rrtc(*arguments):
+    result = CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "160"})
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def commands_in_readme() -> list[str]:
+    """The rrtc commands in the README's code blocks, apart from the lines that set up an environment."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf8"), re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if line.startswith("rrtc ")]
+
+
+def test_every_command_in_the_readme_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_pico(tmp_path / "MODEL")
+    for name in ("corpus.txt", "book.txt"):
+        Path(name).write_text(TEXT)
+    small = {"context": 32, "tokens": 2000}
+    recipe = {"model": "MODEL", "init": {"rank": 4}, "uptrain": small | {"data": ["corpus.txt"]}, "eval": small}
+    Path("recipe.yaml").write_text(yaml.safe_dump(recipe))
+    commands = commands_in_readme()
+    assert {shlex.split(c)[1] for c in commands} == {"init", "uptrain", "eval", "export", "inspect", "run"}
+    for command in commands:
+        rrtc(*shlex.split(command)[1:])
+    assert {p.name for p in Path("runs/mine").iterdir()} == {"init", "uptrain", "eval", "export"}
+
+
+@pytest.mark.parametrize("path", BIG, ids=lambda p: p.stem)
+def test_a_recipe_for_a_big_model_runs_on_a_pico_model_of_the_same_architecture(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    recipe = load_recipe(str(path))
+    kind = AutoConfig.from_pretrained(recipe.model).model_type
+    plan = json.loads(rrtc("init", "--recipe", path, "--dry-run", "--json", "-").stdout)
+    assert plan["params_non_embedding"] < plan["dense_params_non_embedding"]
+
+    dense = save_pico(tmp_path / "dense", kind)
+    (tmp_path / "corpus.txt").write_text(TEXT)
+    changed = recipe.model_dump()
+    changed["model"] = str(dense)
+    changed["uptrain"] |= {"data": [str(tmp_path / "corpus.txt")], "tokens": 1500, "context": 32, "batch_size": 8}
+    changed["uptrain"] |= {"micro_batch": 4}
+    changed["eval"] |= {"context": 32, "tokens": 1000}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(changed))
+    rrtc("run", tmp_path / "recipe.yaml", "-o", tmp_path / "out")
+    assert (tmp_path / "out" / "export" / "README.md").exists()
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory) -> Path:
+    """The quickstart's folder, made by the recipe's own command but for the number of training tokens."""
+    folder = tmp_path_factory.mktemp("quickstart") / "out"
+    rrtc("run", ROOT / "recipes" / "quickstart.yaml", "-o", folder, "--tokens", "6144")
+    return folder
+
+
+def test_the_quickstart_heals_a_real_model(quickstart):
+    report = json.loads((quickstart / "eval" / "report.json").read_text())
+    rows = {row["model"]: row for row in report["table"]}
+    assert list(rows) == ["dense", "after init", "after uptrain"]
+    dense, tied, healed = rows.values()
+    assert healed["bits_per_byte"] < 0.8 * tied["bits_per_byte"]
+    assert healed["kl"] < 0.8 * tied["kl"] and healed["top1_agreement"] > tied["top1_agreement"]
+    assert dense["kl"] < 1e-5 and dense["top1_agreement"] > 0.999
+    assert dense["bits_per_byte"] < healed["bits_per_byte"]
+    assert tied["params_total"] < dense["params_total"] and tied["bytes"] < dense["bytes"]
+    assert report["source_bytes"] == 98_362_432  # the 4-bit file, smaller than the 16-bit result
+    assert [sample["model"] for sample in report["samples"]] == list(rows)
+
+
+def test_the_quickstarts_export_is_the_model_that_was_measured(quickstart):
+    """The weights on disk are those of the healed model, and the card has the measured table."""
+    from safetensors.torch import load_file
+
+    healed = load_file(quickstart / "uptrain" / "model.safetensors")
+    exported = load_file(quickstart / "export" / "model.safetensors")
+    assert healed.keys() == exported.keys()
+    assert all(torch.equal(healed[name], exported[name]) for name in healed)
+    report = json.loads((quickstart / "eval" / "report.json").read_text())
+    card = (quickstart / "export" / "README.md").read_text()
+    for row in report["table"]:
+        assert row["model"] in card and f"{row['bits_per_byte']:.4f}" in card
+    assert (quickstart / "uptrain" / "loss.png").stat().st_size > 5_000
+
+
+def test_a_finished_run_resumes_to_nothing_and_another_recipe_is_refused(quickstart, tmp_path):
+    again = rrtc("run", ROOT / "recipes" / "quickstart.yaml", "-o", quickstart, "--tokens", "6144", "--resume")
+    assert again.stderr.count("done before") == 4
+    result = CliRunner().invoke(
+        app, ["run", str(ROOT / "recipes" / "quickstart.yaml"), "-o", str(quickstart), "--tokens", "9999", "--resume"]
+    )
+    assert result.exit_code == 1 and "uptrain.tokens was 6144 and is now 9999" in result.stderr
