@@ -1,0 +1,2 @@
+"""`rrtc export`: the form in which a model leaves. stage.py holds the order of the work; forms.py what is written,
+verify.py and reload.py the check of it in a fresh process, card.py and licence.py what it says about itself."""

@@ -1,0 +1,206 @@
+"""The model card: what the export is, what was tied, what was measured, how to load it, and what it does not do.
+
+Every number in it was measured, on this model or on the one it was made from; where nothing was, the card says so.
+"""
+
+import re
+from pathlib import Path
+
+import yaml
+
+from rrtc import __version__
+from rrtc.console import count, size
+from rrtc.export.forms import stock_class
+from rrtc.export.licence import find_licence
+from rrtc.model import RrtConfig
+
+COLUMNS = {
+    "params_total": ("parameters", count),
+    "params_non_embedding": ("without embeddings", count),
+    "bytes": ("on disk", size),
+    "bits_per_byte": ("bits per byte", "{:.4f}".format),
+    "loss": ("loss", "{:.4f}".format),
+    "kl": ("KL to dense", "{:.4f}".format),
+    "top1_agreement": ("top-1 agreement", "{:.1%}".format),
+}
+
+CHAT = """inputs = tokenizer.apply_chat_template(
+    [{"role": "user", "content": "Why is the sky blue?"}], add_generation_prompt=True, return_tensors="pt"
+)"""
+TEXT = 'inputs = tokenizer("The sky is blue because", return_tensors="pt")'
+
+LIMITS = {
+    "recursive": """- Tying saves memory and disk. It saves no arithmetic: a token still passes through {depth} layers.
+- It does not save KV cache either: each of the {depth} layers keeps a place of its own in it.
+- It is not the base model: what tying cost is above, as far as it was measured.""",
+    "dense": """- This form has the size of the original: the saving of tying is in the recursive form, not here.
+- It computes what the recursive form does: what tying cost is above, as far as it was measured.""",
+}
+
+
+def write_card(
+    folder: Path,
+    name: str,
+    config: RrtConfig,
+    provenance: dict,
+    exported: dict,
+    report: dict | None,
+    source: Path,
+    chat: bool,
+) -> None:
+    """Writes README.md into `folder`.
+
+    name: what the folder will be called. provenance: the rrtc.yaml of the export. exported: what the export measured.
+    report: report.json of an evaluation, or None. source: the rrtc folder it was made from. chat: whether the tokenizer
+    has a chat template.
+    """
+    form, base = exported["format"], provenance["base"]
+    licence = find_licence(source, Path(base["path"]) if "path" in base else None)
+    sections = [
+        f"# {name}",
+        _summary(form, config, base),
+        "## What was tied",
+        _tying(config, provenance),
+        "## What was measured",
+        _measured(provenance, exported, report),
+        "## How to load it",
+        _loading(form, name, config, chat),
+        "## Limits",
+        LIMITS[form].format(depth=len(config.visits)),
+        "## Licence",
+        _licence(licence, base),
+        "## Recipe",
+        f"```yaml\n{yaml.safe_dump(provenance['recipe'], sort_keys=False, allow_unicode=True)}```",
+    ]
+    text = f"---\n{_metadata(form, config, base, licence)}\n---\n\n" + "\n\n".join(sections) + "\n"
+    (folder / "README.md").write_text(text, encoding="utf8")
+
+
+def hub_id(base: dict) -> str | None:
+    """The hub id of the base model, or None where its URI is a folder, a file or a package."""
+    uri = base.get("uri", "")
+    is_local = str(base.get("path", "")).endswith(uri)  # a folder models/llama looks like a hub id, and is none
+    return uri if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", uri) and not uri.endswith(".gguf") and not is_local else None
+
+
+def _metadata(form: str, config: RrtConfig, base: dict, licence: dict) -> str:
+    from huggingface_hub import ModelCardData
+
+    tags = ["rrtc", "recursive-transformer", "compression", config.base_config.model_type, "arxiv:2410.20672"]
+    relation = {"base_model": hub_id(base), "base_model_relation": "finetune"} if hub_id(base) else {}
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=[*tags, "custom_code"] if form == "recursive" else tags,
+        **licence,
+        **relation,
+    ).to_yaml()
+
+
+def _summary(form: str, config: RrtConfig, base: dict) -> str:
+    layers, slots = len(config.visits), len({visit["slot"] for visit in config.visits})
+    start = (
+        f"Made from **{base.get('uri', 'a dense model')}** by rrtc {__version__} as a "
+        f"[Relaxed Recursive Transformer](https://arxiv.org/abs/2410.20672): its {layers} decoder layers share {slots} "
+        "sets of weights, and each layer corrects them by a low-rank (LoRA) part of its own."
+    )
+    if form == "recursive":
+        return f"{start} The shared weights are stored once."
+    return (
+        f"{start} Here both are multiplied out into ordinary weights for every layer: this is a stock "
+        f" `{stock_class(config)}`, for whatever reads that architecture."
+    )
+
+
+def _tying(config: RrtConfig, provenance: dict) -> str:
+    slots = [visit["slot"] for visit in config.visits]
+    uses = [slots.count(slot) for slot in sorted(set(slots))]
+    ranks = {name: rank for visit in config.visits for name, rank in visit["ranks"].items() if rank}
+    init = provenance["recipe"].get("init", {})
+    lines = [
+        f"- Loops: {max(uses)}",
+        *(f"- {key.capitalize()}: {init[key]}" for key in ("sharing", "keep") if key in init),
+    ]
+    if len(set(ranks.values())) == 1:
+        lines.append(f"- LoRA rank: {next(iter(ranks.values()))}")
+    else:
+        lines.append("- LoRA rank: " + (", ".join(f"{name} {rank}" for name, rank in ranks.items()) or "none"))
+    lines.append(f"- Norms and biases: {'one set for each layer' if config.norms == 'per_visit' else 'shared'}")
+    lines.append(f"- Set of weights that each layer uses: `{' '.join(map(str, slots))}`")
+    return "\n".join(lines)
+
+
+def _measured(provenance: dict, exported: dict, report: dict | None) -> str:
+    parts = []
+    if report is not None:
+        against = f" against {report['against']}" if "against" in report else ""
+        tokens = report.get("tokens", {})
+        texts = ", ".join(f"{n} tokens of '{text}'" for text, n in tokens.items()) if isinstance(tokens, dict) else ""
+        on = f", on {texts or f'{tokens} tokens'}" if tokens else ""
+        parts.append(f"By `rrtc eval`{against}{on}; loss and KL in nats per token:")
+        parts.append(_table(report["table"]))
+        for sample in report.get("samples", []):
+            parts.append(f"Sample ({sample['model']}):\n\n````text\n{sample['text'].strip()}\n````")
+    stages = {stage: values for stage, values in provenance["measured"].items() if stage != "export" and values}
+    if stages:
+        before = "While it was made" if report is not None else "No evaluation report was given. While it was made"
+        parts.append(f"{before}, rrtc measured:")
+        parts.append(f"```yaml\n{yaml.safe_dump(stages, sort_keys=False, allow_unicode=True)}```")
+    elif report is None:
+        parts.append("Its quality was not measured.")
+    cast = ""
+    if exported["rounding_logit_difference"]:
+        cast = (
+            f" Rounding to {exported['dtype']} alone moved a logit by at most "
+            f"{exported['rounding_logit_difference']:.2g}, which no figure above contains."
+        )
+    parts.append(
+        f"This export: {count(exported['parameters'])} parameters, {size(exported['bytes'])} of weights, mostly "
+        f"{exported['dtype']}. Loaded again in a fresh process without rrtc, its logits differed by at most "
+        f"{exported['max_logit_difference']:.2g} from those of the model it was made from, in float32 arithmetic and "
+        f"rounded alike; the largest logit was {exported['largest_logit']:.3g}.{cast}"
+    )
+    return "\n\n".join(parts)
+
+
+def _table(rows: list[dict]) -> str:
+    """The rows of an evaluation as a Markdown table; a dash where something was not measured."""
+    keys = [key for key in COLUMNS if any(row.get(key) is not None for row in rows)]
+    lines = [" | ".join(["model", *(COLUMNS[key][0] for key in keys)]), " | ".join(["---", *["---:"] * len(keys)])]
+    for row in rows:
+        cells = ["–" if row.get(key) is None else COLUMNS[key][1](row[key]) for key in keys]
+        lines.append(" | ".join([str(row.get("model", "–")), *cells]))
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def _loading(form: str, name: str, config: RrtConfig, chat: bool) -> str:
+    needs = "Needs `transformers` (5.16 or later) and `torch`."
+    trust = ""
+    if form == "recursive":
+        trust = ", trust_remote_code=True"
+        needs += (
+            " `trust_remote_code` runs the two Python files of this folder, which import nothing but torch and "
+            "transformers; where rrtc is installed, `import rrtc.model` makes it unnecessary."
+        )
+    else:
+        needs += f" Nothing else: this is a stock `{stock_class(config)}`."
+    return f"""{needs}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "{name}"  # where this folder is
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder{trust})
+{CHAT if chat else TEXT}
+output = model.generate(**inputs, max_new_tokens=40, do_sample=False)
+print(tokenizer.decode(output[0], skip_special_tokens=True))
+```"""
+
+
+def _licence(licence: dict, base: dict) -> str:
+    uri = base.get("uri", "the base model")
+    if not licence:
+        return f"Not known: the files of {uri} state none. Ask its makers before passing this model on."
+    stated = licence["license"] if "license_link" not in licence else f"see {licence['license_link']}"
+    return f"That of the base model {uri}: {stated}."

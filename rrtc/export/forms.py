@@ -1,0 +1,110 @@
+"""The two forms of an exported model: its tensors, one at a time, and its config.
+
+    recursive    the tensors as they are, shared weights once; the modelling code goes along, so that it loads anywhere
+    dense        W' + B·A multiplied out for each visit, under the names of the stock architecture
+
+Nothing here knows an architecture: names come from the stock model, built without storage.
+"""
+
+import copy
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
+
+from rrtc.checkpoint import Weights
+from rrtc.errors import RrtcError
+from rrtc.model import RrtConfig, configuration_rrt, modeling_rrt
+from rrtc.model.modeling_rrt import find_layers, matrices_of
+from rrtc.model.skeleton import stock_model
+
+# AutoModel is there for vLLM, which refuses remote code without it.
+AUTO_MAP = {
+    "AutoConfig": "configuration_rrt.RrtConfig",
+    "AutoModel": "modeling_rrt.RrtModel",
+    "AutoModelForCausalLM": "modeling_rrt.RrtForCausalLM",
+}
+
+
+def recursive_tensors(weights: Weights, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of the recursive form by name, in `dtype`, or each as it is where that is None.
+
+    Raises RrtcError for a tensor with NaN or infinity, or one that does not fit `dtype`.
+    """
+    for name in weights:
+        yield name, _cast(name, weights.raw(name) if dtype is None else weights.read(name), dtype)
+
+
+def dense_tensors(weights: Weights, config: RrtConfig, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of the dense form by name, in the stock model's order; multiplied out in float32, then cast.
+
+    Raises RrtcError as `recursive_tensors` does, and for a tensor that the stock model has and `weights` have not.
+    """
+    stock = stock_model(config.base_config)
+    parent, layers = find_layers(stock, len(config.visits))
+    inside = next(f"{name}." if name else "" for name, module in stock.named_modules() if module is parent)
+    prefix = f"{inside}{layers}."
+    matrices = [matrices_of(layer) for layer in getattr(parent, layers)]
+    tied = stock.all_tied_weights_keys
+    for name in stock.state_dict():
+        if name.startswith(prefix):
+            number, path = name.removeprefix(prefix).split(".", 1)
+            visit = config.visits[int(number)]
+            slot = f"{inside}slots.{visit['slot']}"
+            yield name, _cast(name, _layer_tensor(weights, slot, visit, path, matrices[int(number)]), dtype)
+        elif name in weights:
+            yield name, _cast(name, weights.read(name), dtype)
+        elif name not in tied:
+            raise RrtcError(f"The tensor {name} is missing from {weights.folder}.", "The folder is damaged.")
+
+
+def _layer_tensor(weights: Weights, slot: str, visit: dict, path: str, matrices: dict) -> Tensor:
+    """The tensor at `path` of the decoder layer that `visit` stands for, float32.
+
+    slot: the name of the visit's slot. matrices: the weight matrices of the stock layer by their path.
+    """
+    own, shared = f"{slot}.loops.{visit['loop']}", f"{slot}.shared"
+    module, _, kind = path.rpartition(".")
+    if module not in matrices or kind != "weight":  # norms and biases are the visit's own, or the slot's
+        return weights.read(f"{own}.{path}" if f"{own}.{path}" in weights else f"{shared}.{path}")
+    weight = weights.read(f"{shared}.{path}")  # (outputs, inputs)
+    if visit["ranks"][module]:
+        weight = weight + weights.read(f"{own}.{module}.B") @ weights.read(f"{own}.{module}.A")
+    return weight.T if isinstance(matrices[module], Conv1D) else weight
+
+
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    # A copy: what is read can be a view of the file, and one shared tensor may be written under several names.
+    cast = tensor if dtype is None else tensor.to(dtype, copy=True)
+    if not torch.isfinite(cast).all():
+        if not torch.isfinite(tensor).all():
+            raise RrtcError(f"The tensor {name} holds NaN or infinity.", "The folder is damaged.")
+        raise RrtcError(f"The tensor {name} does not fit {str(dtype).removeprefix('torch.')}.", "Choose bfloat16.")
+    return cast
+
+
+def write_recursive_config(source: Path, folder: Path, dtype: torch.dtype) -> None:
+    """Writes the config of the recursive form, with its three-key auto_map, and the two files of modelling code."""
+    config = json.loads((source / "config.json").read_text(encoding="utf8"))
+    config |= {"architectures": ["RrtForCausalLM"], "auto_map": AUTO_MAP, "dtype": str(dtype).removeprefix("torch.")}
+    config["base_config"].pop("_name_or_path", None)  # a place on the machine that made it
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf8")
+    for module in (configuration_rrt, modeling_rrt):
+        shutil.copyfile(module.__file__, folder / Path(module.__file__).name)
+
+
+def write_dense_config(config: RrtConfig, folder: Path, dtype: torch.dtype) -> None:
+    """Writes the config of the stock architecture."""
+    base: PreTrainedConfig = copy.deepcopy(config.base_config)
+    base.architectures, base.dtype = [stock_class(config)], dtype
+    base.save_pretrained(folder)
+
+
+def stock_class(config: RrtConfig) -> str:
+    """The name of the stock model class, such as LlamaForCausalLM."""
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config.base_config)].__name__

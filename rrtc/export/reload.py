@@ -1,0 +1,57 @@
+"""Loads an exported folder as somebody without rrtc does. A program of its own: rrtc cannot be imported in it.
+
+    python -P reload.py JOB.json
+
+JOB.json: folder, trust_remote_code, ids (rows of token ids), text, and the files to write: `logits`, safetensors with
+one tensor (rows, tokens, vocabulary), computed in float32, and `report`, JSON with
+
+    problems             the keys that were missing, unexpected or of the wrong shape on loading
+    token_ids            of the text
+    hidden_difference    recursive form: by how much AutoModel's last hidden state differs from AutoModelForCausalLM's,
+                         as a part of its largest number
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.modules["rrtc"] = None  # "import rrtc" now fails, installed or not
+
+import torch  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+
+
+def main(job: dict) -> dict:
+    ids = torch.tensor(job["ids"])
+    model, problems = load(AutoModelForCausalLM, job)
+    with torch.inference_mode():
+        output = model(ids, use_cache=False, output_hidden_states=job["trust_remote_code"])
+    save_file({"logits": output.logits.float().contiguous()}, job["logits"])
+    report = {"problems": problems, "token_ids": AutoTokenizer.from_pretrained(job["folder"])(job["text"])["input_ids"]}
+    if job["trust_remote_code"]:
+        inside = f"unexpected {model.base_model_prefix}."
+        del model
+        base, base_problems = load(AutoModel, job)
+        # AutoModel has no output projection, and rightly does not expect it.
+        report["problems"] += [p for p in base_problems if not p.startswith("unexpected") or p.startswith(inside)]
+        with torch.inference_mode():
+            hidden = base(ids, use_cache=False).last_hidden_state
+        expected = output.hidden_states[-1]
+        report["hidden_difference"] = ((hidden - expected).abs().max() / expected.abs().max()).item()
+    return report
+
+
+def load(auto_class, job: dict):
+    """(the model in `job["folder"]`, what was wrong on loading as "missing NAME", "unexpected NAME" and so on)."""
+    model, info = auto_class.from_pretrained(
+        job["folder"], dtype=torch.float32, trust_remote_code=job["trust_remote_code"], output_loading_info=True
+    )
+    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
+    problems = [f"{kind.removesuffix('_keys')} {key}" for kind in kinds for key in sorted(map(str, info[kind]))]
+    return model.eval(), problems
+
+
+if __name__ == "__main__":
+    job = json.loads(Path(sys.argv[1]).read_text())
+    Path(job["report"]).write_text(json.dumps(main(job)))

@@ -1,0 +1,153 @@
+"""`rrtc export`: writes a recursive model in the form in which it leaves, and checks that it arrives.
+
+The order of the work: what can be known in advance; the logits of the model in memory; the new folder; the same logits
+from that folder in a fresh process; the model card. Only then does the folder get its name.
+"""
+
+import gc
+import json
+import time
+from pathlib import Path
+
+import torch
+
+from rrtc.checkpoint import (
+    ShardWriter,
+    Weights,
+    base_seen_from,
+    check_space,
+    check_target,
+    copy_companions,
+    next_history,
+    parse_size,
+    read_provenance,
+    whole_folder,
+    write_provenance,
+)
+from rrtc.console import note, progress
+from rrtc.errors import RrtcError, WrongUsage
+from rrtc.export.card import write_card
+from rrtc.export.forms import dense_tensors, recursive_tensors, write_dense_config, write_recursive_config
+from rrtc.export.verify import reference, verify
+from rrtc.model import RrtConfig
+from rrtc.model.skeleton import stock_model
+from rrtc.recipe import Recipe
+from rrtc.source import load_tokenizer, read_config
+
+
+def export(folder: str, output: str, recipe: Recipe, report: str | None = None) -> dict:
+    """Writes the rrtc model in `folder` into the new folder `output`; returns what was measured (rrtc.yaml has it too).
+
+    report: a folder with the report.json of `rrtc eval`, for the model card. Returned: format, dtype, bytes (of the
+    weights files), parameters (shared ones once), max_logit_difference (of the export, loaded in a fresh process, from
+    the model in memory with the same rounding), largest_logit, rounding_logit_difference (what that rounding costs by
+    itself), files and seconds. Raises RrtcError, and leaves no folder, where the export is not the same model.
+    """
+    started = time.monotonic()
+    source, target = Path(folder), Path(output)
+    check_target(target)
+    if target.resolve().is_relative_to(source.resolve()):
+        raise WrongUsage(f"The output {target} lies in the folder it is made from.", "Name a folder outside it.")
+    provenance, config, weights = read_provenance(source), _recursive_config(source), Weights(source)
+    evaluation = _read_report(report, _parameters(weights))
+    chat = load_tokenizer(source).chat_template is not None
+    form = recipe.export.format
+    dtype = weights.dtype if recipe.export.dtype == "auto" else recipe.export.dtype
+    # The recursive form is copied as it is unless asked otherwise. The dense form has one format: its matrices are new.
+    cast = None if form == "recursive" and recipe.export.dtype == "auto" else getattr(torch, dtype)
+    shards = parse_size(recipe.export.max_shard_size)
+    check_space(target, _size(form, weights, config, cast))
+
+    note("Computing logits to compare the export with")
+    expected = reference(source, form, cast)
+    gc.collect()  # the model, which the fresh process needs the memory of
+    with whole_folder(target) as partial:
+        parameters = write(source, partial, form, cast, shards)
+        note("Loading the export in a fresh process")
+        difference = verify(partial, form, expected, getattr(torch, dtype))
+        measured = {
+            "format": form,
+            "dtype": dtype,
+            "bytes": Weights(partial).bytes_on_disk,
+            "parameters": parameters,
+            "max_logit_difference": difference,
+            "largest_logit": expected.logits.abs().max().item(),
+            "rounding_logit_difference": expected.rounding,
+            "files": sorted([file.name for file in partial.iterdir()] + ["README.md", "rrtc.yaml"]),
+            "seconds": round(time.monotonic() - started, 1),
+        }
+        value = write_provenance(
+            partial,
+            "export",
+            base_seen_from(target, source, provenance),
+            provenance["recipe"] | {"export": recipe.export.model_dump()},
+            provenance["measured"] | {"export": measured},
+            next_history(provenance),
+        )
+        write_card(partial, target.name, config, value, measured, evaluation, source, chat)
+    return measured
+
+
+def _recursive_config(folder: Path) -> RrtConfig:
+    config = read_config(folder)
+    if not isinstance(config, RrtConfig):
+        raise RrtcError(
+            f"{folder} holds a '{config.model_type}' model, not a recursive one.",
+            "Export the folder that 'rrtc init' or 'rrtc uptrain' wrote.",
+        )
+    return config
+
+
+def _parameters(weights: Weights) -> int:
+    return sum(torch.Size(weights.shape(name)).numel() for name in weights)
+
+
+def _read_report(folder: str | None, parameters: int) -> dict | None:
+    """The report.json that `rrtc eval` wrote into `folder`. Raises RrtcError where there is none, where it is damaged,
+    or where no model in it has as many `parameters` as the one that is exported."""
+    if folder is None:
+        return None
+    file = Path(folder) / "report.json"
+    if not file.is_file():
+        raise RrtcError(f"There is no evaluation report {file}.", "Make one with 'rrtc eval FOLDER -o REPORT_DIR'.")
+    try:
+        report = json.loads(file.read_text(encoding="utf8"))
+        sizes = {row["model"]: row["params_total"] for row in report["table"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise RrtcError(f"The evaluation report {file} is damaged.", "Make a new one with 'rrtc eval'.") from error
+    if parameters not in sizes.values():
+        raise RrtcError(f"The evaluation report {file} is about another model.", "Run 'rrtc eval' on this one.")
+    return report
+
+
+def _size(form: str, weights: Weights, config: RrtConfig, dtype: torch.dtype | None) -> int:
+    """About how many bytes of weights will be written (tied embeddings are counted twice for the dense form)."""
+    if form == "dense":
+        return sum(parameter.numel() for parameter in stock_model(config.base_config).parameters()) * dtype.itemsize
+    if dtype is None:
+        return weights.bytes_on_disk
+    return _parameters(weights) * dtype.itemsize
+
+
+def write(source: Path, folder: Path, form: str, dtype: torch.dtype | None, shard_bytes: int) -> int:
+    """Writes the rrtc model in `source` into the existing `folder`, without checking it; returns its parameter count.
+
+    dtype: the number format of the weights; None, for the recursive form alone: as they are. One tensor at a time is
+    read, and one shard at most is held.
+    """
+    config, weights = _recursive_config(source), Weights(source)
+    if form == "dense":
+        tensors, total = dense_tensors(weights, config, dtype), len(stock_model(config.base_config).state_dict())
+        write_dense_config(config, folder, dtype)
+    else:
+        tensors, total = recursive_tensors(weights, dtype), len(list(weights))
+        write_recursive_config(source, folder, dtype or getattr(torch, weights.dtype))
+    writer, parameters = ShardWriter(folder, shard_bytes), 0
+    with progress("Writing weights", total) as advance:
+        for name, tensor in tensors:
+            writer.add(name, tensor)
+            parameters += tensor.numel()
+            advance()
+        writer.finish()
+    copy_companions(source, folder)
+    return parameters

@@ -1,0 +1,155 @@
+"""The check before an export is called done: the written folder is loaded in a fresh process, and its logits are
+compared with those of the model in memory.
+
+Where the export is rounded to 16 bits, the model in memory is given the same rounding (each tensor; for the dense form
+each W' + B·A, not its parts), so that the two must agree up to float32 arithmetic, and the tolerance can be tight
+enough to catch one damaged matrix. What the rounding itself costs is measured beside it. Only one model is in memory at
+a time, here or there.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from rrtc.errors import RrtcError
+from rrtc.model import RrtForCausalLM
+from rrtc.model.modeling_rrt import RelaxedLinear
+from rrtc.source import load_tokenizer
+from rrtc.text import longest_context
+
+TEXT = "The quick brown fox jumps over the lazy dog, 1234567890 times."
+ROWS, TOKENS = 2, 48
+# Largest difference of a logit, as a part of the largest logit. In 16 bits a last digit of a product W' + B·A can round
+# the other way when its sum is taken in another order.
+TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 1e-3, torch.float16: 1e-3}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the exported model must compute for `ids` (rows, tokens): `logits` (rows, tokens, vocabulary), float32.
+
+    rounding: how far the written number format alone moves a logit at most. text_ids: the token ids of TEXT.
+    """
+
+    ids: Tensor
+    logits: Tensor
+    rounding: float
+    text_ids: list[int]
+
+
+def reference(folder: Path, form: str, dtype: torch.dtype | None) -> Reference:
+    """Runs the recursive model in `folder`, with the rounding that `form` has in `dtype` (None: as the folder has it).
+
+    Raises RrtcError for a folder whose weights are not those its config tells of, or whose model computes no numbers.
+    """
+    text_ids = load_tokenizer(folder)(TEXT)["input_ids"]
+    model, info = RrtForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[kind]:
+            name = sorted(map(str, info[kind]))[0]
+            raise RrtcError(f"{folder} does not hold the weights of its config: {kind.removesuffix('_keys')} {name}.")
+    ids = fixed_ids(model.config)
+    logits = logits_of(model.eval(), ids)
+    if not torch.isfinite(logits).all():
+        raise RrtcError(f"The model in {folder} computes NaN or infinity.", "Its weights are damaged.")
+    if dtype in (None, torch.float32):
+        return Reference(ids, logits, 0.0, text_ids)
+    (round_products if form == "dense" else round_tensors)(model, dtype)
+    rounded = logits_of(model, ids)
+    return Reference(ids, rounded, (rounded - logits).abs().max().item(), text_ids)
+
+
+def fixed_ids(config) -> Tensor:
+    """Token ids (rows, tokens) spread over the whole vocabulary, the same every time."""
+    tokens = longest_context(config, TOKENS)
+    return (torch.arange(ROWS * tokens) * 7919 % config.get_text_config().vocab_size).view(ROWS, tokens)
+
+
+@torch.inference_mode()
+def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
+    """(rows, tokens, vocabulary), float32."""
+    return model(ids, use_cache=False).logits.float()
+
+
+@torch.no_grad()
+def round_tensors(model: nn.Module, dtype: torch.dtype, but: tuple[Tensor, ...] = ()) -> None:
+    """Rounds every tensor of a float32 model in place to what `dtype` can hold, except those in `but`."""
+    kept = {tensor.data_ptr() for tensor in but}
+    for tensor in model.state_dict().values():
+        if tensor.data_ptr() not in kept and tensor.is_floating_point():
+            tensor.copy_(tensor.to(dtype))
+
+
+def round_products(model: nn.Module, dtype: torch.dtype) -> None:
+    """Rounds a float32 recursive model as its dense form is: each W' + B·A, made anew in every call, and the rest."""
+    relaxed = [module for module in model.modules() if isinstance(module, RelaxedLinear)]
+    factors = [factor for module in relaxed if module.rank for factor in (module.A, module.B)]
+    round_tensors(model, dtype, but=(*factors, *(module.shared().weight for module in relaxed)))
+    for module in relaxed:
+        module.forward = _product_forward(module, dtype)
+
+
+def _product_forward(module: RelaxedLinear, dtype: torch.dtype):
+    def forward(x: Tensor) -> Tensor:  # (..., inputs) -> (..., outputs)
+        shared = module.shared()
+        weight = shared.weight + module.B @ module.A if module.rank else shared.weight
+        bias = shared.bias if module.bias is None else module.bias
+        return nn.functional.linear(x, weight.to(dtype).float(), bias)
+
+    return forward
+
+
+def verify(folder: Path, form: str, expected: Reference, dtype: torch.dtype) -> float:
+    """Loads the export in `folder` in a fresh process and returns the largest difference of a logit.
+
+    dtype: the number format most of it is written in. Raises RrtcError where the folder does not load, where a tensor
+    is missing or left over, where the tokenizer is another one, or where a logit differs by more than TOLERANCE.
+    """
+    report, logits = _reload(folder, form, expected.ids)
+    failed = "The export was written, but it is not the model it was made from: "
+    hint = "This is a fault in rrtc: please report it with the model's config."
+    if report["problems"]:
+        raise RrtcError(f"{failed}on loading, {', '.join(report['problems'][:3])}.", hint)
+    if report["token_ids"] != expected.text_ids:
+        raise RrtcError(f"{failed}its tokenizer gives other tokens.", hint)
+    scale = expected.logits.abs().max().item()
+    if not report.get("hidden_difference", 0.0) <= TOLERANCE[dtype]:
+        raise RrtcError(f"{failed}AutoModel and AutoModelForCausalLM compute different things.", hint)
+    difference = (logits - expected.logits).abs().max().item()
+    if not difference <= TOLERANCE[dtype] * scale:  # a NaN is a failure too
+        raise RrtcError(f"{failed}a logit differs by {difference:.3g}, and the largest is {scale:.3g}.", hint)
+    return difference
+
+
+def _reload(folder: Path, form: str, ids: Tensor) -> tuple[dict, Tensor]:
+    """(what reload.py reports, the logits it computed). Remote code is unpacked in a temporary folder, and goes."""
+    with tempfile.TemporaryDirectory(prefix="rrtc-verify-") as scratch:
+        job = {
+            "folder": str(Path(folder).absolute()),
+            "trust_remote_code": form == "recursive",
+            "ids": ids.tolist(),
+            "text": TEXT,
+            "logits": f"{scratch}/logits.safetensors",
+            "report": f"{scratch}/report.json",
+        }
+        Path(scratch, "job.json").write_text(json.dumps(job))
+        offline = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": f"{scratch}/modules"}
+        child = subprocess.run(
+            [sys.executable, "-P", str(Path(__file__).with_name("reload.py")), f"{scratch}/job.json"],
+            cwd=scratch, env=os.environ | offline, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        if child.returncode:
+            reason = (child.stderr.strip().splitlines() or [f"it ended with code {child.returncode}"])[-1][:300]
+            raise RrtcError(
+                f"The export was written, but does not load in a fresh process: {reason.rstrip('.')}.",
+                "Where memory ran out, free some; otherwise this is a fault in rrtc: please report it.",
+            )
+        return json.loads(Path(job["report"]).read_text()), load_file(job["logits"])["logits"]

@@ -1,0 +1,320 @@
+"""Export: both forms are the model they were made from, load where rrtc is not, and say the truth about themselves."""
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from pico import ARCHITECTURES, pico_config, pico_tokenizer, save_pico
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+from transformers.dynamic_module_utils import HF_MODULES_CACHE
+
+from rrtc import checkpoint
+from rrtc.errors import RrtcError, WrongUsage
+from rrtc.export import licence, stage
+from rrtc.model import RrtConfig, RrtForCausalLM
+from rrtc.model.skeleton import read_architecture
+from rrtc.plan import make_plan
+from rrtc.recipe import InitRecipe, Recipe
+
+IDS = (torch.arange(2 * 24) * 37 % 320).view(2, 24)
+SHARDS = 100_000  # bytes: several of them even for a pico model
+CHOSEN = [("llama", "per_visit"), ("gemma3", "shared"), ("gpt2", "per_visit"), ("gpt_neox", "shared")]
+
+# What a stranger's machine does with recursive exports: no rrtc, remote code, logits and a greedy continuation.
+STRANGER = """
+import json, sys
+sys.modules["rrtc"] = None
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModel, AutoModelForCausalLM
+ids = torch.tensor(json.loads(sys.argv[1]))
+results = {}
+for folder in sys.argv[3:]:
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    with torch.inference_mode():
+        results[folder + ":logits"] = model(ids).logits
+        results[folder + ":greedy"] = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False
+        )
+        base, info = AutoModel.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
+        assert not info["missing_keys"], info
+        hidden = base.eval()(ids).last_hidden_state
+        results[folder + ":hidden"] = hidden
+        results[folder + ":expected_hidden"] = model(ids, output_hidden_states=True).hidden_states[-1]
+save_file({name: tensor.contiguous().clone() for name, tensor in results.items()}, sys.argv[2])
+"""
+
+
+def make_rrt(folder: Path, architecture: str = "llama", norms: str = "per_visit", **changes) -> Path:
+    """An rrtc folder of a pico model as `rrtc init` would write it, with random numbers in every parameter."""
+    config, recipe = pico_config(architecture, **changes), InitRecipe(rank=6, norms=norms)
+    plan = make_plan(read_architecture(config), recipe)
+    torch.manual_seed(sum(architecture.encode()))
+    model = RrtForCausalLM(RrtConfig(base_config=config, visits=[asdict(v) for v in plan.visits], norms=norms))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+            else:
+                parameter.copy_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    pico_tokenizer().save_pretrained(folder)
+    base = {
+        "uri": "maker/model", "path": "/nowhere/snapshots/1", "relative_path": "../nowhere", "sha256": "0", "bytes": 1,
+    }  # fmt: skip
+    measured = {"init": {"params_total": plan.parameters}}
+    checkpoint.write_provenance(folder, "init", base, {"init": recipe.model_dump()}, measured, [])
+    return Path(folder)
+
+
+@torch.inference_mode()
+def logits_of(model) -> torch.Tensor:
+    return model.eval()(IDS).logits.float()
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
+
+
+def recipe(**export) -> Recipe:
+    return Recipe(export=export)
+
+
+def run_python(code: str, *arguments: str, cwd: Path) -> str:
+    """Runs `code` in a fresh process in `cwd`, with a cache for remote code of its own; returns its stdout."""
+    environment = os.environ | {"HF_MODULES_CACHE": str(cwd / "modules"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code, *arguments],
+        cwd=cwd, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("norms", ["per_visit", "shared"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_dense_is_the_same_model_in_the_stock_architecture(tmp_path, architecture, norms):
+    source, target = make_rrt(tmp_path / "rrt", architecture, norms), tmp_path / "dense"
+    target.mkdir()
+    parameters = stage.write(source, target, "dense", torch.float32, SHARDS)
+    model, info = AutoModelForCausalLM.from_pretrained(target, output_loading_info=True)
+    assert not any(info.values()), info
+    assert type(model).__module__.startswith("transformers.")
+    assert parameters == model.num_parameters() == read_architecture(pico_config(architecture)).parameters
+    expected = logits_of(RrtForCausalLM.from_pretrained(source))
+    torch.testing.assert_close(logits_of(model), expected, atol=1e-4, rtol=0)
+    config = json.loads((target / "config.json").read_text())
+    assert config["architectures"] == [type(model).__name__]
+    assert not {"auto_map", "base_config", "visits"} & config.keys()
+    assert (target / "model.safetensors.index.json").exists()
+    assert ("lm_head.weight" in checkpoint.Weights(target)) is not config["tie_word_embeddings"]
+
+
+def test_recursive_loads_and_generates_where_rrtc_is_not(tmp_path):
+    sources, targets = [], []
+    for architecture, norms in CHOSEN:
+        sources.append(make_rrt(tmp_path / f"{architecture}-rrt", architecture, norms))
+        targets.append(tmp_path / f"{architecture}-{norms}")
+        targets[-1].mkdir()
+        parameters = stage.write(sources[-1], targets[-1], "recursive", None, checkpoint.parse_size("4GB"))
+        size = checkpoint.Weights(targets[-1]).bytes_on_disk
+        assert parameters * 4 < size < parameters * 4 * 1.05
+        assert parameters == checkpoint.read_provenance(sources[-1])["measured"]["init"]["params_total"]
+        config = json.loads((targets[-1] / "config.json").read_text())
+        assert config["auto_map"].keys() == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    run_python(STRANGER, json.dumps(IDS.tolist()), "out.safetensors", *map(str, targets), cwd=tmp_path)
+    found = load_file(tmp_path / "out.safetensors")
+    for source, target in zip(sources, targets, strict=True):
+        model = RrtForCausalLM.from_pretrained(source).eval()
+        torch.testing.assert_close(found[f"{target}:logits"], logits_of(model), atol=1e-6, rtol=0)
+        torch.testing.assert_close(found[f"{target}:hidden"], found[f"{target}:expected_hidden"], atol=1e-6, rtol=0)
+        greedy = model.generate(IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=8, do_sample=False)
+        assert torch.equal(found[f"{target}:greedy"], greedy)
+
+
+def test_recursive_export_with_report_and_licence(tmp_path):
+    source = make_rrt(tmp_path / "rrt")
+    (source / "LICENSE").write_text("Apache License\nVersion 2.0, January 2004\n")
+    before, caches = digests(source), sorted(Path(HF_MODULES_CACHE).rglob("*"))
+    size = checkpoint.read_provenance(source)["measured"]["init"]["params_total"]
+    table = [
+        {"model": "dense", "params_total": 999, "bytes": 4000, "bits_per_byte": 0.87654, "loss": 2.5, "kl": None},
+        {"model": "after init", "params_total": size, "bytes": 2000, "bits_per_byte": 1.98765, "loss": 4.5, "kl": 2.25},
+    ]
+    report = {"schema": 1, "against": "maker/model", "tokens": {"held out": 512}, "table": table, "more": [1]}
+    report["samples"] = [{"model": "dense", "text": "a blue sky"}]
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report/report.json").write_text(json.dumps(report))
+
+    target = tmp_path / "out"
+    result = stage.export(str(source), str(target), recipe(dtype="bfloat16"), str(tmp_path / "report"))
+    assert digests(source) == before
+    assert sorted(Path(HF_MODULES_CACHE).rglob("*")) == caches
+    assert not list(tmp_path.glob("*.partial"))
+    assert result["files"] == sorted(file.name for file in target.iterdir())
+    assert {"LICENSE", "configuration_rrt.py", "modeling_rrt.py", "tokenizer.json"} <= set(result["files"])
+    assert (result["format"], result["parameters"]) == ("recursive", size)
+    assert result["bytes"] == (target / "model.safetensors").stat().st_size
+    assert result["max_logit_difference"] < 1e-5 < result["rounding_logit_difference"]
+    assert {tensor.dtype for tensor in load_file(target / "model.safetensors").values()} == {torch.bfloat16}
+    provenance = checkpoint.read_provenance(target)
+    assert provenance["measured"]["export"] == result
+    assert [entry["stage"] for entry in provenance["history"]] == ["init"]
+
+    card = ModelCard.load(target / "README.md")
+    assert (card.data.license, card.data.base_model, card.data.library_name) == (
+        "apache-2.0", "maker/model", "transformers",
+    )  # fmt: skip
+    rows = [line for line in card.text.splitlines() if line.startswith("| ")]
+    assert rows[2:] == [
+        "| dense | 999 | 4 kB | 0.8765 | 2.5000 | – |",
+        f"| after init | {size / 1000:.4g}k | 2 kB | 1.9876 | 4.5000 | 2.2500 |",
+    ]
+    assert "512 tokens of 'held out'" in card.text and "a blue sky" in card.text and "`0 1 2 0 1 2`" in card.text
+    assert yaml.safe_load(re.search(r"## Recipe\n\n```yaml\n(.*?)```", card.text, re.S)[1]) == provenance["recipe"]
+    snippet = re.search(r"```python\n(.*?)```", card.text, re.S)[1]
+    assert run_python("import sys; sys.modules['rrtc'] = None\n" + snippet, cwd=tmp_path).strip()
+
+
+def test_dense_export_in_16_bits_of_a_recursive_export_with_tied_embeddings(tmp_path, monkeypatch, capsys):
+    made, source, target = make_rrt(tmp_path / "rrt", "gemma3", "shared"), tmp_path / "recursive", tmp_path / "out"
+    source.mkdir()
+    stage.write(made, source, "recursive", None, SHARDS)
+    (source / "rrtc.yaml").write_bytes((made / "rrtc.yaml").read_bytes())
+    before = digests(source)
+    options = recipe(format="dense", dtype="bfloat16", max_shard_size="100KB")
+    result = stage.export(str(source), str(target), options)
+    assert digests(source) == before
+    assert result["max_logit_difference"] < 1e-3 * result["largest_logit"]
+    assert result["files"] == sorted(file.name for file in target.iterdir())
+    assert not set(result["files"]) & {"modeling_rrt.py", "LICENSE"}
+    model = AutoModelForCausalLM.from_pretrained(target)
+    assert model.dtype == torch.bfloat16
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+    card = ModelCard.load(target / "README.md")
+    assert card.data.license is None and "Not known" in card.text
+    assert "No evaluation report was given" in card.text and "has the size of the original" in card.text
+    monkeypatch.chdir(tmp_path)
+    exec(re.search(r"```python\n(.*?)```", card.text, re.S)[1], {})
+    assert capsys.readouterr().out.strip()
+
+
+def damage(name: str, tensor: torch.Tensor):
+    return (name, tensor.flip(0)) if name.endswith("layers.3.mlp.up_proj.weight") else (name, tensor)
+
+
+def drop(name: str, tensor: torch.Tensor):
+    return None if name.endswith("layers.3.mlp.up_proj.weight") else (name, tensor)
+
+
+@pytest.mark.parametrize("fault, words", [(damage, "a logit differs by"), (drop, "missing model.layers.3.mlp.up_proj")])
+def test_a_wrong_export_leaves_no_folder(tmp_path, monkeypatch, fault, words):
+    source, add = make_rrt(tmp_path / "rrt"), checkpoint.ShardWriter.add
+
+    def faulty(self, name, tensor):
+        wanted = fault(name, tensor)
+        if wanted is not None:
+            add(self, *wanted)
+
+    monkeypatch.setattr(checkpoint.ShardWriter, "add", faulty)
+    with pytest.raises(RrtcError, match=words):
+        stage.export(str(source), str(tmp_path / "out"), recipe(format="dense"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rrt"]
+
+
+def change_tensors(folder: Path, change) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def truncate(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+LAST_NORM = "model.norm.weight"
+FAULTS = {
+    "is truncated or damaged": (truncate, {}),
+    "holds a 'llama' model": (lambda folder: save_pico(folder), {}),
+    "no tokenizer": (lambda folder: [file.unlink() for file in folder.glob("tokenizer*")], {}),
+    "was not written by rrtc": (lambda folder: (folder / "rrtc.yaml").unlink(), {}),
+    "missing model.norm.weight": (lambda folder: change_tensors(folder, lambda t: t.pop(LAST_NORM)), {}),
+    "NaN or infinity": (lambda folder: change_tensors(folder, lambda t: t[LAST_NORM].fill_(float("nan"))), {}),
+    "does not fit float16": (
+        lambda folder: change_tensors(folder, lambda t: t[LAST_NORM].fill_(1e6)), {"dtype": "float16"},
+    ),
+    "is not a size": (lambda folder: None, {"max_shard_size": "huge"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", FAULTS)
+def test_a_faulty_folder_is_one_sentence_and_no_output(tmp_path, words):
+    fault, options = FAULTS[words]
+    fault(make_rrt(tmp_path / "rrt"))
+    with pytest.raises(RrtcError, match=words):
+        stage.export(str(tmp_path / "rrt"), str(tmp_path / "out"), recipe(format="dense", **options))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rrt"]
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (None, "no evaluation report"),
+        ("{", "is damaged"),
+        ('{"table": [{"model": "dense", "params_total": 3}]}', "about another"),
+    ],
+)
+def test_a_report_that_is_none(tmp_path, content, words):
+    source, report = make_rrt(tmp_path / "rrt"), tmp_path / "report"
+    report.mkdir()
+    if content is not None:
+        (report / "report.json").write_text(content)
+    with pytest.raises(RrtcError, match=words):
+        stage.export(str(source), str(tmp_path / "out"), recipe(), str(report))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_output_is_a_new_folder_outside_the_input(tmp_path):
+    source = make_rrt(tmp_path / "rrt")
+    with pytest.raises(WrongUsage, match="lies in the folder"):
+        stage.export(str(source), str(source / "out"), recipe())
+    with pytest.raises(RrtcError, match="is not empty"):
+        stage.export(str(source), str(tmp_path), recipe())
+
+
+def test_licences_are_found_and_not_guessed(tmp_path):
+    from gguf import GGUFWriter
+
+    def found(name: str, **files: str) -> dict:
+        folder = tmp_path / name
+        folder.mkdir()
+        for file, text in files.items():
+            (folder / file.replace("_", ".")).write_text(text)
+        return licence.find_licence(tmp_path, folder)
+
+    assert found("none") == {}
+    assert found("card", README_md="---\nlicense: gemma\n---\n") == {"license": "gemma"}
+    assert found("broken", README_md="---\nlicense: [\n---\n") == {}
+    assert found("llama", LICENSE="LLAMA 3.2 COMMUNITY LICENSE AGREEMENT") == {"license": "llama3.2"}
+    assert found("mit", LICENSE="Permission is hereby granted, free of charge, to any") == {"license": "mit"}
+    assert found("own", LICENSE_txt="All yours.") == {"license": "other", "license_link": "LICENSE.txt"}
+
+    writer = GGUFWriter(tmp_path / "none/model.gguf", "llama")
+    writer.add_tags(["text-generation", "small"])
+    writer.add_license("apache-2.0")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    assert licence.find_licence(tmp_path, tmp_path / "none/model.gguf") == {"license": "apache-2.0"}
