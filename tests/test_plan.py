@@ -133,7 +133,6 @@ def test_ranks_follow_the_matrix_groups_and_a_group_left_out_gets_none():
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_matrix_is_known_by_its_group(architecture):
-    """Ranks of 1, 2, 3 and 4 for the groups show which group each matrix was taken for."""
     dense = read_architecture(pico_config(architecture))
     for matrix in dense.layers[0].matrices:
         name = matrix.name.split(".")[-1]
@@ -263,7 +262,7 @@ def test_a_mixture_of_experts_is_refused_naming_the_raw_parameters():
     with pytest.raises(RrtcError) as error:
         read_architecture(config)
     assert "mlp.experts.gate_up_proj" in error.value.sentence and "mlp.experts.down_proj" in error.value.sentence
-    assert "mixtral" in error.value.sentence and "ixture-of-experts" in error.value.hint
+    assert "mixtral" in error.value.sentence and "mixture-of-experts" in error.value.hint
     assert error.value.exit_code == 1
 
 
@@ -283,6 +282,11 @@ def test_what_is_not_a_decoder_language_model_is_refused_in_one_sentence(config,
         read_architecture(config)
     assert error.value.sentence == sentence
     assert "Llama" in error.value.hint
+
+
+def test_a_config_that_does_not_add_up_is_refused_with_the_reason():
+    with pytest.raises(RrtcError, match="No 'llama' model can be built from this config: .*no_such_function"):
+        read_architecture(pico_config("llama", hidden_act="no_such_function"))
 
 
 @pytest.mark.parametrize("file", sorted(PAPER.glob("*.yaml")), ids=lambda file: file.stem)

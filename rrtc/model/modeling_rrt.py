@@ -165,7 +165,7 @@ def _relax(layer: nn.Module, slot: Slot, ranks: dict[str, int], norms: str) -> N
         others = [
             (path, module)
             for path, module in layer.named_modules()
-            if not isinstance(module, RelaxedLinear) and list(module.parameters(recurse=False)) and path
+            if path and not list(module.children()) and list(module.parameters()) and type(module) is not RelaxedLinear
         ]
         for path, module in others:
             reference = _shared_place(slot, path)

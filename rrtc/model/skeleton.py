@@ -26,7 +26,7 @@ ATTENTION_NAMES = {
 def stock_model(config: PreTrainedConfig) -> PreTrainedModel:
     """The stock causal language model of `config`, with parameters on the meta device and real buffers.
 
-    Raises RrtcError where transformers has no decoder for this config, or only an encoder.
+    Raises RrtcError where transformers has no decoder for this config, or only an encoder, or cannot build it.
     """
     kind = type(config)
     advice = "rrtc compresses decoder language models such as Llama, Gemma, Qwen, Mistral, Phi-3, Pythia or GPT-2."
@@ -34,8 +34,12 @@ def stock_model(config: PreTrainedConfig) -> PreTrainedModel:
         raise RrtcError(f"A '{config.model_type}' model is not a decoder language model.", advice)
     if kind in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
         raise RrtcError(f"This '{config.model_type}' model is an encoder: it does not generate text.", advice)
-    with init_empty_weights(include_buffers=False), quiet_warnings():
-        return MODEL_FOR_CAUSAL_LM_MAPPING[kind](config).eval()
+    try:
+        with init_empty_weights(include_buffers=False), quiet_warnings():
+            return MODEL_FOR_CAUSAL_LM_MAPPING[kind](config).eval()
+    except Exception as error:  # every architecture has its own way to fail over a config that does not add up
+        reason = " ".join(str(error).split())[:160]
+        raise RrtcError(f"No '{config.model_type}' model can be built from this config: {reason}") from error
 
 
 @contextlib.contextmanager
@@ -66,17 +70,15 @@ def read_architecture(config: PreTrainedConfig) -> Architecture:
     """The architecture of the dense model of `config`, without its weights.
 
     Raises RrtcError for a model without decoder layers, or with matrices that are raw parameters (mixture-of-experts
-    weights), which cannot be tied as linear layers.
+    weights, convolutions), which cannot be tied as linear layers.
     """
     model = stock_model(config)
     text = config.get_text_config()
-    head_width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    query_width = text.num_attention_heads * head_width
 
     layers = []
     for number, layer in enumerate(decoder_layers(model)):
         modules = matrices_of(layer)
-        matrices = tuple(_matrix(name, module, query_width) for name, module in modules.items())
+        matrices = tuple(_matrix(name, module, text) for name, module in modules.items())
         inside = tuple(f"{name}." for name in modules)
         vectors = {n: p for n, p in layer.named_parameters() if not n.startswith(inside)}
         raw = [name for name, parameter in vectors.items() if parameter.dim() > 1]
@@ -84,7 +86,7 @@ def read_architecture(config: PreTrainedConfig) -> Architecture:
             raise RrtcError(
                 f"Layer {number} of this '{config.model_type}' model holds {', '.join(raw)} as raw parameters, which "
                 "cannot be tied.",
-                "Mixture-of-experts models are not supported yet.",
+                "rrtc ties linear layers only: mixture-of-experts and state-space models are not supported yet.",
             )
         layers.append(Layer(matrices, tuple((name, p.numel()) for name, p in vectors.items())))
 
@@ -105,7 +107,7 @@ def read_architecture(config: PreTrainedConfig) -> Architecture:
     )
 
 
-def _matrix(name: str, module: nn.Module, query_width: int) -> Matrix:
+def _matrix(name: str, module: nn.Module, config: PreTrainedConfig) -> Matrix:
     inputs, outputs = matrix_shape(module)
     *parents, last = name.split(".")
     if not any("att" in parent for parent in parents):
@@ -118,6 +120,8 @@ def _matrix(name: str, module: nn.Module, query_width: int) -> Matrix:
         elif len(known) == 1:
             parts = ((known[0], outputs),)
         else:
+            heads = config.num_attention_heads
+            query_width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
             key_width = (outputs - query_width) // 2
             parts = (("q", query_width), ("kv", key_width), ("kv", key_width))
     return Matrix(name, inputs, outputs, module.bias is not None, parts)
