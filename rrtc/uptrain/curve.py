@@ -37,7 +37,7 @@ def draw(steps: list[dict], title: str, file: Path) -> None:
     """The loss and, with a teacher, the KL over the tokens seen: each step faintly, and their running mean."""
     panels = [("loss", "Next-token loss\n(nats per token)", "tab:blue")]
     if steps[0]["kl"] is not None:
-        panels.append(("kl", "KL from the dense model\n(nats per token)", "tab:purple"))
+        panels.append(("kl", "KL from the teacher\n(nats per token)", "tab:purple"))
     figure = Figure(figsize=(8, 1 + 2.7 * len(panels)), layout="constrained")
     figure.suptitle(title, fontsize=12)
     tokens = [step["tokens"] for step in steps]

@@ -145,7 +145,8 @@ def _write(
     steps = steps_of(trainer.state.log_history)
     write_metrics(steps, folder / "metrics.jsonl")
     base = base_seen_from(target, job.folder, job.provenance)
-    draw(steps, f"Uptraining of {target.name}, compressed from {Path(base['uri']).name}", folder / "loss.png")
+    loops = max(len(visits) for visits in job.plan.slots)
+    draw(steps, f"Uptraining {Path(base['uri']).name} with {loops} loops", folder / "loss.png")
     write_provenance(
         folder,
         "uptrain",

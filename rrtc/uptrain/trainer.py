@@ -13,8 +13,6 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, GenerationConfig, PrinterCallback, Trainer, TrainingArguments
 
 from rrtc.checkpoint import disk_error
@@ -24,31 +22,47 @@ from rrtc.model.skeleton import quiet_warnings
 from rrtc.uptrain.data import Stream
 from rrtc.uptrain.job import Job, process_group
 
-TOKENS_AT_ONCE = 256  # distributions of so many tokens are compared at a time, to bound memory
+TOKENS_AT_ONCE = 128  # distributions of so many tokens are compared at a time, to bound memory
 WHOLE = "rrtc-whole"  # a file in each checkpoint that was written to the end
 
 
-def distillation_losses(logits: torch.Tensor, teacher_logits: torch.Tensor | None, targets: torch.Tensor):
-    """(cross entropy, KL(teacher || model)) in nats, means over the tokens; the KL is 0 without a teacher.
+class DistillationLoss(torch.autograd.Function):
+    """(objective, cross entropy, KL(teacher || model)) in nats, means over the tokens; the first one has a gradient.
 
-    logits, teacher_logits: (tokens, vocabulary) in any number format; targets: (tokens,). The float32 distributions
-    exist for TOKENS_AT_ONCE tokens at a time, in the backward pass too.
+    With p the model's distribution, q the teacher's and 1_y the target's, that gradient by the logits is
+    a (p - 1_y) + b (p - q), for weights a and b. It is worked out on the way, so that the softmaxes are computed once
+    and exist in float32 for TOKENS_AT_ONCE tokens at a time; autograd would keep five of them for all tokens.
     """
-    parts, target_parts = logits.split(TOKENS_AT_ONCE), targets.split(TOKENS_AT_ONCE)
-    teacher_parts = [None] * len(parts) if teacher_logits is None else teacher_logits.split(TOKENS_AT_ONCE)
-    sums = torch.zeros(2, device=logits.device)
-    for part in zip(parts, teacher_parts, target_parts, strict=True):
-        sums = sums + checkpoint(_loss_sums, *part, use_reentrant=False, preserve_rng_state=False)
-    return (sums / len(targets)).unbind()
 
+    @staticmethod
+    def forward(ctx, logits, teacher_logits, targets, next_token_weight: float, kl_weight: float):
+        """logits, teacher_logits: (tokens, vocabulary) in any number format; without a teacher, None and kl_weight 0.
+        targets: (tokens,)."""
+        tokens = len(targets)
+        gradient = torch.empty_like(logits)
+        cross_entropy, kl = torch.zeros(2, device=logits.device)
+        for start in range(0, tokens, TOKENS_AT_ONCE):
+            part = slice(start, start + TOKENS_AT_ONCE)
+            target = targets[part, None]
+            log_p = logits[part].float().log_softmax(-1)
+            cross_entropy -= log_p.gather(1, target).sum()
+            slope = log_p.exp().mul_(next_token_weight + kl_weight)
+            slope.scatter_add_(1, target, torch.full_like(slope[:, :1], -next_token_weight))
+            if teacher_logits is not None:
+                log_q = teacher_logits[part].float().log_softmax(-1)
+                q = log_q.exp()
+                kl += log_q.sub_(log_p).mul_(q).sum()
+                slope.sub_(q, alpha=kl_weight)
+            gradient[part] = slope.div_(tokens)
+        cross_entropy, kl = cross_entropy / tokens, kl / tokens
+        ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(cross_entropy, kl)
+        return next_token_weight * cross_entropy + kl_weight * kl, cross_entropy, kl
 
-def _loss_sums(logits: torch.Tensor, teacher_logits: torch.Tensor | None, targets: torch.Tensor) -> torch.Tensor:
-    log_p = logits.float().log_softmax(-1)
-    cross_entropy = F.nll_loss(log_p, targets, reduction="sum")
-    if teacher_logits is None:
-        return torch.stack([cross_entropy, torch.zeros_like(cross_entropy)])
-    log_q = teacher_logits.float().log_softmax(-1)
-    return torch.stack([cross_entropy, F.kl_div(log_p, log_q, reduction="sum", log_target=True)])
+    @staticmethod
+    def backward(ctx, scale, *_):
+        (gradient,) = ctx.saved_tensors
+        return gradient.mul_(scale), None, None, None, None  # in place: it is large, and used once
 
 
 class DistillationTrainer(Trainer):
@@ -91,9 +105,10 @@ class DistillationTrainer(Trainer):
                 teacher_logits = self.teacher(ids, use_cache=False).logits.flatten(0, 1)
         with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.job.bfloat16):
             logits = model(ids, use_cache=False).logits.flatten(0, 1)
-        cross_entropy, kl = distillation_losses(logits, teacher_logits, targets)
-        self._losses += torch.stack([cross_entropy.detach(), kl.detach()])
-        return self.job.recipe.next_token_weight * cross_entropy + self.job.recipe.kl_weight * kl
+        weights = self.job.recipe.next_token_weight, self.job.recipe.kl_weight
+        objective, cross_entropy, kl = DistillationLoss.apply(logits, teacher_logits, targets, *weights)
+        self._losses += torch.stack([cross_entropy, kl])
+        return objective
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # a step; the Trainer's closing summary has none
