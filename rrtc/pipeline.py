@@ -10,6 +10,7 @@ from rrtc.export.stage import export
 from rrtc.init.stage import init
 from rrtc.recipe import Recipe
 from rrtc.uptrain.stage import uptrain
+from rrtc.uptrain.trainer import whole_checkpoints
 
 STAGES = ("init", "uptrain", "eval", "export")
 
@@ -23,12 +24,13 @@ def run(recipe: Recipe, output: str, resume: bool = False) -> dict:
     if recipe.model is None:
         raise WrongUsage("The recipe does not name a model.", "Add 'model: …', as in recipes/quickstart.yaml.")
     folders = {stage: Path(output) / stage for stage in STAGES}
+    checkpoints = partial_of(folders["uptrain"]) / "checkpoints"
     if not resume:
         check_target(Path(output))
     steps = {
         "init": lambda: init(recipe.model, str(folders["init"]), recipe),
         "uptrain": lambda: uptrain(
-            str(folders["init"]), str(folders["uptrain"]), recipe, resume=partial_of(folders["uptrain"]).exists()
+            str(folders["init"]), str(folders["uptrain"]), recipe, resume=bool(whole_checkpoints(checkpoints))
         ),
         "eval": lambda: evaluate(str(folders["uptrain"]), recipe, output=str(folders["eval"])),
         "export": lambda: export(str(folders["uptrain"]), str(folders["export"]), recipe, str(folders["eval"])),

@@ -16,7 +16,16 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rrtc import measure
-from rrtc.checkpoint import Weights, check_target, earlier_stages, read_provenance, whole_folder, write_provenance
+from rrtc.checkpoint import (
+    Weights,
+    base_seen_from,
+    check_target,
+    earlier_stages,
+    next_history,
+    read_provenance,
+    whole_folder,
+    write_provenance,
+)
 from rrtc.console import progress
 from rrtc.errors import RrtcError
 from rrtc.eval.sample import prompt_ids, sample
@@ -61,7 +70,8 @@ def evaluate(folder: str, recipe: Recipe, against: str | None = None, output: st
             (target / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", "utf8")
             used = provenance["recipe"] | {"eval": recipe.eval.model_dump()}
             measured = provenance["measured"] | {"eval": {row["model"]: row["bits_per_byte"] for row in table}}
-            write_provenance(target, "eval", provenance["base"], used, measured, provenance["history"])
+            base = base_seen_from(Path(output), Path(folder), provenance)
+            write_provenance(target, "eval", base, used, measured, next_history(provenance))
     return report
 
 
