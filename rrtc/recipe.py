@@ -5,6 +5,7 @@ a field of one of them and takes its help from here, so that a file and a comman
 An unknown key is an error that names the nearest valid one.
 """
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,19 +57,15 @@ class InitRecipe(Section):
     @classmethod
     def _rank_from_text(cls, value: Any) -> Any:
         if isinstance(value, str) and "=" in value:
-            pairs = [part.split("=", 1) for part in value.split(",")]
-            value = {group.strip(): rank.strip() for group, rank in pairs}
-        return value
-
-    @field_validator("rank")
-    @classmethod
-    def _rank_groups(cls, value: int | dict[str, int]) -> int | dict[str, int]:
-        ranks = value if isinstance(value, dict) else dict.fromkeys(MATRIX_GROUPS, value)
-        for group, rank in ranks.items():
-            if group not in MATRIX_GROUPS:
-                raise ValueError(f"there is no matrix group '{group}'. {nearest(group, MATRIX_GROUPS)}")
-            if rank < 0:
-                raise ValueError("a rank cannot be negative")
+            value = dict(part.split("=", 1) if "=" in part else (part, "") for part in value.split(","))
+        if isinstance(value, dict):
+            value = {str(group).strip(): rank for group, rank in value.items()}
+            for group in value:
+                if group not in MATRIX_GROUPS:
+                    raise ValueError(f"there is no matrix group '{group}'. {nearest(group, MATRIX_GROUPS)}")
+        for rank in value.values() if isinstance(value, dict) else [value]:
+            if not str(rank).strip().isdecimal():
+                raise ValueError(f"a rank is a whole number from 0 up, or one for each matrix group, not '{rank}'")
         return value
 
     @model_validator(mode="after")
@@ -99,6 +96,7 @@ class UptrainRecipe(Section):
         [BUILT_IN_TEXT],
         description="Training text: .txt, .jsonl or .parquet files, folders of them, or a datasets name; "
         "pydoc is the text that Python itself ships.",
+        min_length=1,
     )
     text_field: str = Field("text", description="The field that holds the text in jsonl, parquet and datasets.")
     tokens: int = Field(1_000_000, ge=1, description="Training tokens in all.")
@@ -188,7 +186,8 @@ def load_recipe(path: str | None) -> Recipe:
         raise WrongUsage(f"The recipe {path} is not valid YAML: {' '.join(str(error).split())}.") from error
     if values is not None and not isinstance(values, dict):
         raise WrongUsage(f"The recipe {path} holds no keys.", "Start from one of the files in recipes/.")
-    return _checked(Recipe, values or {}, path)
+    given = {part: value for part, value in (values or {}).items() if value is not None}  # a heading with nothing below
+    return _checked(Recipe, given, path)
 
 
 def with_flags(section: Section, flags: dict[str, Any]) -> Section:
@@ -206,9 +205,17 @@ def _checked(schema: type[Section], values: dict, source: str) -> Section:
         if first["type"] == "extra_forbidden":
             hint = nearest(where[-1], _fields_at(schema, where[:-1]))
             raise WrongUsage(f"There is no key '{'.'.join(where)}' in a recipe ({source}).", hint) from error
-        message = first["msg"].removeprefix("Value error, ")
+        message = re.sub("^(Input|List) should", "it should", first["msg"].removeprefix("Value error, "))
         name = "'" + ".".join(where) + "'" if where else "a value"
-        raise WrongUsage(f"In {source}, {name} is wrong: {message}.".replace("..", ".")) from error
+        hint = ""
+        if first["type"] == "literal_error":
+            hint = nearest(
+                str(first["input"]), first["ctx"]["expected"].replace(" or ", ", ").replace("'", "").split(", ")
+            )
+        elif first["type"] == "model_type":
+            message = "it should hold keys of its own"
+        sentence = f"In {source}, {name} is wrong: {message}"
+        raise WrongUsage(sentence if sentence.endswith((".", "?")) else sentence + ".", hint) from error
 
 
 def _fields_at(schema: type[Section], path: list[str]) -> list[str]:

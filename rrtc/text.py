@@ -27,7 +27,7 @@ SUFFIXES = (".txt", ".jsonl", ".parquet")
 @dataclass(frozen=True)
 class Windows:
     """Token ids packed without padding: `ids` is (windows, context), int64. `bytes_per_token` is the UTF-8 length of
-    the text over the number of its tokens, which makes losses comparable across tokenizers."""
+    the text over the number of its tokens, separators too, which makes losses comparable across tokenizers."""
 
     ids: "torch.Tensor"
     bytes_per_token: float
@@ -55,7 +55,7 @@ def _documents(source: str, text_field: str) -> Iterator[str]:
         return
     path = Path(source)
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES)
+        files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
         if not files:
             raise RrtcError(f"The folder {path} holds no text.", f"rrtc reads {', '.join(SUFFIXES)}.")
         for file in files:
@@ -69,29 +69,46 @@ def _documents(source: str, text_field: str) -> Iterator[str]:
 
 
 def _from_file(file: Path, text_field: str) -> Iterator[str]:
-    if file.suffix == ".jsonl":
-        with open(file, encoding="utf8") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise RrtcError(f"Line {number} of {file} is not JSON.") from error
-                yield _field(row, text_field, str(file))
-    elif file.suffix == ".parquet":
-        import pyarrow.parquet
+    readers = {".jsonl": _from_jsonl, ".parquet": _from_parquet}
+    try:
+        yield from readers.get(file.suffix, _from_plain)(file, text_field)
+    except UnicodeDecodeError as error:
+        raise RrtcError(f"The text {file} is not UTF-8.") from error
 
+
+def _from_plain(file: Path, text_field: str) -> Iterator[str]:
+    yield from file.read_text(encoding="utf8").split("\n\n\n")
+
+
+def _from_jsonl(file: Path, text_field: str) -> Iterator[str]:
+    with open(file, encoding="utf8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise RrtcError(f"Line {number} of {file} is not JSON.") from error
+            # JSON can spell half a surrogate pair, which is no text.
+            yield _field(row, text_field, str(file)).encode("utf8", "replace").decode()
+
+
+def _from_parquet(file: Path, text_field: str) -> Iterator[str]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
         table = pyarrow.parquet.ParquetFile(file)
-        if text_field not in table.schema_arrow.names:
-            raise _no_field(text_field, str(file), table.schema_arrow.names)
-        for batch in table.iter_batches(columns=[text_field]):
-            yield from (text for text in batch.column(0).to_pylist() if text)
-    else:
-        try:
-            yield from file.read_text(encoding="utf8").split("\n\n\n")
-        except UnicodeDecodeError as error:
-            raise RrtcError(f"The text {file} is not UTF-8.") from error
+    except pyarrow.ArrowInvalid as error:
+        raise RrtcError(f"{file} is not a parquet file, or is damaged.") from error
+    fields = table.schema_arrow.names
+    if text_field not in fields:
+        raise _no_field(text_field, str(file), fields)
+    for batch in table.iter_batches(columns=[text_field]):
+        for text in batch.column(0).to_pylist():
+            if not isinstance(text, str | None):
+                raise _no_field(text_field, str(file), fields)
+            yield text or ""
 
 
 def _from_datasets(name: str, text_field: str) -> Iterator[str]:
@@ -110,13 +127,15 @@ def _from_datasets(name: str, text_field: str) -> Iterator[str]:
 
 
 def _field(row: dict, name: str, source: str) -> str:
-    if not isinstance(row, dict) or not isinstance(row.get(name), str):
+    """The text in a row; "" where the row says that it has none."""
+    if not isinstance(row, dict) or not isinstance(row.get(name, 0), str | None):
         raise _no_field(name, source, row.keys() if isinstance(row, dict) else [])
-    return row[name]
+    return row[name] or ""
 
 
 def _no_field(name: str, source: str, fields) -> RrtcError:
-    return RrtcError(f"{source} has no text field '{name}'.", f"Its fields are {', '.join(fields)}; see text_field.")
+    found = f"Its fields are {', '.join(map(str, fields))}; see text_field." if fields else "Its rows have no fields."
+    return RrtcError(f"{source} has no text field '{name}'.", found)
 
 
 def beginning(source: str, text_field: str, tokens: int) -> list[str]:
@@ -140,12 +159,12 @@ def split(found: list[str]) -> tuple[list[str], list[str]]:
     """
     if len(found) < FEW:
         cuts = [len(document) - len(document) // HELD_OUT_OF for document in found]
-        pairs = list(zip(found, cuts, strict=True))
-        return [document[:cut] for document, cut in pairs], [document[cut:] for document, cut in pairs]
-    held_out = [_is_held_out(document) for document in found]
-    return [d for d, out in zip(found, held_out, strict=True) if not out], [
-        d for d, out in zip(found, held_out, strict=True) if out
-    ]
+        training = [document[:cut] for document, cut in zip(found, cuts, strict=True)]
+        held_out = [document[cut:] for document, cut in zip(found, cuts, strict=True) if document[cut:]]
+    else:
+        training = [document for document in found if not _is_held_out(document)]
+        held_out = [document for document in found if _is_held_out(document)]
+    return training, held_out
 
 
 def _is_held_out(document: str) -> bool:
@@ -162,14 +181,14 @@ def pack(texts: Iterable[str], tokenizer, context: int, limit: int | None = None
     separator = tokenizer.eos_token_id
     wanted = None if limit is None else max(1, -(-limit // context)) * context
     ids: list[int] = []
-    text_bytes = text_tokens = 0
+    text_bytes = 0
     for text in texts:
-        encoded = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids += [] if separator is None else [separator]
         text_bytes += len(text.encode())
-        text_tokens += len(encoded)
-        ids += encoded if separator is None else [*encoded, separator]
         if wanted is not None and len(ids) >= wanted:
             break
+    bytes_per_token = text_bytes / max(len(ids), 1)
     ids = ids[:wanted]
     windows = len(ids) // context
     if windows == 0:
@@ -177,7 +196,7 @@ def pack(texts: Iterable[str], tokenizer, context: int, limit: int | None = None
             f"The text has only {len(ids)} tokens, fewer than one context of {context}.",
             "Give more text, or a smaller context.",
         )
-    return Windows(torch.tensor(ids[: windows * context]).view(windows, context), text_bytes / max(text_tokens, 1))
+    return Windows(torch.tensor(ids[: windows * context]).view(windows, context), bytes_per_token)
 
 
 def longest_context(config, wanted: int) -> int:
@@ -192,9 +211,10 @@ def scoring_texts(recipe: Recipe, tokenizer, context: int, limit: int) -> dict[s
     """
     field = recipe.uptrain.text_field
     if recipe.eval.text:
+        short = [Path(source).name for source in recipe.eval.text]
         return {
-            Path(source).name: pack(beginning(source, field, limit), tokenizer, context, limit)
-            for source in recipe.eval.text
+            name if short.count(name) == 1 else source: pack(beginning(source, field, limit), tokenizer, context, limit)
+            for name, source in zip(short, recipe.eval.text, strict=True)
         }
     held_out = [d for s in recipe.uptrain.data for d in split(beginning(s, field, HELD_OUT_OF * limit))[1]]
     return {"held out": pack(held_out, tokenizer, context, limit)}

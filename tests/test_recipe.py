@@ -1,0 +1,193 @@
+"""The recipe: what is accepted, and what the user is told about what is not."""
+
+import pytest
+
+from rrtc.errors import WrongUsage, nearest
+from rrtc.recipe import MATRIX_GROUPS, ExportRecipe, InitRecipe, Recipe, UptrainRecipe, load_recipe, with_flags
+
+
+def load(tmp_path, text: str) -> Recipe:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text, encoding="utf8")
+    return load_recipe(str(file))
+
+
+def refused(tmp_path, text: str) -> WrongUsage:
+    with pytest.raises(WrongUsage) as error:
+        load(tmp_path, text)
+    assert error.value.exit_code == 2
+    assert "recipe.yaml" in error.value.sentence
+    return error.value
+
+
+def test_without_a_file_or_with_an_empty_one_all_is_default(tmp_path):
+    assert load_recipe(None) == Recipe() == load(tmp_path, "") == load(tmp_path, "# only a comment\n")
+
+
+def test_a_heading_with_nothing_below_it_changes_nothing(tmp_path):
+    assert load(tmp_path, "init:\nuptrain:\n  # tokens: 5\n") == Recipe()
+
+
+def test_values_in_a_file_replace_the_defaults_and_only_those(tmp_path):
+    recipe = load(tmp_path, "model: some/where\ninit:\n  loops: 3\nuptrain: {tokens: 60_000_000_000, data: a.txt}\n")
+    assert recipe == Recipe(
+        model="some/where", init=InitRecipe(loops=3), uptrain=UptrainRecipe(tokens=60 * 10**9, data=["a.txt"])
+    )
+
+
+def test_a_number_may_have_an_exponent(tmp_path):
+    """YAML 1.1 takes 2e-4 for text."""
+    assert load(tmp_path, "uptrain: {learning_rate: 2e-4}").uptrain.learning_rate == 2e-4
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "hint"),
+    [
+        ("modle: x", "'modle'", "Did you mean 'model'?"),
+        ("init: {lops: 3}", "'init.lops'", "Did you mean 'loops'?"),
+        ("init: {share_init: lower}", "'init.share_init'", "Did you mean 'shared_init'?"),
+        ("uptrain: {learningrate: 1}", "'uptrain.learningrate'", "Did you mean 'learning_rate'?"),
+        ("eval: {promt: Hello}", "'eval.promt'", "Did you mean 'prompt'?"),
+        ("export: {xyz: 1}", "'export.xyz'", "Valid: format, dtype, max_shard_size."),
+        ("loops: 3", "'loops'", "Valid: model, init, uptrain, eval, export."),
+    ],
+)
+def test_a_misspelt_key_names_the_nearest_valid_one(tmp_path, text, key, hint):
+    error = refused(tmp_path, text)
+    assert f"There is no key {key} in a recipe" in error.sentence
+    assert error.hint == hint
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("init: {loops: 0}", "'init.loops' is wrong: it should be greater than or equal to 1."),
+        ("init: {loops: two}", "'init.loops' is wrong: it should be a valid integer"),
+        ("init: {keep: -1}", "'init.keep' is wrong"),
+        ("init: {rank: -3}", "'init.rank' is wrong: a rank is a whole number from 0 up"),
+        ("init: {rank: 2.5}", "'init.rank' is wrong: a rank is a whole number from 0 up"),
+        ("init: {rank: true}", "'init.rank' is wrong: a rank is a whole number from 0 up"),
+        ("init: {rank: many}", "not 'many'."),
+        ("init: {rank: [64]}", "not '[64]'."),
+        ("init: {rank: {q: 4, ffn: lots}}", "not 'lots'."),
+        ("init: {rank: {qq: 4}}", "there is no matrix group 'qq'. Did you mean 'q'?"),
+        ("init: {sharing: middle_cycle, keep: 2}", "'middle_cycle' keeps one layer at each end, but keep is 2."),
+        ("init: 3", "'init' is wrong: it should hold keys of its own."),
+        ("init: [loops, 3]", "'init' is wrong: it should hold keys of its own."),
+        ("uptrain: {data: []}", "'uptrain.data' is wrong: it should have at least 1 item"),
+        ("uptrain: {data: [1]}", "'uptrain.data.0' is wrong: it should be a valid string."),
+        ("uptrain: {warmup: 1}", "'uptrain.warmup' is wrong: it should be less than 1."),
+        ("uptrain: {kl_weight: 0, next_token_weight: 0}", "so there is nothing to learn from."),
+        ("uptrain: {batch_size: 9}", "batch_size 9 is not a multiple of micro_batch 2."),
+        ("eval: {context: 4}", "'eval.context' is wrong"),
+    ],
+)
+def test_a_wrong_value_is_refused_in_one_sentence_that_names_its_key(tmp_path, text, says):
+    sentence = refused(tmp_path, text).sentence
+    assert says in sentence
+    assert "\n" not in sentence and not sentence.endswith("..") and "pydantic" not in sentence
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ("init: {sharing: cycel}", "Did you mean 'cycle'?"),
+        ("init: {shared_init: averege}", "Did you mean 'average'?"),
+        ("init: {lora_init: random}", "Valid: svd, zero."),
+        ("export: {format: densest}", "Did you mean 'dense'?"),
+    ],
+)
+def test_a_misspelt_value_names_the_nearest_valid_one(tmp_path, text, hint):
+    assert refused(tmp_path, text).hint == hint
+
+
+@pytest.mark.parametrize("text", ["a: [", "init: {loops: 2", "\tinit: 2"])
+def test_broken_yaml_is_refused(tmp_path, text):
+    assert "is not valid YAML" in refused(tmp_path, text).sentence
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "just words", "3"])
+def test_a_file_without_keys_is_refused(tmp_path, text):
+    assert "holds no keys" in refused(tmp_path, text).sentence
+
+
+def test_a_file_that_cannot_be_read_is_refused(tmp_path):
+    with pytest.raises(WrongUsage, match="The recipe .*nowhere.yaml cannot be read: No such file or directory."):
+        load_recipe(str(tmp_path / "nowhere.yaml"))
+    with pytest.raises(WrongUsage, match="cannot be read: Is a directory."):
+        load_recipe(str(tmp_path))
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00model")
+    with pytest.raises(WrongUsage, match="cannot be read"):
+        load_recipe(str(tmp_path / "binary.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (64, {"q": 64, "kv": 64, "o": 64, "ffn": 64}),
+        ("64", {"q": 64, "kv": 64, "o": 64, "ffn": 64}),
+        (0, {"q": 0, "kv": 0, "o": 0, "ffn": 0}),
+        ("q=64,kv=32,o=16,ffn=128", {"q": 64, "kv": 32, "o": 16, "ffn": 128}),
+        (" q = 64 , ffn = 8 ", {"q": 64, "kv": 0, "o": 0, "ffn": 8}),
+        ({"ffn": 8}, {"q": 0, "kv": 0, "o": 0, "ffn": 8}),
+        ({"q": "8"}, {"q": 8, "kv": 0, "o": 0, "ffn": 0}),
+    ],
+)
+def test_ranks_can_be_one_number_or_one_for_each_matrix_group(given, expected):
+    recipe = InitRecipe(rank=given)
+    assert {group: recipe.rank_of(group) for group in MATRIX_GROUPS} == expected
+
+
+@pytest.mark.parametrize(
+    ("sharing", "keep", "order", "kept"),
+    [
+        ("cycle", 0, "cycle", 0),
+        ("sequence", 2, "sequence", 2),
+        ("middle_cycle", 0, "cycle", 1),
+        ("middle_sequence", 1, "sequence", 1),
+    ],
+)
+def test_middle_sharings_are_keep_1_by_another_name(sharing, keep, order, kept):
+    recipe = InitRecipe(sharing=sharing, keep=keep)
+    assert (recipe.order, recipe.kept_at_each_end) == (order, kept)
+
+
+def test_flags_override_the_file_and_those_not_given_do_not(tmp_path):
+    section = load(tmp_path, "init: {loops: 3, rank: 8, norms: shared}").init
+    assert with_flags(section, {"loops": None, "rank": None}) is section
+    changed = with_flags(section, {"loops": 2, "rank": "q=4,ffn=2", "keep": None})
+    assert changed == InitRecipe(loops=2, rank={"q": 4, "ffn": 2}, norms="shared")
+    assert with_flags(section, {"rank": 0}).rank == 0
+
+
+def test_flags_are_checked_as_the_file_is():
+    with pytest.raises(WrongUsage, match="In the command line, 'rank' is wrong: .* not 'x'."):
+        with_flags(InitRecipe(), {"rank": "q=64,kv=x"})
+    with pytest.raises(WrongUsage, match="it should be 'recursive' or 'dense'"):
+        with_flags(ExportRecipe(), {"format": "onnx"})
+    with pytest.raises(WrongUsage, match="keeps one layer at each end, but keep is 3"):
+        with_flags(InitRecipe(keep=3), {"sharing": "middle_cycle"})
+
+
+def test_a_recipe_survives_being_written_down():
+    recipe = Recipe(model="m", init=InitRecipe(rank="q=3,ffn=5", sharing="middle_cycle"))
+    assert Recipe.model_validate(recipe.model_dump()) == recipe
+
+
+def test_every_field_has_a_line_of_help():
+    for name, field in Recipe.model_fields.items():
+        if name == "model":
+            assert field.description
+            continue
+        assert field.annotation.__doc__
+        assert all(inner.description for inner in field.annotation.model_fields.values()), name
+
+
+def test_a_recipe_cannot_be_changed_by_accident():
+    with pytest.raises(ValueError, match="frozen"):
+        Recipe().init.loops = 3
+
+
+def test_the_nearest_name_is_offered_or_else_all():
+    assert nearest("lops", ["loops", "keep"]) == "Did you mean 'loops'?"
+    assert nearest("xyz", ["loops", "keep"]) == "Valid: loops, keep."
