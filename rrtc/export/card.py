@@ -102,12 +102,15 @@ def _summary(form: str, config: RrtConfig, base: dict) -> str:
     start = (
         f"Made from **{base.get('uri', 'a dense model')}** by rrtc {__version__} as a "
         f"[Relaxed Recursive Transformer](https://arxiv.org/abs/2410.20672): its {layers} decoder layers share {slots} "
-        "sets of weights, and each layer corrects them by a low-rank (LoRA) part of its own."
+        "sets of weights"
     )
+    if any(any(visit["ranks"].values()) for visit in config.visits):
+        start += ", and each layer corrects them by a low-rank (LoRA) part of its own"
+    start += "."
     if form == "recursive":
         return f"{start} The shared weights are stored once."
     return (
-        f"{start} Here both are multiplied out into ordinary weights for every layer: this is a stock "
+        f"{start} Here both are multiplied out into ordinary weights for every layer: this is a stock"
         f" `{stock_class(config)}`, for whatever reads that architecture."
     )
 
@@ -156,9 +159,9 @@ def _measured(provenance: dict, exported: dict, report: dict | None) -> str:
         )
     parts.append(
         f"This export: {count(exported['parameters'])} parameters, {size(exported['bytes'])} of weights, mostly "
-        f"{exported['dtype']}. Loaded again in a fresh process without rrtc, its logits differed by at most "
-        f"{exported['max_logit_difference']:.2g} from those of the model it was made from, in float32 arithmetic and "
-        f"rounded alike; the largest logit was {exported['largest_logit']:.3g}.{cast}"
+        f"{exported['dtype']}. It was loaded again in a fresh process without rrtc; the largest difference of a logit "
+        f"from the model it was made from, in float32 arithmetic and rounded alike, was "
+        f"{exported['max_logit_difference']:.2g}, where the largest logit was {exported['largest_logit']:.3g}.{cast}"
     )
     return "\n\n".join(parts)
 
@@ -180,7 +183,8 @@ def _loading(form: str, name: str, config: RrtConfig, chat: bool) -> str:
         trust = ", trust_remote_code=True"
         needs += (
             " `trust_remote_code` runs the two Python files of this folder, which import nothing but torch and "
-            "transformers; where rrtc is installed, `import rrtc.model` makes it unnecessary."
+            "transformers (the tokenizer's class reads the config, so it has to be told too). Where rrtc is installed, "
+            "`import rrtc.model` makes it unnecessary."
         )
     else:
         needs += f" Nothing else: this is a stock `{stock_class(config)}`."
@@ -190,7 +194,7 @@ def _loading(form: str, name: str, config: RrtConfig, chat: bool) -> str:
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "{name}"  # where this folder is
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder{trust})
 model = AutoModelForCausalLM.from_pretrained(folder{trust})
 {CHAT if chat else TEXT}
 output = model.generate(**inputs, max_new_tokens=40, do_sample=False)

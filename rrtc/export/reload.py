@@ -28,7 +28,8 @@ def main(job: dict) -> dict:
     with torch.inference_mode():
         output = model(ids, use_cache=False, output_hidden_states=job["trust_remote_code"])
     save_file({"logits": output.logits.float().contiguous()}, job["logits"])
-    report = {"problems": problems, "token_ids": AutoTokenizer.from_pretrained(job["folder"])(job["text"])["input_ids"]}
+    tokenizer = AutoTokenizer.from_pretrained(job["folder"], trust_remote_code=job["trust_remote_code"])
+    report = {"problems": problems, "token_ids": tokenizer(job["text"])["input_ids"]}
     if job["trust_remote_code"]:
         inside = f"unexpected {model.base_model_prefix}."
         del model

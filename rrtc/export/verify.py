@@ -144,7 +144,8 @@ def _reload(folder: Path, form: str, ids: Tensor) -> tuple[dict, Tensor]:
         offline = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": f"{scratch}/modules"}
         child = subprocess.run(
             [sys.executable, "-P", str(Path(__file__).with_name("reload.py")), f"{scratch}/job.json"],
-            cwd=scratch, env=os.environ | offline, capture_output=True, text=True, check=False,
+            cwd=scratch, env=os.environ | offline, stdin=subprocess.DEVNULL,  # transformers must ask nobody anything
+            capture_output=True, text=True, check=False,
         )  # fmt: skip
         if child.returncode:
             reason = (child.stderr.strip().splitlines() or [f"it ended with code {child.returncode}"])[-1][:300]
