@@ -152,7 +152,7 @@ def test_recursive_export_with_report_and_licence(tmp_path):
         {"model": "dense", "params_total": 999, "bytes": 4000, "bits_per_byte": 0.87654, "loss": 2.5, "kl": None},
         {"model": "after init", "params_total": size, "bytes": 2000, "bits_per_byte": 1.98765, "loss": 4.5, "kl": 2.25},
     ]
-    report = {"schema": 1, "against": "maker/model", "tokens": {"held out": 512}, "table": table, "more": [1]}
+    report = {"schema": 1, "against": "maker/model", "tokens": {"held out": 512}, "table": table, "source_bytes": 1500}
     report["samples"] = [{"model": "dense", "text": "a blue sky"}]
     (tmp_path / "report").mkdir()
     (tmp_path / "report/report.json").write_text(json.dumps(report))
@@ -181,7 +181,8 @@ def test_recursive_export_with_report_and_licence(tmp_path):
         "| dense | 999 | 4 kB | 0.8765 | 2.5000 | – |",
         f"| after init | {size / 1000:.4g}k | 2 kB | 1.9876 | 4.5000 | 2.2500 |",
     ]
-    assert "512 tokens of 'held out'" in card.text and "a blue sky" in card.text and "`0 1 2 0 1 2`" in card.text
+    for words in ("512 tokens of 'held out'", "a blue sky", "`0 1 2 0 1 2`", "quantised file of 1.5 kB"):
+        assert words in card.text
     assert yaml.safe_load(re.search(r"## Recipe\n\n```yaml\n(.*?)```", card.text, re.S)[1]) == provenance["recipe"]
     snippet = re.search(r"```python\n(.*?)```", card.text, re.S)[1]
     said = run_python("import sys; sys.modules['rrtc'] = None\n" + snippet, cwd=tmp_path)

@@ -140,8 +140,11 @@ def _measured(provenance: dict, exported: dict, report: dict | None) -> str:
         tokens = report.get("tokens", {})
         texts = ", ".join(f"{n} tokens of '{text}'" for text, n in tokens.items()) if isinstance(tokens, dict) else ""
         on = f", on {texts or f'{tokens} tokens'}" if tokens else ""
-        parts.append(f"By `rrtc eval`{against}{on}; loss and KL in nats per token:")
+        sizes = " Sizes are those of the recursive form." if exported["format"] == "dense" else ""
+        parts.append(f"By `rrtc eval`{against}{on}; loss and KL in nats per token.{sizes}")
         parts.append(_table(report["table"]))
+        if report.get("source_bytes"):
+            parts.append(f"The dense model was read from a quantised file of {size(report['source_bytes'])}.")
         for sample in report.get("samples", []):
             parts.append(f"Sample ({sample['model']}):\n\n````text\n{sample['text'].strip()}\n````")
     stages = {stage: values for stage, values in provenance["measured"].items() if stage != "export" and values}
