@@ -5,6 +5,7 @@ leaves something that looks finished. Every folder carries rrtc.yaml: the recipe
 versions, and what was measured on the way.
 """
 
+import errno
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from rrtc import __version__
 from rrtc.errors import RrtcError, WrongUsage
 
 PROVENANCE = "rrtc.yaml"
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 # What goes along with the weights: the tokenizer, the generation defaults, the licence.
 COMPANION_FILES = (
     "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*",
@@ -50,12 +52,12 @@ class Weights:
         if index.exists():
             try:
                 names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError) as error:
+                outside = [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]
+            except (ValueError, KeyError, AttributeError, TypeError) as error:
                 raise RrtcError(f"The index {index} is damaged.", "Download the model again.") from error
-            for name in names:
-                if Path(name).name != name:
-                    raise RrtcError(f"The index {index} points outside its folder, to {name}.")
-            missing = [name for name in names if not (self.folder / name).exists()]
+            if outside:
+                raise RrtcError(f"The index {index} points to {outside[0]}, which is no weights file in its folder.")
+            missing = [name for name in names if not (self.folder / name).is_file()]
             if missing:
                 raise RrtcError(
                     f"The weights file {missing[0]} is missing from {self.folder}.", "Download the model again."
@@ -115,30 +117,37 @@ class Weights:
 
     def raw(self, name: str):
         """The tensor `name` as it is stored."""
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         file = self._where[name]
-        if file not in self._open:
-            self._open[file] = safe_open(file, "pt")
-        return self._open[file].get_tensor(name)
+        try:
+            if file not in self._open:
+                self._open[file] = safe_open(file, "pt")
+            return self._open[file].get_tensor(name)
+        except SafetensorError as error:
+            raise _damaged(file) from error
 
 
 def _header(file: Path) -> dict:
     """The header of a safetensors file: tensor name -> dtype, shape and data_offsets. Checks the file's length."""
-    damaged = RrtcError(f"The weights file {file} is truncated or damaged.", "Download it again.")
     length = file.stat().st_size
     with open(file, "rb") as stream:
         header_length = int.from_bytes(stream.read(8), "little")
         if length < 8 or header_length > min(length - 8, 100_000_000):
-            raise damaged
+            raise _damaged(file)
         try:
             header = json.loads(stream.read(header_length))
-            end = max((e["data_offsets"][1] for name, e in header.items() if name != "__metadata__"), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise damaged from error
-    if 8 + header_length + end != length:
-        raise damaged
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+            whole = 8 + header_length + max(ends, default=0) == length
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise _damaged(file) from error
+    if not whole:
+        raise _damaged(file)
     return header
+
+
+def _damaged(file: Path) -> RrtcError:
+    return RrtcError(f"The weights file {file} is truncated or damaged.", "Download it again.")
 
 
 class ShardWriter:
@@ -212,6 +221,8 @@ def check_target(target: Path) -> None:
     parent = target.absolute().parent
     while not parent.exists():
         parent = parent.parent
+    if not parent.is_dir():
+        raise RrtcError(f"The output folder {target} cannot be made: {parent} is a file.")
     if not os.access(parent, os.W_OK):
         raise RrtcError(f"The output folder {target} cannot be made: {parent} is read-only.")
 
@@ -253,7 +264,7 @@ def whole_folder(target: Path, keep_partial: bool = False):
     except BaseException as error:
         if not keep_partial:
             shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
             raise disk_error(target, error) from error
         raise
 
@@ -300,8 +311,9 @@ def read_provenance(folder: Path) -> dict:
         raise RrtcError(f"{folder} was not written by rrtc: it has no {PROVENANCE}.", "Make one with 'rrtc init'.")
     try:
         value = yaml.safe_load(file.read_text(encoding="utf8"))
-        value["stage"], value["base"], value["recipe"], value["measured"], value["history"]
-    except (yaml.YAMLError, KeyError, TypeError) as error:
+        for key in ("stage", "path", "made", "base", "recipe", "measured", "history"):
+            value[key]
+    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise RrtcError(f"The file {file} is damaged.") from error
     return value
 

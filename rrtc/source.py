@@ -93,15 +93,18 @@ def find_base(folder: Path, named: str | None, option: str) -> Source:
     if named is not None:
         return find_model(named)
     base = read_provenance(folder)["base"]
-    uris = [base["path"], os.path.normpath(Path(folder).absolute() / base["relative_path"]), base["uri"]]
-    for uri in uris:
-        if uri.startswith("/") and not Path(uri).exists():
+    places = [base["path"], os.path.normpath(Path(folder).absolute() / base["relative_path"])]
+    if not base["path"].endswith(os.path.normpath(base["uri"])):  # where it does, the URI was that path and no hub id
+        places.append(base["uri"])
+    for place in places:
+        if place.startswith("/") and not Path(place).exists():
             continue
         try:
-            source = find_model(uri)
+            source = find_model(place)
+            unchanged = content_hash(source.file) == base["sha256"]
         except RrtcError:
             continue
-        if content_hash(source.file) == base["sha256"]:
+        if unchanged:
             return Source(base["uri"], source.folder, source.file)
     raise RrtcError(
         f"The dense model that {folder} was made from ({base['uri']}) is no longer where it was, or has changed.",

