@@ -140,7 +140,7 @@ def _measured(provenance: dict, exported: dict, report: dict | None) -> str:
         tokens = report.get("tokens", {})
         texts = ", ".join(f"{n} tokens of '{text}'" for text, n in tokens.items()) if isinstance(tokens, dict) else ""
         on = f", on {texts or f'{tokens} tokens'}" if tokens else ""
-        sizes = " Sizes are those of the recursive form." if exported["format"] == "dense" else ""
+        sizes = " Compressed sizes are those of the recursive form." if exported["format"] == "dense" else ""
         parts.append(f"By `rrtc eval`{against}{on}; loss and KL in nats per token.{sizes}")
         parts.append(_table(report["table"]))
         if report.get("source_bytes"):
