@@ -95,7 +95,7 @@ def report(result: dict) -> Group:
     """The table of `eval`."""
     rows = []
     for row in result["table"]:
-        dense = row["model"] == "dense"
+        kl, agreement = row["kl"], row["top1_agreement"]
         rows.append(
             [
                 row["model"],
@@ -103,8 +103,8 @@ def report(result: dict) -> Group:
                 count(row["params_non_embedding"]),
                 size(row["bytes"]),
                 f"{row['bits_per_byte']:.4f}",
-                "–" if dense else f"{row['kl']:.4f}",
-                "–" if dense else f"{row['top1_agreement']:.1%}",
+                "–" if kl is None else f"{kl:.4f}",
+                "–" if agreement is None else f"{agreement:.1%}",
             ]
         )
     columns = ["model", "parameters", "without emb.", "bytes", "bits/byte", "KL to dense", "top-1 agreement"]

@@ -83,7 +83,7 @@ def test_the_quickstart_heals_a_real_model(quickstart):
     dense, tied, healed = rows.values()
     assert healed["bits_per_byte"] < 0.8 * tied["bits_per_byte"]
     assert healed["kl"] < 0.8 * tied["kl"] and healed["top1_agreement"] > tied["top1_agreement"]
-    assert dense["kl"] < 1e-5 and dense["top1_agreement"] > 0.999
+    assert dense["kl"] is None and dense["top1_agreement"] is None  # it is what the others are compared with
     assert dense["bits_per_byte"] < healed["bits_per_byte"]
     assert tied["params_total"] < dense["params_total"] and tied["bytes"] < dense["bytes"]
     assert report["source_bytes"] == 98_362_432  # the 4-bit file, smaller than the 16-bit result

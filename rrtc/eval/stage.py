@@ -4,8 +4,8 @@ report.json (schema 1) holds
     against   the dense model's URI
     tokens    scored tokens of each text, by the text's name
     table     a row a model, dense first: model, params_total, params_non_embedding, bytes, loss (nats per token),
-              bits_per_byte, kl (nats per token, from the dense model), top1_agreement (share from 0 to 1), and the same
-              four scores for each text under texts
+              bits_per_byte, kl (nats per token, from the dense model), top1_agreement (share from 0 to 1), both null for
+              the dense model itself, and the same four scores for each text under texts
     source_bytes   the size of the file the dense model was read from, where that is a GGUF
     samples   a continuation by each model: model, text
 """
@@ -111,7 +111,8 @@ def _measure(dense: Source, provenance: dict, stages: list, texts: dict[str, Win
     with progress("Measuring", windows * len(rows)) as advance:
         for (name, counts, size), path in zip(rows, [None, *(path for _, path in stages)], strict=True):
             model = reference if path is None else measure.load_for_scoring(path)
-            scores = {text: measure.score(model, w, reference, advance) for text, w in texts.items()}
+            beside = None if path is None else reference
+            scores = {text: measure.score(model, w, beside, advance) for text, w in texts.items()}
             table.append(
                 {
                     "model": name,
@@ -129,14 +130,14 @@ def _measure(dense: Source, provenance: dict, stages: list, texts: dict[str, Win
     return table, samples
 
 
-def _overall(scores: dict[str, Scores], texts: dict[str, Windows]) -> dict[str, float]:
+def _overall(scores: dict[str, Scores], texts: dict[str, Windows]) -> dict[str, float | None]:
     """The scores over all texts together: means over tokens, and bits over bytes."""
     tokens = {name: s.tokens for name, s in scores.items()}
     total = sum(tokens.values())
-    means = {
-        key: sum(getattr(s, key) * tokens[name] for name, s in scores.items()) / total
-        for key in ("loss", "kl", "top1_agreement")
-    }
+    means: dict[str, float | None] = {}
+    for key in ("loss", "kl", "top1_agreement"):
+        values = {name: getattr(s, key) for name, s in scores.items()}
+        means[key] = None if None in values.values() else sum(v * tokens[n] for n, v in values.items()) / total
     size = {name: tokens[name] * texts[name].bytes_per_token for name in texts}
     means["bits_per_byte"] = sum(s.bits_per_byte * size[name] for name, s in scores.items()) / sum(size.values())
     return means
