@@ -97,6 +97,7 @@ def _guarded(command: Callable) -> Callable:
     @functools.wraps(command)
     def run(*args, **kwargs):
         try:
+            console.check_json_target(kwargs.get("json"))
             result = command(*args, **kwargs)
             console.write_json(result, kwargs.get("json"))
         except RrtcError as error:

@@ -7,11 +7,12 @@ import json
 import os
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from rrtc.errors import RrtcError
+from rrtc.errors import RrtcError, WrongUsage
 
 is_first_process = int(os.environ.get("RANK", "0")) == 0
 results = Console(quiet=not is_first_process, soft_wrap=True)
@@ -57,19 +58,24 @@ def progress(description: str, total: int):
         yield lambda n=1: bar.advance(task, n)
 
 
+def check_json_target(target: str | None) -> None:
+    """Raises WrongUsage where `write_json` could not write to `target`; to be asked before any work."""
+    if target in (None, "-"):
+        return
+    path = Path(target)
+    if path.is_dir() or not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise WrongUsage(f"The JSON file {target} cannot be written.", "Name a file in a folder that exists, or -.")
+
+
 def write_json(value: dict, target: str | None) -> None:
     """`value` as JSON into the file `target`, or onto stdout where it is "-"; nothing where it is None."""
     if target is None or not is_first_process:
         return
-    text = json.dumps(value, indent=2, ensure_ascii=False)
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     if target == "-":
-        sys.stdout.write(text + "\n")
-        return
-    try:
-        with open(target, "w", encoding="utf8") as file:
-            file.write(text + "\n")
-    except OSError as error:
-        raise RrtcError(f"The JSON file {target} cannot be written: {error.strerror}.") from error
+        sys.stdout.write(text)
+    else:
+        Path(target).write_text(text, encoding="utf8")
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> Table:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from rrtc.checkpoint import Weights, read_provenance
+from rrtc.report import read_report
 
 
 def describe(folder: str) -> dict:
@@ -20,7 +21,6 @@ def describe(folder: str) -> dict:
         description["dtype"] = weights.dtype
         description["bytes_on_disk"] = weights.bytes_on_disk
         description["visits"] = values.get("visits")  # a dense export has none
-    report = path / "report.json"
-    if report.exists():
-        description["report"] = json.loads(report.read_text(encoding="utf8"))
+    if description["stage"] == "eval":
+        description["report"] = read_report(path)
     return description

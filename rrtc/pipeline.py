@@ -5,10 +5,11 @@ from pathlib import Path
 from rrtc.checkpoint import check_target, partial_of, read_provenance
 from rrtc.console import note
 from rrtc.errors import RrtcError, WrongUsage
-from rrtc.eval.stage import evaluate, read_report
+from rrtc.eval.stage import evaluate
 from rrtc.export.stage import export
 from rrtc.init.stage import init
 from rrtc.recipe import Recipe
+from rrtc.report import read_report
 from rrtc.uptrain.stage import uptrain
 from rrtc.uptrain.trainer import whole_checkpoints
 

@@ -96,6 +96,12 @@ def test_json_on_stdout_is_nothing_but_json(dense, tied, tmp_path):
     assert json.loads(made.stdout)["params_total"] > 0
 
 
+def test_a_json_file_that_cannot_be_written_is_refused_before_the_work(dense, tmp_path):
+    out = tmp_path / "out"
+    for target in (tmp_path, tmp_path / "no" / "such.json"):
+        fails("init", dense, "-o", out, "--json", target, says="cannot be written", code=2, output=out)
+
+
 def test_flags_override_the_recipe_file(dense, tmp_path):
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"model": str(dense), "init": {"loops": 3, "rank": 4}}))
     shown = json.loads(

@@ -28,6 +28,14 @@ from rrtc.recipe import InitRecipe, Recipe
 
 IDS = (torch.arange(2 * 24) * 37 % 320).view(2, 24)
 SHARDS = 100_000  # bytes: several of them even for a pico model
+REPORT = {
+    "schema": 1,
+    "against": "maker/model",
+    "tokens": {"held out": 512},
+    "table": [],
+    "source_bytes": 1500,
+    "samples": [{"model": "dense", "text": "a blue sky"}],
+}
 CHOSEN = [("llama", "per_visit"), ("gemma3", "shared"), ("gpt2", "per_visit"), ("gpt_neox", "shared")]
 
 # What a stranger's machine does with recursive exports: no rrtc, remote code, logits and a greedy continuation.
@@ -152,8 +160,7 @@ def test_recursive_export_with_report_and_licence(tmp_path):
         {"model": "dense", "params_total": 999, "bytes": 4000, "bits_per_byte": 0.87654, "loss": 2.5, "kl": None},
         {"model": "after init", "params_total": size, "bytes": 2000, "bits_per_byte": 1.98765, "loss": 4.5, "kl": 2.25},
     ]
-    report = {"schema": 1, "against": "maker/model", "tokens": {"held out": 512}, "table": table, "source_bytes": 1500}
-    report["samples"] = [{"model": "dense", "text": "a blue sky"}]
+    report = REPORT | {"table": table}
     (tmp_path / "report").mkdir()
     (tmp_path / "report/report.json").write_text(json.dumps(report))
 
@@ -276,7 +283,9 @@ def test_a_faulty_folder_is_one_sentence_and_no_output(tmp_path, words):
     [
         (None, "no evaluation report"),
         ("{", "is damaged"),
-        ('{"table": [{"model": "dense", "params_total": 3}]}', "about another"),
+        ('{"schema": 0}', "of another version"),
+        ('{"schema": 1}', "is damaged"),
+        (json.dumps(REPORT | {"table": [{"model": "dense", "params_total": 3}]}), "about another"),
     ],
 )
 def test_a_report_that_is_none(tmp_path, content, words):

@@ -1,17 +1,9 @@
 """`rrtc eval`: the dense original, the compressed model and the stages it went through, on the same tokens.
 
-report.json (schema 1) holds
-    against   the dense model's URI
-    tokens    scored tokens of each text, by the text's name
-    table     a row a model, dense first: model, params_total, params_non_embedding, bytes, loss (nats per token),
-              bits_per_byte, kl (nats per token, from the dense model), top1_agreement (share from 0 to 1), both null for
-              the dense model itself, and the same four scores for each text under texts
-    source_bytes   the size of the file the dense model was read from, where that is a GGUF
-    samples   a continuation by each model: model, text
+What it returns is described in rrtc/report.py.
 """
 
 import gc
-import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -31,10 +23,9 @@ from rrtc.errors import RrtcError
 from rrtc.eval.sample import prompt_ids, sample
 from rrtc.measure import Scores
 from rrtc.recipe import Recipe
+from rrtc.report import SCHEMA, write_report
 from rrtc.source import Source, find_base, load_tokenizer, read_config
 from rrtc.text import Windows, longest_context, scoring_texts
-
-SCHEMA = 1
 
 
 def evaluate(folder: str, recipe: Recipe, against: str | None = None, output: str | None = None) -> dict:
@@ -67,23 +58,11 @@ def evaluate(folder: str, recipe: Recipe, against: str | None = None, output: st
     }
     if output is not None:
         with whole_folder(Path(output)) as target:
-            (target / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", "utf8")
+            write_report(target, report)
             used = provenance["recipe"] | {"eval": recipe.eval.model_dump()}
             measured = provenance["measured"] | {"eval": {row["model"]: row["bits_per_byte"] for row in table}}
             base = base_seen_from(Path(output), Path(folder), provenance)
             write_provenance(target, "eval", base, used, measured, next_history(provenance))
-    return report
-
-
-def read_report(folder: Path) -> dict:
-    """The report in an eval folder. Raises RrtcError where there is none, or one of another schema."""
-    file = Path(folder) / "report.json"
-    try:
-        report = json.loads(file.read_text(encoding="utf8"))
-    except (OSError, ValueError) as error:
-        raise RrtcError(f"There is no readable report.json in {folder}.", "Make one with 'rrtc eval -o'.") from error
-    if not isinstance(report, dict) or report.get("schema") != SCHEMA:
-        raise RrtcError(f"The report {file} is of another version than this rrtc reads.", "Run 'rrtc eval' again.")
     return report
 
 

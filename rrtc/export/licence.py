@@ -1,7 +1,6 @@
 """The licence of the base model, as far as its own files state it: nothing is guessed."""
 
 import re
-import struct
 from pathlib import Path
 
 # Words that open the well-known licence texts, and the hub's names of those licences.
@@ -11,8 +10,6 @@ KNOWN_TEXTS = {
     r"gemma terms of use": "gemma",
     r"redistribution and use in source and binary forms": "bsd-3-clause",
 }
-GGUF_WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of GGUF's value types
-GGUF_STRING = 8
 
 
 def find_licence(folder: Path, base: Path | None) -> dict[str, str]:
@@ -55,34 +52,8 @@ def _of_text(text: str) -> str | None:
 
 
 def _in_gguf(file: Path) -> str | None:
-    """The value of general.license in a GGUF file. It stands among the first keys, before the long vocabulary, so that
-    only the start of the file is read (the gguf package reads all of it, which takes seconds)."""
-    with open(file, "rb") as stream:
-        start = stream.read(1_000_000)
-    try:
-        magic, _, _, keys = struct.unpack_from("<4sIQQ", start)
-        at = struct.calcsize("<4sIQQ")
-        for _ in range(keys if magic == b"GGUF" else 0):
-            key, at = _gguf_string(start, at)
-            (kind,) = struct.unpack_from("<I", start, at)
-            at += 4
-            if kind == GGUF_STRING:
-                value, at = _gguf_string(start, at)
-                if key == "general.license":
-                    return value
-            elif kind in GGUF_WIDTHS:
-                at += GGUF_WIDTHS[kind]
-            else:  # an array; only those of strings, such as general.tags, stand before the licence
-                kind, length = struct.unpack_from("<IQ", start, at)
-                at += 12
-                for _ in range(length if kind == GGUF_STRING else 0):
-                    _, at = _gguf_string(start, at)
-                at += 0 if kind == GGUF_STRING else GGUF_WIDTHS[kind] * length
-    except (struct.error, KeyError, UnicodeDecodeError):  # the keys go on beyond what was read, or are of a newer kind
-        return None
-    return None
+    """The value of general.license in a GGUF file."""
+    from gguf import GGUFReader
 
-
-def _gguf_string(data: bytes, at: int) -> tuple[str, int]:
-    (length,) = struct.unpack_from("<Q", data, at)
-    return data[at + 8 : at + 8 + length].decode("utf8"), at + 8 + length
+    field = GGUFReader(file).fields.get("general.license")
+    return field.contents() if field is not None else None

@@ -5,7 +5,6 @@ from that folder in a fresh process; the model card. Only then does the folder g
 """
 
 import gc
-import json
 import time
 from pathlib import Path
 
@@ -32,6 +31,7 @@ from rrtc.export.verify import reference, verify
 from rrtc.model import RrtConfig
 from rrtc.model.skeleton import stock_model
 from rrtc.recipe import Recipe
+from rrtc.report import read_report
 from rrtc.source import load_tokenizer, read_config
 
 
@@ -49,7 +49,7 @@ def export(folder: str, output: str, recipe: Recipe, report: str | None = None) 
     if target.resolve().is_relative_to(source.resolve()):
         raise WrongUsage(f"The output {target} lies in the folder it is made from.", "Name a folder outside it.")
     provenance, config, weights = read_provenance(source), _recursive_config(source), Weights(source)
-    evaluation = _read_report(report, _parameters(weights))
+    evaluation = _report_about(report, _parameters(weights))
     chat = load_tokenizer(source).chat_template is not None
     form = recipe.export.format
     dtype = weights.dtype if recipe.export.dtype == "auto" else recipe.export.dtype
@@ -102,21 +102,14 @@ def _parameters(weights: Weights) -> int:
     return sum(torch.Size(weights.shape(name)).numel() for name in weights)
 
 
-def _read_report(folder: str | None, parameters: int) -> dict | None:
-    """The report.json that `rrtc eval` wrote into `folder`. Raises RrtcError where there is none, where it is damaged,
-    or where no model in it has as many `parameters` as the one that is exported."""
+def _report_about(folder: str | None, parameters: int) -> dict | None:
+    """The evaluation report in `folder`. Raises RrtcError where no model in it has as many `parameters` as the one that
+    is exported."""
     if folder is None:
         return None
-    file = Path(folder) / "report.json"
-    if not file.is_file():
-        raise RrtcError(f"There is no evaluation report {file}.", "Make one with 'rrtc eval FOLDER -o REPORT_DIR'.")
-    try:
-        report = json.loads(file.read_text(encoding="utf8"))
-        sizes = {row["model"]: row["params_total"] for row in report["table"]}
-    except (ValueError, KeyError, TypeError) as error:
-        raise RrtcError(f"The evaluation report {file} is damaged.", "Make a new one with 'rrtc eval'.") from error
-    if parameters not in sizes.values():
-        raise RrtcError(f"The evaluation report {file} is about another model.", "Run 'rrtc eval' on this one.")
+    report = read_report(Path(folder))
+    if parameters not in [row["params_total"] for row in report["table"]]:
+        raise RrtcError(f"The evaluation report in {folder} is about another model.", "Run 'rrtc eval' on this one.")
     return report
 
 
