@@ -121,6 +121,10 @@ def test_a_layer_with_weights_of_its_own_gets_no_lora():
 
 def test_a_rank_is_at_most_the_smaller_side_of_its_matrix():
     assert make_plan(depths(6), InitRecipe(rank=1000)).visits[0].ranks == {"mlp.up": 8}
+    for architecture in ARCHITECTURES:
+        plan = plan_of(pico_config(architecture), rank=1000)
+        for matrix in plan.architecture.layers[0].matrices:
+            assert plan.visits[0].ranks[matrix.name] == min(matrix.inputs, matrix.outputs), (architecture, matrix.name)
 
 
 def test_ranks_follow_the_matrix_groups_and_a_group_left_out_gets_none():
@@ -146,7 +150,7 @@ def test_every_matrix_is_known_by_its_group(architecture):
         assert sum(outputs for _, outputs in matrix.parts) == matrix.outputs, matrix.name
 
 
-@pytest.mark.parametrize("rank", [4, 16, 64])
+@pytest.mark.parametrize("rank", [4, 16, 32, 64])
 def test_phi3s_fused_projections_get_the_lora_of_their_parts(rank):
     """Phi-3 is Mistral with q, k, v in one matrix and gate, up in another: each may differ by the rounding of its rank,
     and a fused matrix never gets more rank than its smaller side."""

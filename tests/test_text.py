@@ -198,6 +198,7 @@ def test_bytes_per_token_counts_utf8_and_every_token():
     expected = sum(len(text.encode()) for text in texts) / tokens
     assert sum(len(text.encode()) for text in texts) > sum(map(len, texts))
     assert pack(texts, tokenizer, context=8).bytes_per_token == pytest.approx(expected)
+    assert pack(texts, tokenizer, context=tokens - 20, limit=1).bytes_per_token == pytest.approx(expected)
 
 
 def test_a_tokenizer_without_an_end_token_packs_without_ends():
