@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from rrtc.checkpoint import check_target, partial_of, read_provenance
+from rrtc.checkpoint import check_target, parse_size, partial_of, read_provenance
 from rrtc.console import note
 from rrtc.errors import RrtcError, WrongUsage
 from rrtc.eval.stage import evaluate
@@ -10,6 +10,8 @@ from rrtc.export.stage import export
 from rrtc.init.stage import init
 from rrtc.recipe import Recipe
 from rrtc.report import read_report
+from rrtc.source import find_model
+from rrtc.text import documents
 from rrtc.uptrain.stage import uptrain
 from rrtc.uptrain.trainer import whole_checkpoints
 
@@ -24,6 +26,7 @@ def run(recipe: Recipe, output: str, resume: bool = False) -> dict:
     """
     if recipe.model is None:
         raise WrongUsage("The recipe does not name a model.", "Add 'model: …', as in recipes/quickstart.yaml.")
+    _check_inputs(recipe)
     folders = {stage: Path(output) / stage for stage in STAGES}
     checkpoints = partial_of(folders["uptrain"]) / "checkpoints"
     if not resume:
@@ -49,12 +52,23 @@ def run(recipe: Recipe, output: str, resume: bool = False) -> dict:
     return results
 
 
+def _check_inputs(recipe: Recipe) -> None:
+    """Raises what the later stages would raise about their inputs, before the first one spends its time."""
+    for source in [*recipe.uptrain.data, *recipe.eval.text]:
+        next(documents(source, recipe.uptrain.text_field))
+    if recipe.uptrain.teacher is not None:
+        find_model(recipe.uptrain.teacher)
+    for size in (recipe.init.max_shard_size, recipe.export.max_shard_size):
+        parse_size(size)
+
+
 def _check_same_recipe(stage: str, folder: Path, recipe: Recipe) -> None:
-    done, asked = read_provenance(folder)["recipe"].get(stage, {}), getattr(recipe, stage).model_dump()
-    changed = [key for key in asked if done.get(key) != asked[key]]
-    if changed:
-        raise RrtcError(
-            f"{folder} was made with another recipe: {stage}.{changed[0]} was {done.get(changed[0])} and is now "
-            f"{asked[changed[0]]}.",
-            "Use the old recipe, or another output folder.",
-        )
+    done = read_provenance(folder)["recipe"]
+    before = {"model": done["model"]} | {f"{stage}.{key}": value for key, value in done[stage].items()}
+    now = {"model": recipe.model} | {f"{stage}.{k}": value for k, value in getattr(recipe, stage).model_dump().items()}
+    for field, value in now.items():
+        if before.get(field) != value:
+            raise RrtcError(
+                f"{folder} was made with another recipe: {field} was {before.get(field)} and is now {value}.",
+                "Use the old recipe, or another output folder.",
+            )

@@ -33,7 +33,7 @@ class Matrix:
         """The LoRA rank of this matrix, at most min(inputs, outputs).
 
         A fused projection gets the rank at which its LoRA costs what the LoRAs of its parts would cost apart: for
-        Pythia's qkv that is 1.5 r, which is how the paper counts (table 1; facts in its parameter table).
+        Pythia's qkv that is 1.5 r, which is how the paper counts.
         """
         apart = sum(
             min(recipe.rank_of(group), self.inputs, outputs) * (self.inputs + outputs) for group, outputs in self.parts

@@ -112,3 +112,11 @@ def test_a_finished_run_resumes_to_nothing_and_another_recipe_is_refused(quickst
         app, ["run", str(ROOT / "recipes" / "quickstart.yaml"), "-o", str(quickstart), "--tokens", "9999", "--resume"]
     )
     assert result.exit_code == 1 and "uptrain.tokens was 6144 and is now 9999" in result.stderr
+
+
+def test_a_run_whose_text_is_missing_stops_before_the_first_stage(tmp_path):
+    recipe = {"model": str(save_pico(tmp_path / "dense")), "uptrain": {"data": [str(tmp_path / "no.txt")]}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    result = CliRunner().invoke(app, ["run", str(tmp_path / "recipe.yaml"), "-o", str(tmp_path / "out")])
+    assert result.exit_code == 1 and "There is no text at" in result.stderr
+    assert not (tmp_path / "out").exists()
