@@ -11,6 +11,9 @@ from dataclasses import asdict, dataclass
 from rrtc.errors import WrongUsage
 from rrtc.recipe import InitRecipe
 
+PROGRAM_BYTES = 400_000_000  # Python, torch and transformers themselves
+SHARD_BYTES = 4_000_000_000  # of weights, held until they are written
+
 
 @dataclass(frozen=True)
 class Matrix:
@@ -137,17 +140,18 @@ class Plan:
         """Bytes that one token takes in the KV cache, at `width` bytes a number: every visit has a place of its own."""
         return len(self.visits) * self.architecture.kv_width * width
 
-    def init_bytes(self, width: int) -> int:
-        """An estimate of the peak memory of `init` in bytes: the layers of the largest slot, in float32, with as much
-        again for what is made from them, and then the whole compressed model for the closing measurement."""
+    def init_bytes(self, width: int, measured: bool = True) -> int:
+        """An estimate of the peak memory of `init` in bytes, files it maps aside: four copies in float32 of the layers
+        of the largest slot and one shard to be written; or later, for the closing measurement, the dense model."""
         sizes = [
             sum(m.size for m in self.architecture.layers[visits[0].layer].matrices) * len(visits)
             for visits in self.slots
         ]
-        return max(2 * 4 * max(sizes) + width * self.parameters, 4 * self.parameters)
+        tying = 4 * 4 * max(sizes) + min(width * self.parameters, SHARD_BYTES)
+        return PROGRAM_BYTES + max(tying, 4 * self.architecture.parameters if measured else 0)
 
-    def summary(self, width: int) -> dict:
-        """The plan as plain data for `--json`, at `width` bytes a parameter."""
+    def summary(self, width: int, measured: bool = True) -> dict:
+        """The plan as plain data for `--json`, at `width` bytes a parameter; `measured` is as in `init_bytes`."""
         dense = self.architecture
         return {
             "model_type": dense.model_type,
@@ -158,7 +162,7 @@ class Plan:
             "params_by_part": self.parts,
             "bytes": self.parameters * width,
             "dense_bytes": dense.parameters * width,
-            "init_peak_bytes": self.init_bytes(width),
+            "init_peak_bytes": self.init_bytes(width, measured),
             "flops_per_token": self.flops_per_token,
             "dense_flops_per_token": dense.flops_per_token,
             "kv_bytes_per_token": self.kv_bytes_per_token(width),

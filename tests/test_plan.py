@@ -212,6 +212,15 @@ def test_the_summary_counts_as_the_plan_does(architecture):
     assert [visit["slot"] for visit in summary["visits"]] == [0, 1, 2, 0, 1, 2]
 
 
+def test_the_memory_init_needs_is_a_slot_at_a_time_and_the_dense_model_where_that_is_measured():
+    plan = plan_of(read_config(PAPER / "gemma-2b"), loops=2)
+    slot = 2 * sum(matrix.size for matrix in plan.architecture.layers[0].matrices)
+    streamed, measured = plan.init_bytes(2, measured=False), plan.init_bytes(2, measured=True)
+    assert 4 * slot + 2 * plan.parameters < streamed < 4 * plan.architecture.parameters < measured
+    assert plan.summary(2)["init_peak_bytes"] == measured
+    assert plan.summary(2, measured=False)["init_peak_bytes"] == streamed
+
+
 def test_looping_saves_neither_arithmetic_nor_kv_cache_and_lora_adds_arithmetic():
     config = pico_config("llama")
     dense = read_architecture(config)
