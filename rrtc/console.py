@@ -82,7 +82,7 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
     """A Rich table: the first column to the left, the others, numbers, to the right."""
     made = Table(title=title, title_justify="left", title_style="bold")
     for number, column in enumerate(columns):
-        made.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
+        made.add_column(column, justify="left" if number == 0 else "right", overflow="fold", no_wrap=number == 0)
     for row in rows:
         made.add_row(*[str(cell) for cell in row])
     return made

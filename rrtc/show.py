@@ -107,9 +107,13 @@ def report(result: dict) -> Group:
                 "–" if agreement is None else f"{agreement:.1%}",
             ]
         )
-    columns = ["model", "parameters", "without emb.", "bytes", "bits/byte", "KL to dense", "top-1 agreement"]
+    columns = ["model", "params", "w/o emb.", "bytes", "bits/byte", "KL", "top-1"]
     scored = ", ".join(f"{name} ({count(n)} tokens)" for name, n in result["tokens"].items())
-    lines = [table(f"Measured against {result['against']}", columns, rows), _plain(f"Scored on: {scored}")]
+    lines = [
+        table(f"Measured against {result['against']}", columns, rows),
+        _plain("KL: nats per token from the dense model. top-1: share of tokens on which both agree."),
+        _plain(f"Scored on: {scored}"),
+    ]
     if result["source_bytes"]:
         lines.append(
             _plain(
@@ -118,7 +122,7 @@ def report(result: dict) -> Group:
             )
         )
     for said in result["samples"]:
-        lines.append(Text.assemble((f"{said['model']}: ", "bold"), " ".join(said["text"].split())))
+        lines.append(Text.assemble((f"{said['model']}: ", "bold"), " ".join(said["text"].split()) or "(says nothing)"))
     return Group(*lines)
 
 
