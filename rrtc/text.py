@@ -7,6 +7,7 @@ A tenth is held out: training never sees it and evaluation scores on it.
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,9 +50,7 @@ def documents(source: str, text_field: str = "text") -> Iterator[str]:
 
 def _documents(source: str, text_field: str) -> Iterator[str]:
     if source == BUILT_IN_TEXT:
-        from pydoc_data.topics import topics
-
-        yield from sorted(set(topics.values()))
+        yield from _built_in()
         return
     path = Path(source)
     if path.is_dir():
@@ -66,6 +65,17 @@ def _documents(source: str, text_field: str) -> Iterator[str]:
         raise RrtcError(f"There is no text at {source}.")
     else:
         yield from _from_datasets(source, text_field)
+
+
+def _built_in() -> list[str]:
+    """Python's own language reference, one document a topic, one line a paragraph: laid out for a terminal as it comes,
+    much of it would be line breaks and indentation."""
+    from pydoc_data.topics import topics
+
+    return [
+        "\n".join(" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", topic))
+        for topic in sorted(set(topics.values()))
+    ]
 
 
 def _from_file(file: Path, text_field: str) -> Iterator[str]:

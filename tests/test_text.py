@@ -79,7 +79,9 @@ def test_a_folder_gives_its_files_in_the_order_of_their_names(tmp_path):
 
 def test_pydoc_is_the_same_text_every_time():
     assert read("pydoc") == read("pydoc")
-    assert len(read("pydoc")) > 50 and set(read("pydoc")) <= set(topics.values())
+    words = [document.split() for document in read("pydoc")]
+    assert words == [topic.split() for topic in sorted(set(topics.values()))] and len(words) > 50
+    assert not any("\n\n" in document or "  " in document for document in read("pydoc"))
 
 
 @pytest.mark.parametrize("content", ["", "\n\n\n\n\n\n", "   \n"])
