@@ -7,6 +7,7 @@ import math
 import os
 import random
 import resource
+import signal
 import subprocess
 import sys
 from dataclasses import asdict
@@ -22,7 +23,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from rrtc import measure
 from rrtc.checkpoint import Weights, read_provenance, write_provenance
-from rrtc.errors import RrtcError
+from rrtc.errors import RrtcError, WrongUsage
+from rrtc.export.stage import export
 from rrtc.model import RrtConfig, RrtForCausalLM
 from rrtc.model.skeleton import read_architecture
 from rrtc.plan import make_plan
@@ -47,10 +49,10 @@ def settings(**changes) -> Recipe:
     return Recipe.model_validate({"uptrain": SETTINGS | changes})
 
 
-def make_rrt(folder: Path, dense: Path, architecture: str = "llama", dtype=torch.float32, **changes) -> Path:
-    """An rrtc folder as `init` writes one, with random weights."""
-    config = pico_config(architecture, **changes)
-    recipe = InitRecipe(rank=4)
+def make_rrt(folder: Path, dense: Path, architecture: str = "llama", dtype=torch.float32, **init) -> Path:
+    """An rrtc folder as `init` writes one, with random weights, but in one shard."""
+    config = pico_config(architecture)
+    recipe = InitRecipe(rank=4, **init)
     plan = make_plan(read_architecture(config), recipe)
     torch.manual_seed(1)
     model = RrtForCausalLM(RrtConfig(base_config=config, visits=[asdict(v) for v in plan.visits])).to(dtype)
@@ -285,16 +287,33 @@ def test_the_folder_is_whole(rrt, dense, trained):
 
 def test_dtype_shards_and_tied_embeddings_stay(tmp_path, rrt):
     dense = save_pico(tmp_path / "dense", "gemma")
-    source = make_rrt(tmp_path / "rrt", dense, "gemma", dtype=torch.bfloat16)
+    source = make_rrt(tmp_path / "rrt", dense, "gemma", dtype=torch.bfloat16, max_shard_size="60KB")
     fingerprint = content_hash(source)
-    recipe = Recipe.model_validate({"init": {"max_shard_size": "60KB"}, "uptrain": SETTINGS | {"tokens": 1}})
-    uptrain(str(source), str(tmp_path / "out"), recipe)
+    uptrain(str(source), str(tmp_path / "out"), settings(tokens=1))
     written = Weights(tmp_path / "out")
     assert len(written.files) > 1 and written.dtype == "bfloat16"
     assert set(written) == set(Weights(source)) and "lm_head.weight" not in written
     assert content_hash(source) == fingerprint
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.dtype == torch.bfloat16 and model.config.use_cache
+
+
+def test_shard_size_is_what_init_was_asked_for(rrt, dense, tmp_path):
+    import yaml
+
+    source = make_rrt(tmp_path / "rrt", dense, max_shard_size="100KB")
+    assert len(Weights(source).files) == 1
+    # What the input folder says goes before the recipe of this run ...
+    uptrain(str(source), str(tmp_path / "several"), settings(tokens=1))
+    assert len(Weights(tmp_path / "several").files) > 1
+    # ... which is asked where the folder says nothing.
+    said = read_provenance(source)
+    del said["recipe"]["init"]
+    (source / "rrtc.yaml").write_text(yaml.safe_dump(said))
+    small = Recipe.model_validate({"init": {"max_shard_size": "100KB"}, "uptrain": SETTINGS | {"tokens": 1}})
+    for recipe, name in ((settings(tokens=1), "one"), (small, "small")):
+        uptrain(str(source), str(tmp_path / name), recipe)
+    assert len(Weights(tmp_path / "one").files) == 1 and len(Weights(tmp_path / "small").files) > 1
 
 
 def test_a_trained_folder_can_be_trained_again(trained, tmp_path):
@@ -317,6 +336,78 @@ def test_resumed_run_equals_a_straight_one(rrt, trained, tmp_path, monkeypatch):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert not partial.exists() and not list(target.rglob("checkpoint*"))
     assert measured["steps"] == STEPS
+
+
+def test_killed_while_checkpoints_are_removed(rrt, trained, tmp_path):
+    """The moment is when the last states of the trainer are gone, but not yet the rest of the checkpoints."""
+    script, target = tmp_path / "script.py", tmp_path / "out"
+    script.write_text(
+        "import os, pathlib, shutil, signal, sys\n"
+        "from rrtc.recipe import Recipe\nfrom rrtc.uptrain.stage import uptrain\n"
+        "whole = shutil.rmtree\n"
+        "def cut_off(path, *args, **kwargs):\n"
+        "    states = list(pathlib.Path(path).rglob('trainer_state.json'))\n"
+        "    if pathlib.Path(path).name != 'checkpoints' or not states: return whole(path, *args, **kwargs)\n"
+        "    for state in states: state.unlink()\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "shutil.rmtree = cut_off\n"
+        "uptrain(sys.argv[1], sys.argv[2], Recipe.model_validate_json(sys.argv[3]))\n"
+    )
+    run = subprocess.run(
+        [sys.executable, script, rrt, target, settings().model_dump_json()], capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == -signal.SIGKILL, run.stderr
+    # The model is whole, and what is left of the checkpoints is not taken for any.
+    assert not target.with_name("out.partial").exists()
+    left = target / "checkpoints"
+    assert list(left.glob("checkpoint-*")) and not whole_checkpoints(left)
+    assert {p.name for p in target.iterdir()} == {"checkpoints", *(p.name for p in trained.iterdir())}
+    assert content_hash(target) == content_hash(trained) and curve(target) == curve(trained)
+    with pytest.raises(RrtcError, match="nothing to resume: .* is complete") as refused:
+        uptrain(str(rrt), str(target), settings(), resume=True)
+    assert str(left) in refused.value.hint
+    # Later stages do not see it.
+    uptrain(str(target), str(tmp_path / "again"), settings(tokens=1))
+    export(str(target), str(tmp_path / "dense"), Recipe.model_validate({"export": {"format": "dense"}}))
+    for folder in ("again", "dense"):
+        assert not list((tmp_path / folder).rglob("checkpoint*"))
+
+
+def test_killed_before_the_folder_gets_its_name(rrt, trained, tmp_path, monkeypatch):
+    target, rename = tmp_path / "out", Path.rename
+
+    def interrupted(self, to):
+        if self.name.endswith(".partial"):
+            raise KeyboardInterrupt
+        return rename(self, to)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            uptrain(str(rrt), str(target), settings())
+    assert not target.exists()
+    uptrain(str(rrt), str(target), settings(), resume=True)
+    assert content_hash(target) == content_hash(trained) and curve(target) == curve(trained)
+    assert {p.name for p in target.iterdir()} == {p.name for p in trained.iterdir()}
+
+
+def test_killed_again_beside_a_checkpoint_that_was_cut_off(rrt, trained, tmp_path, monkeypatch):
+    target, touch = tmp_path / "out", Path.touch
+    partial = stop_after_checkpoint(rrt, target, monkeypatch)
+    (partial / "checkpoints" / "checkpoint-5").mkdir()
+
+    def interrupted(self, *args, **kwargs):
+        if self.parent.name == "checkpoint-6":
+            raise KeyboardInterrupt
+        return touch(self, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "touch", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            uptrain(str(rrt), str(target), settings(), resume=True)
+    assert [c.name for c in whole_checkpoints(partial / "checkpoints")] == ["checkpoint-3"]
+    uptrain(str(rrt), str(target), settings(), resume=True)
+    assert content_hash(target) == content_hash(trained) and curve(target) == curve(trained)
 
 
 def test_interrupted_before_a_checkpoint_leaves_nothing(rrt, tmp_path, monkeypatch):
@@ -465,6 +556,17 @@ def test_batch_must_divide_over_the_processes(rrt, monkeypatch):
     monkeypatch.setattr(job, "process_group", Three)
     with pytest.raises(RrtcError, match="batch_size of 4 cannot be divided into micro-batches of 2 on 3 processes"):
         prepare(rrt, settings().uptrain)
+
+
+def test_more_text_than_memory_holds(rrt, tmp_path, monkeypatch):
+    monkeypatch.setattr("rrtc.uptrain.job.training_windows", lambda *_: pytest.fail("text was read"))
+    huge = settings(tokens=60_000_000_000)
+    for run in (lambda: uptrain(str(rrt), str(tmp_path / "out"), huge), lambda: estimate(str(rrt), huge)):
+        with pytest.raises(WrongUsage, match="holds the training text in memory") as error:
+            run()
+        assert "500,000,000" in error.value.sentence and "60,000,000,000" in error.value.sentence
+        assert "Lower tokens" in error.value.hint
+    assert not list(tmp_path.iterdir())
 
 
 # -- estimate and display

@@ -24,6 +24,7 @@ from rrtc.uptrain.data import training_windows
 
 # What may change between the start of a run and its continuation: it changes the cost of a step, not its result.
 FREE_ON_RESUME = ("micro_batch", "activation_checkpointing", "save_every")
+MOST_TOKENS = 500_000_000  # of text in memory: 4 GB of token ids, and the text itself on the way there
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,15 @@ def prepare(folder: Path, recipe: UptrainRecipe) -> Job:
     context = longest_context(config, recipe.context)
     if context < recipe.context:
         warn(f"The context is {context} tokens: the model cannot see {recipe.context}.")
-    steps = -(-recipe.tokens // (recipe.batch_size * context))
-    windows = training_windows(recipe, tokenizer, context, steps * recipe.batch_size * context)
+    per_step = recipe.batch_size * context
+    steps = -(-recipe.tokens // per_step)
+    if steps * per_step > MOST_TOKENS:
+        raise WrongUsage(
+            f"This version of rrtc holds the training text in memory, at most {MOST_TOKENS:,} tokens of it, and this "
+            f"run takes {steps * per_step:,}.",
+            f"Lower tokens (they are rounded up to whole steps of {per_step:,}).",
+        )
+    windows = training_windows(recipe, tokenizer, context, steps * per_step)
     epochs = steps * recipe.batch_size / len(windows.ids)
     if epochs > 1:
         note(f"The text has {windows.ids.numel()} tokens: training goes through it {epochs:.3g} times.")

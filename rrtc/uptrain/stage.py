@@ -1,7 +1,8 @@
 """`rrtc uptrain`: heals an rrtc folder by training, and writes the result as a new folder.
 
 While it runs, NAME.partial/checkpoints holds its checkpoints and resume.json, which says what they belong to. They are
-removed before NAME.partial becomes NAME.
+removed when NAME.partial has become NAME, so that a kill at any moment leaves either a run to resume or a whole model,
+at worst one with a folder `checkpoints` that nothing reads.
 """
 
 import contextlib
@@ -13,6 +14,7 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from rrtc.checkpoint import (
+    PROVENANCE,
     ShardWriter,
     Weights,
     base_seen_from,
@@ -31,8 +33,9 @@ from rrtc.recipe import Recipe
 from rrtc.uptrain.curve import draw, steps_of, summary, write_metrics
 from rrtc.uptrain.display import Display
 from rrtc.uptrain.job import Job, prepare, process_group
-from rrtc.uptrain.trainer import DistillationTrainer, whole_checkpoints
+from rrtc.uptrain.trainer import DistillationTrainer, remove, whole_checkpoints
 
+CHECKPOINTS = "checkpoints"
 RESUME = "resume.json"
 
 
@@ -46,10 +49,13 @@ def uptrain(folder: str, output: str, recipe: Recipe, resume: bool = False) -> d
     """
     disable_progress_bar()  # transformers' own
     target = Path(output)
+    if resume and (target / PROVENANCE).exists():
+        left = target / CHECKPOINTS
+        hint = f"The run was stopped while it removed {left}, which can be deleted." if left.exists() else None
+        raise RrtcError(f"There is nothing to resume: {target} is complete.", hint)
     check_target(target)
-    max_shard_bytes = parse_size(recipe.init.max_shard_size)
     partial = partial_of(target)
-    checkpoints = partial / "checkpoints"
+    checkpoints = partial / CHECKPOINTS
     saved = whole_checkpoints(checkpoints)
     if resume and not saved:
         raise RrtcError(f"There is nothing to resume: {partial} holds no checkpoint.", "Start without --resume.")
@@ -59,6 +65,7 @@ def uptrain(folder: str, output: str, recipe: Recipe, resume: bool = False) -> d
             "Continue it with --resume, or delete that folder.",
         )
     job = prepare(Path(folder), recipe.uptrain)
+    max_shard_bytes = _max_shard_bytes(job, recipe)
     fingerprint = job.fingerprint()
     if resume:
         _check_unchanged(checkpoints / RESUME, fingerprint)
@@ -67,7 +74,11 @@ def uptrain(folder: str, output: str, recipe: Recipe, resume: bool = False) -> d
     # Every process has now seen the disk as it was. From here on, the first one changes it.
     process_group().wait_for_everyone()
     if is_first_process and not resume:
-        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed before its first checkpoint
+        remove(partial)  # of a run that was killed before its first checkpoint
+    elif is_first_process:
+        # One that was cut off would count among the two last ones, and the last whole one could go in its place.
+        for unfinished in set(checkpoints.glob("checkpoint-*")) - set(saved):
+            remove(unfinished)
     with whole_folder(target, keep_partial=True) if is_first_process else contextlib.nullcontext():
         try:
             if is_first_process:
@@ -77,15 +88,22 @@ def uptrain(folder: str, output: str, recipe: Recipe, resume: bool = False) -> d
             measured = _measured(job, trainer)
             if is_first_process:
                 _write(job, trainer, measured, recipe, partial, target, max_shard_bytes)
-                shutil.rmtree(checkpoints)
         except BaseException:
             if is_first_process and not whole_checkpoints(checkpoints):
-                shutil.rmtree(partial, ignore_errors=True)
+                remove(partial)
             elif is_first_process:
                 note(f"The checkpoints are in {checkpoints}: --resume goes on from the last one.")
             raise
+    if is_first_process:
+        remove(target / CHECKPOINTS)
     process_group().wait_for_everyone()  # nobody goes on before the folder is there
     return measured
+
+
+def _max_shard_bytes(job: Job, recipe: Recipe) -> int:
+    """The largest size of a weights file: as the input folder was asked to be written, or else what `recipe` says."""
+    asked = (job.provenance["recipe"] or {}).get("init") or {}
+    return parse_size(str(asked.get("max_shard_size", recipe.init.max_shard_size)))
 
 
 def _check_unchanged(file: Path, fingerprint: dict) -> None:

@@ -7,7 +7,9 @@ Both are means over all predicted tokens of a step. Windows are full and never p
 process has the same number of tokens, and the mean of their means is the mean over the step.
 """
 
+import contextlib
 import math
+import shutil
 import time
 from pathlib import Path
 
@@ -17,12 +19,11 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PrinterCallback
 
 from rrtc.checkpoint import disk_error
 from rrtc.errors import RrtcError
-from rrtc.measure import device
+from rrtc.measure import TOKENS_AT_ONCE, device
 from rrtc.model.skeleton import quiet_warnings
 from rrtc.uptrain.data import Stream
 from rrtc.uptrain.job import Job, process_group
 
-TOKENS_AT_ONCE = 128  # distributions of so many tokens are compared at a time, to bound memory
 WHOLE = "rrtc-whole"  # a file in each checkpoint that was written to the end
 
 
@@ -188,3 +189,12 @@ def whole_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in `folder` that were written to the end, oldest first."""
     whole = [marker.parent for marker in Path(folder).glob(f"checkpoint-*/{WHOLE}")]
     return sorted(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def remove(folder: Path) -> None:
+    """Removes `folder` and the checkpoints in it, as far as the disk lets it. Their marks go first, so that what a kill
+    on the way leaves behind is not taken for a checkpoint."""
+    for marker in list(Path(folder).rglob(WHOLE)):
+        with contextlib.suppress(OSError):
+            marker.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
