@@ -176,6 +176,24 @@ def test_cached_generation_equals_uncached(architecture, norms):
     assert_equal(torch.stack(runs[0].logits), torch.stack(runs[1].logits))
 
 
+def test_an_architectures_own_preparation_for_generation_is_used():
+    """Phi-3 with long rope changes its frequencies where a sequence outgrows the original context, and starts over."""
+    factors = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 6, "long_factor": [3.0] * 6}
+    factors |= {"partial_rotary_factor": 1.0, "original_max_position_embeddings": 16, "factor": 16.0}
+    base = pico_config("phi3", original_max_position_embeddings=16, rope_parameters=factors)
+    model = randomise(RrtForCausalLM(rrt_config("phi3", base)))
+    stock, prompt = written_out(model), tokens(1, 12)
+    runs = [
+        each.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=10, min_new_tokens=10, do_sample=False,
+            output_logits=True, return_dict_in_generate=True,
+        )
+        for each in (model, stock)
+    ]  # fmt: skip
+    assert runs[0].sequences.tolist() == runs[1].sequences.tolist()
+    assert_equal(torch.stack(runs[0].logits), torch.stack(runs[1].logits))
+
+
 @everywhere
 def test_every_visit_has_its_own_place_in_the_cache(architecture):
     model, whole = recursive(architecture), logits(recursive(architecture))
@@ -274,6 +292,8 @@ def test_attention_kernels_agree_and_the_stock_models_choice_is_the_default(arch
     default = RrtForCausalLM(rrt_config(architecture))
     assert default.config._attn_implementation == stock.config._attn_implementation
     assert default.stock.config._attn_implementation == stock.config._attn_implementation
+    for name in ("_can_compile_fullgraph", "_keys_to_ignore_on_load_unexpected"):
+        assert getattr(default, name) == getattr(stock, name)
     eager = AutoModelForCausalLM.from_pretrained(saved(architecture), attn_implementation="eager").eval()
     reference = written_out(eager)
     for kernel in ("eager", "sdpa") if stock._supports_sdpa else ("eager",):
@@ -327,6 +347,22 @@ def test_a_config_survives_json(architecture, tmp_path):
     assert type(loaded) is RrtConfig and type(loaded.base_config) is type(config.base_config)
     assert loaded.visits == config.visits and loaded.norms == config.norms
     assert loaded.base_config.to_dict() == config.base_config.to_dict()
+
+
+@pytest.mark.parametrize("form", [lambda config: config, lambda config: config.to_dict()], ids=["object", "dictionary"])
+def test_the_dense_models_class_and_code_are_not_carried_along(form, tmp_path):
+    base = pico_config("llama", architectures=["LlamaForCausalLM"])
+    base.auto_map = {"AutoModelForCausalLM": "somewhere.Else"}
+    config = rrt_config("llama", pico_config("llama"))
+    config = RrtConfig(base_config=form(base), visits=config.visits)
+    config.save_pretrained(tmp_path)
+    assert (
+        "Llama" not in (tmp_path / "config.json").read_text()
+        and "auto_map" not in (tmp_path / "config.json").read_text()
+    )
+    assert base.architectures == ["LlamaForCausalLM"] and base.auto_map
+    AutoConfig.from_pretrained(tmp_path).save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "config.json").read_bytes() == (tmp_path / "config.json").read_bytes()
 
 
 @everywhere
@@ -448,6 +484,21 @@ def test_resized_embeddings_reload(architecture, tmp_path):
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(RrtForCausalLM.from_pretrained(tmp_path).eval()), after)
     assert json.loads((tmp_path / "config.json").read_text())["base_config"]["vocab_size"] == VOCABULARY + 16
+
+
+@everywhere
+def test_embeddings_can_be_replaced(architecture):
+    model = copy.deepcopy(recursive(architecture))
+    new_input = copy.deepcopy(model.get_input_embeddings())
+    new_output = torch.nn.Linear(48, VOCABULARY, bias=False)
+    with torch.no_grad():
+        new_input.weight.mul_(0.9)
+    model.set_input_embeddings(new_input)
+    model.set_output_embeddings(new_output)
+    assert model.get_input_embeddings() is model.stock.get_input_embeddings() is new_input
+    assert model.get_output_embeddings() is model.stock.get_output_embeddings() is new_output
+    model(tokens()).logits.sum().backward()
+    assert new_input.weight.grad.any() and new_output.weight.grad.any()
 
 
 @everywhere

@@ -36,12 +36,16 @@ class RrtConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         base = self.base_config
         if isinstance(base, dict):
-            base = {key: value for key, value in base.items() if key not in ("architectures", "auto_map")}
-            self.base_config = CONFIG_MAPPING[base.pop("model_type")](**base)
+            values = dict(base)
+            self.base_config = CONFIG_MAPPING[values.pop("model_type")](**values)
         else:
             # A copy: what transformers sets on this config (the attention kernel, the number format) must not reach
             # the dense model that the caller may be using.
             self.base_config = copy.deepcopy(base)
+        if base is not None:
+            # These say which class and which code load the dense model, and must not load this one.
+            self.base_config.architectures = None
+            vars(self.base_config).pop("auto_map", None)
         self.visits = self.visits or []
         super().__post_init__(**kwargs)
 
