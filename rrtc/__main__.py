@@ -1,4 +1,4 @@
-"""`python -m rrtc …` and `torchrun -m rrtc …`: the same as the `rrtc` command."""
+"""`python -m rrtc …`: the same as the `rrtc` command; and `torchrun -m rrtc uptrain …` for several processes."""
 
 from rrtc.cli import main
 

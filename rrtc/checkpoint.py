@@ -12,7 +12,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import yaml
@@ -211,9 +211,14 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
 
 
-def check_target(target: Path) -> None:
-    """Raises RrtcError unless `target` can become a new folder: absent or empty, in a place that can be written to."""
+def check_target(target: Path, source: Path | None = None) -> None:
+    """Raises RrtcError unless `target` can become a new folder: absent or empty, in a place that can be written to, and
+    not inside the folder `source` that it is made from."""
     target = Path(target)
+    if source is not None and target.resolve().is_relative_to(Path(source).resolve()):
+        raise WrongUsage(f"The output {target} lies in the folder it is made from.", "Name a folder outside it.")
+    if target.resolve() == Path.cwd() or target.is_mount():
+        raise RrtcError(f"The output folder {target} cannot be replaced by a new one.", "Name a folder inside it.")
     if target.is_dir() and any(target.iterdir()):
         raise RrtcError(f"The output folder {target} is not empty.", "Name a new folder: rrtc overwrites nothing.")
     if target.exists() and not target.is_dir():
@@ -253,6 +258,12 @@ def whole_folder(target: Path, keep_partial: bool = False):
     """
     target, partial = Path(target), partial_of(target)
     check_target(target)
+    if not keep_partial and (partial / "checkpoints").exists():
+        raise RrtcError(
+            f"{partial} holds the checkpoints of an interrupted run.",
+            "Continue it with 'rrtc uptrain --resume', or delete that folder.",
+        )
+    new_parents = [parent for parent in partial.parents if not parent.exists()]
     try:
         if not keep_partial:
             shutil.rmtree(partial, ignore_errors=True)
@@ -264,6 +275,9 @@ def whole_folder(target: Path, keep_partial: bool = False):
     except BaseException as error:
         if not keep_partial:
             shutil.rmtree(partial, ignore_errors=True)
+        for parent in new_parents:
+            with suppress(OSError):  # not empty: something of use stayed
+                parent.rmdir()
         if isinstance(error, OSError) and error.errno in DISK_ERRORS:
             raise disk_error(target, error) from error
         raise

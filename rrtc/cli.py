@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from rrtc import __version__, console, show
-from rrtc.errors import RrtcError
+from rrtc.errors import RrtcError, WrongUsage
 from rrtc.recipe import (
     EvalRecipe,
     ExportRecipe,
@@ -104,7 +104,14 @@ def _guarded(command: Callable) -> Callable:
             console.show_error(error)
             raise typer.Exit(error.exit_code) from error
         except KeyboardInterrupt as error:
-            console.show_error(RrtcError("Interrupted.", "Nothing was written under the final name."))
+            hint = (
+                "What was finished is kept, and nothing unfinished has its final name; uptrain and run have --resume."
+            )
+            console.show_error(RrtcError("Interrupted.", hint))
+            raise typer.Exit(1) from error
+        except OSError as error:  # no permission, a full disk
+            where = f" ({error.filename})" if error.filename else ""
+            console.show_error(RrtcError(f"{error.strerror or error}{where}."))
             raise typer.Exit(1) from error
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
@@ -120,6 +127,11 @@ def _needs_output(output: str | None) -> str:
     if output is None:
         raise typer.BadParameter("say where to write with -o DIR, or use --dry-run", param_hint="--output")
     return output
+
+
+def _needs_one_process(command: str) -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise WrongUsage(f"'rrtc {command}' runs in one process.", "Only 'rrtc uptrain' is for torchrun.")
 
 
 def _quiet_libraries() -> None:
@@ -166,6 +178,7 @@ def init_command(
     if model is None:
         raise typer.BadParameter("name the dense model, here or in the recipe", param_hint="MODEL")
     target = None if dry_run else _needs_output(output)
+    _needs_one_process("init")
     _quiet_libraries()
     from rrtc.init import stage
 
@@ -231,6 +244,7 @@ def eval_command(
 
     Example: rrtc eval healed --text book.txt -o report
     """
+    _needs_one_process("eval")
     _quiet_libraries()
     from rrtc.eval import stage
 
@@ -258,6 +272,7 @@ def export_command(
     Example: rrtc export healed -o release --format dense
     """
     target = _needs_output(output)
+    _needs_one_process("export")
     _quiet_libraries()
     from rrtc.export import stage
 
@@ -283,6 +298,7 @@ def run_command(
     """
     loaded = load_recipe(recipe)
     loaded = loaded.model_copy(update={"uptrain": with_flags(loaded.uptrain, {"tokens": tokens})})
+    _needs_one_process("run")
     _quiet_libraries()
     from rrtc.pipeline import run
 

@@ -1,10 +1,10 @@
 """`rrtc inspect`: what a folder that rrtc wrote is."""
 
-import json
 from pathlib import Path
 
 from rrtc.checkpoint import Weights, read_provenance
 from rrtc.report import read_report
+from rrtc.source import read_config
 
 
 def describe(folder: str) -> dict:
@@ -14,13 +14,11 @@ def describe(folder: str) -> dict:
     """
     path = Path(folder)
     description = {"folder": folder} | read_provenance(path)
-    config = path / "config.json"
-    if config.exists():
-        values = json.loads(config.read_text(encoding="utf8"))
+    if (path / "config.json").exists():
         weights = Weights(path)
         description["dtype"] = weights.dtype
         description["bytes_on_disk"] = weights.bytes_on_disk
-        description["visits"] = values.get("visits")  # a dense export has none
+        description["visits"] = getattr(read_config(path), "visits", None)  # a dense export has none
     if description["stage"] == "eval":
         description["report"] = read_report(path)
     return description

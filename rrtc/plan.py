@@ -12,7 +12,6 @@ from rrtc.errors import WrongUsage
 from rrtc.recipe import InitRecipe
 
 PROGRAM_BYTES = 400_000_000  # Python, torch and transformers themselves
-SHARD_BYTES = 4_000_000_000  # of weights, held until they are written
 
 
 @dataclass(frozen=True)
@@ -140,18 +139,20 @@ class Plan:
         """Bytes that one token takes in the KV cache, at `width` bytes a number: every visit has a place of its own."""
         return len(self.visits) * self.architecture.kv_width * width
 
-    def init_bytes(self, width: int, measured: bool = True) -> int:
+    def init_bytes(self, width: int, shard_bytes: int, measured: bool) -> int:
         """An estimate of the peak memory of `init` in bytes, files it maps aside: four copies in float32 of the layers
-        of the largest slot and one shard to be written; or later, for the closing measurement, the dense model."""
+        of the largest slot and one shard to be written; or later, for the closing measurement (if it is `measured`),
+        the larger of the two models in float32."""
         sizes = [
             sum(m.size for m in self.architecture.layers[visits[0].layer].matrices) * len(visits)
             for visits in self.slots
         ]
-        tying = 4 * 4 * max(sizes) + min(width * self.parameters, SHARD_BYTES)
-        return PROGRAM_BYTES + max(tying, 4 * self.architecture.parameters if measured else 0)
+        tying = 4 * 4 * max(sizes) + min(width * self.parameters, shard_bytes)
+        scoring = 4 * max(self.architecture.parameters, self.parameters) if measured else 0
+        return PROGRAM_BYTES + max(tying, scoring)
 
-    def summary(self, width: int, measured: bool = True) -> dict:
-        """The plan as plain data for `--json`, at `width` bytes a parameter; `measured` is as in `init_bytes`."""
+    def summary(self, width: int, shard_bytes: int, measured: bool) -> dict:
+        """The plan as plain data for `--json`, at `width` bytes a parameter; the rest is as in `init_bytes`."""
         dense = self.architecture
         return {
             "model_type": dense.model_type,
@@ -162,7 +163,7 @@ class Plan:
             "params_by_part": self.parts,
             "bytes": self.parameters * width,
             "dense_bytes": dense.parameters * width,
-            "init_peak_bytes": self.init_bytes(width, measured),
+            "init_peak_bytes": self.init_bytes(width, shard_bytes, measured),
             "flops_per_token": self.flops_per_token,
             "dense_flops_per_token": dense.flops_per_token,
             "kv_bytes_per_token": self.kv_bytes_per_token(width),

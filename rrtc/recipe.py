@@ -135,7 +135,8 @@ class EvalRecipe(Section):
     """What is measured, always beside the dense original on the same tokens."""
 
     text: list[str] = Field([], description="Text to score on; by default what training held out.")
-    tokens: int = Field(16_384, ge=2, description="Tokens to score at most, from each text.")
+    text_field: str = Field("text", description="The field that holds the text in jsonl, parquet and datasets.")
+    tokens: int = Field(16_384, ge=2, description="Tokens to score from each text, rounded up to whole windows.")
     context: int = Field(512, ge=8, description="Tokens in one scored window.")
     prompt: str = Field(
         "Explain in two sentences why the sky is blue.", description="What the sample continuation answers."

@@ -1,5 +1,6 @@
 """report.json, what `rrtc eval` writes and export, run and inspect read. Schema 1:
 
+of             the folder that was measured: its stage, and when it was made
 against        the dense model's URI
 tokens         scored tokens of each text, by the text's name
 table          a row a model, dense first: model, params_total, params_non_embedding, bytes, loss (nats per token),
@@ -37,6 +38,6 @@ def read_report(folder: Path) -> dict:
         raise damaged
     if report.get("schema") != SCHEMA:
         raise RrtcError(f"The evaluation report {file} is of another version than this rrtc reads.", damaged.hint)
-    if not all(key in report for key in ("against", "tokens", "table", "source_bytes", "samples")):
+    if not all(key in report for key in ("of", "against", "tokens", "table", "source_bytes", "samples")):
         raise damaged
     return report

@@ -76,10 +76,10 @@ def init(result: dict, folder: str) -> Group:
         sizes += f", {written / source:.3f} of the GGUF file"
     lines = [
         _plain(f"Wrote {folder}: {count(result['params_total'])} parameters, {sizes}"),
-        table(
-            "What the LoRA kept of what tying lost", ["matrix", "energy"], [[m, f"{e:.1%}"] for m, e in kept.items()]
-        ),
     ]
+    if any(kept.values()):
+        rows = [[matrix, f"{energy:.1%}"] for matrix, energy in kept.items()]
+        lines.append(table("What the LoRA kept of what tying lost", ["matrix", "energy"], rows))
     if loss := result.get("loss"):
         lines.append(
             _plain(

@@ -62,19 +62,20 @@ class Source:
         }
 
 
-def find_model(uri: str) -> Source:
+def find_model(uri: str, config_only: bool = False) -> Source:
     """The model that `uri` names, made available as a local folder.
 
-    Raises RrtcError where it cannot be found or read; for a package that is not installed, the hint is the pip command.
+    config_only: of a model on a hub, fetch no weights. Raises RrtcError where it cannot be found or read; for a package
+    that is not installed, the hint is the pip command.
     """
     if uri.startswith("package://"):
         path = _in_package(uri)
-    elif Path(uri).exists():
-        path = Path(uri)
-    elif uri.endswith(".gguf") or uri.startswith((".", "/", "~")) or uri.count("/") != 1:
+    elif Path(uri).expanduser().exists():
+        path = Path(uri).expanduser()
+    elif uri.endswith(".gguf") or uri.startswith((".", "/", "~")) or uri.count("/") > 1:
         raise RrtcError(f"There is no model at {uri}.", "Name a folder, a .gguf file, a hub id or package://name/path.")
     else:
-        path = _from_hub(uri)
+        path = _from_hub(uri, config_only)
     if path.is_dir():
         if not (path / "config.json").exists():
             raise RrtcError(f"{path} is not a model folder: it has no config.json.")
@@ -172,12 +173,13 @@ def _in_package(uri: str) -> Path:
     return path
 
 
-def _from_hub(uri: str) -> Path:
+def _from_hub(uri: str, config_only: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "README.md"]
+    twice = ["consolidated*", "*/*"]  # the same weights in the maker's own format
     try:
-        return Path(snapshot_download(uri, allow_patterns=wanted))
+        return Path(snapshot_download(uri, allow_patterns=wanted[:1] if config_only else wanted, ignore_patterns=twice))
     except Exception as error:  # offline, no such repository, no permission: huggingface_hub has a class for each
         raise RrtcError(
             f"There is no folder {uri}, and the hub did not give a model of that name.",
@@ -196,8 +198,13 @@ def _dequantised(file: Path) -> Path:
     if target.exists():
         return target
     note(f"Dequantising {file.name} once, into {target}")
-    with whole_folder(target) as folder:
+    # Several processes may do this at once, each in a folder of its own: the first one to finish names the cache.
+    with whole_folder(target.with_name(f"{target.name}-{os.getpid()}")) as folder:
         _dequantise(file, folder)
+    try:
+        target.with_name(f"{target.name}-{os.getpid()}").rename(target)
+    except OSError:
+        shutil.rmtree(target.with_name(f"{target.name}-{os.getpid()}"))
     return target
 
 

@@ -7,6 +7,7 @@ A tenth is held out: training never sees it and evaluation scores on it.
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -127,13 +128,14 @@ def _from_datasets(name: str, text_field: str) -> Iterator[str]:
     path, _, config = name.partition(":")
     try:
         rows = load_dataset(path, config or None, split="train", streaming=True)
+        yield from (_field(row, text_field, name) for row in rows)
+    except RrtcError:
+        raise
     except Exception as error:  # no network, no such dataset, no permission: datasets raises many kinds
         raise RrtcError(
             f"There is no file or folder {name}, and no dataset of that name could be loaded.",
             "Name a .txt, .jsonl or .parquet file, or 'pydoc' for the text that Python ships.",
         ) from error
-    for row in rows:
-        yield _field(row, text_field, name)
 
 
 def _field(row: dict, name: str, source: str) -> str:
@@ -184,29 +186,41 @@ def _is_held_out(document: str) -> bool:
 def pack(texts: Iterable[str], tokenizer, context: int, limit: int | None = None) -> Windows:
     """Documents as windows of `context` tokens, packed without padding, an end-of-text token after each document.
 
-    limit: stop after so many tokens (rounded up to a window). Raises RrtcError where the text does not fill a window.
+    Where the tokenizer begins every text with a token (Gemma's <bos>, without which it is lost), every window begins
+    with it. limit: stop after so many tokens, rounded up to whole windows. Raises RrtcError where the text does not
+    fill a window.
     """
     import torch
 
-    separator = tokenizer.eos_token_id
-    wanted = None if limit is None else max(1, -(-limit // context)) * context
+    always = tokenizer("")["input_ids"]
+    beginning_token = always[:1] if always[:1] == [tokenizer.bos_token_id] else []
+    separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    width = context - len(beginning_token)  # tokens of text in a window
+    wanted = math.inf if limit is None else max(1, -(-limit // context)) * width
     ids: list[int] = []
-    text_bytes = 0
+    sizes: list[int] = []  # UTF-8 bytes of each token
     for text in texts:
-        ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        ids += [] if separator is None else [separator]
-        text_bytes += len(text.encode())
-        if wanted is not None and len(ids) >= wanted:
+        if wanted < math.inf:
+            text = text[: CHARACTERS_PER_TOKEN * (wanted - len(ids))]  # no more of a long document than will be used
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        ids += [*encoded["input_ids"], *separator]
+        end = 0
+        for _, stop in encoded["offset_mapping"]:  # a character can take several tokens, which all have its end
+            sizes.append(len(text[end:stop].encode()))
+            end = max(end, stop)
+        sizes += [0] * len(separator)
+        if len(ids) >= wanted:
             break
-    bytes_per_token = text_bytes / max(len(ids), 1)
-    ids = ids[:wanted]
-    windows = len(ids) // context
+    windows = min(len(ids), wanted) // width
     if windows == 0:
         raise RrtcError(
             f"The text has only {len(ids)} tokens, fewer than one context of {context}.",
             "Give more text, or a smaller context.",
         )
-    return Windows(torch.tensor(ids[: windows * context]).view(windows, context), bytes_per_token)
+    used = windows * width
+    packed = torch.tensor(ids[:used]).view(windows, width)
+    first = torch.tensor(beginning_token, dtype=torch.long).expand(windows, len(beginning_token))
+    return Windows(torch.cat([first, packed], dim=1), sum(sizes[:used]) / used)
 
 
 def longest_context(config, wanted: int) -> int:
@@ -217,14 +231,15 @@ def longest_context(config, wanted: int) -> int:
 def scoring_texts(recipe: Recipe, tokenizer, context: int, limit: int) -> dict[str, Windows]:
     """What a model is scored on, by name: the recipe's eval texts, whole, or else what training holds out of its data.
 
-    At most `limit` tokens of each. Raises RrtcError as `documents` and `pack` do.
+    `limit` tokens of each at most, rounded up to whole windows. Raises RrtcError as `documents` and `pack` do.
     """
-    field = recipe.uptrain.text_field
     if recipe.eval.text:
+        field = recipe.eval.text_field
         short = [Path(source).name for source in recipe.eval.text]
         return {
             name if short.count(name) == 1 else source: pack(beginning(source, field, limit), tokenizer, context, limit)
             for name, source in zip(short, recipe.eval.text, strict=True)
         }
+    field = recipe.uptrain.text_field
     held_out = [d for s in recipe.uptrain.data for d in split(beginning(s, field, HELD_OUT_OF * limit))[1]]
     return {"held out": pack(held_out, tokenizer, context, limit)}

@@ -186,6 +186,44 @@ def test_an_output_folder_that_is_in_use(dense, tied, tmp_path):
     assert [p.name for p in (tmp_path / "used").iterdir()] == ["thesis.txt"]
 
 
+def test_an_output_that_cannot_become_a_new_folder(dense, tied, tmp_path, monkeypatch):
+    for folder, command in ((dense, "init"), (tied, "uptrain"), (tied, "eval"), (tied, "export")):
+        inside = folder / "inside"
+        fails(command, folder, "-o", inside, says="lies in the folder it is made from", code=2, output=inside)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    fails("init", dense, "-o", ".", *SMALL, says="cannot be replaced by a new one")
+
+
+def test_checkpoints_of_an_interrupted_run_are_not_swept_away(dense, tmp_path):
+    saved = tmp_path / "out.partial" / "checkpoints" / "checkpoint-5"
+    saved.mkdir(parents=True)
+    fails("init", dense, "-o", tmp_path / "out", *SMALL, says="holds the checkpoints of an interrupted run")
+    assert saved.exists()
+
+
+def test_only_uptrain_runs_in_several_processes(dense, tied, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for command, folder in (("init", dense), ("eval", tied), ("export", tied)):
+        fails(command, folder, "-o", tmp_path / "out", says="runs in one process", code=2, output=tmp_path / "out")
+
+
+def test_a_damaged_config_of_a_compressed_model(tied, tmp_path):
+    broken = copy(tied, tmp_path / "broken")
+    (broken / "config.json").write_text("{")
+    for command in ("inspect", "eval"):
+        fails(command, broken, says="config .* cannot be read")
+
+
+def test_a_failed_run_leaves_no_folder(dense, tmp_path):
+    tensors = load_file(dense / "model.safetensors")
+    broken = copy(dense, tmp_path / "broken")
+    name = "model.layers.0.mlp.down_proj.weight"
+    save_file(tensors | {name: tensors[name] * float("nan")}, broken / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"model": str(broken), "init": {"rank": 4}}))
+    fails("run", tmp_path / "recipe.yaml", "-o", tmp_path / "out", says="NaN or infinity", output=tmp_path / "out")
+
+
 def test_a_missing_tokenizer(dense, tmp_path):
     bare = copy(dense, tmp_path / "bare")
     for file in bare.glob("*token*"):

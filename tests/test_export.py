@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from transformers.dynamic_module_utils import HF_MODULES_CACHE
 
 from rrtc import checkpoint
+from rrtc.checkpoint import read_provenance
 from rrtc.errors import RrtcError, WrongUsage
 from rrtc.export import licence, stage
 from rrtc.model import RrtConfig, RrtForCausalLM
@@ -30,6 +31,7 @@ IDS = (torch.arange(2 * 24) * 37 % 320).view(2, 24)
 SHARDS = 100_000  # bytes: several of them even for a pico model
 REPORT = {
     "schema": 1,
+    "of": {"stage": "init", "made": "long ago"},
     "against": "maker/model",
     "tokens": {"held out": 512},
     "table": [],
@@ -160,7 +162,8 @@ def test_recursive_export_with_report_and_licence(tmp_path):
         {"model": "dense", "params_total": 999, "bytes": 4000, "bits_per_byte": 0.87654, "loss": 2.5, "kl": None},
         {"model": "after init", "params_total": size, "bytes": 2000, "bits_per_byte": 1.98765, "loss": 4.5, "kl": 2.25},
     ]
-    report = REPORT | {"table": table}
+    made = read_provenance(source)["made"]
+    report = REPORT | {"table": table, "of": {"stage": "init", "made": made}}
     (tmp_path / "report").mkdir()
     (tmp_path / "report/report.json").write_text(json.dumps(report))
 
@@ -285,7 +288,7 @@ def test_a_faulty_folder_is_one_sentence_and_no_output(tmp_path, words):
         ("{", "is damaged"),
         ('{"schema": 0}', "of another version"),
         ('{"schema": 1}', "is damaged"),
-        (json.dumps(REPORT | {"table": [{"model": "dense", "params_total": 3}]}), "about another"),
+        (json.dumps(REPORT), "about another"),
     ],
 )
 def test_a_report_that_is_none(tmp_path, content, words):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from pico import ARCHITECTURES, pico_config, pico_model, save_pico
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from rrtc.checkpoint import read_provenance
@@ -198,11 +199,13 @@ def test_a_checkpoint_of_the_bare_decoder_is_read(tmp_path):
 
 def test_a_config_that_does_not_fit_its_weights_is_refused(dense, tmp_path):
     config = json.loads((dense("llama") / "config.json").read_text())
+    other = tmp_path / "other"
+    other.mkdir()
     for file in dense("llama").iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 81}))
+        (other / file.name).write_bytes(file.read_bytes())
+    (other / "config.json").write_text(json.dumps(config | {"intermediate_size": 81}))
     with pytest.raises(RrtcError, match="has shape .*, but the config asks for"):
-        init(str(tmp_path), str(tmp_path / "out"), recipe())
+        init(str(other), str(tmp_path / "out"), recipe())
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
 
@@ -213,6 +216,23 @@ def test_a_dry_run_needs_nothing_but_the_config(dense, tmp_path):
     assert from_config | {"model": None} == from_weights | {"model": None}
     written = init(str(dense("qwen3")), str(tmp_path / "out"), recipe())
     assert from_config["params_total"] == written["params_total"] and from_config["bytes"] == written["bytes"]
+
+
+def test_a_tied_head_that_the_file_repeats_is_stored_once(tmp_path):
+    source = save_pico(tmp_path / "dense", "llama", tie_word_embeddings=True)
+    tensors = load_file(source / "model.safetensors")
+    copied = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+    save_file(copied, source / "model.safetensors", metadata={"format": "pt"})
+    measured = init(str(source), str(tmp_path / "out"), recipe(rank=FULL))
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert "lm_head.weight" not in stored
+    assert sum(tensor.numel() for tensor in stored.values()) == measured["params_total"]
+    assert (logits(tmp_path / "out") - logits(source)).abs().max() <= 1e-4
+
+
+def test_without_tying_nothing_is_lost_or_kept(dense, tmp_path):
+    measured = init(str(dense("llama")), str(tmp_path / "out"), recipe(loops=1, dtype="bfloat16"))
+    assert measured["residual_energy_kept"] == {}
 
 
 def test_a_compressed_model_is_not_compressed_again(dense, tmp_path):

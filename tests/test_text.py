@@ -8,6 +8,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from pico import pico_config, pico_tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from rrtc.errors import RrtcError
 from rrtc.recipe import EvalRecipe, Recipe, UptrainRecipe
@@ -194,13 +195,39 @@ def test_documents_are_packed_one_after_the_other_with_an_end_after_each():
     assert tokenizer.decode(windows.ids[0]) == texts[0][: len(tokenizer.decode(windows.ids[0]))]
 
 
-def test_bytes_per_token_counts_utf8_and_every_token():
-    tokenizer, texts = pico_tokenizer(), ["Ein schöner Tag, 漢字." * 5, "Another day." * 5]
-    tokens = sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) + 1 for text in texts)
-    expected = sum(len(text.encode()) for text in texts) / tokens
-    assert sum(len(text.encode()) for text in texts) > sum(map(len, texts))
-    assert pack(texts, tokenizer, context=8).bytes_per_token == pytest.approx(expected)
-    assert pack(texts, tokenizer, context=tokens - 20, limit=1).bytes_per_token == pytest.approx(expected)
+@pytest.mark.parametrize("limit", [16, 64, None])
+def test_bytes_per_token_is_that_of_the_tokens_kept(limit):
+    """A byte-level token is written with one character a byte, so the bytes of the kept tokens can be counted."""
+    tokenizer, texts = pico_tokenizer(), ["Ein schöner Tag, 漢字. " * 9 + "0f3c9a" * 40, "Another day." * 5]
+    windows = pack(texts, tokenizer, 8, limit)
+    kept = windows.ids.flatten().tolist()
+    end = tokenizer.eos_token_id
+    expected = sum(len(token) for token, i in zip(tokenizer.convert_ids_to_tokens(kept), kept, strict=True) if i != end)
+    # The last character can be cut in the middle of its three bytes.
+    assert windows.bytes_per_token == pytest.approx(expected / len(kept), abs=2 / len(kept))
+
+
+def test_a_long_document_is_cut_before_it_is_tokenised():
+    seen = []
+
+    class Recording(type(pico_tokenizer())):
+        def __call__(self, text, **options):
+            seen.append(len(text))
+            return super().__call__(text, **options)
+
+    tokenizer = Recording(tokenizer_object=pico_tokenizer().backend_tokenizer, eos_token="<eos>")
+    assert len(pack(["word " * 100_000], tokenizer, 8, 16).ids) == 2
+    assert max(seen) <= 32 * 16
+
+
+def test_every_window_begins_as_the_tokenizer_begins_a_text():
+    plain = pico_tokenizer()
+    backend = type(plain.backend_tokenizer).from_str(plain.backend_tokenizer.to_str())
+    backend.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
+    tokenizer = type(plain)(tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>")
+    windows, without = pack(["abc def " * 30], tokenizer, 8).ids, pack(["abc def " * 30], plain, 7).ids
+    assert (windows[:, 0] == 0).all()
+    assert torch.equal(windows[:, 1:], without)
 
 
 def test_a_tokenizer_without_an_end_token_packs_without_ends():

@@ -7,6 +7,8 @@ import gc
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
+
 from rrtc import measure
 from rrtc.checkpoint import (
     Weights,
@@ -18,13 +20,15 @@ from rrtc.checkpoint import (
     whole_folder,
     write_provenance,
 )
-from rrtc.console import progress
+from rrtc.console import progress, warn
 from rrtc.errors import RrtcError
 from rrtc.eval.sample import prompt_ids, sample
 from rrtc.measure import Scores
+from rrtc.model import RrtConfig
+from rrtc.model.skeleton import read_architecture, read_plan
 from rrtc.recipe import Recipe
 from rrtc.report import SCHEMA, write_report
-from rrtc.source import Source, find_base, load_tokenizer, read_config
+from rrtc.source import Source, content_hash, find_base, load_tokenizer, read_config
 from rrtc.text import Windows, longest_context, scoring_texts
 
 
@@ -35,21 +39,25 @@ def evaluate(folder: str, recipe: Recipe, against: str | None = None, output: st
     do not share a vocabulary, the dense model cannot be found, or a text is too short.
     """
     if output is not None:
-        check_target(Path(output))
+        check_target(Path(output), Path(folder))
     provenance = read_provenance(Path(folder))
     if not (Path(folder) / "config.json").exists():
         raise RrtcError(f"{folder} is a '{provenance['stage']}' folder and holds no model to measure.")
-    tokenizer = load_tokenizer(Path(folder))
     config = read_config(Path(folder))
+    tokenizer = load_tokenizer(Path(folder))
     dense = find_base(Path(folder), against, "--against")
     _check_vocabulary(dense, config)
+    if against is not None and content_hash(dense.file) != provenance["base"]["sha256"]:
+        warn(f"{against} is not the model that {folder} was made from.")
+    recipe = _held_out_of_its_training(recipe, provenance)
     context = longest_context(config, recipe.eval.context)
     texts = scoring_texts(recipe, tokenizer, context, recipe.eval.tokens)
 
     stages = [*earlier_stages(Path(folder)), (provenance["stage"], Path(folder))]
-    table, samples = _measure(dense, provenance, stages, texts, tokenizer, recipe)
+    table, samples = _measure(dense, stages, texts, tokenizer, recipe)
     report = {
         "schema": SCHEMA,
+        "of": {"stage": provenance["stage"], "made": provenance["made"]},
         "against": dense.uri,
         "tokens": {name: len(w.ids) * (w.ids.shape[1] - 1) for name, w in texts.items()},
         "table": table,
@@ -76,14 +84,30 @@ def _check_vocabulary(dense: Source, config) -> None:
         )
 
 
-def _measure(dense: Source, provenance: dict, stages: list, texts: dict[str, Windows], tokenizer, recipe: Recipe):
-    """(rows of the table, samples). Besides the dense model, one model at a time is in memory."""
+def _held_out_of_its_training(recipe: Recipe, provenance: dict) -> Recipe:
+    """`recipe` with the data that the folder was trained on, so that what is scored is what that training held out."""
+    trained = provenance["recipe"].get("uptrain")
+    if trained is None:
+        return recipe
+    data = {key: trained[key] for key in ("data", "text_field")}
+    return recipe.model_copy(update={"uptrain": recipe.uptrain.model_copy(update=data)})
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Parameters of the model in `folder`, from its config: in all, and without embeddings."""
+    config = read_config(folder)
+    counted = read_plan(config) if isinstance(config, RrtConfig) else read_architecture(config)
+    return {"params_total": counted.parameters, "params_non_embedding": counted.non_embedding}
+
+
+def _measure(dense: Source, stages: list, texts: dict[str, Windows], tokenizer, recipe: Recipe):
+    """(rows of the table, samples). Besides the dense model, one model at a time is in memory. The dense model's bytes
+    are what it takes in the number format of the last stage."""
     reference = measure.load_for_scoring(dense.folder)
-    base = provenance["base"]
-    rows = [("dense", base, base["bytes_in_dtype"])]
-    for stage, path in stages:
-        own = read_provenance(path)["measured"]
-        rows.append((f"after {stage}", own["init"], Weights(path).bytes_on_disk))
+    sizes = _sizes(dense.folder)
+    width = getattr(torch, Weights(stages[-1][1]).dtype).itemsize
+    rows = [("dense", sizes, width * sizes["params_total"])]
+    rows += [(f"after {stage}", _sizes(path), Weights(path).bytes_on_disk) for stage, path in stages]
     windows = sum(len(w.ids) for w in texts.values())
     ids = prompt_ids(tokenizer, recipe.eval.prompt) if recipe.eval.sample_tokens else None
     table, samples = [], []
@@ -103,7 +127,9 @@ def _measure(dense: Source, provenance: dict, stages: list, texts: dict[str, Win
                 }
             )
             if ids is not None:
-                samples.append({"model": name, "text": sample(model, tokenizer, ids, recipe.eval.sample_tokens)})
+                length = longest_context(model.config, ids.shape[1] + recipe.eval.sample_tokens) - ids.shape[1]
+                said = sample(model, tokenizer, ids, length) if length > 0 else "(the prompt leaves no room)"
+                samples.append({"model": name, "text": said})
             del model
             gc.collect()
     return table, samples

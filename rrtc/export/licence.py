@@ -1,4 +1,4 @@
-"""The licence of the base model, as far as its own files state it: nothing is guessed."""
+"""The licence of the base model, as far as its own files state it."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,6 @@ KNOWN_TEXTS = {
     r"apache license\s+version 2\.0": "apache-2.0",
     r"mit license|permission is hereby granted, free of charge": "mit",
     r"gemma terms of use": "gemma",
-    r"redistribution and use in source and binary forms": "bsd-3-clause",
 }
 
 

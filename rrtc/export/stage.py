@@ -24,7 +24,7 @@ from rrtc.checkpoint import (
     write_provenance,
 )
 from rrtc.console import note, progress
-from rrtc.errors import RrtcError, WrongUsage
+from rrtc.errors import RrtcError
 from rrtc.export.card import write_card
 from rrtc.export.forms import dense_tensors, recursive_tensors, write_dense_config, write_recursive_config
 from rrtc.export.verify import reference, verify
@@ -45,11 +45,9 @@ def export(folder: str, output: str, recipe: Recipe, report: str | None = None) 
     """
     started = time.monotonic()
     source, target = Path(folder), Path(output)
-    check_target(target)
-    if target.resolve().is_relative_to(source.resolve()):
-        raise WrongUsage(f"The output {target} lies in the folder it is made from.", "Name a folder outside it.")
+    check_target(target, source)
     provenance, config, weights = read_provenance(source), _recursive_config(source), Weights(source)
-    evaluation = _report_about(report, _parameters(weights))
+    evaluation = _report_about(report, provenance)
     chat = load_tokenizer(source).chat_template is not None
     form = recipe.export.format
     dtype = weights.dtype if recipe.export.dtype == "auto" else recipe.export.dtype
@@ -102,13 +100,12 @@ def _parameters(weights: Weights) -> int:
     return sum(torch.Size(weights.shape(name)).numel() for name in weights)
 
 
-def _report_about(folder: str | None, parameters: int) -> dict | None:
-    """The evaluation report in `folder`. Raises RrtcError where no model in it has as many `parameters` as the one that
-    is exported."""
+def _report_about(folder: str | None, provenance: dict) -> dict | None:
+    """The evaluation report in `folder`. Raises RrtcError where it is not about the model of that `provenance`."""
     if folder is None:
         return None
     report = read_report(Path(folder))
-    if parameters not in [row["params_total"] for row in report["table"]]:
+    if report["of"] != {key: provenance[key] for key in ("stage", "made")}:
         raise RrtcError(f"The evaluation report in {folder} is about another model.", "Run 'rrtc eval' on this one.")
     return report
 

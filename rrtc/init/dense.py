@@ -50,7 +50,7 @@ class DenseModel:
         return found
 
     def _check_shapes(self) -> None:
-        tied = set(self._stock.get_expanded_tied_weights_keys()) if self._stock._tied_weights_keys else set()
+        tied = self._stock.get_expanded_tied_weights_keys()
         for name, parameter in self._stock.named_parameters(remove_duplicate=False):
             if name in self._disk_names:
                 on_disk = self.weights.shape(self._disk_names[name])
@@ -71,8 +71,10 @@ class DenseModel:
         return tensors
 
     def others(self) -> list[str]:
-        """The names of all tensors that belong to no decoder layer."""
-        return [name for name in self._disk_names if not name.startswith(self._layer_prefix)]
+        """The names of all tensors that belong to no decoder layer. A head that is tied to the embedding is not among
+        them, even where the file has a copy of it."""
+        copies = {n for n, source in self._stock.get_expanded_tied_weights_keys().items() if source in self._disk_names}
+        return [n for n in self._disk_names if not n.startswith(self._layer_prefix) and n not in copies]
 
     def read(self, name: str) -> Tensor:
         """The tensor of that model name, in float32."""

@@ -36,13 +36,14 @@ def dry_run(model: str, recipe: Recipe) -> dict:
 
     Raises RrtcError or WrongUsage for what would stop `init` itself, as far as headers show it.
     """
-    source = find_model(model)
+    source = find_model(model, config_only=True)
     has_weights = any(source.folder.glob("*.safetensors*"))
     plan = make_plan(read_architecture(source.config()), recipe.init)
     dtype = _dtype(source, recipe, has_weights)
     if has_weights:
         DenseModel(source)  # checks names and shapes
-    summary = plan.summary(WIDTHS[dtype])
+    shard_bytes = parse_size(recipe.init.max_shard_size)
+    summary = plan.summary(WIDTHS[dtype], shard_bytes, measured=recipe.init.measure_tokens > 0)
     source_bytes = source.bytes_on_disk if source.is_gguf else None
     asked = {"model": model, "dtype": dtype, "source_bytes": source_bytes, "recipe": recipe.init.model_dump()}
     return asked | summary
@@ -56,6 +57,7 @@ def init(model: str, output: str, recipe: Recipe) -> dict:
     started = time.monotonic()
     check_target(Path(output))
     source = find_model(model)
+    check_target(Path(output), source.folder)
     plan = make_plan(read_architecture(source.config()), recipe.init)
     tokenizer = load_tokenizer(source.folder)
     dense = DenseModel(source)
@@ -152,8 +154,9 @@ def _write_slots(
                     if factors is not None:
                         for letter, factor in zip("BA", factors, strict=True):
                             writer.add(f"{prefix}.loops.{visit.loop}.{matrix.name}.{letter}", factor.to(dtype).cpu())
-                restored, lost = energies[matrix.name]
-                energies[matrix.name] = (restored + tied.restored, lost + tied.lost)
+                if len(visits) > 1:
+                    restored, lost = energies[matrix.name]
+                    energies[matrix.name] = (restored + tied.restored, lost + tied.lost)
             _write_vectors(layers, visits, sources, plan, prefix, dtype, writer)
             advance()
     return energies

@@ -12,8 +12,9 @@ from transformers import (
 )
 
 from rrtc.errors import RrtcError
+from rrtc.model.configuration_rrt import RrtConfig
 from rrtc.model.modeling_rrt import find_layers, matrices_of, matrix_shape
-from rrtc.plan import Architecture, Layer, Matrix
+from rrtc.plan import Architecture, Layer, Matrix, Plan, Visit
 
 # The projections that one matrix of an attention block can hold, by a piece of its name; a fused one holds the queries
 # and then keys and values of equal width. What is in no row is "o", and what is in no attention block is "ffn".
@@ -105,6 +106,11 @@ def read_architecture(config: PreTrainedConfig) -> Architecture:
         rest=sum(p.numel() for p in model.parameters() if id(p) not in outside),
         kv_width=sum(outputs for matrix in layers[0].matrices for group, outputs in matrix.parts if group == "kv"),
     )
+
+
+def read_plan(config: RrtConfig) -> Plan:
+    """The plan by which the recursive model of `config` was made."""
+    return Plan(read_architecture(config.base_config), tuple(Visit(**visit) for visit in config.visits), config.norms)
 
 
 def _matrix(name: str, module: nn.Module, config: PreTrainedConfig) -> Matrix:

@@ -15,8 +15,8 @@ from rrtc.console import note, warn
 from rrtc.errors import RrtcError, WrongUsage
 from rrtc.measure import device, fast_bfloat16
 from rrtc.model import RrtConfig
-from rrtc.model.skeleton import read_architecture
-from rrtc.plan import Plan, Visit
+from rrtc.model.skeleton import read_architecture, read_plan
+from rrtc.plan import Plan
 from rrtc.recipe import UptrainRecipe
 from rrtc.source import Source, content_hash, find_base, load_tokenizer, read_config
 from rrtc.text import Windows, longest_context
@@ -120,9 +120,7 @@ def prepare(folder: Path, recipe: UptrainRecipe) -> Job:
         folder=folder,
         recipe=recipe,
         provenance=provenance,
-        plan=Plan(
-            read_architecture(config.base_config), tuple(Visit(**visit) for visit in config.visits), config.norms
-        ),
+        plan=read_plan(config),
         dtype=dtype,
         teacher=teacher,
         windows=windows,

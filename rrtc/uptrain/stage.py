@@ -53,7 +53,7 @@ def uptrain(folder: str, output: str, recipe: Recipe, resume: bool = False) -> d
         left = target / CHECKPOINTS
         hint = f"The run was stopped while it removed {left}, which can be deleted." if left.exists() else None
         raise RrtcError(f"There is nothing to resume: {target} is complete.", hint)
-    check_target(target)
+    check_target(target, Path(folder))
     partial = partial_of(target)
     checkpoints = partial / CHECKPOINTS
     saved = whole_checkpoints(checkpoints)
