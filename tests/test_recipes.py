@@ -72,7 +72,7 @@ def test_a_recipe_for_a_big_model_runs_on_a_pico_model_of_the_same_architecture(
 def quickstart(tmp_path_factory) -> Path:
     """The quickstart's folder, made by the recipe's own command but for the number of training tokens."""
     folder = tmp_path_factory.mktemp("quickstart") / "out"
-    rrtc("run", ROOT / "recipes" / "quickstart.yaml", "-o", folder, "--tokens", "6144")
+    rrtc("run", ROOT / "recipes" / "quickstart.yaml", "-o", folder, "--tokens", "4096")
     return folder
 
 
@@ -106,12 +106,12 @@ def test_the_quickstarts_export_is_the_model_that_was_measured(quickstart):
 
 
 def test_a_finished_run_resumes_to_nothing_and_another_recipe_is_refused(quickstart, tmp_path):
-    again = rrtc("run", ROOT / "recipes" / "quickstart.yaml", "-o", quickstart, "--tokens", "6144", "--resume")
+    again = rrtc("run", ROOT / "recipes" / "quickstart.yaml", "-o", quickstart, "--tokens", "4096", "--resume")
     assert again.stderr.count("done before") == 4
     result = CliRunner().invoke(
         app, ["run", str(ROOT / "recipes" / "quickstart.yaml"), "-o", str(quickstart), "--tokens", "9999", "--resume"]
     )
-    assert result.exit_code == 1 and "uptrain.tokens was 6144 and is now 9999" in result.stderr
+    assert result.exit_code == 1 and "uptrain.tokens was 4096 and is now 9999" in result.stderr
 
 
 def test_a_run_whose_text_is_missing_stops_before_the_first_stage(tmp_path):
