@@ -12,6 +12,7 @@ from rrtc.recipe import Recipe
 from rrtc.report import read_report
 from rrtc.source import find_model
 from rrtc.text import documents
+from rrtc.uptrain.job import check_tokens
 from rrtc.uptrain.stage import uptrain
 from rrtc.uptrain.trainer import whole_checkpoints
 
@@ -54,8 +55,10 @@ def run(recipe: Recipe, output: str, resume: bool = False) -> dict:
 
 def _check_inputs(recipe: Recipe) -> None:
     """Raises what the later stages would raise about their inputs, before the first one spends its time."""
-    for source in [*recipe.uptrain.data, *recipe.eval.text]:
-        next(documents(source, recipe.uptrain.text_field))
+    check_tokens(recipe.uptrain.tokens)
+    for part, sources in ((recipe.uptrain, recipe.uptrain.data), (recipe.eval, recipe.eval.text)):
+        for source in sources:
+            next(documents(source, part.text_field))
     if recipe.uptrain.teacher is not None:
         find_model(recipe.uptrain.teacher)
     for size in (recipe.init.max_shard_size, recipe.export.max_shard_size):

@@ -120,3 +120,11 @@ def test_a_run_whose_text_is_missing_stops_before_the_first_stage(tmp_path):
     result = CliRunner().invoke(app, ["run", str(tmp_path / "recipe.yaml"), "-o", str(tmp_path / "out")])
     assert result.exit_code == 1 and "There is no text at" in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_what_the_readme_names_exists_and_nothing_is_left_to_fill_in():
+    readme = (ROOT / "README.md").read_text(encoding="utf8")
+    paths = re.findall(r"`((?:rrtc|recipes|benchmarks)/[\w./-]*)`", readme)
+    assert len(paths) > 5 and not [path for path in paths if not (ROOT / path).exists()]
+    for file in [ROOT / "README.md", *(ROOT / "recipes").rglob("*.yaml"), *(ROOT / "benchmarks").glob("*.md")]:
+        assert not re.search(r"TODO|TBD|QUICKSTART_", file.read_text(encoding="utf8")), file

@@ -106,12 +106,7 @@ def prepare(folder: Path, recipe: UptrainRecipe) -> Job:
         warn(f"The context is {context} tokens: the model cannot see {recipe.context}.")
     per_step = recipe.batch_size * context
     steps = -(-recipe.tokens // per_step)
-    if steps * per_step > MOST_TOKENS:
-        raise WrongUsage(
-            f"This version of rrtc holds the training text in memory, at most {MOST_TOKENS:,} tokens of it, and this "
-            f"run takes {steps * per_step:,}.",
-            f"Lower tokens (they are rounded up to whole steps of {per_step:,}).",
-        )
+    check_tokens(steps * per_step)
     windows = training_windows(recipe, tokenizer, context, steps * per_step)
     epochs = steps * recipe.batch_size / len(windows.ids)
     if epochs > 1:
@@ -133,6 +128,16 @@ def prepare(folder: Path, recipe: UptrainRecipe) -> Job:
 def process_group() -> PartialState:
     """The processes that train together: those of torchrun, or this one alone."""
     return PartialState(cpu=device().type == "cpu")  # without the flag, processes on CPUs would not see each other
+
+
+def check_tokens(tokens: int) -> None:
+    """Raises WrongUsage for a run of more tokens than this version can hold."""
+    if tokens > MOST_TOKENS:
+        raise WrongUsage(
+            f"This version of rrtc holds the training text in memory, at most {MOST_TOKENS:,} tokens of it, and this "
+            f"run takes {tokens:,}.",
+            "Lower tokens.",
+        )
 
 
 def _teacher(folder: Path, recipe: UptrainRecipe, config: RrtConfig, tokenizer) -> Source:
