@@ -164,6 +164,9 @@ class ShardWriter:
         self.total_bytes = 0
 
     def add(self, name: str, tensor) -> None:
+        if not tensor.isfinite().all():  # what was read was finite: a number is too large for this format
+            format_name = str(tensor.dtype).removeprefix("torch.")
+            raise RrtcError(f"The tensor {name} does not fit {format_name}.", "Choose bfloat16 or float32.")
         size = tensor.numel() * tensor.element_size()
         if self._pending and self._pending_bytes + size > self.max_bytes:
             self._flush()

@@ -199,12 +199,13 @@ def _dequantised(file: Path) -> Path:
         return target
     note(f"Dequantising {file.name} once, into {target}")
     # Several processes may do this at once, each in a folder of its own: the first one to finish names the cache.
-    with whole_folder(target.with_name(f"{target.name}-{os.getpid()}")) as folder:
+    mine = target.with_name(f"{target.name}-{os.getpid()}")
+    with whole_folder(mine) as folder:
         _dequantise(file, folder)
     try:
-        target.with_name(f"{target.name}-{os.getpid()}").rename(target)
-    except OSError:
-        shutil.rmtree(target.with_name(f"{target.name}-{os.getpid()}"))
+        mine.rename(target)
+    except OSError:  # another process was faster
+        shutil.rmtree(mine)
     return target
 
 

@@ -239,3 +239,21 @@ def test_a_compressed_model_is_not_compressed_again(dense, tmp_path):
     init(str(dense("llama")), str(tmp_path / "out"), recipe())
     with pytest.raises(RrtcError, match="is compressed already"):
         init(str(tmp_path / "out"), str(tmp_path / "again"), recipe())
+
+
+def test_numbers_too_large_for_the_format_are_refused(tmp_path):
+    source = save_pico(tmp_path / "dense")
+    tensors = load_file(source / "model.safetensors")
+    name = "model.layers.2.mlp.down_proj.weight"
+    save_file(tensors | {name: tensors[name] * 1e7}, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RrtcError, match="down_proj.* does not fit float16"):
+        init(str(source), str(tmp_path / "out"), recipe(dtype="float16"))
+    assert not (tmp_path / "out").exists()
+    init(str(source), str(tmp_path / "fits"), recipe(dtype="bfloat16"))
+
+
+def test_a_dry_run_passes_over_an_index_whose_weights_were_not_fetched(dense, tmp_path):
+    (tmp_path / "config.json").write_bytes((dense("llama") / "config.json").read_bytes())
+    index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert dry_run(str(tmp_path), recipe())["params_total"] == dry_run(str(dense("llama")), recipe())["params_total"]

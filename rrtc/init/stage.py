@@ -37,7 +37,7 @@ def dry_run(model: str, recipe: Recipe) -> dict:
     Raises RrtcError or WrongUsage for what would stop `init` itself, as far as headers show it.
     """
     source = find_model(model, config_only=True)
-    has_weights = any(source.folder.glob("*.safetensors*"))
+    has_weights = any(source.folder.glob("*.safetensors"))
     plan = make_plan(read_architecture(source.config()), recipe.init)
     dtype = _dtype(source, recipe, has_weights)
     if has_weights:
@@ -98,8 +98,6 @@ def init(model: str, output: str, recipe: Recipe) -> dict:
         base = source.provenance(Path(output)) | {
             "params_total": plan.architecture.parameters,
             "params_non_embedding": plan.architecture.non_embedding,
-            "bytes_in_dtype": measured["dense_bytes"],
-            "is_gguf": source.is_gguf,
         }
         kept = {"model": source.uri, "init": recipe.init.model_dump()}
         write_provenance(folder, "init", base, kept, {"init": measured}, [])
