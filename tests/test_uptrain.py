@@ -543,7 +543,7 @@ def test_output_is_never_overwritten(rrt, tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(RrtcError, match="is not empty"):
         uptrain(str(rrt), str(tmp_path), settings())
-    with pytest.raises(RrtcError, match="is not empty"):
+    with pytest.raises(RrtcError, match="lies in the folder it is made from"):
         uptrain(str(rrt), str(rrt), settings())
 
 
