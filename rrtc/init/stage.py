@@ -55,6 +55,7 @@ def init(model: str, output: str, recipe: Recipe) -> dict:
     Raises RrtcError or WrongUsage before any work for what can be known in advance.
     """
     started = time.monotonic()
+    shard_bytes = parse_size(recipe.init.max_shard_size)
     check_target(Path(output))
     source = find_model(model)
     check_target(Path(output), source.folder)
@@ -70,7 +71,7 @@ def init(model: str, output: str, recipe: Recipe) -> dict:
     folds = _folds(source, recipe)
 
     with whole_folder(Path(output)) as folder:
-        writer = ShardWriter(folder, parse_size(recipe.init.max_shard_size))
+        writer = ShardWriter(folder, shard_bytes)
         energies = _write_slots(dense, plan, recipe, folds, getattr(torch, dtype), writer)
         for name in dense.others():
             writer.add(name, dense.read(name).to(getattr(torch, dtype)))
