@@ -206,14 +206,6 @@ def disk_error(path: Path, error: Exception) -> RrtcError:
     return RrtcError(f"Writing {path.name} failed: {reason}.", "Free some space, or write to another disk.")
 
 
-def parse_size(text: str) -> int:
-    """Bytes of a size such as 4GB or 500MB. Raises WrongUsage for anything else."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B?\s*", text, re.IGNORECASE)
-    if not match:
-        raise WrongUsage(f"'{text}' is not a size.", "Write it as 4GB or 500MB.")
-    return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
-
-
 def check_target(target: Path, source: Path | None = None) -> None:
     """Raises RrtcError unless `target` can become a new folder: absent or empty, in a place that can be written to, and
     not inside the folder `source` that it is made from."""

@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from rrtc.checkpoint import check_target, parse_size, partial_of, read_provenance
+from rrtc.checkpoint import check_target, partial_of, read_provenance
 from rrtc.console import note
 from rrtc.errors import RrtcError, WrongUsage
 from rrtc.eval.stage import evaluate
 from rrtc.export.stage import export
 from rrtc.init.stage import init
-from rrtc.recipe import Recipe
+from rrtc.recipe import Recipe, parse_size
 from rrtc.report import read_report
 from rrtc.source import find_model
 from rrtc.text import documents
@@ -68,7 +68,7 @@ def _check_inputs(recipe: Recipe) -> None:
 def _check_same_recipe(stage: str, folder: Path, recipe: Recipe) -> None:
     done = read_provenance(folder)["recipe"]
     before = {"model": done["model"]} | {f"{stage}.{key}": value for key, value in done[stage].items()}
-    now = {"model": recipe.model} | {f"{stage}.{k}": value for k, value in getattr(recipe, stage).model_dump().items()}
+    now = {"model": recipe.model} | {f"{stage}.{k}": value for k, value in getattr(recipe, stage).resolved().items()}
     for field, value in now.items():
         if before.get(field) != value:
             raise RrtcError(

@@ -1,17 +1,20 @@
-"""The plan: which layer becomes which visit, with which ranks, and what that costs. Pure arithmetic, no torch.
+"""The plan: which layer becomes which visit, in which form, and what that costs. Pure arithmetic, no torch.
 
     architecture (what the dense model is) + recipe (what is asked for)  ->  plan (visits)  ->  parameters, bytes, FLOPs
 
 Init, model, accounting, export and reports all read the plan; none of them works it out again.
 """
 
+import math
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
-from rrtc.errors import WrongUsage
-from rrtc.recipe import InitRecipe
+from rrtc.errors import WrongUsage, nearest
+from rrtc.recipe import BUDGETS, InitRecipe, parse_count, parse_size
 
 PROGRAM_BYTES = 400_000_000  # Python, torch and transformers themselves
+
+FORMS = ("tied", "low_rank", "own")  # what a visit's matrix can be: see Visit
 
 
 @dataclass(frozen=True)
@@ -82,21 +85,65 @@ class Architecture:
 
 @dataclass(frozen=True)
 class Visit:
-    """One use of a slot in one loop; it stands for exactly one dense layer. `ranks` has an entry for each matrix."""
+    """One use of a slot in one loop; it stands for exactly one dense layer. `ranks` has an entry for each matrix.
+
+    forms: what a matrix is in this visit, by its name: "tied" (where it has no entry), the slot's W' + B·A; "low_rank",
+    B·A alone; "own", a full matrix that no other visit uses, at rank 0. A slot holds W' where a visit of it is tied.
+    shapes: (inputs, outputs) of the matrices that are smaller than the dense layer's, because neurons of the FFN were
+    removed. It is the same for all tied visits of a slot.
+    """
 
     layer: int
     slot: int
     loop: int
     ranks: dict[str, int]
+    forms: dict[str, str] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def __post_init__(self):
+        # A config.json has lists where the plan has tuples.
+        object.__setattr__(self, "shapes", {name: tuple(shape) for name, shape in self.shapes.items()})
+
+    def form(self, matrix: Matrix) -> str:
+        return self.forms.get(matrix.name, "tied")
+
+    def shape(self, matrix: Matrix) -> tuple[int, int]:
+        """(inputs, outputs)."""
+        return self.shapes.get(matrix.name, (matrix.inputs, matrix.outputs))
+
+    def size(self, matrix: Matrix) -> int:
+        """Parameters of the full matrix, W' or the visit's own; 0 where the visit has only factors."""
+        return 0 if self.form(matrix) == "low_rank" else math.prod(self.shape(matrix))
+
+    def factors(self, matrix: Matrix) -> int:
+        """Parameters of B·A."""
+        return self.ranks[matrix.name] * sum(self.shape(matrix))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All visits in the order they run, and the architecture they are about."""
+    """All visits in the order they run, and the architecture they are about.
+
+    Raises WrongUsage where layers of one slot differ, and for forms and shapes that a visit cannot have.
+    """
 
     architecture: Architecture
     visits: tuple[Visit, ...]
     norms: str
+
+    def __post_init__(self):
+        for visits in self.slots:
+            _check_alike(self.architecture, [visit.layer for visit in visits])
+            for visit in visits:
+                _check_visit(visit, self.matrices(visit))
+            for matrix in self.matrices(visits[0]):
+                shapes = {visit.shape(matrix): visit.layer for visit in visits if visit.form(matrix) == "tied"}
+                if len(shapes) > 1:
+                    one, other = sorted(shapes.values())[:2]
+                    raise WrongUsage(f"Layers {one} and {other} cannot share {matrix.name}, whose shapes differ.")
+
+    def matrices(self, visit: Visit) -> tuple[Matrix, ...]:
+        return self.architecture.layers[visit.layer].matrices
 
     @property
     def slots(self) -> list[list[Visit]]:
@@ -107,18 +154,29 @@ class Plan:
         return slots
 
     def lora_parameters(self, visit: Visit) -> int:
-        return sum(visit.ranks[m.name] * (m.inputs + m.outputs) for m in self.architecture.layers[visit.layer].matrices)
+        return sum(visit.factors(m) for m in self.matrices(visit) if visit.form(m) == "tied")
 
     @property
     def parts(self) -> dict[str, int]:
-        """Parameters by part: embeddings, head, shared matrices, own matrices (of slots used once), LoRA, vectors."""
-        parts: Counter[str] = Counter(embeddings=self.architecture.embedding, head=self.architecture.head)
+        """Parameters by part: embeddings, head, shared matrices (that several visits use), own ones (that one visit
+        uses), LoRA, low_rank (factors without a W' to correct; no entry where all is tied), norms and biases."""
+        parts: Counter[str] = Counter(embeddings=self.architecture.embedding, head=self.architecture.head, lora=0)
         for visits in self.slots:
             layer = self.architecture.layers[visits[0].layer]
-            parts["shared" if len(visits) > 1 else "own"] += sum(m.size for m in layer.matrices)
-            vectors = sum(m.outputs for m in layer.matrices if m.bias) + sum(size for _, size in layer.vectors)
+            for matrix in layer.matrices:
+                tied = [visit for visit in visits if visit.form(matrix) == "tied"]
+                alone = [visit for visit in visits if visit.form(matrix) != "tied"]
+                if tied:
+                    parts["shared" if len(tied) > 1 else "own"] += tied[0].size(matrix)
+                    parts["lora"] += sum(visit.factors(matrix) for visit in tied)
+                for visit in alone:  # with a full matrix or with factors, never with both
+                    parts["own"] += visit.size(matrix)
+                    parts["low_rank"] += visit.factors(matrix)
+                if matrix.bias:  # tied along with W', where norms are
+                    holders = visits if self.norms == "per_visit" else tied[:1] + alone
+                    parts["norms_and_biases"] += sum(visit.shape(matrix)[1] for visit in holders)
+            vectors = sum(size for _, size in layer.vectors)
             parts["norms_and_biases"] += vectors * (len(visits) if self.norms == "per_visit" else 1)
-            parts["lora"] += sum(self.lora_parameters(visit) for visit in visits)
         parts["norms_and_biases"] += self.architecture.rest
         return dict(parts)
 
@@ -132,8 +190,9 @@ class Plan:
 
     @property
     def flops_per_token(self) -> int:
-        """As Architecture.flops_per_token: looping saves none of it, and LoRA adds to it."""
-        return self.architecture.flops_per_token + 2 * sum(self.lora_parameters(visit) for visit in self.visits)
+        """As Architecture.flops_per_token: looping saves none, LoRA adds to it, low rank and narrow FFNs save some."""
+        matrices = sum(v.size(m) + v.factors(m) for v in self.visits for m in self.matrices(v))
+        return 2 * (self.architecture.head_flops + matrices)
 
     def kv_bytes_per_token(self, width: int) -> int:
         """Bytes that one token takes in the KV cache, at `width` bytes a number: every visit has a place of its own."""
@@ -143,10 +202,7 @@ class Plan:
         """An estimate of the peak memory of `init` in bytes, files it maps aside: four copies in float32 of the layers
         of the largest slot and one shard to be written; or later, for the closing measurement (if it is `measured`),
         the larger of the two models in float32."""
-        sizes = [
-            sum(m.size for m in self.architecture.layers[visits[0].layer].matrices) * len(visits)
-            for visits in self.slots
-        ]
+        sizes = [len(visits) * sum(m.size for m in self.matrices(visits[0])) for visits in self.slots]
         tying = 4 * 4 * max(sizes) + min(width * self.parameters, shard_bytes)
         scoring = 4 * max(self.architecture.parameters, self.parameters) if measured else 0
         return PROGRAM_BYTES + max(tying, scoring)
@@ -171,14 +227,48 @@ class Plan:
         }
 
 
-def make_plan(architecture: Architecture, recipe: InitRecipe) -> Plan:
+def make_plan(architecture: Architecture, recipe: InitRecipe, width: int = 4) -> Plan:
     """The plan that `recipe` asks for.
 
-    Raises WrongUsage where the layers cannot be divided as asked, or where layers to be tied differ; the message names
-    the layers and what differs.
+    Under a budget the rank is the largest that meets it; but with a joint start, where every matrix gets a rank of its
+    own once it is measured, the plan has rank 0 here. `width`: bytes a parameter. Raises WrongUsage where the layers
+    cannot be divided as asked, where layers to be tied differ (the message names them and what differs), and for a
+    budget that is too small.
     """
+    if not recipe.has_budget:
+        return _plan_of_pattern(architecture, recipe)
+    target = target_parameters(architecture, recipe, width)
+    widest = max(min(m.inputs, m.outputs) for layer in architecture.layers for m in layer.matrices)
+    no_budget = dict.fromkeys(BUDGETS) | {"sharing": recipe.pattern, "shared_init": recipe.start}
+
+    def at(rank: int) -> Plan:
+        return _plan_of_pattern(architecture, recipe.model_copy(update=no_budget | {"rank": rank}))
+
+    least = architecture.embedding + architecture.head if recipe.start == "joint" else at(0).parameters
+    if target < least:
+        raise WrongUsage(
+            f"The budget of {target:,} parameters cannot be met: the least possible is {least:,}.",
+            "Ask for a larger one, or tie more layers (loops).",
+        )
+    if recipe.start == "joint":
+        return at(0)
+    return at(max(rank for rank in range(widest + 1) if at(rank).parameters <= target))
+
+
+def target_parameters(architecture: Architecture, recipe: InitRecipe, width: int) -> int:
+    """The parameters in all that the budget of `recipe` allows, at `width` bytes each."""
+    if recipe.budget is not None:
+        return architecture.embedding + architecture.head + int(recipe.budget * architecture.non_embedding)
+    if recipe.target_params is not None:
+        return parse_count(recipe.target_params)
+    return parse_size(recipe.target_bytes) // width
+
+
+def _plan_of_pattern(architecture: Architecture, recipe: InitRecipe) -> Plan:
     depth, keep, loops = len(architecture.layers), recipe.kept_at_each_end, recipe.loops
     tied = depth - 2 * keep
+    if recipe.pattern == "auto":
+        loops = 1
     if tied < loops:
         raise WrongUsage(
             f"With keep {keep}, only {max(tied, 0)} of the model's {depth} layers are left to tie, too few for "
@@ -207,10 +297,32 @@ def make_plan(architecture: Architecture, recipe: InitRecipe) -> Plan:
         shares = loops > 1 and 0 <= middle < tied
         ranks = {m.name: m.rank(recipe) if shares else 0 for m in architecture.layers[layer].matrices}
         visits.append(Visit(layer, slot, loop, ranks))
-    plan = Plan(architecture, tuple(visits), recipe.norms)
-    for group in plan.slots:
-        _check_alike(architecture, [visit.layer for visit in group])
-    return plan
+    return Plan(architecture, tuple(visits), recipe.norms)
+
+
+def _check_visit(visit: Visit, matrices: tuple[Matrix, ...]) -> None:
+    """Raises WrongUsage for a form or shape of `visit` that its layer's `matrices` cannot have."""
+    known, where = {m.name: m for m in matrices}, f"in layer {visit.layer}"
+    for name in [*visit.forms, *visit.shapes]:
+        if name not in known:
+            raise WrongUsage(f"There is no matrix '{name}' {where}.", nearest(name, known))
+    for name, form in visit.forms.items():
+        if form not in FORMS:
+            raise WrongUsage(f"'{form}' is no form of a matrix ({name} {where}).", nearest(form, FORMS))
+        if form != "tied" and (form == "low_rank") != (visit.ranks[name] > 0):
+            raise WrongUsage(
+                f"{name} {where} has the form '{form}' and the rank {visit.ranks[name]}.",
+                "A low-rank matrix has a rank of at least 1, and a visit's own matrix has rank 0.",
+            )
+    for name, (inputs, outputs) in visit.shapes.items():
+        matrix = known[name]
+        fits = 1 <= inputs <= matrix.inputs and 1 <= outputs <= matrix.outputs and not outputs % len(matrix.parts)
+        if not fits or {group for group, _ in matrix.parts} != {"ffn"}:
+            raise WrongUsage(
+                f"{name} {where}, of {matrix.inputs} inputs and {matrix.outputs} outputs, cannot have {inputs} and "
+                f"{outputs}.",
+                "Only neurons of the FFN can be removed, equally many from each half of a fused matrix.",
+            )
 
 
 def _check_alike(architecture: Architecture, layers: list[int]) -> None:

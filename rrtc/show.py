@@ -13,20 +13,37 @@ def _plain(text: str) -> Text:
 
 
 def visits(rows: list[dict]) -> str:
-    """The layer → visit map in lines of one slot each: which dense layers a slot stands for."""
+    """The layer → visit map in lines of one slot each: which dense layers a slot stands for; and under it one line for
+    each layer with matrices that are not simply tied, or with FFN neurons removed."""
     slots: dict[int, list[dict]] = defaultdict(list)
     for row in rows:
         slots[row["slot"]].append(row)
     lines = []
     for slot, uses in sorted(slots.items()):
         layers = ", ".join(f"{use['layer']}" for use in uses)
+        tied = [(use, m) for use in uses for m in use["ranks"] if use["forms"].get(m, "tied") == "tied"]
+        ranks = sorted({use["ranks"][m] for use, m in tied})
         if len(uses) == 1:
             lines.append(f"slot {slot:>3}   layer {layers}, its own weights")
+        elif not tied:
+            lines.append(f"slot {slot:>3}   layers {layers}, which share no matrix")
         else:
-            ranks = sorted({rank for use in uses for rank in use["ranks"].values()})
             shown = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
             lines.append(f"slot {slot:>3}   layers {layers}, LoRA rank {shown}")
+        lines += [f"{'':11}layer {use['layer']}: {forms}" for use in uses if (forms := _forms(use))]
     return "\n".join(lines)
+
+
+def _forms(visit: dict) -> str:
+    """The matrices of a visit that are not simply tied, by the last part of their name: "low rank: up_proj 8, o_proj 4;
+    own: q_proj; FFN: up_proj 48→60, down_proj 60→48". Empty where all are."""
+    ranks, forms, last = visit["ranks"], visit["forms"], {m: m.split(".")[-1] for m in visit["ranks"]}
+    listed = {
+        "low rank": [f"{last[m]} {ranks[m]}" for m, form in forms.items() if form == "low_rank"],
+        "own": [last[m] for m, form in forms.items() if form == "own"],
+        "FFN": [f"{last[m]} {inputs}→{outputs}" for m, (inputs, outputs) in visit["shapes"].items()],
+    }
+    return "; ".join(f"{what}: {', '.join(names)}" for what, names in listed.items() if names)
 
 
 def plan(result: dict) -> Group:

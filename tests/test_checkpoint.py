@@ -24,13 +24,13 @@ from rrtc.checkpoint import (
     copy_companions,
     earlier_stages,
     next_history,
-    parse_size,
     partial_of,
     read_provenance,
     whole_folder,
     write_provenance,
 )
 from rrtc.errors import RrtcError, WrongUsage
+from rrtc.recipe import parse_size
 
 TENSORS = {
     "a": torch.arange(6.0).view(2, 3),

@@ -136,7 +136,7 @@ def test_recursive_loads_and_generates_where_rrtc_is_not(tmp_path):
         sources.append(make_rrt(tmp_path / f"{architecture}-rrt", architecture, norms))
         targets.append(tmp_path / f"{architecture}-{norms}")
         targets[-1].mkdir()
-        parameters = stage.write(sources[-1], targets[-1], "recursive", None, checkpoint.parse_size("4GB"))
+        parameters = stage.write(sources[-1], targets[-1], "recursive", None, 4_000_000_000)
         size = checkpoint.Weights(targets[-1]).bytes_on_disk
         assert parameters * 4 < size < parameters * 4 * 1.05
         assert parameters == checkpoint.read_provenance(sources[-1])["measured"]["init"]["params_total"]

@@ -4,6 +4,7 @@ Every number in it was measured, on this model or on the one it was made from; w
 """
 
 import re
+from collections import Counter
 from pathlib import Path
 
 import yaml
@@ -33,7 +34,7 @@ LIMITS = {
     "recursive": """- Tying saves memory and disk. It saves no arithmetic: a token still passes through {depth} layers.
 - It does not save KV cache either: each of the {depth} layers keeps a place of its own in it.
 - It is not the base model: what tying cost is above, as far as it was measured.""",
-    "dense": """- This form has the size of the original: the saving of tying is in the recursive form, not here.
+    "dense": """- This form has the size of the original: what was saved is in the recursive form, not here.
 - It computes what the recursive form does: what tying cost is above, as far as it was measured.""",
 }
 
@@ -104,7 +105,7 @@ def _summary(form: str, config: RrtConfig, base: dict) -> str:
         f"[Relaxed Recursive Transformer](https://arxiv.org/abs/2410.20672): its {layers} decoder layers share {slots} "
         "sets of weights"
     )
-    if any(any(visit["ranks"].values()) for visit in config.visits):
+    if any(_lora_ranks(config).values()):
         start += ", and each layer corrects them by a low-rank (LoRA) part of its own"
     start += "."
     if form == "recursive":
@@ -118,19 +119,39 @@ def _summary(form: str, config: RrtConfig, base: dict) -> str:
 def _tying(config: RrtConfig, provenance: dict) -> str:
     slots = [visit["slot"] for visit in config.visits]
     uses = [slots.count(slot) for slot in sorted(set(slots))]
-    ranks = {name: rank for visit in config.visits for name, rank in visit["ranks"].items() if rank}
+    ranks = {name: found for name, found in _lora_ranks(config).items() if found}
     init = provenance["recipe"].get("init", {})
     lines = [
         f"- Loops: {max(uses)}",
         *(f"- {key.capitalize()}: {init[key]}" for key in ("sharing", "keep") if key in init),
     ]
-    if len(set(ranks.values())) == 1:
-        lines.append(f"- LoRA rank: {next(iter(ranks.values()))}")
+    if len(set().union(*ranks.values())) == 1:
+        lines.append(f"- LoRA rank: {min(set().union(*ranks.values()))}")
     else:
-        lines.append("- LoRA rank: " + (", ".join(f"{name} {rank}" for name, rank in ranks.items()) or "none"))
+        shown = [f"{name} {min(r)}" + (f" to {max(r)}" if len(r) > 1 else "") for name, r in ranks.items()]
+        lines.append("- LoRA rank: " + (", ".join(shown) or "none"))
+    forms = Counter(visit["forms"].get(name, "tied") for visit in config.visits for name in visit["ranks"])
+    if forms["low_rank"] or forms["own"]:
+        lines.append(
+            f"- Matrices: {forms['tied']} as the layer's set of weights has them, with LoRA; {forms['low_rank']} as a "
+            f"low-rank product alone; {forms['own']} as full matrices of one layer's own"
+        )
+    if narrowed := [str(visit["layer"]) for visit in config.visits if visit["shapes"]]:
+        lines.append(f"- Layers with FFN neurons removed: `{' '.join(narrowed)}`")
     lines.append(f"- Norms and biases: {'one set for each layer' if config.norms == 'per_visit' else 'shared'}")
     lines.append(f"- Set of weights that each layer uses: `{' '.join(map(str, slots))}`")
     return "\n".join(lines)
+
+
+def _lora_ranks(config: RrtConfig) -> dict[str, set[int]]:
+    """The LoRA ranks above 0 that the tied visits of each matrix have."""
+    ranks: dict[str, set[int]] = {}
+    for visit in config.visits:
+        for name, rank in visit["ranks"].items():
+            found = ranks.setdefault(name, set())
+            if rank and visit["forms"].get(name, "tied") == "tied":
+                found.add(rank)
+    return ranks
 
 
 def _measured(provenance: dict, exported: dict, report: dict | None) -> str:

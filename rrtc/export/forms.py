@@ -1,7 +1,8 @@
 """The two forms of an exported model: its tensors, one at a time, and its config.
 
     recursive    the tensors as they are, shared weights once; the modelling code goes along, so that it loads anywhere
-    dense        W' + B·A multiplied out for each visit, under the names of the stock architecture
+    dense        W' + B·A multiplied out for each visit, under the names of the stock architecture; removed FFN neurons
+                 are there again, as zeros, because the stock architecture has one width for all layers
 
 Nothing here knows an architecture: names come from the stock model, built without storage.
 """
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
@@ -21,7 +22,8 @@ from rrtc.checkpoint import Weights
 from rrtc.errors import RrtcError
 from rrtc.model import RrtConfig, configuration_rrt, modeling_rrt
 from rrtc.model.modeling_rrt import find_layers, matrices_of
-from rrtc.model.skeleton import stock_model
+from rrtc.model.skeleton import read_architecture, stock_model
+from rrtc.plan import Matrix
 
 # AutoModel is there for vLLM, which refuses remote code without it.
 AUTO_MAP = {
@@ -49,33 +51,55 @@ def dense_tensors(weights: Weights, config: RrtConfig, dtype: torch.dtype) -> It
     parent, layers = find_layers(stock, len(config.visits))
     inside = next(f"{name}." if name else "" for name, module in stock.named_modules() if module is parent)
     prefix = f"{inside}{layers}."
-    matrices = [matrices_of(layer) for layer in getattr(parent, layers)]
+    shapes = [{m.name: m for m in layer.matrices} for layer in read_architecture(config.base_config).layers]
+    transposed = [
+        {path for path, module in matrices_of(layer).items() if isinstance(module, Conv1D)}
+        for layer in getattr(parent, layers)
+    ]
     tied = stock.all_tied_weights_keys
     for name in stock.state_dict():
         if name.startswith(prefix):
             number, path = name.removeprefix(prefix).split(".", 1)
             visit = config.visits[int(number)]
-            slot = f"{inside}slots.{visit['slot']}"
-            yield name, _cast(name, _layer_tensor(weights, slot, visit, path, matrices[int(number)]), dtype)
+            tensor = _layer_tensor(weights, f"{inside}slots.{visit['slot']}", visit, path, shapes[int(number)])
+            is_transposed = path.removesuffix(".weight") in transposed[int(number)]
+            yield name, _cast(name, tensor.T if is_transposed else tensor, dtype)
         elif name in weights:
             yield name, _cast(name, weights.read(name), dtype)
         elif name not in tied:
             raise RrtcError(f"The tensor {name} is missing from {weights.folder}.", "The folder is damaged.")
 
 
-def _layer_tensor(weights: Weights, slot: str, visit: dict, path: str, matrices: dict) -> Tensor:
-    """The tensor at `path` of the decoder layer that `visit` stands for, float32.
+def _layer_tensor(weights: Weights, slot: str, visit: dict, path: str, matrices: dict[str, Matrix]) -> Tensor:
+    """The tensor at `path` of the decoder layer that `visit` stands for, float32; matrices as (outputs, inputs).
 
-    slot: the name of the visit's slot. matrices: the weight matrices of the stock layer by their path.
+    slot: the name of the visit's slot. matrices: the weight matrices of the dense layer by their path.
     """
     own, shared = f"{slot}.loops.{visit['loop']}", f"{slot}.shared"
     module, _, kind = path.rpartition(".")
-    if module not in matrices or kind != "weight":  # norms and biases are the visit's own, or the slot's
-        return weights.read(f"{own}.{path}" if f"{own}.{path}" in weights else f"{shared}.{path}")
-    weight = weights.read(f"{shared}.{path}")  # (outputs, inputs)
-    if visit["ranks"][module]:
-        weight = weight + weights.read(f"{own}.{module}.B") @ weights.read(f"{own}.{module}.A")
-    return weight.T if isinstance(matrices[module], Conv1D) else weight
+    if module in matrices and kind == "weight":
+        tensor = _product(weights, own, shared, visit, module)
+    else:  # norms and biases are the visit's own, or the slot's
+        tensor = weights.read(f"{own}.{path}" if f"{own}.{path}" in weights else f"{shared}.{path}")
+    return _widened(tensor, matrices[module]) if module in visit["shapes"] else tensor
+
+
+def _product(weights: Weights, own: str, shared: str, visit: dict, matrix: str) -> Tensor:
+    """What `matrix` of `visit` multiplies by, whatever its form: (outputs, inputs), float32."""
+    form = visit["forms"].get(matrix, "tied")
+    full = None if form == "low_rank" else weights.read(f"{shared if form == 'tied' else own}.{matrix}.weight")
+    if not visit["ranks"][matrix]:
+        return full
+    factors = weights.read(f"{own}.{matrix}.B") @ weights.read(f"{own}.{matrix}.A")
+    return factors if full is None else full + factors
+
+
+def _widened(tensor: Tensor, matrix: Matrix) -> Tensor:
+    """Weight (outputs, inputs) or bias (outputs,) of a narrowed `matrix` at its dense width. Removed neurons are zeros
+    at the end of each part of the outputs and at the end of the inputs, and compute some number times zero."""
+    columns = (0, matrix.inputs - tensor.shape[1]) if tensor.dim() == 2 else ()
+    parts = zip(tensor.chunk(len(matrix.parts)), matrix.parts, strict=True)
+    return torch.cat([nn.functional.pad(part, (*columns, 0, width - len(part))) for part, (_, width) in parts])
 
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -18,7 +18,6 @@ from rrtc.checkpoint import (
     check_target,
     copy_companions,
     next_history,
-    parse_size,
     read_provenance,
     whole_folder,
     write_provenance,
@@ -30,7 +29,7 @@ from rrtc.export.forms import dense_tensors, recursive_tensors, write_dense_conf
 from rrtc.export.verify import reference, verify
 from rrtc.model import RrtConfig
 from rrtc.model.skeleton import stock_model
-from rrtc.recipe import Recipe
+from rrtc.recipe import Recipe, parse_size
 from rrtc.report import read_report
 from rrtc.source import load_tokenizer, read_config
 

@@ -92,16 +92,18 @@ def round_products(model: nn.Module, dtype: torch.dtype) -> None:
     """Rounds a float32 recursive model as its dense form is: each W' + B·A, made anew in every call, and the rest."""
     relaxed = [module for module in model.modules() if isinstance(module, RelaxedLinear)]
     factors = [factor for module in relaxed if module.rank for factor in (module.A, module.B)]
-    round_tensors(model, dtype, but=(*factors, *(module.shared().weight for module in relaxed)))
+    shared = [module.shared().weight for module in relaxed if module.shared is not None]
+    round_tensors(model, dtype, but=(*factors, *shared))
     for module in relaxed:
         module.forward = _product_forward(module, dtype)
 
 
 def _product_forward(module: RelaxedLinear, dtype: torch.dtype):
     def forward(x: Tensor) -> Tensor:  # (..., inputs) -> (..., outputs)
-        shared = module.shared()
-        weight = shared.weight + module.B @ module.A if module.rank else shared.weight
-        bias = shared.bias if module.bias is None else module.bias
+        weight, bias = module.B @ module.A if module.rank else 0, module.bias
+        if module.shared is not None:
+            shared = module.shared()
+            weight, bias = shared.weight + weight, shared.bias if bias is None else bias
         return nn.functional.linear(x, weight.to(dtype).float(), bias)
 
     return forward

@@ -1,5 +1,7 @@
 """A dense model on disk, read layer by layer under the names that its stock class uses."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -7,18 +9,21 @@ from transformers.core_model_loading import WeightRenaming
 from transformers.pytorch_utils import Conv1D
 
 from rrtc.errors import RrtcError
+from rrtc.init.norms import Fold, apply_folds
 from rrtc.model.modeling_rrt import find_layers, matrices_of
 from rrtc.model.skeleton import stock_model
 from rrtc.source import Source
 
 
 class DenseModel:
-    """The layers and other tensors of a dense model, in float32, never more in memory than is asked for.
+    """The layers and other tensors of a dense model, in float32, never more in memory than is asked for. Layers come
+    with `folds` done.
 
     Raises RrtcError where the weights lack a tensor or hold one of another shape than the config says.
     """
 
-    def __init__(self, source: Source):
+    def __init__(self, source: Source, folds: Sequence[Fold] = ()):
+        self.folds = list(folds)
         self.weights = source.weights()
         self._stock = stock_model(source.config())
         depth = self._stock.config.get_text_config().num_hidden_layers
@@ -68,7 +73,7 @@ class DenseModel:
         for name, _ in self._layers[number].named_parameters():
             tensor = self.weights.read(self._disk_names[f"{self._layer_prefix}{number}.{name}"]).to(device)
             tensors[name] = tensor.T.contiguous() if name in self._turned[number] else tensor
-        return tensors
+        return apply_folds(tensors, self.folds)
 
     def others(self) -> list[str]:
         """The names of all tensors that belong to no decoder layer. A head that is tied to the embedding is not among
@@ -79,3 +84,11 @@ class DenseModel:
     def read(self, name: str) -> Tensor:
         """The tensor of that model name, in float32."""
         return self.weights.read(self._disk_names[name])
+
+    def raw(self, name: str) -> Tensor:
+        """The tensor of that model name as it is stored: a view of the mapped file."""
+        return self.weights.raw(self._disk_names[name])
+
+    @property
+    def depth(self) -> int:
+        return len(self._layers)

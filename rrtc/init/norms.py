@@ -4,19 +4,13 @@ less. W (g * x) = (W diag(g)) x, exactly; a LayerNorm's bias goes into the reade
 Which matrices read which norm is not written down anywhere: one layer is run on random weights and watched.
 """
 
-import contextlib
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.pytorch_utils import Conv1D
 
-from rrtc.model.modeling_rrt import matrices_of
-from rrtc.model.skeleton import decoder_layers, stock_model
-
-TOLERANCE = 1e-4  # of the largest output, in float32
-TRIAL_TOKENS = 6
+from rrtc.init.trial import Trial
 
 
 @dataclass(frozen=True)
@@ -35,11 +29,11 @@ def find_folds(config: PreTrainedConfig) -> tuple[list[Fold], list[str]]:
     Runs the first decoder layer of `config`'s stock model on random weights: a norm is foldable where its output is
     what some matrices read, and the layer gives the same result after folding, to TOLERANCE.
     """
-    trial = _Trial(config)
+    trial = Trial(config)
     folds, others = [], []
     for norm, readers in trial.readers().items():
         fold = Fold(norm, readers, trial.gain_offset(norm)) if readers else None
-        if fold is not None and trial.is_exact(fold):
+        if fold is not None and _is_exact(trial, fold):
             folds.append(fold)
         else:
             others.append(norm)
@@ -63,90 +57,8 @@ def apply_folds(layer: dict[str, Tensor], folds: list[Fold]) -> dict[str, Tensor
     return folded
 
 
-class _Trial:
-    """The stock model with its first layer only, random weights, and no embedding: it is fed hidden states."""
-
-    def __init__(self, config: PreTrainedConfig):
-        stock = stock_model(config)
-        self.layer = decoder_layers(stock)[0]
-        self.base = stock.base_model
-        del decoder_layers(stock)[1:]
-        generator = torch.Generator().manual_seed(0)
-        embedding = stock.get_input_embeddings()
-        for module in self.base.modules():
-            for name, parameter in list(module.named_parameters(recurse=False)):
-                if module is not embedding:
-                    scale = 0.02 if parameter.dim() > 1 else 0.3
-                    value = torch.randn(parameter.shape, generator=generator) * scale
-                    setattr(module, name, nn.Parameter(value, requires_grad=False))
-        width = config.get_text_config().hidden_size
-        self.states = torch.randn(1, TRIAL_TOKENS, width, generator=generator)
-        self.base.float()
-
-    @torch.no_grad()
-    def run(self) -> Tensor:
-        return self.base(inputs_embeds=self.states, use_cache=False).last_hidden_state
-
-    def readers(self) -> dict[str, tuple[str, ...]]:
-        """For each norm of the layer, the matrices whose input is its output. Norms inside attention heads, after an
-        attention or MLP block, or on the residual stream have none."""
-        matrices = matrices_of(self.layer)
-        norms = {
-            name: module
-            for name, module in self.layer.named_modules()
-            if name not in matrices and not list(module.children()) and getattr(module, "weight", None) is not None
-        }
-        outputs: dict[str, Tensor] = {}  # kept alive, so that identity means something
-        read: dict[str, list[str]] = {name: [] for name in norms}
-
-        def keep_output(name):
-            return lambda module, args, output: outputs.__setitem__(name, output)
-
-        def find_input(name):
-            def hook(module, args):
-                for norm, output in outputs.items():
-                    if args[0] is output:
-                        read[norm].append(name)
-
-            return hook
-
-        with contextlib.ExitStack() as hooks:
-            for name, module in norms.items():
-                hooks.callback(module.register_forward_hook(keep_output(name)).remove)
-            for name, module in matrices.items():
-                hooks.callback(module.register_forward_pre_hook(find_input(name)).remove)
-            self.run()
-        return {name: tuple(readers) for name, readers in read.items()}
-
-    @torch.no_grad()
-    def gain_offset(self, norm: str) -> float:
-        """c where the norm multiplies by (weight + c): read off its outputs at weight 0 and at weight 1."""
-        module = self.layer.get_submodule(norm)
-        saved = {name: p.clone() for name, p in module.named_parameters()}
-        if getattr(module, "bias", None) is not None:
-            module.bias.zero_()
-        module.weight.zero_()
-        at_zero = module(self.states)
-        module.weight.fill_(1.0)
-        at_one = module(self.states)
-        for name, parameter in module.named_parameters():
-            parameter.copy_(saved[name])
-        return round((at_zero.norm() / (at_one - at_zero).norm()).item(), 3)
-
-    @torch.no_grad()
-    def is_exact(self, fold: Fold) -> bool:
-        """Whether the layer gives the same output after `fold`; the weights are put back afterwards."""
-        before = self.run()
-        saved = {name: p.clone() for name, p in self.layer.named_parameters()}
-        turned = {f"{n}.weight" for n, m in matrices_of(self.layer).items() if isinstance(m, Conv1D)}
-        try:
-            folded = apply_folds({n: t.T if n in turned else t for n, t in saved.items()}, [fold])
-        except KeyError:  # a LayerNorm's bias has nowhere to go where a reader has none
-            return False
-        parameters = dict(self.layer.named_parameters())
-        for name, value in folded.items():
-            parameters[name].copy_(value.T if name in turned else value)
-        after = self.run()
-        for name, value in saved.items():
-            parameters[name].copy_(value)
-        return (after - before).abs().max().item() <= TOLERANCE * before.abs().max().item()
+def _is_exact(trial: Trial, fold: Fold) -> bool:
+    try:
+        return trial.is_same(lambda layer: apply_folds(layer, [fold]))
+    except KeyError:  # a LayerNorm's bias has nowhere to go where a reader has none
+        return False

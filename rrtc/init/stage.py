@@ -1,7 +1,8 @@
 """`rrtc init`: reads a dense model slot by slot, ties it, and writes the recursive model as it goes."""
 
+import tempfile
 import time
-from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,18 +14,21 @@ from rrtc.checkpoint import (
     check_space,
     check_target,
     copy_companions,
-    parse_size,
     whole_folder,
     write_provenance,
 )
 from rrtc.console import note, progress
+from rrtc.init.budget import plan_under_budget
+from rrtc.init.calibrate import calibrate, calibration_windows
 from rrtc.init.dense import DenseModel
-from rrtc.init.norms import Fold, apply_folds, find_folds
-from rrtc.init.tie import tie
+from rrtc.init.neurons import find_neurons
+from rrtc.init.norms import Fold, find_folds
+from rrtc.init.slots import joint_slot, paper_slot
+from rrtc.init.streamed import StreamedModel
 from rrtc.model import RrtConfig
 from rrtc.model.skeleton import read_architecture
-from rrtc.plan import Plan, Visit, make_plan, source_layers
-from rrtc.recipe import Recipe
+from rrtc.plan import Plan, make_plan, source_layers, target_parameters
+from rrtc.recipe import InitRecipe, Recipe, parse_size
 from rrtc.source import Source, find_model, load_tokenizer
 from rrtc.text import Windows, longest_context, scoring_texts
 
@@ -38,14 +42,15 @@ def dry_run(model: str, recipe: Recipe) -> dict:
     """
     source = find_model(model, config_only=True)
     has_weights = any(source.folder.glob("*.safetensors"))
-    plan = make_plan(read_architecture(source.config()), recipe.init)
+    architecture = read_architecture(source.config())
     dtype = _dtype(source, recipe, has_weights)
+    plan = make_plan(architecture, recipe.init, WIDTHS[dtype])
     if has_weights:
         DenseModel(source)  # checks names and shapes
     shard_bytes = parse_size(recipe.init.max_shard_size)
     summary = plan.summary(WIDTHS[dtype], shard_bytes, measured=recipe.init.measure_tokens > 0)
     source_bytes = source.bytes_on_disk if source.is_gguf else None
-    asked = {"model": model, "dtype": dtype, "source_bytes": source_bytes, "recipe": recipe.init.model_dump()}
+    asked = {"model": model, "dtype": dtype, "source_bytes": source_bytes, "recipe": recipe.init.resolved()}
     return asked | summary
 
 
@@ -59,20 +64,29 @@ def init(model: str, output: str, recipe: Recipe) -> dict:
     check_target(Path(output))
     source = find_model(model)
     check_target(Path(output), source.folder)
-    plan = make_plan(read_architecture(source.config()), recipe.init)
-    tokenizer = load_tokenizer(source.folder)
-    dense = DenseModel(source)
+    architecture = read_architecture(source.config())
     dtype = _dtype(source, recipe, has_weights=True)
+    plan = make_plan(architecture, recipe.init, WIDTHS[dtype])
+    tokenizer = load_tokenizer(source.folder)
+    dense = DenseModel(source, _folds(source, recipe))
     check_space(Path(output), plan.parameters * WIDTHS[dtype])
-    windows = None
+    context = longest_context(source.config(), recipe.eval.context)
+    windows = calibration = None
     if recipe.init.measure_tokens:
-        context = longest_context(source.config(), recipe.eval.context)
         windows = next(iter(scoring_texts(recipe, tokenizer, context, recipe.init.measure_tokens).values()))
-    folds = _folds(source, recipe)
+    if recipe.init.start == "joint":
+        calibration = calibration_windows(recipe.init, tokenizer, context)
 
     with whole_folder(Path(output)) as folder:
         writer = ShardWriter(folder, shard_bytes)
-        energies = _write_slots(dense, plan, recipe, folds, getattr(torch, dtype), writer)
+        measured = {}
+        if calibration is None:
+            measured["residual_energy_kept"] = _write_as_in_paper(dense, plan, recipe.init, dtype, writer)
+        else:
+            with tempfile.TemporaryDirectory(dir=folder) as work:
+                plan, measured["predicted_excess"] = _write_jointly(
+                    dense, plan, recipe.init, source, calibration, Path(work), dtype, writer
+                )
         for name in dense.others():
             writer.add(name, dense.read(name).to(getattr(torch, dtype)))
         writer.finish()
@@ -82,16 +96,13 @@ def init(model: str, output: str, recipe: Recipe) -> dict:
         config.architectures, config.dtype = ["RrtForCausalLM"], dtype
         config.save_pretrained(folder)
         copy_companions(source.folder, folder)
-        measured = {
+        measured |= {
             "params_total": plan.parameters,
             "params_non_embedding": plan.non_embedding,
             "bytes": writer.total_bytes,
             "dense_bytes": plan.architecture.parameters * WIDTHS[dtype],
             "source_bytes": source.bytes_on_disk if source.is_gguf else None,
-            "residual_energy_kept": {
-                name: round(restored / lost, 4) if lost else 1.0 for name, (restored, lost) in energies.items()
-            },
-            "folded_norms": [fold.norm for fold in folds],
+            "folded_norms": [fold.norm for fold in dense.folds],
         }
         if windows is not None:
             measured["loss"] = _closing_measurement(source.folder, folder, windows)
@@ -100,7 +111,7 @@ def init(model: str, output: str, recipe: Recipe) -> dict:
             "params_total": plan.architecture.parameters,
             "params_non_embedding": plan.architecture.non_embedding,
         }
-        kept = {"model": source.uri, "init": recipe.init.model_dump()}
+        kept = {"model": source.uri, "init": recipe.init.resolved()}
         write_provenance(folder, "init", base, kept, {"init": measured}, [])
     return measured
 
@@ -126,59 +137,55 @@ def _folds(source: Source, recipe: Recipe) -> list[Fold]:
     return folds
 
 
-def _write_slots(
-    dense: DenseModel, plan: Plan, recipe: Recipe, folds: list[Fold], dtype: torch.dtype, writer: ShardWriter
-) -> dict[str, tuple[float, float]]:
-    """Ties and writes every slot. Returns for each matrix (energy the factors restored, energy that tying lost)."""
-    device = measure.device()
-    energies: dict[str, tuple[float, float]] = defaultdict(lambda: (0.0, 0.0))
+def _write_as_in_paper(
+    dense: DenseModel, plan: Plan, recipe: InitRecipe, dtype: str, writer: ShardWriter
+) -> dict[str, float]:
+    """Ties and writes every slot. Returns for each matrix the share of what tying lost that its factors restore."""
+    energies: dict[str, tuple[float, float]] = {}
     with progress("Tying slots", len(plan.slots)) as advance:
-        for k, (visits, sources) in enumerate(
-            zip(plan.slots, source_layers(plan, recipe.init.shared_init), strict=True)
-        ):
+        for k, (visits, sources) in enumerate(zip(plan.slots, source_layers(plan, recipe.start), strict=True)):
             wanted = {visit.layer for visit in visits} | set(sources)
-            layers = {number: apply_folds(dense.layer(number, device), folds) for number in wanted}
-            prefix = f"{dense.parent}.slots.{k}"
-            for matrix in plan.architecture.layers[visits[0].layer].matrices:
-                name = f"{matrix.name}.weight"
-                tied = tie(
-                    [layers[visit.layer][name] for visit in visits],
-                    [layers[number][name] for number in sources],
-                    [visit.ranks[matrix.name] for visit in visits],
-                    recipe.init.lora_init,
-                    dtype,
-                )
-                writer.add(f"{prefix}.shared.{name}", tied.shared.to(dtype).cpu())
-                for visit, factors in zip(visits, tied.factors, strict=True):
-                    if factors is not None:
-                        for letter, factor in zip("BA", factors, strict=True):
-                            writer.add(f"{prefix}.loops.{visit.loop}.{matrix.name}.{letter}", factor.to(dtype).cpu())
-                if len(visits) > 1:
-                    restored, lost = energies[matrix.name]
-                    energies[matrix.name] = (restored + tied.restored, lost + tied.lost)
-            _write_vectors(layers, visits, sources, plan, prefix, dtype, writer)
+            layers = {number: dense.layer(number, measure.device()) for number in wanted}
+            slot = paper_slot(plan, visits, layers, sources, recipe, getattr(torch, dtype), energies)
+            _write(slot, f"{dense.parent}.slots.{k}", dtype, writer)
             advance()
-    return energies
+    return {name: round(restored / lost, 4) if lost else 1.0 for name, (restored, lost) in energies.items()}
 
 
-def _write_vectors(
-    layers: dict,
-    visits: list[Visit],
-    sources: list[int],
+def _write_jointly(
+    dense: DenseModel,
     plan: Plan,
-    prefix: str,
-    dtype: torch.dtype,
+    recipe: InitRecipe,
+    source: Source,
+    text: Windows,
+    work: Path,
+    dtype: str,
     writer: ShardWriter,
-) -> None:
-    """Writes norms and biases: for each visit its layer's own, or for all visits the mean of the source layers'."""
-    matrices = {f"{m.name}.weight" for m in plan.architecture.layers[visits[0].layer].matrices}
-    for name in (n for n in layers[visits[0].layer] if n not in matrices):
-        if plan.norms == "shared":
-            mean = torch.stack([layers[number][name] for number in sources]).mean(0)
-            writer.add(f"{prefix}.shared.{name}", mean.to(dtype).cpu())
-        else:
-            for visit in visits:
-                writer.add(f"{prefix}.loops.{visit.loop}.{name}", layers[visit.layer][name].to(dtype).cpu())
+) -> tuple[Plan, float | None]:
+    """Calibrates, chooses under the budget if there is one, ties and writes every slot. Returns the plan and the nats a
+    token that a chosen one is predicted to cost."""
+    device, predicted = measure.device(), None
+    neurons = find_neurons(source.config())
+    with progress("Calibrating", 2 * dense.depth * len(text.ids)) as advance:
+        model = StreamedModel(source.config(), dense.raw, device)
+        calibration = calibrate(dense, model, neurons, text.ids, work, device, advance)
+    del model
+    if recipe.has_budget:
+        target = target_parameters(plan.architecture, recipe, WIDTHS[dtype])
+        free = recipe.pattern == "auto"
+        plan, predicted = plan_under_budget(plan, free, target, dense, calibration, neurons, device)
+    with progress("Tying slots", len(plan.slots)) as advance:
+        for k, visits in enumerate(plan.slots):
+            layers = {visit.layer: dense.layer(visit.layer, device) for visit in visits}
+            seen = {number: calibration.seen(number, tensors) for number, tensors in layers.items()}
+            _write(joint_slot(plan, visits, layers, seen, neurons), f"{dense.parent}.slots.{k}", dtype, writer)
+            advance()
+    return plan, predicted
+
+
+def _write(slot: Iterator[tuple[str, torch.Tensor]], prefix: str, dtype: str, writer: ShardWriter) -> None:
+    for name, tensor in slot:
+        writer.add(f"{prefix}.{name}", tensor.to(getattr(torch, dtype)).cpu())
 
 
 def _closing_measurement(dense: Path, compressed: Path, windows: Windows) -> dict:

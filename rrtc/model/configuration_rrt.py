@@ -22,9 +22,13 @@ class RrtConfig(PreTrainedConfig):
         base_config: the dense model's config (an object, or the dictionary of its config.json). Its number of layers
             is the number of visits: every visit has its own place in the KV cache.
         visits: one dictionary a visit, in running order: `layer` (the dense layer it stands for), `slot` (the shared
-            weights it uses), `loop` (its place among the slot's visits) and `ranks` (LoRA rank of each matrix by its
-            path in the layer; 0 means none).
-        norms: "per_visit", every visit has its own norms and biases; "shared", they are tied like the matrices.
+            weights it uses), `loop` (its place among the slot's visits), `ranks` (LoRA rank of each matrix by its
+            path in the layer; 0 means none), and two that may be empty or absent: `forms` (what a matrix is, by its
+            path: "tied", which is the default, the slot's W' + B·A; "low_rank", B·A alone; "own", a full matrix of
+            the visit's own, at rank 0) and `shapes` ((inputs, outputs) of the matrices that are smaller than the dense
+            layer's, because neurons of the FFN were removed).
+        norms: "per_visit", every visit has its own norms and biases; "shared", they are tied like the matrices (the
+            bias of a matrix that is not tied stays the visit's own).
     """
 
     model_type = "rrt"
@@ -46,7 +50,7 @@ class RrtConfig(PreTrainedConfig):
             # These say which class and which code load the dense model, and must not load this one.
             self.base_config.architectures = None
             vars(self.base_config).pop("auto_map", None)
-        self.visits = self.visits or []
+        self.visits = [{"forms": {}, "shapes": {}} | visit for visit in self.visits or []]
         super().__post_init__(**kwargs)
 
     def __getattr__(self, name):

@@ -7,7 +7,8 @@ list of decoder layers; the stock forward, masks, cache, generation and attentio
       layers[v]            Visit: stands where dense layer v stood, and calls its slot
       slots[k].shared      the tied matrices, each stored once, without bias
       slots[k].loops[b]    a stock decoder layer with its own layer_idx, norms and biases, whose matrices are
-                           RelaxedLinear: W'x + B(Ax) + b, with W' reached in slots[k].shared by name
+                           RelaxedLinear: W'x + B(Ax) + b, with W' reached in slots[k].shared by name, or without W';
+                           or plain nn.Linear, where the visit has a full matrix of its own
 
 This file is shipped in every export beside configuration_rrt.py and imports nothing but torch and transformers.
 """
@@ -37,11 +38,12 @@ class Reference:
 
 class RelaxedLinear(nn.Module):
     """One visit's view of a shared matrix: y = W'x + B(Ax) + b  (paper §2.3; LoRA scale 1, there is no alpha).
+    Without a shared matrix (None) it is a low-rank one: y = B(Ax) + b.
 
     A: (rank, inputs), B: (outputs, rank), bias: (outputs,); A and B are absent at rank 0.
     """
 
-    def __init__(self, shared: Reference, inputs: int, outputs: int, rank: int, bias: bool):
+    def __init__(self, shared: Reference | None, inputs: int, outputs: int, rank: int, bias: bool):
         super().__init__()
         self.shared = shared
         self.in_features, self.out_features, self.rank = inputs, outputs, rank
@@ -51,13 +53,16 @@ class RelaxedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (..., inputs) -> (..., outputs)
+        if self.shared is None:
+            return nn.functional.linear(nn.functional.linear(x, self.A), self.B, self.bias)
         y = self.shared()(x)
         if self.rank:
             y = y + nn.functional.linear(nn.functional.linear(x, self.A), self.B)
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
-        return f"{self.in_features} -> {self.out_features}, rank={self.rank}, bias={self.bias is not None}"
+        form = "low_rank" if self.shared is None else "tied"
+        return f"{self.in_features} -> {self.out_features}, {form}, rank={self.rank}, bias={self.bias is not None}"
 
 
 class SharedModule(nn.Module):
@@ -132,18 +137,21 @@ def matrix_shape(module: nn.Module) -> tuple[int, int]:
 def graft(model: nn.Module, visits: list[dict], norms: str = "per_visit") -> None:
     """Replaces the decoder layers of a stock `model`, in place, by visits to shared slots.
 
-    `visits` and `norms` are as in RrtConfig. Raises ValueError where the layers of a slot are not alike.
+    `visits` and `norms` are as in RrtConfig. Raises ValueError, before anything is replaced, where the layers of a
+    slot are not alike, or where a form or shape does not fit.
     """
     parent, name = find_layers(model, len(visits))
     layers = getattr(parent, name)
     shapes: dict[int, dict] = {}
+    tied: dict[tuple[int, str], tuple] = {}
     for layer, visit in zip(layers, visits, strict=True):
         shape = {n: tuple(p.shape) for n, p in layer.named_parameters()}
         if shapes.setdefault(visit["slot"], shape) != shape:
             raise ValueError(f"layer {visit['layer']} does not have the parameters of the layers it is tied to")
+        _check_forms(layer, visit, tied)
     slots = nn.ModuleList(Slot() for _ in shapes)
     for layer, visit in zip(layers, visits, strict=True):
-        _relax(layer, slots[visit["slot"]], visit["ranks"], norms)
+        _relax(layer, slots[visit["slot"]], visit, norms)
         slots[visit["slot"]].loops.append(layer)
     # The slots hang beside the old list, inside the stock base model: its hooks look for layers among its children.
     parent.slots = slots
@@ -151,21 +159,48 @@ def graft(model: nn.Module, visits: list[dict], norms: str = "per_visit") -> Non
     setattr(parent, name, visits_list)
 
 
-def _relax(layer: nn.Module, slot: Slot, ranks: dict[str, int], norms: str) -> None:
-    """Makes a stock decoder layer one of the loops of `slot`; the first one brings the shared modules with it."""
-    for path, module in matrices_of(layer).items():
-        (inputs, outputs), bias = matrix_shape(module), module.bias is not None
-        own_bias = bias and norms == "per_visit"
-        reference = _shared_place(slot, path)
-        if reference.name not in reference.container._modules:
-            shared = nn.Linear(inputs, outputs, bias=bias and not own_bias)
-            reference.container.add_module(reference.name, shared)
-        _replace(layer, path, RelaxedLinear(reference, inputs, outputs, ranks[path], own_bias))
+def _matrix_form(visit: dict, path: str, module: nn.Module) -> tuple[str, tuple[int, int]]:
+    """What the stock matrix `module` at `path` becomes in `visit`: its form and its (inputs, outputs)."""
+    form = visit.get("forms", {}).get(path, "tied")
+    return form, tuple(visit.get("shapes", {}).get(path, matrix_shape(module)))
+
+
+def _check_forms(layer: nn.Module, visit: dict, tied: dict[tuple[int, str], tuple]) -> None:
+    """Raises ValueError where a matrix of `visit` cannot be made of `layer`. `tied` collects the shapes of the tied
+    matrices by (slot, path)."""
+    matrices, where = matrices_of(layer), f"of layer {visit['layer']}"
+    unknown = (visit.get("forms", {}).keys() | visit.get("shapes", {}).keys()) - matrices.keys()
+    if unknown:
+        raise ValueError(f"{sorted(unknown)[0]} is no matrix {where}")
+    for path, module in matrices.items():
+        (form, shape), rank = _matrix_form(visit, path, module), visit["ranks"][path]
+        if form not in ("tied", "low_rank", "own"):
+            raise ValueError(f"{path} {where} has the form {form!r}, which is not tied, low_rank or own")
+        if form != "tied" and (form == "low_rank") != (rank > 0):
+            raise ValueError(f"{path} {where} has the form {form} and the rank {rank}")
+        if form == "tied" and tied.setdefault((visit["slot"], path), shape) != shape:
+            raise ValueError(f"{path} {where} does not have the shape of the matrix it is tied to")
+
+
+def _relax(layer: nn.Module, slot: Slot, visit: dict, norms: str) -> None:
+    """Makes a stock decoder layer one of the loops of `slot`; the first one that needs them brings shared modules."""
+    matrices = matrices_of(layer)
+    for path, module in matrices.items():
+        (form, (inputs, outputs)), bias = _matrix_form(visit, path, module), module.bias is not None
+        if form == "own":
+            _replace(layer, path, nn.Linear(inputs, outputs, bias))
+            continue
+        reference, own_bias = None, bias
+        if form == "tied":
+            reference, own_bias = _shared_place(slot, path), bias and norms == "per_visit"
+            if reference.name not in reference.container._modules:
+                reference.container.add_module(reference.name, nn.Linear(inputs, outputs, bias and not own_bias))
+        _replace(layer, path, RelaxedLinear(reference, inputs, outputs, visit["ranks"][path], own_bias))
     if norms == "shared":
         others = [
             (path, module)
             for path, module in layer.named_modules()
-            if path and not list(module.children()) and list(module.parameters()) and type(module) is not RelaxedLinear
+            if path and path not in matrices and not list(module.children()) and list(module.parameters())
         ]
         for path, module in others:
             reference = _shared_place(slot, path)

@@ -22,14 +22,13 @@ from rrtc.checkpoint import (
     check_target,
     copy_companions,
     next_history,
-    parse_size,
     partial_of,
     whole_folder,
     write_provenance,
 )
 from rrtc.console import is_first_process, note
 from rrtc.errors import RrtcError
-from rrtc.recipe import Recipe
+from rrtc.recipe import Recipe, parse_size
 from rrtc.uptrain.curve import draw, steps_of, summary, write_metrics
 from rrtc.uptrain.display import Display
 from rrtc.uptrain.job import Job, prepare, process_group

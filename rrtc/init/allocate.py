@@ -1,0 +1,251 @@
+"""Where to tie and how much to relax, under a budget.
+
+Everything that can be chosen has a curve: how many numbers are stored, and how many nats a token that is predicted to
+cost (whiten.py: all in one unit, so that costs of different layers and matrices add up). At a price per stored number
+each choice is made on its own, by the least of cost + price x numbers; the price at which all of them together meet the
+budget is found by bisection. For convex curves this is the optimum (Everett 1963); these are nearly so.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from rrtc.init.joint import joint_costs
+from rrtc.init.neurons import Neurons, align, narrowed, removal, reordered_seen
+from rrtc.init.whiten import Seen, costs_by_rank
+from rrtc.plan import Matrix, Visit
+
+WIDTHS = (1.0, 0.75, 0.5)  # of an FFN, at which there are curves over the ranks of its matrices
+FULL = -1  # the setting of a matrix that is stored as it is
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The settings of one matrix, or of an FFN by the matrix that reads its neurons, in `layers`.
+
+    kind "tied": LoRA ranks, where the layers share W'; "low_rank": ranks without W', or FULL; "neurons": widths of an
+    FFN with whole matrices. settings[i] stores numbers[i] numbers in all and costs costs[i] nats a token; float64.
+    """
+
+    kind: str
+    layers: tuple[int, ...]
+    subject: str
+    settings: list[int]
+    numbers: Tensor
+    costs: Tensor
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to store a part of a layer: its curves, after an FFN was `narrowed` at `cost` nats, in each entry
+    (layers, reader, width)."""
+
+    curves: tuple[Curve, ...]
+    narrowed: tuple[tuple[tuple[int, ...], str, int], ...] = ()
+    cost: float = 0.0
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers that share a slot, or one alone. Each of `parts` is a matrix or an FFN: the ways there are to store it."""
+
+    layers: tuple[int, ...]
+    parts: tuple[tuple[Way, ...], ...]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen for a group: for each part a way, and the index of a setting on each of its curves."""
+
+    group: Group
+    ways: tuple[tuple[Way, tuple[int, ...]], ...]
+
+    @property
+    def numbers(self) -> float:
+        return sum(c.numbers[i].item() for way, indices in self.ways for c, i in zip(way.curves, indices, strict=True))
+
+    @property
+    def cost(self) -> float:
+        """Nats a token that it is predicted to cost."""
+        return sum(
+            way.cost + sum(c.costs[i].item() for c, i in zip(way.curves, indices, strict=True))
+            for way, indices in self.ways
+        )
+
+
+def alone(layer: int, seen: dict[str, Seen], neurons: list[Neurons]) -> Group:
+    """The choices for a layer that shares nothing: each matrix whole or of low rank, an FFN with fewer neurons. `seen`:
+    its matrices, by path."""
+    in_ffn = {name for inner in neurons for name in inner.matrices}
+    parts = [(Way((_low_rank(layer, name, seen[name]),)),) for name in seen if name not in in_ffn]
+    for inner in neurons:
+        gone = removal([seen[inner.reader]])
+        size = sum(seen[name].weight.numel() for name in inner.matrices) / inner.width  # numbers that a neuron takes
+        widths = [inner.width - count for count in gone.removed]
+        numbers = torch.tensor([size * width for width in widths], dtype=torch.float64)
+        ways = [Way((Curve("neurons", (layer,), inner.reader, widths, numbers, gone.costs),))]
+        for width, cost, kept in _grid(inner, gone):
+            few = narrowed(seen, inner, kept)
+            curves = tuple(_low_rank(layer, name, few[name]) for name in inner.matrices)
+            ways.append(Way(curves, (((layer,), inner.reader, width),), cost))
+        parts.append(tuple(ways))
+    return Group((layer,), tuple(parts))
+
+
+def together(layers: tuple[int, ...], seen: list[dict[str, Seen]], neurons: list[Neurons]) -> Group:
+    """The choices for layers that share a slot, all of whose matrices are tied."""
+    in_ffn = {name for inner in neurons for name in inner.matrices}
+    parts = [(Way((_tied(layers, name, [s[name] for s in seen]),)),) for name in seen[0] if name not in in_ffn]
+    for inner in neurons:
+        lined_up = [seen[0], *(reordered_seen(other, inner, *align(seen[0], other, inner)) for other in seen[1:])]
+        gone = removal([one[inner.reader] for one in lined_up])
+        ways = []
+        for width, cost, kept in _grid(inner, gone):
+            few = [narrowed(one, inner, kept) for one in lined_up]
+            curves = tuple(_tied(layers, name, [one[name] for one in few]) for name in inner.matrices)
+            ways.append(Way(curves, ((layers, inner.reader, width),), cost))
+        parts.append(tuple(ways))
+    return Group(layers, tuple(parts))
+
+
+def or_apart(group: Group, singles: list[Group]) -> Group:
+    """`group` with further ways: each of its parts can also be stored for every layer by itself, as in `singles`."""
+    parts = []
+    for ways, *others in zip(group.parts, *(one.parts for one in singles), strict=True):
+        apart = [
+            Way(
+                sum((w.curves for w in combination), ()),
+                sum((w.narrowed for w in combination), ()),
+                sum(w.cost for w in combination),
+            )
+            for combination in product(*others)
+        ]
+        parts.append((*ways, *apart))
+    return Group(group.layers, tuple(parts))
+
+
+def _low_rank(layer: int, name: str, seen: Seen) -> Curve:
+    outputs, inputs = seen.weight.shape
+    costs = costs_by_rank(seen.weight, seen.inputs, seen.slopes)
+    # At least 1, and less than where the factors are larger than the matrix.
+    ranks = range(1, max(2, math.ceil(outputs * inputs / (outputs + inputs))))
+    numbers = [float(rank * (outputs + inputs)) for rank in ranks] + [float(outputs * inputs)]
+    costs = torch.cat([costs[1 : 1 + len(ranks)].cpu(), torch.zeros(1, dtype=torch.float64)])
+    return Curve("low_rank", (layer,), name, [*ranks, FULL], torch.tensor(numbers, dtype=torch.float64), costs)
+
+
+def _tied(layers: tuple[int, ...], name: str, group: list[Seen]) -> Curve:
+    outputs, inputs = group[0].weight.shape
+    costs = joint_costs(group).cpu()
+    ranks = torch.arange(len(costs), dtype=torch.float64)
+    numbers = outputs * inputs + len(layers) * ranks * (outputs + inputs)
+    return Curve("tied", layers, name, list(range(len(costs))), numbers, costs)
+
+
+def _grid(inner: Neurons, gone) -> list[tuple[int, float, Tensor]]:
+    """(width, nats lost, kept neurons) at the steps of `gone` nearest to WIDTHS."""
+    found = []
+    for share in WIDTHS:
+        step = min(range(len(gone.removed)), key=lambda s: abs(inner.width - gone.removed[s] - share * inner.width))
+        found.append((inner.width - gone.removed[step], gone.costs[step].item(), gone.kept(step)))
+    return found
+
+
+def choose(depth: int, groups: list[Group], price: float) -> list[Choice]:
+    """At `price` nats a number, the groups that together stand for every layer once, and the best of their settings.
+
+    Groups must be of neighbouring layers, unless there is only one way to have every layer once.
+    """
+    choices = [_best(group, price) for group in groups]
+    if sum(len(group.layers) for group in groups) == depth:
+        return choices
+    values = [0.0] + [math.inf] * depth  # of the best choice for the layers before this one
+    last: list[Choice | None] = [None] * (depth + 1)
+    for end in range(1, depth + 1):
+        for choice in choices:
+            layers = choice.group.layers
+            if layers[-1] + 1 == end:
+                value = values[layers[0]] + choice.cost + price * choice.numbers
+                if value < values[end]:
+                    values[end], last[end] = value, choice
+    found: list[Choice] = []
+    while depth:
+        found.insert(0, last[depth])
+        depth = last[depth].group.layers[0]
+    return found
+
+
+def _best(group: Group, price: float) -> Choice:
+    chosen = []
+    for ways in group.parts:
+        options = []
+        for way in ways:
+            found = [(curve.costs + price * curve.numbers).min(0) for curve in way.curves]
+            value = way.cost + sum(minimum.values.item() for minimum in found)
+            options.append((value, way, tuple(int(minimum.indices) for minimum in found)))
+        _, way, indices = min(options, key=lambda option: option[0])
+        chosen.append((way, indices))
+    return Choice(group, tuple(chosen))
+
+
+def allocate(depth: int, groups: list[Group], parameters: Callable[[list[Choice]], int], target: int) -> list[Choice]:
+    """The choices whose `parameters` come closest to `target` from below.
+
+    Raises ValueError where even the smallest are above it.
+    """
+    low, high = 1e-14, 1e2  # nats a number: at the one everything is stored whole, at the other nothing
+    best = choose(depth, groups, high)
+    if parameters(best) > target:
+        raise ValueError(f"{parameters(best)} parameters")
+    for _ in range(60):
+        price = math.sqrt(low * high)
+        choices = choose(depth, groups, price)
+        if parameters(choices) > target:
+            low = price
+        else:
+            best, high = choices, price
+    return best
+
+
+def visits_of(choices: list[Choice], matrices: dict[int, tuple[Matrix, ...]], neurons: list[Neurons]) -> list[Visit]:
+    """The visits of a plan, in the order of the layers. `matrices`: of each layer."""
+    visits = []
+    first_layers = sorted(choice.group.layers[0] for choice in choices)
+    for choice in choices:
+        layers = choice.group.layers
+        for loop, layer in enumerate(layers):
+            ranks, forms, widths = {m.name: 0 for m in matrices[layer]}, {}, {}
+            for way, indices in choice.ways:
+                for narrow_layers, reader, width in way.narrowed:
+                    if layer in narrow_layers:
+                        widths[reader] = width
+                for curve, index in zip(way.curves, indices, strict=True):
+                    if layer not in curve.layers:
+                        continue
+                    setting = curve.settings[index]
+                    if curve.kind == "neurons":
+                        widths[curve.subject] = setting
+                        own = next(inner.matrices for inner in neurons if inner.reader == curve.subject)
+                        forms |= dict.fromkeys(own, "own")
+                    elif curve.kind == "low_rank":
+                        forms[curve.subject] = "own" if setting == FULL else "low_rank"
+                        ranks[curve.subject] = max(setting, 0)
+                    else:
+                        ranks[curve.subject] = setting
+            if len(layers) == 1:  # the slot is this layer's own
+                forms = {name: form for name, form in forms.items() if form != "own"}
+            shapes = {}
+            for inner in neurons:
+                width = widths.get(inner.reader, inner.width)
+                if width < inner.width:
+                    for m in matrices[layer]:
+                        if m.name == inner.reader:
+                            shapes[m.name] = (width, m.outputs)
+                        elif m.name in inner.producers:
+                            shapes[m.name] = (m.inputs, m.outputs // inner.width * width)
+            visits.append(Visit(layer, first_layers.index(layers[0]), loop, ranks, forms, shapes))
+    return sorted(visits, key=lambda visit: visit.layer)

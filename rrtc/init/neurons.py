@@ -1,0 +1,216 @@
+"""The inner dimension of an FFN: finding it, lining up the neurons of tied layers, and removing the least needed ones.
+
+A neuron is one row of the matrices that produce the inner activations (gate and up) and one column of the matrix that
+reads them (down). Reordering neurons leaves the layer's function as it is, and so does turning the signs of a row and a
+column where the activation is linear in that row. Which matrices these are is not written down anywhere: one layer is
+run on random weights and watched.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from rrtc.init.trial import Trial
+from rrtc.init.whiten import Moment, Seen
+from rrtc.model.modeling_rrt import matrices_of, matrix_shape
+
+STEPS = 96  # neurons are removed in so many steps, after each of which the others are weighed again
+
+
+@dataclass(frozen=True)
+class Neurons:
+    """`width` neurons. reader: the matrix whose inputs they are. producers: the matrices whose outputs they come from;
+    a fused one has several rows a neuron, one in each of its equal parts. signed: those producers in which the neuron
+    is linear, so that turning its sign there and in the reader changes nothing."""
+
+    reader: str
+    producers: tuple[str, ...]
+    signed: tuple[str, ...]
+    width: int
+
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        return (*self.producers, self.reader)
+
+
+def find_neurons(config: PreTrainedConfig) -> list[Neurons]:
+    """The inner dimensions of the decoder layers of `config`. Empty where reordering is not exact."""
+    trial = Trial(config)
+    shapes = {name: matrix_shape(module) for name, module in matrices_of(trial.layer).items()}
+    found = []
+    for reader, (width, _) in shapes.items():
+        candidates = trial.feeding(reader)
+        producers = tuple(name for name in shapes if name in candidates and shapes[name][1] % width == 0)
+        if not producers:
+            continue
+        neurons = Neurons(reader, producers, (), width)
+        generator = torch.Generator().manual_seed(0)
+        order = torch.randperm(width, generator=generator)
+        if not (_can_reorder(trial, neurons, order) and _can_leave(trial, neurons, order[: width // 2])):
+            continue
+        signs = torch.where(torch.rand(width, generator=generator) < 0.5, -1.0, 1.0)
+        signed = []
+        for producer in producers:
+            one = Neurons(reader, producers, (producer,), width)
+            if trial.is_same(lambda layer, n=one, s=signs: reordered(layer, n, torch.arange(n.width), s)):
+                signed.append(producer)
+        found.append(Neurons(reader, producers, tuple(signed[:1]), width))
+    return found
+
+
+def _can_reorder(trial: Trial, neurons: Neurons, order: Tensor) -> bool:
+    return trial.is_same(lambda layer: reordered(layer, neurons, order))
+
+
+def _can_leave(trial: Trial, neurons: Neurons, kept: Tensor) -> bool:
+    """Whether the layer runs on the `kept` neurons alone, as it does where the reader ignores the others."""
+    name = f"{neurons.reader}.weight"
+    silent = torch.ones(neurons.width).index_fill(0, kept, 0).bool()
+    try:
+        return trial.is_same(
+            lambda layer: reordered(layer, neurons, kept),
+            lambda layer: layer | {name: layer[name].masked_fill(silent, 0)},
+        )
+    except RuntimeError:  # attention heads have a fixed size
+        return False
+
+
+def reordered(layer: dict[str, Tensor], neurons: Neurons, index: Tensor, signs: Tensor | None = None) -> dict:
+    """The tensors of one layer with the neurons of `index` only, in its order, each times its sign. Matrices are
+    (outputs, inputs); the input is left as it is."""
+    result = dict(layer)
+    for producer in neurons.producers:
+        turns = signs if producer in neurons.signed else None
+        for name in (f"{producer}.weight", f"{producer}.bias"):
+            if name in layer:
+                parts = layer[name].unflatten(0, (-1, neurons.width))[:, index]  # (parts, neurons, …)
+                if turns is not None:
+                    parts = parts * turns.view(1, -1, *[1] * (parts.dim() - 2))
+                result[name] = parts.flatten(0, 1)
+    columns = layer[f"{neurons.reader}.weight"][:, index]
+    result[f"{neurons.reader}.weight"] = columns if signs is None or not neurons.signed else columns * signs
+    return result
+
+
+def reordered_seen(seen: dict[str, Seen], neurons: Neurons, index: Tensor, signs: Tensor | None = None) -> dict:
+    """As `reordered`, with the moments of the neurons' activations and slopes: how the matrices are then seen."""
+    weights = reordered({f"{name}.weight": one.weight for name, one in seen.items()}, neurons, index, signs)
+    result = dict(seen)
+    for name in neurons.producers:
+        parts = len(seen[name].weight) // neurons.width
+        rows = torch.cat([index + part * neurons.width for part in range(parts)])
+        turns = signs.repeat(parts) if signs is not None and name in neurons.signed else None
+        result[name] = Seen(weights[f"{name}.weight"], seen[name].inputs, seen[name].slopes.of(rows, turns))
+    reader = seen[neurons.reader]
+    turns = signs if neurons.signed else None
+    result[neurons.reader] = Seen(weights[f"{neurons.reader}.weight"], reader.inputs.of(index, turns), reader.slopes)
+    return result
+
+
+def narrowed(seen: dict[str, Seen], neurons: Neurons, kept: Tensor) -> dict[str, Seen]:
+    """How the matrices are seen with the `kept` neurons alone, the reader refitted to them."""
+    if len(kept) == neurons.width:
+        return seen
+    few = reordered_seen(seen, neurons, kept)
+    reader = few[neurons.reader]
+    few[neurons.reader] = Seen(refitted(seen[neurons.reader], kept), reader.inputs, reader.slopes)
+    return few
+
+
+def align(first: dict[str, Seen], second: dict[str, Seen], neurons: Neurons) -> tuple[Tensor, Tensor]:
+    """(index, signs), each (width,): the order and signs of the second layer's neurons that make them most like the
+    first's. `first` and `second` hold how the matrices of both layers are seen, by path.
+
+    Likeness is the inner product of rows and columns in the metric of whiten.py, with the diagonal of the neurons' own
+    moment; the assignment is the best of all (Hungarian algorithm).
+    """
+    unsigned = signed = torch.zeros(neurons.width, neurons.width)
+    for name in neurons.matrices:
+        a, b = first[name], second[name]
+        if name == neurons.reader:
+            slopes = Moment.pooled([a.slopes, b.slopes])
+            sizes = _sizes(a.inputs)[:, None] * _sizes(b.inputs)
+            likeness = (a.weight.T @ slopes.times(b.weight) * sizes).cpu()
+        else:
+            inputs = Moment.pooled([a.inputs, b.inputs])
+            parts = [m.weight.unflatten(0, (-1, neurons.width)) for m in (a, b)]
+            sizes = [_sizes(m.slopes).unflatten(0, (-1, neurons.width)) for m in (a, b)]
+            likeness = sum(
+                (wa @ inputs.times(wb.T) * sa[:, None] * sb).cpu()
+                for wa, wb, sa, sb in zip(*parts, *sizes, strict=True)
+            )
+        if neurons.signed and name in (*neurons.signed, neurons.reader):
+            signed = signed + likeness
+        else:
+            unsigned = unsigned + likeness
+    _, index = linear_sum_assignment((unsigned + signed.abs()).numpy(), maximize=True)
+    index = torch.from_numpy(index)
+    signs = torch.where(signed[torch.arange(neurons.width), index] < 0, -1.0, 1.0)
+    return index.to(first[neurons.reader].weight.device), signs.to(first[neurons.reader].weight.device)
+
+
+def _sizes(moment: Moment) -> Tensor:
+    return moment.diagonal.sqrt()
+
+
+@dataclass(frozen=True)
+class Removal:
+    """Neurons in the order in which they go, least needed first. `costs[s]` nats a token are lost when the first
+    `removed[s]` are gone and the reader's other columns make up for them as well as they can."""
+
+    order: Tensor
+    removed: list[int]
+    costs: Tensor
+    width: int
+
+    def kept(self, step: int) -> Tensor:
+        """The neurons that are left after `step` steps, in their old order."""
+        gone = torch.zeros(self.width, dtype=torch.bool, device=self.order.device)
+        gone[self.order[: self.removed[step]]] = True
+        return (~gone).nonzero()[:, 0]
+
+
+def removal(readers: list[Seen]) -> Removal:
+    """How to remove neurons from layers that share them (or from one), least costly first.
+
+    Removing neurons J from a reader W and refitting the others costs tr(G W_J ((C^-1)_JJ)^-1 W_J^T) / 2 (optimal brain
+    surgeon, Hassibi and Stork 1993, for whole columns; the update keeps W and C^-1 exact for the next step). A quarter
+    of the neurons always stays.
+    """
+    width = readers[0].weight.shape[1]
+    step = max(1, width // STEPS)
+    states = [(torch.linalg.inv(s.inputs.matrix.double()), s.slopes.root_times(s.weight).double()) for s in readers]
+    gone = torch.zeros(width, dtype=torch.bool, device=readers[0].weight.device)
+    order, removed, costs = [], [0], [0.0]
+    while removed[-1] + step <= width - max(1, width // 4):
+        needed = sum(columns.square().sum(0) / inverse.diagonal() for inverse, columns in states)
+        chosen = needed.masked_fill(gone, torch.inf).topk(step, largest=False).indices
+        cost = costs[-1]
+        for inverse, columns in states:
+            schur = torch.linalg.inv(inverse[chosen][:, chosen])
+            lost = columns[:, chosen]
+            cost += 0.5 * (lost @ schur * lost).sum().item()
+            columns -= lost @ schur @ inverse[chosen]
+            inverse -= inverse[:, chosen] @ schur @ inverse[chosen]
+            columns[:, chosen] = 0
+            inverse[chosen], inverse[:, chosen] = 0, 0
+            inverse[chosen, chosen] = 1
+        gone[chosen] = True
+        order.append(chosen)
+        removed.append(removed[-1] + step)
+        costs.append(cost)
+    none = gone.new_zeros(0, dtype=torch.long)
+    return Removal(torch.cat([none, *order]), removed, torch.tensor(costs, dtype=torch.float64), width)
+
+
+def refitted(reader: Seen, kept: Tensor) -> Tensor:
+    """The reader's weight on the `kept` neurons that comes closest to the whole: (outputs, kept).
+
+    W C_:K (C_KK)^-1 minimises E |W x - V x_K|^2, in every metric of the outputs.
+    """
+    moment = reader.inputs.matrix.double()
+    products = reader.weight.double() @ moment[:, kept]
+    return torch.linalg.solve(moment[kept][:, kept], products.T).T.float()

@@ -1,0 +1,118 @@
+"""What a slot stores: from the tensors of its dense layers to those of its shared matrices and visits.
+
+`paper_slot` ties as the paper does (tie.py), `joint_slot` by what the loss feels (joint.py), with the forms and widths
+that the plan chose. Both yield (name within the slot, float32 tensor).
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from rrtc.init.joint import joint
+from rrtc.init.neurons import Neurons, align, narrowed, removal, reordered, reordered_seen
+from rrtc.init.tie import Tied, tie
+from rrtc.init.whiten import Seen
+from rrtc.plan import Plan, Visit
+from rrtc.recipe import InitRecipe
+
+Layers = dict[int, dict[str, Tensor]]  # the tensors of layers by their paths, norms folded, matrices (outputs, inputs)
+Named = Iterator[tuple[str, Tensor]]
+
+
+def paper_slot(
+    plan: Plan, visits: list[Visit], layers: Layers, sources: list[int], recipe: InitRecipe, dtype: torch.dtype,
+    energies: dict[str, tuple[float, float]],
+) -> Named:  # fmt: skip
+    """A slot tied as in the paper. sources: the layers whose mean W' is. dtype: the format that will be stored.
+    `energies` is added up: for each matrix (energy the factors restored, energy that tying lost)."""
+    for matrix in plan.matrices(visits[0]):
+        name = f"{matrix.name}.weight"
+        found: Tied = tie(
+            [layers[visit.layer][name] for visit in visits],
+            [layers[number][name] for number in sources],
+            [visit.ranks[matrix.name] for visit in visits],
+            recipe.lora_init,
+            dtype,
+        )
+        yield f"shared.{name}", found.shared
+        for visit, factors in zip(visits, found.factors, strict=True):
+            if factors is not None:
+                yield from _factors(visit, matrix.name, factors)
+        if len(visits) > 1:
+            restored, lost = energies.get(matrix.name, (0.0, 0.0))
+            energies[matrix.name] = (restored + found.restored, lost + found.lost)
+    yield from _vectors(plan, visits, layers, sources)
+
+
+def joint_slot(
+    plan: Plan, visits: list[Visit], layers: Layers, seen: dict[int, dict[str, Seen]], neurons: list[Neurons]
+) -> Named:
+    """A slot whose shared matrices and factors are chosen together. seen: for each layer how its matrices are seen."""
+    layers, seen = dict(layers), dict(seen)
+    for inner in neurons:
+        _line_up(plan, visits, layers, seen, inner)
+    for matrix in plan.matrices(visits[0]):
+        tied = [visit for visit in visits if visit.form(matrix) == "tied"]
+        if len(tied) == 1:  # at rank 0, the layer's own
+            yield f"shared.{matrix.name}.weight", seen[tied[0].layer][matrix.name].weight
+        elif tied:
+            rank = tied[0].ranks[matrix.name]
+            found = joint([seen[visit.layer][matrix.name] for visit in tied], rank)
+            yield f"shared.{matrix.name}.weight", found.shared
+            for visit, factors in zip(tied, found.factors, strict=True):
+                if rank:
+                    yield from _factors(visit, matrix.name, factors)
+        for visit in visits:
+            one = seen[visit.layer][matrix.name]
+            if visit.form(matrix) == "own":
+                yield f"loops.{visit.loop}.{matrix.name}.weight", one.weight
+            elif visit.form(matrix) == "low_rank":
+                factors = one.spectrum().factors(slice(0, visit.ranks[matrix.name]))
+                yield from _factors(visit, matrix.name, factors)
+    yield from _vectors(plan, visits, layers, [visit.layer for visit in visits])
+
+
+def _line_up(plan: Plan, visits: list[Visit], layers: Layers, seen: dict[int, dict[str, Seen]], inner: Neurons) -> None:
+    """Puts the neurons of tied layers in one order and takes out those that the plan leaves out, in place."""
+    reader = next(m for m in plan.matrices(visits[0]) if m.name == inner.reader)
+    matrices = [m for m in plan.matrices(visits[0]) if m.name in inner.matrices]
+    tied = [v.layer for v in visits if any(v.form(m) == "tied" for m in matrices)]
+    for layer in tied[1:]:
+        index, signs = align(seen[tied[0]], seen[layer], inner)
+        seen[layer] = reordered_seen(seen[layer], inner, index, signs)
+        layers[layer] = reordered(layers[layer], inner, index, signs)
+    groups = [tied] if tied else []
+    groups += [[visit.layer] for visit in visits if visit.layer not in tied]
+    width_of = {visit.layer: visit.shape(reader)[0] for visit in visits}
+    for group in groups:
+        width = width_of[group[0]]
+        if width == inner.width:
+            continue
+        gone = removal([seen[layer][inner.reader] for layer in group])
+        kept = gone.kept(gone.removed.index(inner.width - width))
+        for layer in group:
+            layers[layer] = reordered(layers[layer], inner, kept)
+            seen[layer] = narrowed(seen[layer], inner, kept)
+
+
+def _factors(visit: Visit, matrix: str, factors: tuple[Tensor, Tensor]) -> Named:
+    for letter, factor in zip("BA", factors, strict=True):
+        yield f"loops.{visit.loop}.{matrix}.{letter}", factor
+
+
+def _vectors(plan: Plan, visits: list[Visit], layers: Layers, sources: list[int]) -> Named:
+    """Norms and biases: for each visit its layer's own, or for all visits the mean of the source layers'. The bias of a
+    matrix that a visit does not share is the visit's own in any case."""
+    matrices = {m.name: m for m in plan.matrices(visits[0])}
+    for name in layers[visits[0].layer]:
+        owner, _, kind = name.rpartition(".")
+        if owner in matrices and kind == "weight":
+            continue
+        untied = [visit for visit in visits if owner in matrices and visit.form(matrices[owner]) != "tied"]
+        if plan.norms == "shared":
+            sharing = [number for number in sources if number not in {visit.layer for visit in untied}]
+            if sharing:
+                yield f"shared.{name}", torch.stack([layers[number][name] for number in sharing]).mean(0)
+        for visit in untied if plan.norms == "shared" else visits:
+            yield f"loops.{visit.loop}.{name}", layers[visit.layer][name]
