@@ -246,13 +246,17 @@ def make_plan(architecture: Architecture, recipe: InitRecipe, width: int = 4) ->
 
     least = architecture.embedding + architecture.head if recipe.start == "joint" else at(0).parameters
     if target < least:
-        raise WrongUsage(
-            f"The budget of {target:,} parameters cannot be met: the least possible is {least:,}.",
-            "Ask for a larger one, or tie more layers (loops).",
-        )
+        raise too_small(target, least)
     if recipe.start == "joint":
         return at(0)
     return at(max(rank for rank in range(widest + 1) if at(rank).parameters <= target))
+
+
+def too_small(target: int, least: int) -> WrongUsage:
+    return WrongUsage(
+        f"The budget of {target:,} parameters cannot be met: the least possible is {least:,}.",
+        "Ask for a larger one, or tie more layers (loops).",
+    )
 
 
 def target_parameters(architecture: Architecture, recipe: InitRecipe, width: int) -> int:

@@ -63,30 +63,30 @@ def plan(result: dict) -> Group:
             size(result["bytes"]),
             f"{result['bytes'] / result['dense_bytes']:.3f}",
         ],
-        [
-            "FLOPs per token",
-            count(result["dense_flops_per_token"]),
-            count(result["flops_per_token"]),
-            f"{result['flops_per_token'] / result['dense_flops_per_token']:.3f}",
-        ],
         ["KV cache per token", *[size(result["kv_bytes_per_token"])] * 2, "1.000"],
     ]
+    if flops := result["flops_per_token"]:
+        dense_flops = result["dense_flops_per_token"]
+        rows.insert(3, ["FLOPs per token", count(dense_flops), count(flops), f"{flops / dense_flops:.3f}"])
     if result["source_bytes"]:
         ratio = result["bytes"] / result["source_bytes"]
         rows.append(["the GGUF file, on disk", size(result["source_bytes"]), size(result["bytes"]), f"{ratio:.3f}"])
-    parts = ", ".join(f"{name.replace('_', ' ')} {count(n)}" for name, n in result["params_by_part"].items() if n)
+    if result["visits"] is None:
+        chosen = ["How each matrix is stored is chosen by init, once it has measured what the loss feels."]
+    else:
+        parts = ", ".join(f"{name.replace('_', ' ')} {count(n)}" for name, n in result["params_by_part"].items() if n)
+        chosen = [f"Parameters by part: {parts}", visits(result["visits"])]
     return Group(
         table(f"Plan for {result['model']}", ["", "dense", "compressed", "ratio"], rows),
-        _plain(f"Parameters by part: {parts}"),
         _plain(f"Peak memory of init: about {size(result['init_peak_bytes'])}"),
-        _plain(visits(result["visits"])),
+        *map(_plain, chosen),
         _plain("Tying saves memory and disk. It does not save arithmetic or KV cache."),
     )
 
 
 def init(result: dict, folder: str) -> Group:
     """What `init` made."""
-    kept = result["residual_energy_kept"]
+    kept = result.get("residual_energy_kept", {})
     written, dense, source = result["bytes"], result["dense_bytes"], result["source_bytes"]
     sizes = f"{size(written)}, {written / dense:.3f} of the dense model in the same format"
     if source:
@@ -97,6 +97,8 @@ def init(result: dict, folder: str) -> Group:
     if any(kept.values()):
         rows = [[matrix, f"{energy:.1%}"] for matrix, energy in kept.items()]
         lines.append(table("What the LoRA kept of what tying lost", ["matrix", "energy"], rows))
+    if result.get("predicted_excess") is not None:
+        lines.append(_plain(f"Predicted excess over the dense model: {result['predicted_excess']:.3f} nats per token"))
     if loss := result.get("loss"):
         lines.append(
             _plain(

@@ -66,7 +66,10 @@ def test_a_diagonal_moment_is_the_diagonal_matrix():
     weight, inputs = matrix(12, 20, 3), moment(20, 5)
     vector, full = Moment(diagonal), Moment(torch.diag(diagonal))
     assert torch.allclose(costs_by_rank(weight, inputs, vector), costs_by_rank(weight, inputs, full), rtol=1e-6)
-    one, other = spectrum(weight, inputs, vector).factors(slice(0, 4)), spectrum(weight, inputs, full).factors(slice(0, 4))
+    one, other = (
+        spectrum(weight, inputs, vector).factors(slice(0, 4)),
+        spectrum(weight, inputs, full).factors(slice(0, 4)),
+    )
     assert torch.allclose(one[0] @ one[1], other[0] @ other[1], atol=1e-4)
 
 

@@ -8,7 +8,7 @@ budget is found by bisection. For convex curves this is the optimum (Everett 196
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
@@ -21,6 +21,13 @@ from rrtc.plan import Matrix, Visit
 
 WIDTHS = (1.0, 0.75, 0.5)  # of an FFN, at which there are curves over the ranks of its matrices
 FULL = -1  # the setting of a matrix that is stored as it is
+
+
+class TooSmall(Exception):
+    """No choice is small enough; `least` is what the smallest stores."""
+
+    def __init__(self, least: int):
+        self.least = least
 
 
 @dataclass(frozen=True)
@@ -160,7 +167,7 @@ def choose(depth: int, groups: list[Group], price: float) -> list[Choice]:
 
     Groups must be of neighbouring layers, unless there is only one way to have every layer once.
     """
-    choices = [_best(group, price) for group in groups]
+    choices = [_best(group, price) for group in sorted(groups, key=lambda group: len(group.layers))]
     if sum(len(group.layers) for group in groups) == depth:
         return choices
     values = [0.0] + [math.inf] * depth  # of the best choice for the layers before this one
@@ -170,7 +177,7 @@ def choose(depth: int, groups: list[Group], price: float) -> list[Choice]:
             layers = choice.group.layers
             if layers[-1] + 1 == end:
                 value = values[layers[0]] + choice.cost + price * choice.numbers
-                if value < values[end]:
+                if value < values[end] - 1e-12:  # a group must be better than its layers apart, not equally good
                     values[end], last[end] = value, choice
     found: list[Choice] = []
     while depth:
@@ -195,12 +202,12 @@ def _best(group: Group, price: float) -> Choice:
 def allocate(depth: int, groups: list[Group], parameters: Callable[[list[Choice]], int], target: int) -> list[Choice]:
     """The choices whose `parameters` come closest to `target` from below.
 
-    Raises ValueError where even the smallest are above it.
+    Raises TooSmall where even the smallest are above it.
     """
     low, high = 1e-14, 1e2  # nats a number: at the one everything is stored whole, at the other nothing
     best = choose(depth, groups, high)
     if parameters(best) > target:
-        raise ValueError(f"{parameters(best)} parameters")
+        raise TooSmall(parameters(best))
     for _ in range(60):
         price = math.sqrt(low * high)
         choices = choose(depth, groups, price)
@@ -208,7 +215,30 @@ def allocate(depth: int, groups: list[Group], parameters: Callable[[list[Choice]
             low = price
         else:
             best, high = choices, price
-    return best
+    return _filled(best, parameters, target)
+
+
+def _filled(choices: list[Choice], parameters: Callable[[list[Choice]], int], target: int) -> list[Choice]:
+    """`choices` with what is left of the budget, where curves make jumps, spent on the settings that gain most for it."""
+    room = target - parameters(choices)
+    while True:
+        steps = []
+        for at, choice in enumerate(choices):
+            for part, (way, indices) in enumerate(choice.ways):
+                for place, (curve, index) in enumerate(zip(way.curves, indices, strict=True)):
+                    more, gain = curve.numbers - curve.numbers[index], curve.costs[index] - curve.costs
+                    worth = torch.where((more > 0) & (more <= room) & (gain > 0), gain / more, -1.0)
+                    value, better = worth.max(0)
+                    if value > 0:
+                        steps.append((value.item(), at, part, place, int(better)))
+        if not steps:
+            return choices
+        _, at, part, place, better = max(steps)
+        way, indices = choices[at].ways[part]
+        ways = list(choices[at].ways)
+        ways[part] = (way, (*indices[:place], better, *indices[place + 1 :]))
+        choices = [*choices[:at], replace(choices[at], ways=tuple(ways)), *choices[at + 1 :]]
+        room = target - parameters(choices)
 
 
 def visits_of(choices: list[Choice], matrices: dict[int, tuple[Matrix, ...]], neurons: list[Neurons]) -> list[Visit]:

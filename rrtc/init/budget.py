@@ -6,48 +6,31 @@ from statistics import median
 
 import torch
 
-from rrtc.console import note, progress
-from rrtc.errors import WrongUsage
-from rrtc.init.allocate import Choice, Group, allocate, alone, or_apart, together, visits_of
+from rrtc.console import progress
+from rrtc.init.allocate import Choice, Group, TooSmall, allocate, alone, or_apart, together, visits_of
 from rrtc.init.calibrate import Calibration
 from rrtc.init.dense import DenseModel
 from rrtc.init.neurons import Neurons
-from rrtc.plan import Plan
+from rrtc.plan import Plan, too_small
 
 
-def plan_under_budget(
+def measure_groups(
     pattern: Plan,
     free: bool,
-    target: int,
     dense: DenseModel,
     calibration: Calibration,
     neurons: list[Neurons],
     device: torch.device,
-) -> tuple[Plan, float]:
-    """(the plan of at most `target` parameters, the nats a token it is predicted to cost).
-
-    pattern: which layers are tied; with `free`, neighbours may be tied or not, and every part of them may be left
-    untied. Raises WrongUsage where no plan is small enough.
-    """
-    groups: list[Group] = []
+) -> list[Group]:
+    """The choices there are for every slot of `pattern`; with `free`, for every layer by itself and for every two
+    neighbours that are alike, any part of which may be left untied."""
     layers = pattern.architecture.layers
+    groups: list[Group] = []
 
     def seen(number):
         return calibration.seen(number, dense.layer(number, device))
 
-    if free:
-        before, single_before = None, None
-        with progress("Measuring what each layer needs", len(layers)) as advance:
-            for number in range(len(layers)):
-                here = seen(number)
-                single = alone(number, here, neurons)
-                groups.append(single)
-                if before is not None and layers[number] == layers[number - 1]:
-                    pair = together((number - 1, number), [before, here], neurons)
-                    groups.append(or_apart(pair, [single_before, single]))
-                before, single_before = here, single
-                advance()
-    else:
+    if not free:
         with progress("Measuring what each slot needs", len(pattern.slots)) as advance:
             for visits in pattern.slots:
                 numbers = tuple(visit.layer for visit in visits)
@@ -55,23 +38,36 @@ def plan_under_budget(
                 one = len(numbers) == 1
                 groups.append(alone(numbers[0], views[0], neurons) if one else together(numbers, views, neurons))
                 advance()
+        return groups
+    with progress("Measuring what each layer needs", len(layers)) as advance:
+        before, single_before = None, None
+        for number in range(len(layers)):
+            here = seen(number)
+            single = alone(number, here, neurons)
+            groups.append(single)
+            if before is not None and layers[number] == layers[number - 1]:
+                pair = together((number - 1, number), [before, here], neurons)
+                groups.append(or_apart(pair, [single_before, single]))
+            before, single_before = here, single
+            advance()
+    return groups
 
-    matrices = {number: layer.matrices for number, layer in enumerate(layers)}
+
+def plan_under_budget(pattern: Plan, groups: list[Group], target: int, neurons: list[Neurons]) -> tuple[Plan, float]:
+    """(the plan of at most `target` parameters, the nats a token it is predicted to cost), chosen among `groups`.
+
+    Raises WrongUsage where no plan is small enough.
+    """
+    matrices = {number: layer.matrices for number, layer in enumerate(pattern.architecture.layers)}
 
     def plan_of(choices: list[Choice]) -> Plan:
         return replace(pattern, visits=tuple(visits_of(choices, matrices, neurons)))
 
     try:
-        choices = allocate(len(layers), groups, lambda c: plan_of(c).parameters, target)
-    except ValueError as error:
-        raise WrongUsage(
-            f"The budget of {target:,} parameters cannot be met: the least possible is {error.args[0]:,}.",
-            "Ask for a larger one, or tie more layers (loops).",
-        ) from error
-    plan = plan_of(choices)
-    predicted = sum(choice.cost for choice in choices)
-    note(explain(plan, predicted, free))
-    return plan, round(predicted, 4)
+        choices = allocate(len(matrices), groups, lambda c: plan_of(c).parameters, target)
+    except TooSmall as error:
+        raise too_small(target, error.least) from error
+    return plan_of(choices), sum(choice.cost for choice in choices)
 
 
 def explain(plan: Plan, predicted: float, free: bool) -> str:

@@ -18,10 +18,8 @@ from rrtc.init.dense import DenseModel
 from rrtc.init.neurons import Neurons
 from rrtc.init.streamed import StreamedModel
 from rrtc.init.whiten import Moment, Seen
-from rrtc.recipe import InitRecipe
-from rrtc.text import Windows, beginning, pack, split
-
-CHOICE = 16  # so many times the text that is used is looked at, and a sixteenth of it chosen
+from rrtc.recipe import BUILT_IN_TEXT, InitRecipe
+from rrtc.text import Windows, beginning, documents, pack, split
 
 
 def calibration_windows(recipe: InitRecipe, tokenizer, context: int) -> Windows:
@@ -34,12 +32,19 @@ def calibration_windows(recipe: InitRecipe, tokenizer, context: int) -> Windows:
     share = max(context, recipe.calibrate_tokens // len(recipe.calibrate_on))
     parts = []
     for source in recipe.calibrate_on:
-        training, _ = split(beginning(source, recipe.text_field, CHOICE * share // 8))
+        training, _ = split(_found(source, recipe.text_field, share))
         pieces = [piece for document in training for piece in _pieces(document, 4 * context)]
         pieces.sort(key=lambda piece: hashlib.sha256(f"{recipe.seed} {piece}".encode()).digest())
         parts.append(pack(pieces, tokenizer, context, share))
     bytes_per_token = sum(part.bytes_per_token for part in parts) / len(parts)
     return Windows(torch.cat([part.ids for part in parts]), bytes_per_token)
+
+
+def _found(source: str, field: str, tokens: int) -> list[str]:
+    """All documents of a text on this machine; of a data set that is streamed from elsewhere, some from its start."""
+    if source == BUILT_IN_TEXT or Path(source).exists():
+        return list(documents(source, field))
+    return beginning(source, field, tokens)
 
 
 def _pieces(document: str, characters: int) -> Iterator[str]:

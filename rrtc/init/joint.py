@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rrtc.init.tie import zero_product
 from rrtc.init.whiten import Moment, Seen, costs_by_rank, spectrum
 
 SWEEPS = 8  # of the alternation for three visits and more; the gain of further ones is below a per cent
@@ -59,7 +60,7 @@ def joint(group: list[Seen], rank: int) -> Joint:
         # Every other component, so that both visits get as much of the large ones.
         first = difference.factors(slice(0, 2 * rank, 2))
         b, a = difference.factors(slice(1, 2 * rank, 2))
-        factors = [first, (-b, a)]
+        factors = [_padded(*first, rank), _padded(-b, a, rank)]
     else:
         shared, factors = _weighted_mean(group, [seen.weight for seen in group]), []
         for _ in range(SWEEPS):
@@ -74,6 +75,12 @@ def _difference(group: list[Seen]) -> tuple[Tensor, Moment]:
     c1, c2 = first.inputs.matrix.double(), second.inputs.matrix.double()
     parallel = c1 @ torch.linalg.solve(c1 + c2, c2)
     return first.weight - second.weight, Moment((parallel + parallel.T).float() / 2)
+
+
+def _padded(b: Tensor, a: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """(B, A) at `rank`, where the difference has fewer components for each visit: the rest is free to learn."""
+    zero, free = zero_product((len(b), a.shape[1]), rank - b.shape[1], b.device)
+    return torch.cat([b, zero], dim=1), torch.cat([a, free])
 
 
 def _shared(group: list[Seen], factors: list[tuple[Tensor, Tensor]]) -> Tensor:

@@ -18,7 +18,7 @@ from rrtc.checkpoint import (
     write_provenance,
 )
 from rrtc.console import note, progress
-from rrtc.init.budget import plan_under_budget
+from rrtc.init.budget import explain, measure_groups, plan_under_budget
 from rrtc.init.calibrate import calibrate, calibration_windows
 from rrtc.init.dense import DenseModel
 from rrtc.init.neurons import find_neurons
@@ -50,6 +50,12 @@ def dry_run(model: str, recipe: Recipe) -> dict:
     shard_bytes = parse_size(recipe.init.max_shard_size)
     summary = plan.summary(WIDTHS[dtype], shard_bytes, measured=recipe.init.measure_tokens > 0)
     source_bytes = source.bytes_on_disk if source.is_gguf else None
+    if recipe.init.has_budget and recipe.init.start == "joint":
+        # What is stored how, and so what it computes, is known once the layers are measured; how much is known now.
+        target = target_parameters(architecture, recipe.init, WIDTHS[dtype])
+        size = {"params_total": target, "params_non_embedding": target - architecture.embedding - architecture.head}
+        unknown = ("params_by_part", "flops_per_token", "visits")
+        summary |= size | {"bytes": target * WIDTHS[dtype]} | dict.fromkeys(unknown)
     asked = {"model": model, "dtype": dtype, "source_bytes": source_bytes, "recipe": recipe.init.resolved()}
     return asked | summary
 
@@ -173,14 +179,16 @@ def _write_jointly(
     if recipe.has_budget:
         target = target_parameters(plan.architecture, recipe, WIDTHS[dtype])
         free = recipe.pattern == "auto"
-        plan, predicted = plan_under_budget(plan, free, target, dense, calibration, neurons, device)
+        groups = measure_groups(plan, free, dense, calibration, neurons, device)
+        plan, predicted = plan_under_budget(plan, groups, target, neurons)
+        note(explain(plan, predicted, free))
     with progress("Tying slots", len(plan.slots)) as advance:
         for k, visits in enumerate(plan.slots):
             layers = {visit.layer: dense.layer(visit.layer, device) for visit in visits}
             seen = {number: calibration.seen(number, tensors) for number, tensors in layers.items()}
             _write(joint_slot(plan, visits, layers, seen, neurons), f"{dense.parent}.slots.{k}", dtype, writer)
             advance()
-    return plan, predicted
+    return plan, predicted and round(predicted, 4)
 
 
 def _write(slot: Iterator[tuple[str, torch.Tensor]], prefix: str, dtype: str, writer: ShardWriter) -> None:

@@ -1,0 +1,277 @@
+"""init under a budget: calibration, the planner and whole models, on pico models."""
+
+import random
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from pico import ARCHITECTURES, pico_config, save_pico
+from safetensors.torch import load_file
+from test_init import logits, recipe
+
+from rrtc.checkpoint import read_provenance
+from rrtc.errors import RrtcError, WrongUsage
+from rrtc.init.allocate import allocate, alone, choose, or_apart, together, visits_of
+from rrtc.init.calibrate import Calibration, calibrate, calibration_windows
+from rrtc.init.dense import DenseModel
+from rrtc.init.joint import joint_costs
+from rrtc.init.neurons import find_neurons
+from rrtc.init.norms import find_folds
+from rrtc.init.stage import dry_run, init
+from rrtc.init.streamed import StreamedModel
+from rrtc.model.skeleton import read_architecture, read_plan
+from rrtc.plan import Plan
+from rrtc.recipe import InitRecipe
+from rrtc.source import find_model, load_tokenizer
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="session")
+def dense(tmp_path_factory):
+    made: dict[str, Path] = {}
+
+    def get(architecture: str) -> Path:
+        if architecture not in made:
+            made[architecture] = save_pico(tmp_path_factory.mktemp(architecture) / "dense", architecture)
+        return made[architecture]
+
+    return get
+
+
+def small(**choices):
+    return recipe(calibrate_tokens=768, **choices)
+
+
+def plan_in(folder: Path) -> Plan:
+    from transformers import AutoConfig
+
+    import rrtc.model  # noqa: F401
+
+    return read_plan(AutoConfig.from_pretrained(folder))
+
+
+@pytest.fixture(scope="session")
+def calibrated(dense, tmp_path_factory):
+    """(dense model, calibration, neurons) of the pico Llama."""
+    source = find_model(str(dense("llama")))
+    model = DenseModel(source, find_folds(source.config())[0])
+    windows = calibration_windows(InitRecipe(calibrate_tokens=768), load_tokenizer(source.folder), 128)
+    neurons = find_neurons(source.config())
+    streamed = StreamedModel(source.config(), model.raw, CPU)
+    folder = tmp_path_factory.mktemp("calibration")
+    return model, calibrate(model, streamed, neurons, windows.ids, folder, CPU, lambda windows: None), neurons
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_budget_of_one_changes_nothing(dense, tmp_path, architecture):
+    init(str(dense(architecture)), str(tmp_path / "out"), small(budget=1.0))
+    expected = logits(dense(architecture))
+    assert torch.allclose(logits(tmp_path / "out"), expected, atol=2e-4 * expected.abs().max().item())
+    assert plan_in(tmp_path / "out").non_embedding == read_architecture(pico_config(architecture)).non_embedding
+
+
+@pytest.mark.parametrize("architecture", ["llama", "phi3", "gpt2", "gemma3", "gpt_neox"])
+@pytest.mark.parametrize("sharing", ["auto", "cycle", "middle_sequence"])
+def test_a_budget_is_met_within_a_per_cent(dense, tmp_path, architecture, sharing):
+    measured = init(str(dense(architecture)), str(tmp_path / "out"), small(budget=0.72, sharing=sharing))
+    plan = plan_in(tmp_path / "out")
+    share = plan.non_embedding / plan.architecture.non_embedding
+    assert 0.71 < share <= 0.72
+    assert measured["params_non_embedding"] == plan.non_embedding
+    stored = sum(t.numel() for t in load_file(tmp_path / "out" / "model.safetensors").values())
+    assert stored == plan.parameters
+    if sharing == "cycle":
+        assert [visit.slot for visit in plan.visits] == [0, 1, 2, 0, 1, 2]
+    assert torch.isfinite(logits(tmp_path / "out")).all()
+
+
+def test_biases_of_untied_matrices_are_the_visits_own_where_norms_are_shared(dense, tmp_path):
+    init(str(dense("gpt2")), str(tmp_path / "out"), small(budget=0.8, norms="shared"))
+    assert torch.isfinite(logits(tmp_path / "out")).all()
+    stored = sum(t.numel() for t in load_file(tmp_path / "out" / "model.safetensors").values())
+    assert stored == plan_in(tmp_path / "out").parameters
+
+
+@pytest.mark.parametrize("architecture", ["llama", "phi3", "gpt2", "gemma3"])
+def test_joint_at_full_rank_is_the_dense_model(dense, tmp_path, architecture):
+    choices = small(shared_init="joint", sharing="sequence", rank=10_000)
+    init(str(dense(architecture)), str(tmp_path / "out"), choices)
+    expected = logits(dense(architecture))
+    assert torch.allclose(logits(tmp_path / "out"), expected, atol=1e-3 * expected.abs().max().item())
+
+
+def test_joint_is_closer_to_the_dense_model_than_average(dense, tmp_path):
+    expected = logits(dense("llama"))
+    far = {}
+    for start in ("average", "joint"):
+        init(str(dense("llama")), str(tmp_path / start), small(shared_init=start, sharing="sequence", rank=12))
+        far[start] = (logits(tmp_path / start) - expected).square().mean().item()
+    assert far["joint"] < 0.7 * far["average"]
+
+
+def test_targets_in_parameters_and_bytes(dense, tmp_path):
+    by_count = init(str(dense("llama")), str(tmp_path / "a"), small(target_params="0.12M"))
+    assert 0.99 * 120_000 < by_count["params_total"] <= 120_000
+    by_size = init(str(dense("llama")), str(tmp_path / "b"), small(target_bytes="480KB"))
+    assert 0.99 * 480_000 < by_size["bytes"] <= 480_000
+
+
+def test_a_fixed_start_gets_the_largest_rank_that_fits(dense, tmp_path):
+    init(str(dense("llama")), str(tmp_path / "out"), small(budget=0.8, sharing="cycle", shared_init="average"))
+    plan = plan_in(tmp_path / "out")
+    ranks = {rank for visit in plan.visits for rank in visit.ranks.values()}
+    assert len(ranks) == 1
+    assert plan.non_embedding <= 0.8 * plan.architecture.non_embedding
+    larger = recipe(sharing="cycle", rank=ranks.pop() + 1)
+    assert dry_run(str(dense("llama")), larger)["params_non_embedding"] > 0.8 * plan.architecture.non_embedding
+
+
+@pytest.mark.parametrize(
+    ("choices", "says"),
+    [
+        ({"budget": 0.6, "rank": 8}, "budget and rank both say how much to store"),
+        ({"budget": 0.6, "target_params": "1M"}, "budget and target_params both"),
+        ({"sharing": "auto"}, "needs a budget"),
+        ({"sharing": "auto", "budget": 0.5, "shared_init": "average"}, "must be joint"),
+        ({"shared_init": "joint", "lora_init": "zero"}, "lora_init cannot be zero"),
+    ],
+)
+def test_contradictions_are_refused(choices, says):
+    with pytest.raises(ValueError, match=says):
+        InitRecipe(**choices)
+
+
+@pytest.mark.parametrize(
+    ("choices", "says"),
+    [
+        ({"target_params": "10K"}, "cannot be met: the least possible is"),
+        ({"budget": 0.2, "sharing": "cycle"}, "cannot be met: the least possible is"),
+        ({"budget": 0.2, "sharing": "cycle", "shared_init": "average"}, "cannot be met: the least possible is"),
+        ({"target_params": "many"}, "'many' is not a count"),
+        ({"target_bytes": "small"}, "'small' is not a size"),
+    ],
+)
+def test_budgets_that_cannot_be_met_are_refused(dense, tmp_path, choices, says):
+    with pytest.raises(RrtcError, match=re.escape(says)):
+        init(str(dense("llama")), str(tmp_path / "out"), small(**choices))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_under_a_budget_tells_the_size(dense):
+    told = dry_run(str(dense("llama")), small(budget=0.7))
+    assert told["params_non_embedding"] == int(0.7 * told["dense_params_non_embedding"])
+    assert told["visits"] is None
+
+
+def test_the_planner_never_does_worse_than_either_parent(calibrated):
+    model, calibration, neurons = calibrated
+    seen = [calibration.seen(number, model.layer(number, CPU)) for number in range(model.depth)]
+    singles = [alone(number, one, neurons) for number, one in enumerate(seen)]
+    pairs = [together((n, n + 1), [seen[n], seen[n + 1]], neurons) for n in range(model.depth - 1)]
+    free = [*singles, *(or_apart(pair, singles[n : n + 2]) for n, pair in enumerate(pairs))]
+    count = sum(one.weight.numel() for layer in seen for one in layer.values())
+
+    def numbers(choices):
+        return sum(choice.numbers for choice in choices)
+
+    for share in (0.55, 0.7, 0.9):
+        cost = {
+            name: sum(c.cost for c in allocate(model.depth, groups, numbers, int(share * count)))
+            for name, groups in {"auto": free, "alone": singles, "tied": pairs[::2]}.items()
+        }
+        assert cost["auto"] <= min(cost["alone"], cost["tied"]) * 1.01
+        # Plain whitened SVD with the same rank share everywhere is one of the choices of `alone`.
+        uniform = 0.0
+        for layer in seen:
+            for one in layer.values():
+                outputs, inputs = one.weight.shape
+                rank = int(share * outputs * inputs / (outputs + inputs))
+                b, a = one.spectrum().factors(slice(0, rank))
+                uniform += one.cost(one.weight - b @ a)
+        assert cost["alone"] < uniform
+
+
+def test_a_price_buys_each_part_at_its_best(calibrated):
+    model, calibration, neurons = calibrated
+    groups = [alone(0, calibration.seen(0, model.layer(0, CPU)), neurons)]
+    for price in (1e-9, 1e-6, 1e-4):
+        (choice,) = choose(1, groups, price)
+        for ways, (way, indices) in zip(groups[0].parts, choice.ways, strict=True):
+            chosen = way.cost + sum(
+                (c.costs[i] + price * c.numbers[i]).item() for c, i in zip(way.curves, indices, strict=True)
+            )
+            for other in ways:
+                floor = other.cost + sum((c.costs + price * c.numbers).min().item() for c in other.curves)
+                assert chosen <= floor + 1e-12
+
+
+def test_predicted_costs_are_those_of_what_is_written(calibrated):
+    """The curve of a tied pair against the cost of the joint solution itself."""
+    model, calibration, neurons = calibrated
+    seen = [calibration.seen(number, model.layer(number, CPU)) for number in (1, 2)]
+    pair = together((1, 2), seen, neurons)
+    (curve,) = next(way.curves for (way, *_) in pair.parts if way.curves[0].subject == "self_attn.q_proj")
+    expected = joint_costs([one[curve.subject] for one in seen])
+    assert torch.equal(curve.costs, expected)
+    outputs, inputs = seen[0][curve.subject].weight.shape
+    assert curve.numbers[3] == outputs * inputs + 2 * 3 * (outputs + inputs)
+    layers = read_architecture(pico_config("llama")).layers
+    visits = visits_of(choose(2, [pair], 1e-7), {n: layers[n].matrices for n in (1, 2)}, neurons)
+    assert [(v.layer, v.slot, v.loop) for v in visits] == [(1, 0, 0), (2, 0, 1)]
+
+
+def test_the_order_of_documents_does_not_matter(dense, tmp_path):
+    from pydoc_data.topics import topics
+
+    paragraphs = [p.replace("\n", " ") for topic in sorted(topics.values()) for p in topic.split("\n\n") if len(p) > 80]
+    shuffled = random.Random(1).sample(paragraphs, len(paragraphs))
+    found = []
+    for name, order in (("a", paragraphs), ("b", shuffled)):
+        text = tmp_path / f"{name}.txt"
+        text.write_text("\n\n\n".join(order), encoding="utf8")
+        init(str(dense("llama")), str(tmp_path / name), small(budget=0.7, calibrate_on=[str(text)]))
+        found.append(load_file(tmp_path / name / "model.safetensors"))
+    assert found[0].keys() == found[1].keys()
+    for name, tensor in found[0].items():
+        assert torch.allclose(tensor, found[1][name], atol=1e-5), name
+    init(str(dense("llama")), str(tmp_path / "c"), small(budget=0.7, calibrate_on=[str(tmp_path / "a.txt")], seed=1))
+    other = load_file(tmp_path / "c" / "model.safetensors")
+    assert other.keys() != found[0].keys() or any(not torch.equal(t, other[n]) for n, t in found[0].items())
+
+
+def test_calibration_reads_only_what_training_may_see(dense, tmp_path):
+    from rrtc.text import split
+
+    documents = [f"document number {n} " + "words and more words " * 20 for n in range(150)]
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n\n".join(documents), encoding="utf8")
+    tokenizer = load_tokenizer(dense("llama"))
+    choices = InitRecipe(calibrate_on=[str(text)], calibrate_tokens=100_000)
+    decoded = tokenizer.decode(calibration_windows(choices, tokenizer, 64).ids.flatten())
+    training, held_out = split(documents)
+    numbers = set(re.findall(r"document number (\d+) ", decoded))
+    assert numbers and not numbers & {re.search(r"number (\d+) ", d)[1] for d in held_out}
+    assert len(numbers) > 0.9 * len(training)
+
+
+def test_calibration_gathers_what_the_layers_see(calibrated):
+    model, calibration, _ = calibrated
+    assert isinstance(calibration, Calibration)
+    seen = calibration.seen(2, model.layer(2, CPU))
+    assert set(seen) == {m.name for m in read_architecture(pico_config("llama")).layers[2].matrices}
+    assert seen["self_attn.q_proj"].inputs is seen["self_attn.k_proj"].inputs
+    assert seen["mlp.up_proj"].slopes.matrix.dim() == 1 and seen["mlp.down_proj"].slopes.matrix.dim() == 2
+
+
+def test_what_was_chosen_is_in_the_provenance(dense, tmp_path):
+    init(str(dense("llama")), str(tmp_path / "out"), small(budget=0.7))
+    found = read_provenance(tmp_path / "out")
+    assert found["recipe"]["init"]["sharing"] == "auto" and found["recipe"]["init"]["shared_init"] == "joint"
+    assert found["measured"]["init"]["predicted_excess"] > 0
+
+
+def test_a_target_smaller_than_the_embeddings_is_wrong_usage(dense):
+    with pytest.raises(WrongUsage, match="least possible"):
+        dry_run(str(dense("llama")), small(target_params="1K"))
