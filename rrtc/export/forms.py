@@ -14,16 +14,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from rrtc.checkpoint import Weights
+from rrtc.effective import effective_tensor
 from rrtc.errors import RrtcError
 from rrtc.model import RrtConfig, configuration_rrt, modeling_rrt
 from rrtc.model.modeling_rrt import find_layers, matrices_of
 from rrtc.model.skeleton import read_architecture, stock_model
-from rrtc.plan import Matrix
 
 # AutoModel is there for vLLM, which refuses remote code without it.
 AUTO_MAP = {
@@ -61,45 +61,13 @@ def dense_tensors(weights: Weights, config: RrtConfig, dtype: torch.dtype) -> It
         if name.startswith(prefix):
             number, path = name.removeprefix(prefix).split(".", 1)
             visit = config.visits[int(number)]
-            tensor = _layer_tensor(weights, f"{inside}slots.{visit['slot']}", visit, path, shapes[int(number)])
+            tensor = effective_tensor(weights, f"{inside}slots.{visit['slot']}", visit, path, shapes[int(number)])
             is_transposed = path.removesuffix(".weight") in transposed[int(number)]
             yield name, _cast(name, tensor.T if is_transposed else tensor, dtype)
         elif name in weights:
             yield name, _cast(name, weights.read(name), dtype)
         elif name not in tied:
             raise RrtcError(f"The tensor {name} is missing from {weights.folder}.", "The folder is damaged.")
-
-
-def _layer_tensor(weights: Weights, slot: str, visit: dict, path: str, matrices: dict[str, Matrix]) -> Tensor:
-    """The tensor at `path` of the decoder layer that `visit` stands for, float32; matrices as (outputs, inputs).
-
-    slot: the name of the visit's slot. matrices: the weight matrices of the dense layer by their path.
-    """
-    own, shared = f"{slot}.loops.{visit['loop']}", f"{slot}.shared"
-    module, _, kind = path.rpartition(".")
-    if module in matrices and kind == "weight":
-        tensor = _product(weights, own, shared, visit, module)
-    else:  # norms and biases are the visit's own, or the slot's
-        tensor = weights.read(f"{own}.{path}" if f"{own}.{path}" in weights else f"{shared}.{path}")
-    return _widened(tensor, matrices[module]) if module in visit["shapes"] else tensor
-
-
-def _product(weights: Weights, own: str, shared: str, visit: dict, matrix: str) -> Tensor:
-    """What `matrix` of `visit` multiplies by, whatever its form: (outputs, inputs), float32."""
-    form = visit["forms"].get(matrix, "tied")
-    full = None if form == "low_rank" else weights.read(f"{shared if form == 'tied' else own}.{matrix}.weight")
-    if not visit["ranks"][matrix]:
-        return full
-    factors = weights.read(f"{own}.{matrix}.B") @ weights.read(f"{own}.{matrix}.A")
-    return factors if full is None else full + factors
-
-
-def _widened(tensor: Tensor, matrix: Matrix) -> Tensor:
-    """Weight (outputs, inputs) or bias (outputs,) of a narrowed `matrix` at its dense width. Removed neurons are zeros
-    at the end of each part of the outputs and at the end of the inputs, and compute some number times zero."""
-    columns = (0, matrix.inputs - tensor.shape[1]) if tensor.dim() == 2 else ()
-    parts = zip(tensor.chunk(len(matrix.parts)), matrix.parts, strict=True)
-    return torch.cat([nn.functional.pad(part, (*columns, 0, width - len(part))) for part, (_, width) in parts])
 
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

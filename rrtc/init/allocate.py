@@ -219,7 +219,7 @@ def allocate(depth: int, groups: list[Group], parameters: Callable[[list[Choice]
 
 
 def _filled(choices: list[Choice], parameters: Callable[[list[Choice]], int], target: int) -> list[Choice]:
-    """`choices` with what is left of the budget, where curves make jumps, spent on the settings that gain most for it."""
+    """`choices` with what curves that jump have left of the budget spent on the settings that gain most for it."""
     room = target - parameters(choices)
     while True:
         steps = []

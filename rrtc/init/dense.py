@@ -25,7 +25,8 @@ class DenseModel:
     def __init__(self, source: Source, folds: Sequence[Fold] = ()):
         self.folds = list(folds)
         self.weights = source.weights()
-        self._stock = stock_model(source.config())
+        self.config = source.config()
+        self._stock = stock_model(self.config)
         depth = self._stock.config.get_text_config().num_hidden_layers
         parent, name = find_layers(self._stock, depth)
         self.parent = next(path for path, module in self._stock.named_modules() if module is parent)
@@ -70,7 +71,7 @@ class DenseModel:
     def layer(self, number: int, device: torch.device) -> dict[str, Tensor]:
         """The tensors of one decoder layer by their path in it, in float32; matrices as (outputs, inputs)."""
         tensors = {}
-        for name, _ in self._layers[number].named_parameters():
+        for name in self.paths(number):
             tensor = self.weights.read(self._disk_names[f"{self._layer_prefix}{number}.{name}"]).to(device)
             tensors[name] = tensor.T.contiguous() if name in self._turned[number] else tensor
         return apply_folds(tensors, self.folds)
@@ -88,6 +89,10 @@ class DenseModel:
     def raw(self, name: str) -> Tensor:
         """The tensor of that model name as it is stored: a view of the mapped file."""
         return self.weights.raw(self._disk_names[name])
+
+    def paths(self, number: int) -> list[str]:
+        """The names of the tensors of one decoder layer, within it."""
+        return [name for name, _ in self._layers[number].named_parameters()]
 
     @property
     def depth(self) -> int:

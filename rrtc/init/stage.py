@@ -11,6 +11,7 @@ import torch
 from rrtc import measure
 from rrtc.checkpoint import (
     ShardWriter,
+    Weights,
     check_space,
     check_target,
     copy_companions,
@@ -18,6 +19,7 @@ from rrtc.checkpoint import (
     write_provenance,
 )
 from rrtc.console import note, progress
+from rrtc.effective import effective_tensor
 from rrtc.init.budget import explain, measure_groups, plan_under_budget
 from rrtc.init.calibrate import calibrate, calibration_windows
 from rrtc.init.dense import DenseModel
@@ -111,7 +113,7 @@ def init(model: str, output: str, recipe: Recipe) -> dict:
             "folded_norms": [fold.norm for fold in dense.folds],
         }
         if windows is not None:
-            measured["loss"] = _closing_measurement(source.folder, folder, windows)
+            measured["loss"] = _closing_measurement(dense, folder, plan, windows)
         measured["seconds"] = round(time.monotonic() - started, 1)
         base = source.provenance(Path(output)) | {
             "params_total": plan.architecture.parameters,
@@ -196,13 +198,27 @@ def _write(slot: Iterator[tuple[str, torch.Tensor]], prefix: str, dtype: str, wr
         writer.add(f"{prefix}.{name}", tensor.to(getattr(torch, dtype)).cpu())
 
 
-def _closing_measurement(dense: Path, compressed: Path, windows: Windows) -> dict:
-    """The loss of the dense and of the compressed model before any training, in nats per token; one after the other,
-    so that they are never in memory together."""
+def _closing_measurement(dense: DenseModel, compressed: Path, plan: Plan, windows: Windows) -> dict:
+    """The loss of the dense and of the compressed model before any training, in nats per token. Both are run layer by
+    layer, so that neither is ever in memory whole."""
+    weights, device = Weights(compressed), measure.device()
+    config = dense.config
+
+    def compressed_layer(number: int) -> dict[str, torch.Tensor]:
+        visit = plan.visits[number]
+        slot, matrices = f"{dense.parent}.slots.{visit.slot}", {m.name: m for m in plan.matrices(visit)}
+        tensors = {path: effective_tensor(weights, slot, asdict(visit), path, matrices) for path in dense.paths(number)}
+        return {path: tensor.to(device) for path, tensor in tensors.items()}
+
     losses = {"tokens": windows.ids.shape[0] * (windows.ids.shape[1] - 1)}
-    with progress("Measuring", 2 * len(windows.ids)) as advance:
-        for name, folder in (("dense", dense), ("after_init", compressed)):
-            model = measure.load_for_scoring(folder)
-            losses[name] = round(measure.score(model, windows, advance=advance).loss, 4)
-            del model
+    with progress("Measuring", 2 * dense.depth * len(windows.ids)) as advance:
+        for name, read, layer in (
+            ("dense", dense.raw, lambda number: dense.layer(number, device)),
+            ("after_init", weights.raw, compressed_layer),
+        ):
+            model = StreamedModel(config, read, device)
+            states = model.embed(windows.ids)
+            for number in range(dense.depth):
+                model.run_layer(number, layer(number), states, advance=advance)
+            losses[name] = round(model.loss(states, windows.ids), 4)
     return losses
