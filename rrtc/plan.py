@@ -13,6 +13,7 @@ from rrtc.errors import WrongUsage, nearest
 from rrtc.recipe import BUDGETS, InitRecipe, parse_count, parse_size
 
 PROGRAM_BYTES = 400_000_000  # Python, torch and transformers themselves
+BATCH_BYTES = 500_000_000  # the activations of a batch of tokens in one layer, and a block of the head
 
 FORMS = ("tied", "low_rank", "own")  # what a visit's matrix can be: see Visit
 
@@ -198,16 +199,19 @@ class Plan:
         """Bytes that one token takes in the KV cache, at `width` bytes a number: every visit has a place of its own."""
         return len(self.visits) * self.architecture.kv_width * width
 
-    def init_bytes(self, width: int, shard_bytes: int, measured: bool) -> int:
+    def init_bytes(self, width: int, shard_bytes: int, tokens: int) -> int:
         """An estimate of the peak memory of `init` in bytes, files it maps aside: four copies in float32 of the layers
-        of the largest slot and one shard to be written; or later, for the closing measurement (if it is `measured`),
-        the larger of the two models in float32."""
+        of the largest slot and one shard to be written; or, while it runs a model layer by layer over `tokens`, one
+        layer, the hidden states and their gradients, and what the activations of one batch and the head take."""
         sizes = [len(visits) * sum(m.size for m in self.matrices(visits[0])) for visits in self.slots]
         tying = 4 * 4 * max(sizes) + min(width * self.parameters, shard_bytes)
-        scoring = 4 * max(self.architecture.parameters, self.parameters) if measured else 0
-        return PROGRAM_BYTES + max(tying, scoring)
+        layer = self.matrices(self.visits[0])
+        states = 2 * 4 * tokens * layer[0].inputs
+        moments = 2 * 8 * sum(m.inputs**2 for m in layer)
+        running = 4 * sum(m.size for m in layer) + states + moments + BATCH_BYTES if tokens else 0
+        return PROGRAM_BYTES + max(tying, running)
 
-    def summary(self, width: int, shard_bytes: int, measured: bool) -> dict:
+    def summary(self, width: int, shard_bytes: int, tokens: int) -> dict:
         """The plan as plain data for `--json`, at `width` bytes a parameter; the rest is as in `init_bytes`."""
         dense = self.architecture
         return {
@@ -219,7 +223,7 @@ class Plan:
             "params_by_part": self.parts,
             "bytes": self.parameters * width,
             "dense_bytes": dense.parameters * width,
-            "init_peak_bytes": self.init_bytes(width, shard_bytes, measured),
+            "init_peak_bytes": self.init_bytes(width, shard_bytes, tokens),
             "flops_per_token": self.flops_per_token,
             "dense_flops_per_token": dense.flops_per_token,
             "kv_bytes_per_token": self.kv_bytes_per_token(width),

@@ -100,11 +100,14 @@ def _metadata(form: str, config: RrtConfig, base: dict, licence: dict) -> str:
 
 def _summary(form: str, config: RrtConfig, base: dict) -> str:
     layers, slots = len(config.visits), len({visit["slot"] for visit in config.visits})
-    start = (
-        f"Made from **{base.get('uri', 'a dense model')}** by rrtc {__version__} as a "
-        f"[Relaxed Recursive Transformer](https://arxiv.org/abs/2410.20672): its {layers} decoder layers share {slots} "
-        "sets of weights"
-    )
+    start = f"Made from **{base.get('uri', 'a dense model')}** by rrtc {__version__}"
+    if slots == layers:
+        start += f": none of its {layers} decoder layers share weights, but they have fewer of them"
+    else:
+        start += (
+            " as a [Relaxed Recursive Transformer](https://arxiv.org/abs/2410.20672): its "
+            f"{layers} decoder layers share {slots} sets of weights"
+        )
     if any(_lora_ranks(config).values()):
         start += ", and each layer corrects them by a low-rank (LoRA) part of its own"
     start += "."

@@ -50,9 +50,11 @@ def dry_run(model: str, recipe: Recipe) -> dict:
     if has_weights:
         DenseModel(source)  # checks names and shapes
     shard_bytes = parse_size(recipe.init.max_shard_size)
-    summary = plan.summary(WIDTHS[dtype], shard_bytes, measured=recipe.init.measure_tokens > 0)
+    joint = recipe.init.start == "joint"
+    tokens = max(recipe.init.measure_tokens, recipe.init.calibrate_tokens if joint else 0)
+    summary = plan.summary(WIDTHS[dtype], shard_bytes, tokens)
     source_bytes = source.bytes_on_disk if source.is_gguf else None
-    if recipe.init.has_budget and recipe.init.start == "joint":
+    if recipe.init.has_budget and joint:
         # What is stored how, and so what it computes, is known once the layers are measured; how much is known now.
         target = target_parameters(architecture, recipe.init, WIDTHS[dtype])
         size = {"params_total": target, "params_non_embedding": target - architecture.embedding - architecture.head}
