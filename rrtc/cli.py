@@ -172,7 +172,7 @@ def init_command(
 ):
     """Tie a dense model's layers and give each use its own LoRA.
 
-    Example: rrtc init ./SmolLM2-135M -o small --sharing sequence --keep 2 --rank 64
+    Example: rrtc init ./SmolLM2-135M -o small --budget 0.7 --calibrate-on corpus.txt
     """
     model = model or recipe.model
     if model is None:
