@@ -18,6 +18,7 @@ from rrtc.init.dense import DenseModel
 from rrtc.init.neurons import Neurons
 from rrtc.init.streamed import StreamedModel
 from rrtc.init.whiten import Moment, Seen
+from rrtc.plan import Architecture
 from rrtc.recipe import BUILT_IN_TEXT, InitRecipe
 from rrtc.text import Windows, beginning, documents, pack, split
 
@@ -53,6 +54,13 @@ def _pieces(document: str, characters: int) -> Iterator[str]:
         end = len(document) if len(document) <= characters else document.rfind(" ", 1, characters) + 1 or characters
         yield document[:end]
         document = document[end:]
+
+
+def bytes_on_disk(architecture: Architecture, tokens: int) -> int:
+    """What `calibrate` writes at most: what enters every layer, and their moments; all float32."""
+    matrices = [m for layer in architecture.layers for m in layer.matrices]
+    entering = len(architecture.layers) * tokens * architecture.layers[0].matrices[0].inputs
+    return 4 * (entering + sum(m.inputs**2 + m.outputs**2 for m in matrices))
 
 
 class Calibration:

@@ -21,7 +21,7 @@ from rrtc.checkpoint import (
 from rrtc.console import note, progress
 from rrtc.effective import effective_tensor
 from rrtc.init.budget import explain, measure_groups, plan_under_budget
-from rrtc.init.calibrate import calibrate, calibration_windows
+from rrtc.init.calibrate import bytes_on_disk, calibrate, calibration_windows
 from rrtc.init.dense import DenseModel
 from rrtc.init.neurons import find_neurons
 from rrtc.init.norms import Fold, find_folds
@@ -79,13 +79,14 @@ def init(model: str, output: str, recipe: Recipe) -> dict:
     plan = make_plan(architecture, recipe.init, WIDTHS[dtype])
     tokenizer = load_tokenizer(source.folder)
     dense = DenseModel(source, _folds(source, recipe))
-    check_space(Path(output), plan.parameters * WIDTHS[dtype])
     context = longest_context(source.config(), recipe.eval.context)
     windows = calibration = None
     if recipe.init.measure_tokens:
         windows = next(iter(scoring_texts(recipe, tokenizer, context, recipe.init.measure_tokens).values()))
     if recipe.init.start == "joint":
         calibration = calibration_windows(recipe.init, tokenizer, context)
+    waiting = 0 if calibration is None else bytes_on_disk(architecture, calibration.ids.numel())
+    check_space(Path(output), plan.parameters * WIDTHS[dtype] + waiting)
 
     with whole_folder(Path(output)) as folder:
         writer = ShardWriter(folder, shard_bytes)
