@@ -56,7 +56,9 @@ def run(recipe: Recipe, output: str, resume: bool = False) -> dict:
 def _check_inputs(recipe: Recipe) -> None:
     """Raises what the later stages would raise about their inputs, before the first one spends its time."""
     check_tokens(recipe.uptrain.tokens)
-    for part, sources in ((recipe.uptrain, recipe.uptrain.data), (recipe.eval, recipe.eval.text)):
+    calibration = recipe.init.calibrate_on if recipe.init.start == "joint" else []
+    texts = ((recipe.init, calibration), (recipe.uptrain, recipe.uptrain.data), (recipe.eval, recipe.eval.text))
+    for part, sources in texts:
         for source in sources:
             next(documents(source, part.text_field))
     if recipe.uptrain.teacher is not None:
