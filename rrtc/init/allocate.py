@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rrtc.init.joint import joint_costs
-from rrtc.init.neurons import Neurons, align, narrowed, removal, reordered_seen
+from rrtc.init.neurons import Neurons, Removal, align, narrowed, removal, reordered_seen
 from rrtc.init.whiten import Seen, costs_by_rank
 from rrtc.plan import Matrix, Visit
 
@@ -153,7 +153,7 @@ def _tied(layers: tuple[int, ...], name: str, group: list[Seen]) -> Curve:
     return Curve("tied", layers, name, list(range(len(costs))), numbers, costs)
 
 
-def _grid(inner: Neurons, gone) -> list[tuple[int, float, Tensor]]:
+def _grid(inner: Neurons, gone: Removal) -> list[tuple[int, float, Tensor]]:
     """(width, nats lost, kept neurons) at the steps of `gone` nearest to WIDTHS."""
     found = []
     for share in WIDTHS:
