@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pico import ARCHITECTURES, pico_config, save_pico
+from pico import ARCHITECTURES, pico_config
 from safetensors.torch import load_file
 from test_init import logits, recipe
 
@@ -26,18 +26,6 @@ from rrtc.recipe import InitRecipe
 from rrtc.source import find_model, load_tokenizer
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="session")
-def dense(tmp_path_factory):
-    made: dict[str, Path] = {}
-
-    def get(architecture: str) -> Path:
-        if architecture not in made:
-            made[architecture] = save_pico(tmp_path_factory.mktemp(architecture) / "dense", architecture)
-        return made[architecture]
-
-    return get
 
 
 def small(**choices):

@@ -35,19 +35,6 @@ def logits(folder: Path) -> torch.Tensor:
         return model(ids).logits
 
 
-@pytest.fixture(scope="session")
-def dense(tmp_path_factory):
-    """A folder with the dense pico model of an architecture, made once."""
-    made: dict[str, Path] = {}
-
-    def get(architecture: str) -> Path:
-        if architecture not in made:
-            made[architecture] = save_pico(tmp_path_factory.mktemp(architecture) / "dense", architecture)
-        return made[architecture]
-
-    return get
-
-
 @pytest.mark.parametrize("shape", [(40, 25), (25, 40), (30, 30)])
 @pytest.mark.parametrize("rank", [1, 7, 25])
 def test_truncated_svd_is_the_optimum_and_balanced(shape, rank):

@@ -74,12 +74,7 @@ def explain(plan: Plan, predicted: float, free: bool) -> str:
     """What was chosen and why, in a few sentences for the user."""
     matrices = [(visit, m) for visit in plan.visits for m in plan.matrices(visit)]
     low = [visit.ranks[m.name] for visit, m in matrices if visit.form(m) == "low_rank"]
-    kept = [
-        visit.shape(m)[0] / m.inputs
-        for visit in plan.visits
-        for m in plan.matrices(visit)
-        if visit.shape(m)[0] < m.inputs
-    ]
+    kept = [visit.shape(m)[0] / m.inputs for visit, m in matrices if visit.shape(m)[0] < m.inputs]
     groups = [visits for visits in plan.slots if len(visits) > 1]
     said = []
     if groups:

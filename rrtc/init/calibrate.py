@@ -92,8 +92,8 @@ def calibrate(
     device: torch.device,
     advance: Callable[[int], None],
 ) -> Calibration:
-    """Runs `model`, streamed from `dense`, over windows `ids` (windows, context) and keeps what it
-    gathers in `folder`. advance(windows) is called for every window of every layer, twice: on the way forward and back.
+    """Runs `model`, streamed from `dense`, over windows `ids` (windows, context) and keeps what it gathers in `folder`.
+    advance(windows) is called for every batch of every layer, on the way forward and on the way back.
 
     Of the slopes of matrices that produce `neurons`, only the diagonal is gathered: neurons are wide, and the rest of
     it was measured to make no difference (benchmarks/LOG.md).

@@ -42,8 +42,7 @@ def find_neurons(config: PreTrainedConfig) -> list[Neurons]:
     shapes = {name: matrix_shape(module) for name, module in matrices_of(trial.layer).items()}
     found = []
     for reader, (width, _) in shapes.items():
-        candidates = trial.feeding(reader)
-        producers = tuple(name for name in shapes if name in candidates and shapes[name][1] % width == 0)
+        producers = tuple(trial.feeding(reader))
         if not producers:
             continue
         neurons = Neurons(reader, producers, (), width)

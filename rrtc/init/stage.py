@@ -205,7 +205,6 @@ def _closing_measurement(dense: DenseModel, compressed: Path, plan: Plan, window
     """The loss of the dense and of the compressed model before any training, in nats per token. Both are run layer by
     layer, so that neither is ever in memory whole."""
     weights, device = Weights(compressed), measure.device()
-    config = dense.config
 
     def compressed_layer(number: int) -> dict[str, torch.Tensor]:
         visit = plan.visits[number]
@@ -219,7 +218,7 @@ def _closing_measurement(dense: DenseModel, compressed: Path, plan: Plan, window
             ("dense", dense.raw, lambda number: dense.layer(number, device)),
             ("after_init", weights.raw, compressed_layer),
         ):
-            model = StreamedModel(config, read, device)
+            model = StreamedModel(dense.config, read, device)
             states = model.embed(windows.ids)
             for number in range(dense.depth):
                 model.run_layer(number, layer(number), states, advance=advance)
