@@ -126,6 +126,8 @@ class InitRecipe(Section):
             raise ValueError("sharing 'auto' needs a budget to choose under: add budget, target_params or target_bytes")
         if self.pattern == "auto" and self.start != "joint":
             raise ValueError(f"sharing 'auto' goes by what the loss feels: shared_init must be joint, not {self.start}")
+        if self.pattern == "auto" and (self.keep or self.loops != type(self).model_fields["loops"].default):
+            raise ValueError("sharing 'auto' chooses what is tied, so keep and loops say nothing: name a pattern too")
         if self.start == "joint" and self.lora_init == "zero":
             raise ValueError("shared_init 'joint' chooses the LoRA too, so lora_init cannot be zero")
         return self

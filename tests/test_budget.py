@@ -12,7 +12,8 @@ from test_init import logits, recipe
 
 from rrtc.checkpoint import read_provenance
 from rrtc.errors import RrtcError, WrongUsage
-from rrtc.init.allocate import allocate, alone, choose, or_apart, together, visits_of
+from rrtc.init.allocate import allocate, alone, choose, together, visits_of
+from rrtc.init.budget import measure_groups
 from rrtc.init.calibrate import Calibration, calibrate, calibration_windows
 from rrtc.init.dense import DenseModel
 from rrtc.init.joint import joint_costs
@@ -21,7 +22,7 @@ from rrtc.init.norms import find_folds
 from rrtc.init.stage import dry_run, init
 from rrtc.init.streamed import StreamedModel
 from rrtc.model.skeleton import read_architecture, read_plan
-from rrtc.plan import Plan
+from rrtc.plan import Plan, make_plan
 from rrtc.recipe import InitRecipe
 from rrtc.source import find_model, load_tokenizer
 
@@ -123,6 +124,8 @@ def test_a_fixed_start_gets_the_largest_rank_that_fits(dense, tmp_path):
         ({"budget": 0.6, "target_params": "1M"}, "budget and target_params both"),
         ({"sharing": "auto"}, "needs a budget"),
         ({"sharing": "auto", "budget": 0.5, "shared_init": "average"}, "must be joint"),
+        ({"budget": 0.5, "keep": 2}, "keep and loops say nothing"),
+        ({"budget": 0.5, "loops": 3}, "keep and loops say nothing"),
         ({"shared_init": "joint", "lora_init": "zero"}, "lora_init cannot be zero"),
     ],
 )
@@ -158,7 +161,8 @@ def test_the_planner_never_does_worse_than_either_parent(calibrated):
     seen = [calibration.seen(number, model.layer(number, CPU)) for number in range(model.depth)]
     singles = [alone(number, one, neurons) for number, one in enumerate(seen)]
     pairs = [together((n, n + 1), [seen[n], seen[n + 1]], neurons) for n in range(model.depth - 1)]
-    free = [*singles, *(or_apart(pair, singles[n : n + 2]) for n, pair in enumerate(pairs))]
+    pattern = make_plan(read_architecture(model.config), InitRecipe(budget=0.7))
+    free = measure_groups(pattern, True, model, calibration, neurons, CPU)
     count = sum(one.weight.numel() for layer in seen for one in layer.values())
 
     def numbers(choices):

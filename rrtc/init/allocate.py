@@ -95,7 +95,7 @@ def alone(layer: int, seen: dict[str, Seen], neurons: list[Neurons]) -> Group:
         widths = [inner.width - count for count in gone.removed]
         numbers = torch.tensor([size * width for width in widths], dtype=torch.float64)
         ways = [Way((Curve("neurons", (layer,), inner.reader, widths, numbers, gone.costs),))]
-        for width, cost, kept in _grid(inner, gone):
+        for width, cost, kept in _grid(inner, gone, WIDTHS):
             few = narrowed(seen, inner, kept)
             curves = tuple(_low_rank(layer, name, few[name]) for name in inner.matrices)
             ways.append(Way(curves, (((layer,), inner.reader, width),), cost))
@@ -103,15 +103,21 @@ def alone(layer: int, seen: dict[str, Seen], neurons: list[Neurons]) -> Group:
     return Group((layer,), tuple(parts))
 
 
-def together(layers: tuple[int, ...], seen: list[dict[str, Seen]], neurons: list[Neurons]) -> Group:
-    """The choices for layers that share a slot, all of whose matrices are tied."""
+def together(
+    layers: tuple[int, ...],
+    seen: list[dict[str, Seen]],
+    neurons: list[Neurons],
+    widths: tuple[float, ...] = WIDTHS,
+) -> Group:
+    """The choices for layers that share a slot, all of whose matrices are tied. widths: of a shared FFN, as parts of
+    the dense one."""
     in_ffn = {name for inner in neurons for name in inner.matrices}
     parts = [(Way((_tied(layers, name, [s[name] for s in seen]),)),) for name in seen[0] if name not in in_ffn]
     for inner in neurons:
         lined_up = [seen[0], *(reordered_seen(other, inner, *align(seen[0], other, inner)) for other in seen[1:])]
-        gone = removal([one[inner.reader] for one in lined_up])
+        gone = removal([one[inner.reader] for one in lined_up]) if min(widths) < 1 else Removal.none(inner.width)
         ways = []
-        for width, cost, kept in _grid(inner, gone):
+        for width, cost, kept in _grid(inner, gone, widths):
             few = [narrowed(one, inner, kept) for one in lined_up]
             curves = tuple(_tied(layers, name, [one[name] for one in few]) for name in inner.matrices)
             ways.append(Way(curves, ((layers, inner.reader, width),), cost))
@@ -153,10 +159,10 @@ def _tied(layers: tuple[int, ...], name: str, group: list[Seen]) -> Curve:
     return Curve("tied", layers, name, list(range(len(costs))), numbers, costs)
 
 
-def _grid(inner: Neurons, gone: Removal) -> list[tuple[int, float, Tensor]]:
-    """(width, nats lost, kept neurons) at the steps of `gone` nearest to WIDTHS."""
+def _grid(inner: Neurons, gone: Removal, widths: tuple[float, ...]) -> list[tuple[int, float, Tensor]]:
+    """(width, nats lost, kept neurons) at the steps of `gone` nearest to `widths`, as parts of all neurons."""
     found = []
-    for share in WIDTHS:
+    for share in widths:
         step = min(range(len(gone.removed)), key=lambda s: abs(inner.width - gone.removed[s] - share * inner.width))
         found.append((inner.width - gone.removed[step], gone.costs[step].item(), gone.kept(step)))
     return found

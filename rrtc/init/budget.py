@@ -46,7 +46,8 @@ def measure_groups(
             single = alone(number, here, neurons)
             groups.append(single)
             if before is not None and layers[number] == layers[number - 1]:
-                pair = together((number - 1, number), [before, here], neurons)
+                # At full width alone: a narrower shared FFN was never chosen (benchmarks/LOG.md).
+                pair = together((number - 1, number), [before, here], neurons, widths=(1.0,))
                 groups.append(or_apart(pair, [single_before, single]))
             before, single_before = here, single
             advance()

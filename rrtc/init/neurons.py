@@ -165,6 +165,11 @@ class Removal:
     costs: Tensor
     width: int
 
+    @classmethod
+    def none(cls, width: int) -> "Removal":
+        """All neurons stay."""
+        return cls(torch.zeros(0, dtype=torch.long), [0], torch.zeros(1, dtype=torch.float64), width)
+
     def kept(self, step: int) -> Tensor:
         """The neurons that are left after `step` steps, in their old order."""
         gone = torch.zeros(self.width, dtype=torch.bool, device=self.order.device)
