@@ -34,6 +34,13 @@ class Windows:
     ids: "torch.Tensor"
     bytes_per_token: float
 
+    @property
+    def sha256(self) -> str:
+        """Of the token ids and the shape they come in."""
+        digest = hashlib.sha256(f"{list(self.ids.shape)}".encode())
+        digest.update(self.ids.numpy())
+        return digest.hexdigest()
+
 
 def documents(source: str, text_field: str = "text") -> Iterator[str]:
     """The documents of one source, in its own order.
