@@ -1,7 +1,7 @@
 """Going on with an interrupted run: what `init` and `uptrain` have in common.
 
-What is finished waits in a folder of NAME.partial, with a fingerprint of what it belongs to: {"recipe": its fields, and
-under the name of every other thing that the result depends on a hash of it}.
+What is finished waits in a folder of NAME.partial, with a fingerprint of what it belongs to: under "recipe" the choices
+that were made, and under the name of everything else that the result depends on a hash of it.
 """
 
 import os

@@ -36,10 +36,8 @@ class Windows:
 
     @property
     def sha256(self) -> str:
-        """Of the token ids and the shape they come in."""
-        digest = hashlib.sha256(f"{list(self.ids.shape)}".encode())
-        digest.update(self.ids.numpy())
-        return digest.hexdigest()
+        """Of the token ids."""
+        return hashlib.sha256(self.ids.numpy()).hexdigest()
 
 
 def documents(source: str, text_field: str = "text") -> Iterator[str]:

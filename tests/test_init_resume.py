@@ -19,7 +19,7 @@ from rrtc.init.job import can_resume
 from rrtc.init.stage import init
 from rrtc.init.streamed import StreamedModel
 from rrtc.pipeline import run
-from rrtc.recipe import Recipe
+from rrtc.recipe import EvalRecipe, Recipe
 
 BUDGET = {"budget": 0.7, "calibrate_tokens": 512, "measure_tokens": 0}
 PAPER = {"rank": 4, "measure_tokens": 0}
@@ -239,6 +239,9 @@ def test_a_changed_recipe_is_named(halfway):
     ):
         with pytest.raises(RrtcError, match=says):
             init(str(model), str(target), asked(**BUDGET | change, calibrate_on=[str(text)]), resume=True)
+    narrower = asked(**BUDGET, calibrate_on=[str(text)]).model_copy(update={"eval": EvalRecipe(context=32)})
+    with pytest.raises(RrtcError, match="context was 64 and is now 32"):
+        init(str(model), str(target), narrower, resume=True)
 
 
 def test_a_changed_calibration_text_is_named(halfway):

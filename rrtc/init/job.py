@@ -63,8 +63,9 @@ class Job:
         """What a continued run must have in common with the one it continues, as plain data."""
         weights = self.dense.weights
         choices = {k: v for k, v in self.recipe.init.resolved().items() if k not in FREE_ON_RESUME}
+        context = None if self.calibration is None else self.calibration.ids.shape[1]
         found = {
-            "recipe": choices | {"device": measure.device().type},
+            "recipe": choices | {"context": context, "device": measure.device().type},
             "model's config": hashlib.sha256((self.source.folder / "config.json").read_bytes()).hexdigest(),
             "calibration text": None if self.calibration is None else self.calibration.sha256,
         }
@@ -128,8 +129,9 @@ def prepare(model: str, target: Path, recipe: Recipe) -> Job:
     weights. Raises RrtcError or WrongUsage for everything that would stop the run."""
     source = find_model(model)
     check_target(target, source.folder)
+    architecture = read_architecture(source.config())
     dtype = stored_dtype(source, recipe, has_weights=True)
-    plan = make_plan(read_architecture(source.config()), recipe.init, NUMBER_BYTES[dtype])
+    plan = make_plan(architecture, recipe.init, NUMBER_BYTES[dtype])
     tokenizer = load_tokenizer(source.folder)
     dense = DenseModel(source, _folds(source, recipe))
     context = longest_context(source.config(), recipe.eval.context)

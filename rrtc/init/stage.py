@@ -96,8 +96,7 @@ def init(model: str, output: str, recipe: Recipe, resume: bool = False) -> dict:
     job = prepare(model, target, recipe)
     if resume:
         job.check_same()
-    there = sum(file.stat().st_size for file in job.work.iterdir()) if resume else 0
-    check_space(target, job.disk_bytes() - there)
+    check_space(target, job.disk_bytes() - sum(file.stat().st_size for file in partial.rglob("*")))
 
     if resume:
         for file in set(partial.iterdir()) - {job.work}:  # of a model that was not finished
