@@ -6,6 +6,7 @@ versions, and what was measured on the way.
 """
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -27,6 +28,8 @@ COMPANION_FILES = (
     "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*",
     "generation_config.json", "spiece.model", "LICENSE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
+RESUMABLE = {"checkpoints": "uptrain", "work": "init"}  # a folder in NAME.partial: the command that goes on from it
+SAMPLE = 4096  # bytes
 
 
 class Weights:
@@ -115,6 +118,16 @@ class Weights:
             raise RrtcError(f"The tensor {name} in {self._where[name]} holds NaN or infinity.", "The file is damaged.")
         return tensor
 
+    def sample(self, name: str) -> str:
+        """SHA-256 of the header of the tensor `name` and of the first and last SAMPLE bytes of its contents."""
+        import torch
+
+        contents = self.raw(name).flatten().view(torch.uint8).numpy()  # mapped: no more is read than is used
+        header = [self._headers[name]["dtype"], self._headers[name]["shape"]]
+        return hashlib.sha256(
+            json.dumps(header).encode() + contents[:SAMPLE].tobytes() + contents[-SAMPLE:].tobytes()
+        ).hexdigest()
+
     def raw(self, name: str):
         """The tensor `name` as it is stored."""
         from safetensors import SafetensorError, safe_open
@@ -164,9 +177,7 @@ class ShardWriter:
         self.total_bytes = 0
 
     def add(self, name: str, tensor) -> None:
-        if not tensor.isfinite().all():  # what was read was finite: a number is too large for this format
-            format_name = str(tensor.dtype).removeprefix("torch.")
-            raise RrtcError(f"The tensor {name} does not fit {format_name}.", "Choose bfloat16 or float32.")
+        check_fits(name, tensor)
         size = tensor.numel() * tensor.element_size()
         if self._pending and self._pending_bytes + size > self.max_bytes:
             self._flush()
@@ -198,6 +209,13 @@ class ShardWriter:
             weight_map = {tensor: name for name, tensors in zip(names, self._shards, strict=True) for tensor in tensors}
             index = {"metadata": {"total_size": self.total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
             (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def check_fits(name: str, tensor) -> None:
+    """Raises RrtcError where `tensor`, made from finite ones, is not finite: a number is too large for its format."""
+    if not tensor.isfinite().all():
+        format_name = str(tensor.dtype).removeprefix("torch.")
+        raise RrtcError(f"The tensor {name} does not fit {format_name}.", "Choose bfloat16 or float32.")
 
 
 def disk_error(path: Path, error: Exception) -> RrtcError:
@@ -245,6 +263,18 @@ def partial_of(target: Path) -> Path:
     return target.with_name(target.name + ".partial")
 
 
+def check_not_interrupted(target: Path, own: str | None = None) -> None:
+    """Raises RrtcError where `target`.partial holds what another command than the one whose folder is `own` has left
+    to go on from."""
+    partial = partial_of(target)
+    for folder, command in RESUMABLE.items():
+        if folder != own and (partial / folder).exists():
+            raise RrtcError(
+                f"{partial} holds the {folder} of an interrupted run.",
+                f"Continue it with 'rrtc {command} --resume', or delete that folder.",
+            )
+
+
 @contextmanager
 def whole_folder(target: Path, keep_partial: bool = False):
     """Yields the folder in which to build `target`; renames it to `target` when the block ends without an error.
@@ -253,11 +283,8 @@ def whole_folder(target: Path, keep_partial: bool = False):
     """
     target, partial = Path(target), partial_of(target)
     check_target(target)
-    if not keep_partial and (partial / "checkpoints").exists():
-        raise RrtcError(
-            f"{partial} holds the checkpoints of an interrupted run.",
-            "Continue it with 'rrtc uptrain --resume', or delete that folder.",
-        )
+    if not keep_partial:
+        check_not_interrupted(target)
     new_parents = [parent for parent in partial.parents if not parent.exists()]
     try:
         if not keep_partial:

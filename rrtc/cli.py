@@ -105,7 +105,8 @@ def _guarded(command: Callable) -> Callable:
             raise typer.Exit(error.exit_code) from error
         except KeyboardInterrupt as error:
             hint = (
-                "What was finished is kept, and nothing unfinished has its final name; uptrain and run have --resume."
+                "What was finished is kept, and nothing unfinished has its final name; init, uptrain and run have "
+                "--resume."
             )
             console.show_error(RrtcError("Interrupted.", hint))
             raise typer.Exit(1) from error
@@ -166,6 +167,7 @@ def init_command(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the plan, its size and its memory; a config.json is enough.")
     ] = False,
+    resume: Resume = False,
     json: Json = None,
     *,
     recipe: Recipe,
@@ -177,6 +179,8 @@ def init_command(
     model = model or recipe.model
     if model is None:
         raise typer.BadParameter("name the dense model, here or in the recipe", param_hint="MODEL")
+    if dry_run and resume:
+        raise WrongUsage("A dry run does no work that could be resumed.", "Leave out --dry-run or --resume.")
     target = None if dry_run else _needs_output(output)
     _needs_one_process("init")
     _quiet_libraries()
@@ -186,7 +190,7 @@ def init_command(
         result = stage.dry_run(model, recipe)
         _print(show.plan(result), json)
     else:
-        result = stage.init(model, target, recipe)
+        result = stage.init(model, target, recipe, resume=resume)
         _print(show.init(result, target), json)
     return result
 

@@ -38,8 +38,9 @@ def show_error(error: RrtcError) -> None:
 
 
 @contextmanager
-def progress(description: str, total: int):
-    """A progress bar with the time left, on stderr; yields a function that advances it by n steps (default 1)."""
+def progress(description: str, total: int, done: int = 0):
+    """A progress bar with the time left, on stderr; yields a function that advances it by n steps (default 1). Of
+    `total` steps, `done` were done before."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -54,7 +55,7 @@ def progress(description: str, total: int):
         TextColumn("left"), TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal) as bar:
-        task = bar.add_task(description, total=total)
+        task = bar.add_task(description, total=total, completed=done)
         yield lambda n=1: bar.advance(task, n)
 
 

@@ -7,9 +7,11 @@ from rrtc.console import note
 from rrtc.errors import RrtcError, WrongUsage
 from rrtc.eval.stage import evaluate
 from rrtc.export.stage import export
+from rrtc.init.job import can_resume
 from rrtc.init.stage import init
 from rrtc.recipe import Recipe, parse_size
 from rrtc.report import read_report
+from rrtc.resume import difference
 from rrtc.source import find_model
 from rrtc.text import documents
 from rrtc.uptrain.job import check_tokens
@@ -22,8 +24,9 @@ STAGES = ("init", "uptrain", "eval", "export")
 def run(recipe: Recipe, output: str, resume: bool = False) -> dict:
     """Runs init, uptrain, eval and export of `recipe` into folders of those names in `output`.
 
-    With `resume`, stages that are complete are not run again and training goes on from its last checkpoint. Returns the
-    result of each stage by its name. Raises RrtcError where `output` is in use, or was made by another recipe.
+    With `resume`, stages that are complete are not run again, init goes on from what it has finished and training from
+    its last checkpoint. Returns the result of each stage by its name. Raises RrtcError where `output` is in use, or was
+    made by another recipe.
     """
     if recipe.model is None:
         raise WrongUsage("The recipe does not name a model.", "Add 'model: …', as in recipes/quickstart.yaml.")
@@ -33,7 +36,7 @@ def run(recipe: Recipe, output: str, resume: bool = False) -> dict:
     if not resume:
         check_target(Path(output))
     steps = {
-        "init": lambda: init(recipe.model, str(folders["init"]), recipe),
+        "init": lambda: init(recipe.model, str(folders["init"]), recipe, resume=can_resume(folders["init"])),
         "uptrain": lambda: uptrain(
             str(folders["init"]), str(folders["uptrain"]), recipe, resume=bool(whole_checkpoints(checkpoints))
         ),
@@ -71,9 +74,8 @@ def _check_same_recipe(stage: str, folder: Path, recipe: Recipe) -> None:
     done = read_provenance(folder)["recipe"]
     before = {"model": done["model"]} | {f"{stage}.{key}": value for key, value in done[stage].items()}
     now = {"model": recipe.model} | {f"{stage}.{k}": value for k, value in getattr(recipe, stage).resolved().items()}
-    for field, value in now.items():
-        if before.get(field) != value:
-            raise RrtcError(
-                f"{folder} was made with another recipe: {field} was {before.get(field)} and is now {value}.",
-                "Use the old recipe, or another output folder.",
-            )
+    changed = difference(before, now)
+    if changed is not None:
+        raise RrtcError(
+            f"{folder} was made with another recipe: {changed}.", "Use the old recipe, or another output folder."
+        )

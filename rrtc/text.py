@@ -34,6 +34,11 @@ class Windows:
     ids: "torch.Tensor"
     bytes_per_token: float
 
+    @property
+    def sha256(self) -> str:
+        """Of the token ids."""
+        return hashlib.sha256(self.ids.numpy()).hexdigest()
+
 
 def documents(source: str, text_field: str = "text") -> Iterator[str]:
     """The documents of one source, in its own order.

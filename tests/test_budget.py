@@ -156,13 +156,13 @@ def test_a_dry_run_under_a_budget_tells_the_size(dense):
     assert told["visits"] is None
 
 
-def test_the_planner_never_does_worse_than_either_parent(calibrated):
+def test_the_planner_never_does_worse_than_either_parent(calibrated, tmp_path):
     model, calibration, neurons = calibrated
     seen = [calibration.seen(number, model.layer(number, CPU)) for number in range(model.depth)]
     singles = [alone(number, one, neurons) for number, one in enumerate(seen)]
     pairs = [together((n, n + 1), [seen[n], seen[n + 1]], neurons) for n in range(model.depth - 1)]
     pattern = make_plan(read_architecture(model.config), InitRecipe(budget=0.7))
-    free = measure_groups(pattern, True, model, calibration, neurons, CPU)
+    free = measure_groups(pattern, True, model, calibration, neurons, CPU, tmp_path)
     count = sum(one.weight.numel() for layer in seen for one in layer.values())
 
     def numbers(choices):

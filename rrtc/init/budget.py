@@ -1,17 +1,34 @@
 """A plan under a budget: measures the curves of every layer and of every group that may share, and lets allocate.py
 choose among them."""
 
+import io
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from statistics import median
 
 import torch
 
 from rrtc.console import progress
-from rrtc.init.allocate import Choice, Group, TooSmall, allocate, alone, or_apart, together, visits_of
+from rrtc.init.allocate import (
+    WIDTHS,
+    Choice,
+    Curve,
+    Group,
+    TooSmall,
+    Way,
+    allocate,
+    alone,
+    or_apart,
+    together,
+    visits_of,
+)
 from rrtc.init.calibrate import Calibration
 from rrtc.init.dense import DenseModel
 from rrtc.init.neurons import Neurons
+from rrtc.init.whiten import Seen
 from rrtc.plan import Plan, too_small
+from rrtc.resume import whole_file
 
 
 def measure_groups(
@@ -21,37 +38,63 @@ def measure_groups(
     calibration: Calibration,
     neurons: list[Neurons],
     device: torch.device,
+    work: Path,
 ) -> list[Group]:
     """The choices there are for every slot of `pattern`; with `free`, for every layer by itself and for every two
-    neighbours that are alike, any part of which may be left untied."""
+    neighbours that are alike, any part of which may be left untied. Each is kept in the folder `work` once it is
+    measured, and taken from there."""
+    views: dict[int, dict[str, Seen]] = {}  # of the layers of the group at hand
+
+    def seen(number: int) -> dict[str, Seen]:
+        if number not in views:
+            views[number] = calibration.seen(number, dense.layer(number, device))
+        return views[number]
+
+    def measured(numbers: tuple[int, ...]) -> Group:
+        if len(numbers) == 1:
+            return _kept(numbers, work, lambda: alone(numbers[0], seen(numbers[0]), neurons))
+        singles = [measured((number,)) for number in numbers] if free else []
+
+        def measure():
+            # Where a choice was free, a shared FFN narrower than the dense one was never chosen (benchmarks/LOG.md).
+            group = together(numbers, [seen(number) for number in numbers], neurons, (1.0,) if free else WIDTHS)
+            return or_apart(group, singles) if free else group
+
+        return _kept(numbers, work, measure)
+
     layers = pattern.architecture.layers
-    groups: list[Group] = []
-
-    def seen(number):
-        return calibration.seen(number, dense.layer(number, device))
-
-    if not free:
-        with progress("Measuring what each slot needs", len(pattern.slots)) as advance:
-            for visits in pattern.slots:
-                numbers = tuple(visit.layer for visit in visits)
-                views = [seen(number) for number in numbers]
-                one = len(numbers) == 1
-                groups.append(alone(numbers[0], views[0], neurons) if one else together(numbers, views, neurons))
-                advance()
-        return groups
-    with progress("Measuring what each layer needs", len(layers)) as advance:
-        before, single_before = None, None
-        for number in range(len(layers)):
-            here = seen(number)
-            single = alone(number, here, neurons)
-            groups.append(single)
-            if before is not None and layers[number] == layers[number - 1]:
-                # At full width alone: a narrower shared FFN was never chosen (benchmarks/LOG.md).
-                pair = together((number - 1, number), [before, here], neurons, widths=(1.0,))
-                groups.append(or_apart(pair, [single_before, single]))
-            before, single_before = here, single
+    if free:
+        alike = [number and layers[number] == layers[number - 1] for number in range(len(layers))]
+        wanted = [(number - 1, number) if alike[number] else (number,) for number in range(len(layers))]
+    else:
+        wanted = [tuple(visit.layer for visit in visits) for visits in pattern.slots]
+    missing = [numbers for numbers in wanted if not _file_of(numbers, work).exists()]
+    done = len(wanted) - len(missing)
+    with progress(f"Measuring what each {'layer' if free else 'slot'} needs", len(wanted), done) as advance:
+        for numbers in missing:
+            for number in views.keys() - set(numbers):
+                del views[number]
+            measured(numbers)
             advance()
-    return groups
+    if free:  # every layer by itself, too
+        wanted += [numbers[1:] for numbers in wanted if len(numbers) == 2]
+    return [measured(numbers) for numbers in wanted]
+
+
+def _file_of(numbers: tuple[int, ...], work: Path) -> Path:
+    return work / f"group-{'-'.join(map(str, numbers))}.pt"
+
+
+def _kept(numbers: tuple[int, ...], work: Path, measure: Callable[[], Group]) -> Group:
+    """The group of the layers `numbers` from its file in `work`, which is made where there is none."""
+    file = _file_of(numbers, work)
+    if not file.exists():
+        contents = io.BytesIO()  # torch itself would not say that a disk is full
+        torch.save(measure(), contents)
+        with whole_file(file) as temporary:
+            temporary.write_bytes(contents.getvalue())
+    with torch.serialization.safe_globals([Group, Way, Curve]):  # and nothing else, so that reading runs no code
+        return torch.load(file, weights_only=True)
 
 
 def plan_under_budget(pattern: Plan, groups: list[Group], target: int, neurons: list[Neurons]) -> tuple[Plan, float]:

@@ -3,7 +3,8 @@
 One pass forward gathers for each matrix the moment of its inputs, E[x x^T]; one pass back that of the gradients with
 respect to its outputs, E[g g^T], for the log likelihood of tokens drawn from the model itself (so that this is the
 Fisher information, and needs no labels). The model is run layer by layer: one layer's weights and the hidden states of
-all windows are in memory at a time; what enters each layer waits on disk for the way back.
+all windows are in memory at a time; what enters each layer waits on disk for the way back. After every layer there is
+enough on disk to go on from.
 """
 
 import hashlib
@@ -20,6 +21,7 @@ from rrtc.init.streamed import StreamedModel
 from rrtc.init.whiten import Moment, Seen
 from rrtc.plan import Architecture
 from rrtc.recipe import BUILT_IN_TEXT, InitRecipe
+from rrtc.resume import whole_file
 from rrtc.text import Windows, beginning, documents, pack, split
 
 
@@ -57,10 +59,20 @@ def _pieces(document: str, characters: int) -> Iterator[str]:
 
 
 def bytes_on_disk(architecture: Architecture, tokens: int) -> int:
-    """What `calibrate` writes at most: what enters every layer, and their moments; all float32."""
+    """What `calibrate` writes at most: what enters every layer, two more of that size (what leaves the last one, and a
+    gradient), and their moments; all float32."""
     matrices = [m for layer in architecture.layers for m in layer.matrices]
-    entering = len(architecture.layers) * tokens * architecture.layers[0].matrices[0].inputs
-    return 4 * (entering + sum(m.inputs**2 + m.outputs**2 for m in matrices))
+    states = (len(architecture.layers) + 2) * tokens * architecture.layers[0].matrices[0].inputs
+    return 4 * (states + sum(m.inputs**2 + m.outputs**2 for m in matrices))
+
+
+def layers_done(folder: Path, depth: int) -> tuple[int, int]:
+    """Of how many layers, counted from the first, `folder` has the inputs, and of how many, counted from the last, it
+    has the slopes."""
+    return tuple(
+        sum((Path(folder) / f"{kind}-{number}.safetensors").exists() for number in range(depth))
+        for kind in ("inputs", "slopes")
+    )
 
 
 class Calibration:
@@ -95,15 +107,53 @@ def calibrate(
     """Runs `model`, streamed from `dense`, over windows `ids` (windows, context) and keeps what it gathers in `folder`.
     advance(windows) is called for every batch of every layer, on the way forward and on the way back.
 
+    Goes on after the last layer that is finished in `folder` (see `layers_done`). For that, states-k is what enters
+    layer k, and gradient-k the gradient with respect to it; each is there before the layer that it comes from counts as
+    finished, and gone when it has served.
     Of the slopes of matrices that produce `neurons`, only the diagonal is gathered: neurons are wide, and the rest of
     it was measured to make no difference (benchmarks/LOG.md).
     """
-    folder = Path(folder)
+    folder, depth, tokens = Path(folder), dense.depth, ids.numel()
+    forward, back = layers_done(folder, depth)
+    if back == depth:
+        return Calibration(folder, tokens)
+    if not _states_file(folder, "gradient", depth - back).exists():
+        _go_forward(dense, model, ids, folder, forward, device, advance)
+    gradient = _load(folder, "gradient", depth - back)
     producers = {name for inner in neurons for name in inner.producers}
-    states = model.embed(ids)
-    tokens = ids.numel()
-    for number in range(dense.depth):
-        save_file({"states": states}, folder / f"states-{number}.safetensors")
+    for number in reversed(range(depth - back)):
+        sums: dict[str, Tensor] = {}
+
+        def gather_slopes(name, slopes, sums=sums):
+            product = slopes.square().sum(0) if name in producers else slopes.T @ slopes
+            sums[name] = sums[name].add_(product) if name in sums else product
+
+        tensors = dense.layer(number, device)
+        model.back_through(number, tensors, _load(folder, "states", number), gradient, gather_slopes, advance)
+        if number:
+            _save(gradient, folder, "gradient", number)
+        _save_means(sums, tokens, folder / f"slopes-{number}.safetensors")
+        _states_file(folder, "gradient", number + 1).unlink()
+        _states_file(folder, "states", number).unlink()
+    return Calibration(folder, tokens)
+
+
+def _go_forward(
+    dense: DenseModel,
+    model: StreamedModel,
+    ids: Tensor,
+    folder: Path,
+    first: int,
+    device: torch.device,
+    advance: Callable[[int], None],
+) -> None:
+    """The way forward, from layer `first`, up to the gradient with respect to what leaves the last layer."""
+    if first:
+        states = _load(folder, "states", first)
+    else:
+        states = model.embed(ids)
+        _save(states, folder, "states", 0)
+    for number in range(first, dense.depth):
         sums: dict[str, Tensor] = {}
 
         def gather_inputs(names, inputs, sums=sums):
@@ -112,25 +162,27 @@ def calibrate(
             sums[key] = sums[key].add_(product) if key in sums else product
 
         model.run_layer(number, dense.layer(number, device), states, gather_inputs, advance)
-        _save_means(sums, tokens, folder / f"inputs-{number}.safetensors")
+        _save(states, folder, "states", number + 1)
+        _save_means(sums, ids.numel(), folder / f"inputs-{number}.safetensors")
     gradient, _ = model.loss_gradient(states, ids)
-    del states
-    for number in reversed(range(dense.depth)):
-        states_file = folder / f"states-{number}.safetensors"
-        sums = {}
+    _save(gradient, folder, "gradient", dense.depth)
+    _states_file(folder, "states", dense.depth).unlink()
 
-        def gather_slopes(name, slopes, sums=sums):
-            product = slopes.square().sum(0) if name in producers else slopes.T @ slopes
-            sums[name] = sums[name].add_(product) if name in sums else product
 
-        entering = load_file(states_file)["states"]
-        tensors = dense.layer(number, device)
-        model.back_through(number, tensors, entering, gradient, gather_slopes, advance)
-        del entering
-        states_file.unlink()
-        _save_means(sums, tokens, folder / f"slopes-{number}.safetensors")
-    return Calibration(folder, tokens)
+def _states_file(folder: Path, kind: str, number: int) -> Path:
+    return folder / f"{kind}-{number}.safetensors"
+
+
+def _save(states: Tensor, folder: Path, kind: str, number: int) -> None:
+    with whole_file(_states_file(folder, kind, number)) as file:
+        save_file({kind: states}, file)
+
+
+def _load(folder: Path, kind: str, number: int) -> Tensor:
+    # A copy, in memory of its own: where a tensor begins in memory can change the last bit of what comes of it.
+    return load_file(_states_file(folder, kind, number))[kind].clone()
 
 
 def _save_means(sums: dict[str, Tensor], tokens: int, file: Path) -> None:
-    save_file({name: (total / tokens).cpu().contiguous() for name, total in sums.items()}, file)
+    with whole_file(file) as temporary:
+        save_file({name: (total / tokens).cpu().contiguous() for name, total in sums.items()}, temporary)

@@ -25,7 +25,7 @@ def paper_slot(
     energies: dict[str, tuple[float, float]],
 ) -> Named:  # fmt: skip
     """A slot tied as in the paper. sources: the layers whose mean W' is. dtype: the format that will be stored.
-    `energies` is added up: for each matrix (energy the factors restored, energy that tying lost)."""
+    `energies` gets for each matrix (energy the factors restored, energy that tying lost)."""
     for matrix in plan.matrices(visits[0]):
         name = f"{matrix.name}.weight"
         found: Tied = tie(
@@ -40,8 +40,7 @@ def paper_slot(
             if factors is not None:
                 yield from _factors(visit, matrix.name, factors)
         if len(visits) > 1:
-            restored, lost = energies.get(matrix.name, (0.0, 0.0))
-            energies[matrix.name] = (restored + found.restored, lost + found.lost)
+            energies[matrix.name] = (found.restored, found.lost)
     yield from _vectors(plan, visits, layers, sources)
 
 

@@ -1,40 +1,49 @@
-"""`rrtc init`: reads a dense model slot by slot, ties it, and writes the recursive model as it goes."""
+"""`rrtc init`: reads a dense model slot by slot, ties it, and writes the recursive model.
 
-import tempfile
+What is finished waits in NAME.partial/work (job.py), so that an interrupted run can go on from there.
+"""
+
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from rrtc import measure
 from rrtc.checkpoint import (
     ShardWriter,
     Weights,
+    check_not_interrupted,
     check_space,
     check_target,
     copy_companions,
+    partial_of,
     whole_folder,
     write_provenance,
 )
 from rrtc.console import note, progress
 from rrtc.effective import effective_tensor
+from rrtc.errors import RrtcError, WrongUsage
 from rrtc.init.budget import explain, measure_groups, plan_under_budget
-from rrtc.init.calibrate import bytes_on_disk, calibrate, calibration_windows
+from rrtc.init.calibrate import calibrate, layers_done
 from rrtc.init.dense import DenseModel
+from rrtc.init.job import NUMBER_BYTES, WORK, Job, can_resume, prepare, remove, stored_dtype
 from rrtc.init.neurons import find_neurons
-from rrtc.init.norms import Fold, find_folds
 from rrtc.init.slots import joint_slot, paper_slot
 from rrtc.init.streamed import StreamedModel
 from rrtc.model import RrtConfig
 from rrtc.model.skeleton import read_architecture
 from rrtc.plan import Plan, make_plan, source_layers, target_parameters
-from rrtc.recipe import InitRecipe, Recipe, parse_size
-from rrtc.source import Source, find_model, load_tokenizer
-from rrtc.text import Windows, longest_context, scoring_texts
+from rrtc.recipe import Recipe, parse_size
+from rrtc.resume import check_incomplete
+from rrtc.source import find_model
+from rrtc.text import Windows
 
-WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
+# A slot: its tensors by their names in it, float32, and its energies (slots.paper_slot).
+Slot = tuple[dict[str, Tensor], dict[str, tuple[float, float]]]
 
 
 def dry_run(model: str, recipe: Recipe) -> dict:
@@ -45,160 +54,167 @@ def dry_run(model: str, recipe: Recipe) -> dict:
     source = find_model(model, config_only=True)
     has_weights = any(source.folder.glob("*.safetensors"))
     architecture = read_architecture(source.config())
-    dtype = _dtype(source, recipe, has_weights)
-    plan = make_plan(architecture, recipe.init, WIDTHS[dtype])
+    dtype = stored_dtype(source, recipe, has_weights)
+    plan = make_plan(architecture, recipe.init, NUMBER_BYTES[dtype])
     if has_weights:
         DenseModel(source)  # checks names and shapes
     shard_bytes = parse_size(recipe.init.max_shard_size)
     joint = recipe.init.start == "joint"
     tokens = max(recipe.init.measure_tokens, recipe.init.calibrate_tokens if joint else 0)
-    summary = plan.summary(WIDTHS[dtype], shard_bytes, tokens)
+    summary = plan.summary(NUMBER_BYTES[dtype], shard_bytes, tokens)
     source_bytes = source.bytes_on_disk if source.is_gguf else None
     if recipe.init.has_budget and joint:
         # What is stored how, and so what it computes, is known once the layers are measured; how much is known now.
-        target = target_parameters(architecture, recipe.init, WIDTHS[dtype])
+        target = target_parameters(architecture, recipe.init, NUMBER_BYTES[dtype])
         size = {"params_total": target, "params_non_embedding": target - architecture.embedding - architecture.head}
         unknown = ("params_by_part", "flops_per_token", "visits")
-        summary |= size | {"bytes": target * WIDTHS[dtype]} | dict.fromkeys(unknown)
+        summary |= size | {"bytes": target * NUMBER_BYTES[dtype]} | dict.fromkeys(unknown)
     asked = {"model": model, "dtype": dtype, "source_bytes": source_bytes, "recipe": recipe.init.resolved()}
     return asked | summary
 
 
-def init(model: str, output: str, recipe: Recipe) -> dict:
+def init(model: str, output: str, recipe: Recipe, resume: bool = False) -> dict:
     """Compresses the dense `model` into the folder `output`; returns what was measured (also in its rrtc.yaml).
 
-    Raises RrtcError or WrongUsage before any work for what can be known in advance.
+    resume: go on from what an interrupted run to the same output has finished; the result is the same to the bit, but
+    for the seconds, which are those of this run. Raises RrtcError or WrongUsage before any work for what can be known
+    in advance. After an error NAME.partial stays only if a later run can go on from it.
     """
     started = time.monotonic()
-    shard_bytes = parse_size(recipe.init.max_shard_size)
-    check_target(Path(output))
-    source = find_model(model)
-    check_target(Path(output), source.folder)
-    architecture = read_architecture(source.config())
-    dtype = _dtype(source, recipe, has_weights=True)
-    plan = make_plan(architecture, recipe.init, WIDTHS[dtype])
-    tokenizer = load_tokenizer(source.folder)
-    dense = DenseModel(source, _folds(source, recipe))
-    context = longest_context(source.config(), recipe.eval.context)
-    windows = calibration = None
-    if recipe.init.measure_tokens:
-        windows = next(iter(scoring_texts(recipe, tokenizer, context, recipe.init.measure_tokens).values()))
-    if recipe.init.start == "joint":
-        calibration = calibration_windows(recipe.init, tokenizer, context)
-    waiting = 0 if calibration is None else bytes_on_disk(architecture, calibration.ids.numel())
-    check_space(Path(output), plan.parameters * WIDTHS[dtype] + waiting)
-
-    with whole_folder(Path(output)) as folder:
-        writer = ShardWriter(folder, shard_bytes)
-        measured = {}
-        if calibration is None:
-            measured["residual_energy_kept"] = _write_as_in_paper(dense, plan, recipe.init, dtype, writer)
-        else:
-            with tempfile.TemporaryDirectory(dir=folder) as work:
-                plan, measured["predicted_excess"] = _write_jointly(
-                    dense, plan, recipe.init, source, calibration, Path(work), dtype, writer
-                )
-        for name in dense.others():
-            writer.add(name, dense.read(name).to(getattr(torch, dtype)))
-        writer.finish()
-        config = RrtConfig(
-            base_config=source.config(), visits=[asdict(visit) for visit in plan.visits], norms=plan.norms
+    shard_bytes, target = parse_size(recipe.init.max_shard_size), Path(output)
+    if resume:
+        check_incomplete(target, WORK)
+    check_target(target)
+    check_not_interrupted(target, WORK)
+    partial = partial_of(target)
+    if resume and not can_resume(target):
+        raise RrtcError(f"There is nothing to resume: {partial} holds no finished work.", "Start without --resume.")
+    if not resume and can_resume(target):
+        raise RrtcError(
+            f"{partial} holds the work of an interrupted run.", "Continue it with --resume, or delete that folder."
         )
-        config.architectures, config.dtype = ["RrtForCausalLM"], dtype
-        config.save_pretrained(folder)
-        copy_companions(source.folder, folder)
-        measured |= {
-            "params_total": plan.parameters,
-            "params_non_embedding": plan.non_embedding,
-            "bytes": writer.total_bytes,
-            "dense_bytes": plan.architecture.parameters * WIDTHS[dtype],
-            "source_bytes": source.bytes_on_disk if source.is_gguf else None,
-            "folded_norms": [fold.norm for fold in dense.folds],
-        }
-        if windows is not None:
-            measured["loss"] = _closing_measurement(dense, folder, plan, windows)
-        measured["seconds"] = round(time.monotonic() - started, 1)
-        base = source.provenance(Path(output)) | {
-            "params_total": plan.architecture.parameters,
-            "params_non_embedding": plan.architecture.non_embedding,
-        }
-        kept = {"model": source.uri, "init": recipe.init.resolved()}
-        write_provenance(folder, "init", base, kept, {"init": measured}, [])
+    job = prepare(model, target, recipe)
+    if resume:
+        job.check_same()
+    check_space(target, job.disk_bytes() - sum(file.stat().st_size for file in partial.rglob("*")))
+
+    if resume:
+        for file in set(partial.iterdir()) - {job.work}:  # of a model that was not finished
+            file.unlink()
+    else:
+        remove(partial)  # of a run that was killed before it had finished anything
+    with whole_folder(target, keep_partial=True) as folder:
+        try:
+            if not resume:
+                job.write_down()
+            plan, measured = _tie(job)
+            measured |= _write(job, plan, folder, shard_bytes)
+            if job.scoring is not None:
+                measured["loss"] = _closing_measurement(job.dense, folder, plan, job.scoring)
+            measured["seconds"] = round(time.monotonic() - started, 1)
+            base = job.source.provenance(target) | {
+                "params_total": plan.architecture.parameters,
+                "params_non_embedding": plan.architecture.non_embedding,
+            }
+            kept = {"model": job.source.uri, "init": recipe.init.resolved()}
+            write_provenance(folder, "init", base, kept, {"init": measured}, [])
+        except BaseException as error:
+            # A recipe that turns out to be impossible stays so, and the work is for no other.
+            if isinstance(error, WrongUsage) or not can_resume(target):
+                remove(partial)
+            else:
+                note(f"What is finished is in {job.work}: --resume goes on from there.")
+            raise
+    shutil.rmtree(target / WORK, ignore_errors=True)
     return measured
 
 
-def _dtype(source: Source, recipe: Recipe, has_weights: bool) -> str:
-    """The number format to write: what the recipe says, or else the source's own, or bfloat16 for a GGUF, which had
-    fewer bits than that before it was dequantised."""
-    if recipe.init.dtype != "auto":
-        return recipe.init.dtype
-    if source.is_gguf:
-        return "bfloat16"
-    stored = source.weights().dtype if has_weights else source.config().dtype or "bfloat16"
-    dtype = str(stored).removeprefix("torch.")
-    return dtype if dtype in WIDTHS else "float32"
+def _tie(job: Job) -> tuple[Plan, dict]:
+    """Finishes every slot. Returns the plan, and what was measured on the way."""
+    return _tie_as_in_paper(job) if job.calibration is None else _tie_jointly(job)
 
 
-def _folds(source: Source, recipe: Recipe) -> list[Fold]:
-    if not recipe.init.fold_norms:
-        return []
-    folds, others = find_folds(source.config())
-    if others:
-        note(f"Norms not folded (no matrix reads them directly, or it would not be exact): {', '.join(others)}")
-    return folds
+def _tie_as_in_paper(job: Job) -> tuple[Plan, dict]:
+    """Measured is for each matrix the share of what tying lost that its factors restore."""
+    plan, dtype = job.plan, getattr(torch, job.dtype)
+    sources = source_layers(plan, job.recipe.init.start)
+
+    def make(k: int) -> Slot:
+        visits, energies = plan.slots[k], {}
+        wanted = {visit.layer for visit in visits} | set(sources[k])
+        layers = {number: job.dense.layer(number, measure.device()) for number in wanted}
+        return dict(paper_slot(plan, visits, layers, sources[k], job.recipe.init, dtype, energies)), energies
+
+    _make_slots(job, plan, make)
+    totals: dict[str, tuple[float, float]] = {}
+    for k in range(len(plan.slots)):
+        for name, (restored, lost) in job.slot_energies(k).items():
+            before = totals.get(name, (0.0, 0.0))
+            totals[name] = (before[0] + restored, before[1] + lost)
+    kept = {name: round(restored / lost, 4) if lost else 1.0 for name, (restored, lost) in totals.items()}
+    return plan, {"residual_energy_kept": kept}
 
 
-def _write_as_in_paper(
-    dense: DenseModel, plan: Plan, recipe: InitRecipe, dtype: str, writer: ShardWriter
-) -> dict[str, float]:
-    """Ties and writes every slot. Returns for each matrix the share of what tying lost that its factors restore."""
-    energies: dict[str, tuple[float, float]] = {}
-    with progress("Tying slots", len(plan.slots)) as advance:
-        for k, (visits, sources) in enumerate(zip(plan.slots, source_layers(plan, recipe.start), strict=True)):
-            wanted = {visit.layer for visit in visits} | set(sources)
-            layers = {number: dense.layer(number, measure.device()) for number in wanted}
-            slot = paper_slot(plan, visits, layers, sources, recipe, getattr(torch, dtype), energies)
-            _write(slot, f"{dense.parent}.slots.{k}", dtype, writer)
-            advance()
-    return {name: round(restored / lost, 4) if lost else 1.0 for name, (restored, lost) in energies.items()}
-
-
-def _write_jointly(
-    dense: DenseModel,
-    plan: Plan,
-    recipe: InitRecipe,
-    source: Source,
-    text: Windows,
-    work: Path,
-    dtype: str,
-    writer: ShardWriter,
-) -> tuple[Plan, float | None]:
-    """Calibrates, chooses under the budget if there is one, ties and writes every slot. Returns the plan and the nats a
-    token that a chosen one is predicted to cost."""
+def _tie_jointly(job: Job) -> tuple[Plan, dict]:
+    """Calibrates, chooses under the budget if there is one, and ties. Measured are the nats a token that a chosen plan
+    is predicted to cost."""
+    plan, dense, recipe, ids = job.plan, job.dense, job.recipe.init, job.calibration.ids
     device, predicted = measure.device(), None
-    neurons = find_neurons(source.config())
-    with progress("Calibrating", 2 * dense.depth * len(text.ids)) as advance:
-        model = StreamedModel(source.config(), dense.raw, device)
-        calibration = calibrate(dense, model, neurons, text.ids, work, device, advance)
+    neurons = find_neurons(dense.config)
+    done = sum(layers_done(job.work, dense.depth))
+    with progress("Calibrating", 2 * dense.depth * len(ids), done * len(ids)) as advance:
+        model = StreamedModel(dense.config, dense.raw, device)
+        calibration = calibrate(dense, model, neurons, ids, job.work, device, advance)
     del model
     if recipe.has_budget:
-        target = target_parameters(plan.architecture, recipe, WIDTHS[dtype])
+        target = target_parameters(plan.architecture, recipe, NUMBER_BYTES[job.dtype])
         free = recipe.pattern == "auto"
-        groups = measure_groups(plan, free, dense, calibration, neurons, device)
+        groups = measure_groups(plan, free, dense, calibration, neurons, device, job.work)
         plan, predicted = plan_under_budget(plan, groups, target, neurons)
         note(explain(plan, predicted, free))
-    with progress("Tying slots", len(plan.slots)) as advance:
-        for k, visits in enumerate(plan.slots):
-            layers = {visit.layer: dense.layer(visit.layer, device) for visit in visits}
-            seen = {number: calibration.seen(number, tensors) for number, tensors in layers.items()}
-            _write(joint_slot(plan, visits, layers, seen, neurons), f"{dense.parent}.slots.{k}", dtype, writer)
+
+    def make(k: int) -> Slot:
+        layers = {visit.layer: dense.layer(visit.layer, device) for visit in plan.slots[k]}
+        seen = {number: calibration.seen(number, tensors) for number, tensors in layers.items()}
+        return dict(joint_slot(plan, plan.slots[k], layers, seen, neurons)), {}
+
+    _make_slots(job, plan, make)
+    return plan, {"predicted_excess": predicted and round(predicted, 4)}
+
+
+def _make_slots(job: Job, plan: Plan, make: Callable[[int], Slot]) -> None:
+    """Makes and saves the slots of `plan` that are not finished, one after the other. make(k): slot k."""
+    missing = job.missing_slots(plan)
+    with progress("Tying slots", len(plan.slots), len(plan.slots) - len(missing)) as advance:
+        for k in missing:
+            tensors, energies = make(k)
+            job.save_slot(k, tensors, energies)
+            del tensors  # before the next slot is made
             advance()
-    return plan, predicted and round(predicted, 4)
 
 
-def _write(slot: Iterator[tuple[str, torch.Tensor]], prefix: str, dtype: str, writer: ShardWriter) -> None:
-    for name, tensor in slot:
-        writer.add(f"{prefix}.{name}", tensor.to(getattr(torch, dtype)).cpu())
+def _write(job: Job, plan: Plan, folder: Path, shard_bytes: int) -> dict:
+    """Writes the model into `folder`, all but its rrtc.yaml, from the finished slots and what lies outside them.
+    Returns its sizes."""
+    writer, config = ShardWriter(folder, shard_bytes), job.source.config()
+    for k in range(len(plan.slots)):
+        for name, tensor in job.slot(k):
+            writer.add(name, tensor)
+    for name in job.dense.others():
+        writer.add(name, job.dense.read(name).to(getattr(torch, job.dtype)))
+    writer.finish()
+    made = RrtConfig(base_config=config, visits=[asdict(visit) for visit in plan.visits], norms=plan.norms)
+    made.architectures, made.dtype = ["RrtForCausalLM"], job.dtype
+    made.save_pretrained(folder)
+    copy_companions(job.source.folder, folder)
+    return {
+        "params_total": plan.parameters,
+        "params_non_embedding": plan.non_embedding,
+        "bytes": writer.total_bytes,
+        "dense_bytes": plan.architecture.parameters * NUMBER_BYTES[job.dtype],
+        "source_bytes": job.source.bytes_on_disk if job.source.is_gguf else None,
+        "folded_norms": [fold.norm for fold in job.dense.folds],
+    }
 
 
 def _closing_measurement(dense: DenseModel, compressed: Path, plan: Plan, windows: Windows) -> dict:

@@ -4,7 +4,6 @@ Everything a user can get wrong is met here, in seconds: a teacher with another 
 short, a batch that cannot be divided.
 """
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,7 +74,7 @@ class Job:
             "recipe": {k: v for k, v in self.recipe.model_dump().items() if k not in FREE_ON_RESUME},
             "model": content_hash(self.folder),
             "teacher": content_hash(self.teacher.file) if self.teacher else None,
-            "text": hashlib.sha256(self.windows.ids.numpy()).hexdigest(),
+            "text": self.windows.sha256,
         }
 
 

@@ -14,10 +14,10 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from rrtc.checkpoint import (
-    PROVENANCE,
     ShardWriter,
     Weights,
     base_seen_from,
+    check_not_interrupted,
     check_space,
     check_target,
     copy_companions,
@@ -29,6 +29,7 @@ from rrtc.checkpoint import (
 from rrtc.console import is_first_process, note
 from rrtc.errors import RrtcError
 from rrtc.recipe import Recipe, parse_size
+from rrtc.resume import check_incomplete, check_unchanged
 from rrtc.uptrain.curve import draw, steps_of, summary, write_metrics
 from rrtc.uptrain.display import Display
 from rrtc.uptrain.job import Job, prepare, process_group
@@ -48,11 +49,10 @@ def uptrain(folder: str, output: str, recipe: Recipe, resume: bool = False) -> d
     """
     disable_progress_bar()  # transformers' own
     target = Path(output)
-    if resume and (target / PROVENANCE).exists():
-        left = target / CHECKPOINTS
-        hint = f"The run was stopped while it removed {left}, which can be deleted." if left.exists() else None
-        raise RrtcError(f"There is nothing to resume: {target} is complete.", hint)
+    if resume:
+        check_incomplete(target, CHECKPOINTS)
     check_target(target, Path(folder))
+    check_not_interrupted(target, CHECKPOINTS)
     partial = partial_of(target)
     checkpoints = partial / CHECKPOINTS
     saved = whole_checkpoints(checkpoints)
@@ -67,7 +67,7 @@ def uptrain(folder: str, output: str, recipe: Recipe, resume: bool = False) -> d
     max_shard_bytes = _max_shard_bytes(job, recipe)
     fingerprint = job.fingerprint()
     if resume:
-        _check_unchanged(checkpoints / RESUME, fingerprint)
+        check_unchanged(json.loads((checkpoints / RESUME).read_text(encoding="utf8")), fingerprint)
     check_space(target, job.checkpoint_bytes())
 
     # Every process has now seen the disk as it was. From here on, the first one changes it.
@@ -103,21 +103,6 @@ def _max_shard_bytes(job: Job, recipe: Recipe) -> int:
     """The largest size of a weights file: as the input folder was asked to be written, or else what `recipe` says."""
     asked = (job.provenance["recipe"] or {}).get("init") or {}
     return parse_size(str(asked.get("max_shard_size", recipe.init.max_shard_size)))
-
-
-def _check_unchanged(file: Path, fingerprint: dict) -> None:
-    """Raises RrtcError where the interrupted run was about something else than what `fingerprint` says."""
-    before = json.loads(file.read_text(encoding="utf8"))
-    hint = "Go on with what the run was started with, or start a new one under another name."
-    for field, value in fingerprint["recipe"].items():
-        if before["recipe"].get(field) != value:
-            raise RrtcError(
-                f"The run cannot be resumed, because {field} was {before['recipe'].get(field)} and is now {value}.",
-                hint,
-            )
-    for part in ("model", "teacher", "text"):
-        if before[part] != fingerprint[part]:
-            raise RrtcError(f"The run cannot be resumed, because the {part} has changed since it was started.", hint)
 
 
 def _train(job: Job, checkpoints: Path, checkpoint: Path | None) -> DistillationTrainer:

@@ -1,0 +1,178 @@
+"""One compression: worked out and checked before any weights are read, and the folder of what is finished of it.
+
+While it runs, NAME.partial/work has, each of them whole where it is there at all:
+
+    job.yaml                         what the work belongs to
+    inputs-3, slopes-3.safetensors   what layer 3 sees, and what the loss feels of it (calibrate.py)
+    states-3, gradient-3.safetensors what calibration needs to go on (calibrate.py)
+    group-3.pt, group-3-4.pt         the choices there are for these layers (budget.py)
+    slot-3.safetensors               a finished slot, as it will be stored
+
+It is removed when NAME.partial has become NAME, so that a kill at any moment leaves either work to go on from or a
+whole model, at worst one with a folder `work` that nothing reads.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rrtc import __version__, measure
+from rrtc.checkpoint import check_fits, check_target, partial_of
+from rrtc.console import note, warn
+from rrtc.init.calibrate import bytes_on_disk, calibration_windows
+from rrtc.init.dense import DenseModel
+from rrtc.init.norms import Fold, find_folds
+from rrtc.model.skeleton import read_architecture
+from rrtc.plan import Plan, make_plan
+from rrtc.recipe import Recipe
+from rrtc.resume import check_unchanged, whole_file
+from rrtc.source import Source, find_model, load_tokenizer
+from rrtc.text import Windows, longest_context, scoring_texts
+
+WORK = "work"
+NUMBER_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# What may change between the start of a run and its continuation: it matters only once every slot is finished.
+FREE_ON_RESUME = ("max_shard_size", "measure_tokens")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is compressed, how, and into which folder of slots. `plan` is the pattern, of which a budget may make
+    something else; `dtype` the number format to write; `calibration` the text to learn from, None where none is needed,
+    and `scoring` the text for the closing measurement, None where there is none."""
+
+    source: Source
+    recipe: Recipe
+    plan: Plan
+    dense: DenseModel
+    dtype: str
+    calibration: Windows | None
+    scoring: Windows | None
+    work: Path
+
+    def fingerprint(self) -> dict:
+        """What a continued run must have in common with the one it continues, as plain data."""
+        weights = self.dense.weights
+        choices = {k: v for k, v in self.recipe.init.resolved().items() if k not in FREE_ON_RESUME}
+        context = None if self.calibration is None else self.calibration.ids.shape[1]
+        found = {
+            "recipe": choices | {"context": context, "device": measure.device().type},
+            "model's config": hashlib.sha256((self.source.folder / "config.json").read_bytes()).hexdigest(),
+            "calibration text": None if self.calibration is None else self.calibration.sha256,
+        }
+        return found | {f"tensor {name}": weights.sample(name) for name in weights}
+
+    def disk_bytes(self) -> int:
+        """Disk space that the run takes at most, with what is there of it already: calibration, and every slot twice,
+        in a file of its own and in the model."""
+        waiting = 0
+        if self.calibration is not None:
+            waiting = bytes_on_disk(self.plan.architecture, self.calibration.ids.numel())
+        return 2 * self.plan.parameters * NUMBER_BYTES[self.dtype] + waiting
+
+    def check_same(self) -> None:
+        """Raises RrtcError where the work in the folder is that of another model, recipe or text; names what
+        differs."""
+        before = yaml.safe_load((self.work / "job.yaml").read_text(encoding="utf8"))
+        check_unchanged(before["fingerprint"], self.fingerprint())
+        if before["rrtc"] != __version__:
+            warn(f"The run was started with rrtc {before['rrtc']}, and goes on with {__version__}.")
+
+    def write_down(self) -> None:
+        """Makes the folder of the work, and writes into it what it belongs to."""
+        self.work.mkdir()
+        made = {"rrtc": __version__, "model": self.source.uri, "fingerprint": self.fingerprint()}
+        with whole_file(self.work / "job.yaml") as file:
+            file.write_text(yaml.safe_dump(made, sort_keys=False, allow_unicode=True), encoding="utf8")
+
+    def missing_slots(self, plan: Plan) -> list[int]:
+        """The numbers of the slots of `plan` that are not finished."""
+        return [number for number in range(len(plan.slots)) if not self._slot_file(number).exists()]
+
+    def save_slot(self, number: int, tensors: dict[str, Tensor], energies: dict[str, tuple[float, float]]) -> None:
+        """Saves `tensors` of slot `number`, by their names in it, as they will be stored, and beside them what
+        `slots.paper_slot` says of its energies. Raises RrtcError where one does not fit the number format."""
+        stored = {}
+        for name, tensor in tensors.items():
+            full = f"{self.dense.parent}.slots.{number}.{name}"
+            stored[full] = tensor.to(getattr(torch, self.dtype)).cpu().contiguous()
+            check_fits(full, stored[full])
+        with whole_file(self._slot_file(number)) as file:
+            save_file(stored, file, metadata={"energies": json.dumps(energies)})
+
+    def slot(self, number: int) -> Iterator[tuple[str, Tensor]]:
+        """(full name, tensor) of the finished slot `number`."""
+        with safe_open(self._slot_file(number), "pt") as file:
+            for name in sorted(file.keys()):
+                yield name, file.get_tensor(name)
+
+    def slot_energies(self, number: int) -> dict[str, tuple[float, float]]:
+        """What was saved beside the tensors of slot `number`."""
+        with safe_open(self._slot_file(number), "pt") as file:
+            return json.loads(file.metadata()["energies"])
+
+    def _slot_file(self, number: int) -> Path:
+        return self.work / f"slot-{number}.safetensors"
+
+
+def prepare(model: str, target: Path, recipe: Recipe) -> Job:
+    """The job of compressing the dense `model` into the folder `target`. Reads configs, headers and text, but no
+    weights. Raises RrtcError or WrongUsage for everything that would stop the run."""
+    source = find_model(model)
+    check_target(target, source.folder)
+    architecture = read_architecture(source.config())
+    dtype = stored_dtype(source, recipe, has_weights=True)
+    plan = make_plan(architecture, recipe.init, NUMBER_BYTES[dtype])
+    tokenizer = load_tokenizer(source.folder)
+    dense = DenseModel(source, _folds(source, recipe))
+    context = longest_context(source.config(), recipe.eval.context)
+    calibration = scoring = None
+    if recipe.init.measure_tokens:
+        scoring = next(iter(scoring_texts(recipe, tokenizer, context, recipe.init.measure_tokens).values()))
+    if recipe.init.start == "joint":
+        calibration = calibration_windows(recipe.init, tokenizer, context)
+    return Job(source, recipe, plan, dense, dtype, calibration, scoring, partial_of(target) / WORK)
+
+
+def stored_dtype(source: Source, recipe: Recipe, has_weights: bool) -> str:
+    """The number format to write: what the recipe says, or else the source's own, or bfloat16 for a GGUF, which had
+    fewer bits than that before it was dequantised."""
+    if recipe.init.dtype != "auto":
+        return recipe.init.dtype
+    if source.is_gguf:
+        return "bfloat16"
+    stored = source.weights().dtype if has_weights else source.config().dtype or "bfloat16"
+    dtype = str(stored).removeprefix("torch.")
+    return dtype if dtype in NUMBER_BYTES else "float32"
+
+
+def _folds(source: Source, recipe: Recipe) -> list[Fold]:
+    if not recipe.init.fold_norms:
+        return []
+    folds, others = find_folds(source.config())
+    if others:
+        note(f"Norms not folded (no matrix reads them directly, or it would not be exact): {', '.join(others)}")
+    return folds
+
+
+def can_resume(target: Path) -> bool:
+    """Whether an interrupted run into `target` has finished something: a layer's calibration, or a slot."""
+    work = partial_of(target) / WORK
+    finished = [*work.glob("inputs-*.safetensors"), *work.glob("slot-*.safetensors")]
+    return (work / "job.yaml").exists() and bool(finished)
+
+
+def remove(partial: Path) -> None:
+    """Removes `partial` and the work in it. What says what the work belongs to goes first, so that what a kill on the
+    way leaves behind is not taken for work to go on from."""
+    (partial / WORK / "job.yaml").unlink(missing_ok=True)
+    shutil.rmtree(partial, ignore_errors=True)
