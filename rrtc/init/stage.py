@@ -99,7 +99,7 @@ def init(model: str, output: str, recipe: Recipe) -> dict:
                     dense, plan, recipe.init, source, calibration, Path(work), dtype, writer
                 )
         for name in dense.others():
-            writer.add(name, dense.read(name).to(getattr(torch, dtype)))
+            writer.add_blocks(name, dense.blocks(name, getattr(torch, dtype)))
         writer.finish()
         config = RrtConfig(
             base_config=source.config(), visits=[asdict(visit) for visit in plan.visits], norms=plan.norms
