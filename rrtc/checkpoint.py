@@ -122,7 +122,7 @@ class Weights:
         return tensor
 
     def raw(self, name: str):
-        """The tensor `name` as it is stored: a view of the file, mapped anew at every call, whose pages take memory once
+        """The tensor `name` as it is stored: a view of the file, mapped anew at every call; pages take memory once
         they are looked at. (safetensors maps the whole file, which fails where that is larger than memory.)"""
         import numpy
         import torch
@@ -209,7 +209,7 @@ class ShardWriter:
         self.total_bytes += size
 
     def _flush(self) -> None:
-        """Makes a shard of the tensors that wait, in safetensors' order: wide numbers first, so that all are aligned."""
+        """Makes a shard of the tensors that wait, in safetensors' order: widest first, so that all are aligned."""
         formats = list(DTYPES)
         names = sorted(self._waiting, key=lambda name: (formats.index(self._waiting[name][1]["dtype"]), name))
         header, end = {"__metadata__": {"format": "pt"}}, 0  # transformers wants the format named
