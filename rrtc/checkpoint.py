@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -23,6 +23,12 @@ from rrtc.errors import RrtcError, WrongUsage
 
 PROVENANCE = "rrtc.yaml"
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+COPIED_AT_ONCE = 16_000_000  # bytes
+# The number formats of safetensors as torch calls them, widest first.
+DTYPES = {
+    "F64": "float64", "I64": "int64", "F32": "float32", "I32": "int32", "BF16": "bfloat16", "F16": "float16",
+    "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
 # What goes along with the weights: the tokenizer, the generation defaults, the licence.
 COMPANION_FILES = (
     "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*",
@@ -35,8 +41,8 @@ SAMPLE = 4096  # bytes
 class Weights:
     """The tensors of a model folder, read one at a time from its safetensors files.
 
-    Only headers are read until a tensor is asked for. Raises RrtcError for a folder without safetensors, a missing
-    shard, or a file whose length does not match its header.
+    Only headers are read until a tensor is asked for, which takes memory as long as someone holds it. Raises RrtcError
+    for a folder without safetensors, a missing shard, or a file whose length does not match its header.
     """
 
     def __init__(self, folder: Path):
@@ -44,9 +50,10 @@ class Weights:
         self.files = sorted({self.folder / name for name in self._file_names()})
         self._where: dict[str, Path] = {}
         self._headers: dict[str, dict] = {}
-        self._open: dict[Path, object] = {}
+        self._data_starts: dict[Path, int] = {}
         for file in self.files:
-            for name, entry in _header(file).items():
+            header, self._data_starts[file] = _header(file)
+            for name, entry in header.items():
                 if name != "__metadata__":
                     self._where[name], self._headers[name] = file, entry
 
@@ -97,7 +104,6 @@ class Weights:
     @property
     def dtype(self) -> str:
         """The number format that most of the parameters are in, as torch calls it."""
-        names = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
         counts: dict[str, int] = {}
         for entry in self._headers.values():
             size = 1
@@ -105,16 +111,16 @@ class Weights:
                 size *= dimension
             counts[entry["dtype"]] = counts.get(entry["dtype"], 0) + size
         most = max(counts, key=counts.__getitem__)
-        if most not in names:
+        if most not in ("F64", "F32", "F16", "BF16"):
             raise RrtcError(f"{self.folder} holds its weights as {most}, a quantised format.", "Use the 16-bit model.")
-        return names[most]
+        return DTYPES[most]
 
-    def read(self, name: str):
-        """The tensor `name` in float32. Raises RrtcError where it holds NaN or infinity."""
+    def read(self, name: str, rows: slice = slice(None)):
+        """The tensor `name`, or some of its rows, in float32. Raises RrtcError where it holds NaN or infinity."""
         import torch
 
-        tensor = self.raw(name).to(torch.float32)
-        if not torch.isfinite(tensor).all():
+        tensor = self.raw(name)[rows].to(torch.float32)
+        if not all_finite(tensor):
             raise RrtcError(f"The tensor {name} in {self._where[name]} holds NaN or infinity.", "The file is damaged.")
         return tensor
 
@@ -129,20 +135,31 @@ class Weights:
         ).hexdigest()
 
     def raw(self, name: str):
-        """The tensor `name` as it is stored."""
-        from safetensors import SafetensorError, safe_open
+        """The tensor `name` as it is stored: a view of the file, mapped anew at every call; pages take memory once
+        they are looked at. (safetensors maps the whole file, which fails where that is larger than memory.)"""
+        import numpy
+        import torch
 
-        file = self._where[name]
+        file, entry = self._where[name], self._headers[name]
         try:
-            if file not in self._open:
-                self._open[file] = safe_open(file, "pt")
-            return self._open[file].get_tensor(name)
-        except SafetensorError as error:
+            start, end = (self._data_starts[file] + offset for offset in entry["data_offsets"])
+            dtype = getattr(torch, DTYPES[entry["dtype"]])
+            if start == end:
+                return torch.empty(entry["shape"], dtype=dtype)
+            stored = numpy.memmap(file, numpy.uint8, "c", start, (end - start,))
+            return torch.from_numpy(stored).view(dtype).view(entry["shape"])
+        except (LookupError, TypeError, ValueError, RuntimeError) as error:
             raise _damaged(file) from error
 
 
-def _header(file: Path) -> dict:
-    """The header of a safetensors file: tensor name -> dtype, shape and data_offsets. Checks the file's length."""
+def all_finite(tensor) -> bool:
+    """Whether there is neither NaN nor infinity in `tensor`. Unlike isfinite it makes no other tensor of that size."""
+    return not tensor.numel() or all(bound.isfinite().item() for bound in tensor.aminmax())
+
+
+def _header(file: Path) -> tuple[dict, int]:
+    """(the header of a safetensors file: tensor name -> dtype, shape and data_offsets; where the data start). Checks
+    the file's length."""
     length = file.stat().st_size
     with open(file, "rb") as stream:
         header_length = int.from_bytes(stream.read(8), "little")
@@ -156,7 +173,7 @@ def _header(file: Path) -> dict:
             raise _damaged(file) from error
     if not whole:
         raise _damaged(file)
-    return header
+    return header, 8 + header_length
 
 
 def _damaged(file: Path) -> RrtcError:
@@ -164,38 +181,69 @@ def _damaged(file: Path) -> RrtcError:
 
 
 class ShardWriter:
-    """Writes tensors into safetensors files of at most `max_bytes` each, holding no more than one shard in memory.
+    """Writes tensors into safetensors files of at most `max_bytes` each, holding no more than one of them in memory.
 
-    `add` tensors in any order, then `finish`: files get their final names and, where there are several, an index.
+    `add` tensors in any order, then `finish`: files get their final names and, where there are several, an index. The
+    header of a safetensors file comes first and lists all tensors, so each waits in a file of its own for its shard.
     """
 
     def __init__(self, folder: Path, max_bytes: int):
         self.folder, self.max_bytes = Path(folder), max_bytes
-        self._pending: dict = {}
-        self._pending_bytes = 0
+        self._waiting: dict[str, tuple[Path, dict]] = {}  # name -> file, the tensor's entry in the header
+        self._waiting_bytes = 0
         self._shards: list[list[str]] = []
         self.total_bytes = 0
 
     def add(self, name: str, tensor) -> None:
-        check_fits(name, tensor)
-        size = tensor.numel() * tensor.element_size()
-        if self._pending and self._pending_bytes + size > self.max_bytes:
+        """Adds a tensor. Raises RrtcError where it holds NaN or infinity, and where the disk is full."""
+        self.add_blocks(name, [tensor])
+
+    def add_blocks(self, name: str, blocks: Iterable) -> None:
+        """Adds a tensor in blocks of its rows, of which one is in memory at a time. Raises as `add` does."""
+        import torch
+
+        file, size, shapes = self.folder / f"{len(self._shards)}-{len(self._waiting)}.tmp", 0, []
+        try:
+            with open(file, "wb") as stream:
+                for block in blocks:
+                    dtype = str(block.dtype).removeprefix("torch.")
+                    check_fits(name, block)
+                    size += stream.write(block.contiguous().flatten().view(torch.uint8).numpy())
+                    shapes.append(list(block.shape))
+        except OSError as error:
+            raise disk_error(file, error) from error
+        shape = [sum(rows for rows, *_ in shapes), *shapes[0][1:]] if shapes[0] else []
+        if self._waiting and self._waiting_bytes + size > self.max_bytes:
             self._flush()
-        self._pending[name] = tensor.contiguous()
-        self._pending_bytes += size
+        code = next(code for code, called in DTYPES.items() if called == dtype)
+        self._waiting[name] = file, {"dtype": code, "shape": shape, "data_offsets": [0, size]}
+        self._waiting_bytes += size
         self.total_bytes += size
 
     def _flush(self) -> None:
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
-        file = self.folder / f"shard-{len(self._shards)}.tmp"
+        """Makes a shard of the tensors that wait, in safetensors' order: widest first, so that all are aligned."""
+        formats = list(DTYPES)
+        names = sorted(self._waiting, key=lambda name: (formats.index(self._waiting[name][1]["dtype"]), name))
+        header, end = {"__metadata__": {"format": "pt"}}, 0  # transformers wants the format named
+        for name in names:
+            entry = self._waiting[name][1]
+            start, end = end, end + entry["data_offsets"][1]
+            header[name] = entry | {"data_offsets": [start, end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        shard = self.folder / f"shard-{len(self._shards)}.tmp"
         try:
-            save_file(self._pending, file, metadata={"format": "pt"})  # transformers wants the format named
-        except (OSError, SafetensorError) as error:
-            raise disk_error(file, error) from error
-        self._shards.append(list(self._pending))
-        self._pending, self._pending_bytes = {}, 0
+            with open(shard, "wb") as stream:
+                stream.write(len(text).to_bytes(8, "little") + text)
+                for name in names:
+                    file = self._waiting[name][0]
+                    with open(file, "rb") as waiting:
+                        shutil.copyfileobj(waiting, stream, COPIED_AT_ONCE)
+                    file.unlink()
+        except OSError as error:
+            raise disk_error(shard, error) from error
+        self._shards.append(names)
+        self._waiting, self._waiting_bytes = {}, 0
 
     def finish(self) -> None:
         self._flush()
@@ -213,7 +261,7 @@ class ShardWriter:
 
 def check_fits(name: str, tensor) -> None:
     """Raises RrtcError where `tensor`, made from finite ones, is not finite: a number is too large for its format."""
-    if not tensor.isfinite().all():
+    if not all_finite(tensor):
         format_name = str(tensor.dtype).removeprefix("torch.")
         raise RrtcError(f"The tensor {name} does not fit {format_name}.", "Choose bfloat16 or float32.")
 

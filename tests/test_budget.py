@@ -180,7 +180,7 @@ def test_the_planner_never_does_worse_than_either_parent(calibrated, tmp_path):
             for one in layer.values():
                 outputs, inputs = one.weight.shape
                 rank = int(share * outputs * inputs / (outputs + inputs))
-                b, a = one.spectrum().factors(slice(0, rank))
+                b, a = one.spectrum(rank).factors(slice(0, rank))
                 uniform += one.cost(one.weight - b @ a)
         assert cost["alone"] < uniform
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -222,12 +223,78 @@ def test_a_transposed_view_is_written_as_what_it_shows(tmp_path):
     assert torch.equal(Weights(tmp_path).raw("a"), TENSORS["a"].T)
 
 
-def test_no_more_than_one_shard_is_held_in_memory(tmp_path):
-    writer = ShardWriter(tmp_path, 100)
-    for number in range(10):
-        writer.add(f"t{number}", torch.ones(10))
-        assert writer._pending_bytes <= 100
-    assert len(list(tmp_path.iterdir())) == 4
+def test_a_tensor_comes_in_blocks_of_its_rows(tmp_path):
+    tensor, alive = torch.randn(50, 7), []
+
+    def blocks():
+        for part in tensor.split(20):
+            block = part.bfloat16()
+            alive.append(weakref.ref(block))
+            yield block
+            del block
+            assert sum(reference() is not None for reference in alive) <= 1
+
+    writer = ShardWriter(tmp_path, 10**9)
+    writer.add_blocks("table", blocks())
+    writer.add("scalar", torch.tensor(1.5))
+    writer.finish()
+    weights = Weights(tmp_path)
+    assert torch.equal(weights.raw("table"), tensor.bfloat16()) and weights.raw("scalar").shape == ()
+    assert torch.equal(weights.read("table", slice(18, 23)), tensor.bfloat16()[18:23].float())
+
+
+def test_shards_of_several_number_formats_are_laid_out_as_safetensors_does(tmp_path):
+    (tmp_path / "ours").mkdir()
+    writer = ShardWriter(tmp_path / "ours", 10**9)
+    tensors = TENSORS | {"d": torch.ones(3, dtype=torch.float64), "e": torch.empty(0, 4), "f": torch.ones(3)}
+    for name, tensor in tensors.items():
+        writer.add(name, tensor)
+    writer.finish()
+    save_file(tensors, tmp_path / "theirs.safetensors")
+    ours, theirs = load_file(tmp_path / "ours" / "model.safetensors"), load_file(tmp_path / "theirs.safetensors")
+    assert list(ours) == list(theirs)
+    for name, tensor in tensors.items():
+        assert ours[name].dtype == tensor.dtype and torch.equal(ours[name], tensor)
+        assert torch.equal(Weights(tmp_path / "ours").raw(name), tensor)
+
+
+STREAM_A_LOT = """
+import sys, torch
+from pathlib import Path
+from rrtc.checkpoint import ShardWriter, Weights
+
+def peak():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+
+folder = Path(sys.argv[1])
+before = peak()
+writer = ShardWriter(folder, 10**9)
+for number in range(30):
+    writer.add(f"t{number}", torch.full((1000, 10_000), 1.0, dtype=torch.bfloat16))
+writer.finish()
+weights = Weights(folder)
+assert sum(weights.read(name)[0, 0].item() for name in weights) == 30
+print(1024 * (peak() - before))
+"""
+
+
+def test_reading_and_writing_take_the_memory_of_a_tensor_whatever_the_size_of_the_file(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", STREAM_A_LOT, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    # As stored, in float32 and whether each number is finite; two of the 30 tensors of 20 MB are alive at a time.
+    assert int(done.stdout) < 150_000_000
+
+
+def test_a_file_larger_than_memory_is_read(tmp_path):
+    size = 2**42  # 4 TiB, of which the disk holds what was written: nothing
+    header = {"big": {"dtype": "F32", "shape": [2**20, 2**20 - 1], "data_offsets": [0, size - 2**22]}}
+    header["small"] = {"dtype": "F32", "shape": [2**20], "data_offsets": [size - 2**22, size]}
+    text = json.dumps(header).encode()
+    with open(tmp_path / "model.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + size)
+    assert Weights(tmp_path).read("small").tolist() == [0.0] * 2**20
 
 
 @pytest.mark.parametrize(

@@ -8,15 +8,16 @@ from pico import ARCHITECTURES, pico_config, pico_model
 
 from rrtc.init import joint as joint_module
 from rrtc.init.joint import joint, joint_costs
+from rrtc.init.moments import DiagonalMoment, FullMoment, Moment
 from rrtc.init.neurons import Neurons, align, find_neurons, narrowed, refitted, removal, reordered, reordered_seen
-from rrtc.init.whiten import Moment, Seen, costs_by_rank, spectrum
+from rrtc.init.whiten import Seen, costs_by_rank, spectrum
 
 
 def moment(size: int, seed: int, spread: float = 1.0) -> Moment:
     """The moment of correlated inputs of unequal size."""
     generator = torch.Generator().manual_seed(seed)
     mix = torch.randn(size, size, generator=generator) * torch.linspace(0.2, 1 + spread, size)
-    return Moment(mix @ mix.T / size + 0.01 * torch.eye(size))
+    return FullMoment(mix @ mix.T / size + 0.01 * torch.eye(size))
 
 
 def matrix(outputs: int, inputs: int, seed: int) -> torch.Tensor:
@@ -45,7 +46,7 @@ def test_spectrum_is_the_best_approximation_and_predicts_its_cost(shape):
     costs = costs_by_rank(one.weight, one.inputs, one.slopes)
     assert len(costs) == min(shape) + 1 and costs[-1] == 0
     for rank in (1, 5, min(shape)):
-        b, a = one.spectrum().factors(slice(0, rank))
+        b, a = one.spectrum(rank).factors(slice(0, rank))
         assert (b.shape, a.shape) == ((shape[0], rank), (rank, shape[1]))
         expected = brute_truncation(one, rank)
         assert torch.allclose(b @ a, expected, atol=1e-4 * expected.abs().max().item())
@@ -56,7 +57,7 @@ def test_the_cost_is_the_mean_over_samples_of_half_the_squared_slope_times_chang
     # With inputs and slopes drawn independently, tr(G E C E^T) / 2 is the mean of (g^T E x)^2 / 2.
     x, g = matrix(4000, 6, 1) @ matrix(6, 6, 2), matrix(4000, 5, 3) @ matrix(5, 5, 4)
     change = matrix(5, 6, 5)
-    one = Seen(torch.zeros(5, 6), Moment(x.T @ x / len(x)), Moment(g.T @ g / len(g)))
+    one = Seen(torch.zeros(5, 6), FullMoment(x.T @ x / len(x)), FullMoment(g.T @ g / len(g)))
     brute = 0.5 * (g @ change @ x[:2000].T).square().mean().item()
     assert one.cost(change) == pytest.approx(brute, rel=0.1)
 
@@ -64,11 +65,11 @@ def test_the_cost_is_the_mean_over_samples_of_half_the_squared_slope_times_chang
 def test_a_diagonal_moment_is_the_diagonal_matrix():
     diagonal = torch.rand(12, generator=torch.Generator().manual_seed(0)) + 0.1
     weight, inputs = matrix(12, 20, 3), moment(20, 5)
-    vector, full = Moment(diagonal), Moment(torch.diag(diagonal))
+    vector, full = DiagonalMoment(diagonal), FullMoment(torch.diag(diagonal))
     assert torch.allclose(costs_by_rank(weight, inputs, vector), costs_by_rank(weight, inputs, full), rtol=1e-6)
     one, other = (
-        spectrum(weight, inputs, vector).factors(slice(0, 4)),
-        spectrum(weight, inputs, full).factors(slice(0, 4)),
+        spectrum(weight, inputs, vector, 4).factors(slice(0, 4)),
+        spectrum(weight, inputs, full, 4).factors(slice(0, 4)),
     )
     assert torch.allclose(one[0] @ one[1], other[0] @ other[1], atol=1e-4)
 
@@ -169,8 +170,8 @@ def ffn(layer: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
 def seen_layer(layer: dict[str, torch.Tensor], seed: int = 50) -> dict[str, Seen]:
     inputs = moment(10, seed)
     return {
-        "gate": Seen(layer["gate.weight"], inputs, Moment(moment(24, seed + 1).diagonal.clone())),
-        "up": Seen(layer["up.weight"], inputs, Moment(moment(24, seed + 2).diagonal.clone())),
+        "gate": Seen(layer["gate.weight"], inputs, DiagonalMoment(moment(24, seed + 1).diagonal.clone())),
+        "up": Seen(layer["up.weight"], inputs, DiagonalMoment(moment(24, seed + 2).diagonal.clone())),
         "down": Seen(layer["down.weight"], moment(24, seed + 3), moment(10, seed + 4)),
     }
 

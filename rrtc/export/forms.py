@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from rrtc.checkpoint import Weights
+from rrtc.checkpoint import Weights, all_finite
 from rrtc.effective import effective_tensor
 from rrtc.errors import RrtcError
 from rrtc.model import RrtConfig, configuration_rrt, modeling_rrt
@@ -71,10 +71,9 @@ def dense_tensors(weights: Weights, config: RrtConfig, dtype: torch.dtype) -> It
 
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    # A copy: what is read can be a view of the file, and one shared tensor may be written under several names.
-    cast = tensor if dtype is None else tensor.to(dtype, copy=True)
-    if not torch.isfinite(cast).all():
-        if not torch.isfinite(tensor).all():
+    cast = tensor if dtype is None else tensor.to(dtype)
+    if not all_finite(cast):
+        if not all_finite(tensor):
             raise RrtcError(f"The tensor {name} holds NaN or infinity.", "The folder is damaged.")
         raise RrtcError(f"The tensor {name} does not fit {str(dtype).removeprefix('torch.')}.", "Choose bfloat16.")
     return cast

@@ -122,7 +122,7 @@ def write(source: Path, folder: Path, form: str, dtype: torch.dtype | None, shar
     """Writes the rrtc model in `source` into the existing `folder`, without checking it; returns its parameter count.
 
     dtype: the number format of the weights; None, for the recursive form alone: as they are. One tensor at a time is
-    read, and one shard at most is held.
+    in memory.
     """
     config, weights = _recursive_config(source), Weights(source)
     if form == "dense":

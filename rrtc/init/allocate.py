@@ -7,7 +7,7 @@ budget is found by bisection. For convex curves this is the optimum (Everett 196
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -84,19 +84,20 @@ class Choice:
         )
 
 
-def alone(layer: int, seen: dict[str, Seen], neurons: list[Neurons]) -> Group:
+def alone(layer: int, seen: Mapping[str, Seen], neurons: list[Neurons]) -> Group:
     """The choices for a layer that shares nothing: each matrix whole or of low rank, an FFN with fewer neurons. `seen`:
-    its matrices, by path."""
+    its matrices, by path, of which one, or those of one FFN, are asked for at a time."""
     in_ffn = {name for inner in neurons for name in inner.matrices}
     parts = [(Way((_low_rank(layer, name, seen[name]),)),) for name in seen if name not in in_ffn]
     for inner in neurons:
-        gone = removal([seen[inner.reader]])
-        size = sum(seen[name].weight.numel() for name in inner.matrices) / inner.width  # numbers that a neuron takes
+        ffn = {name: seen[name] for name in inner.matrices}
+        gone = removal([ffn[inner.reader]])
+        size = sum(one.weight.numel() for one in ffn.values()) / inner.width  # numbers that a neuron takes
         widths = [inner.width - count for count in gone.removed]
         numbers = torch.tensor([size * width for width in widths], dtype=torch.float64)
         ways = [Way((Curve("neurons", (layer,), inner.reader, widths, numbers, gone.costs),))]
         for width, cost, kept in _grid(inner, gone, WIDTHS):
-            few = narrowed(seen, inner, kept)
+            few = narrowed(ffn, inner, kept)
             curves = tuple(_low_rank(layer, name, few[name]) for name in inner.matrices)
             ways.append(Way(curves, (((layer,), inner.reader, width),), cost))
         parts.append(tuple(ways))
@@ -105,16 +106,17 @@ def alone(layer: int, seen: dict[str, Seen], neurons: list[Neurons]) -> Group:
 
 def together(
     layers: tuple[int, ...],
-    seen: list[dict[str, Seen]],
+    seen: list[Mapping[str, Seen]],
     neurons: list[Neurons],
     widths: tuple[float, ...] = WIDTHS,
 ) -> Group:
-    """The choices for layers that share a slot, all of whose matrices are tied. widths: of a shared FFN, as parts of
-    the dense one."""
+    """The choices for layers that share a slot, all of whose matrices are tied. `seen`: as for `alone`. widths: of a
+    shared FFN, as parts of the dense one."""
     in_ffn = {name for inner in neurons for name in inner.matrices}
     parts = [(Way((_tied(layers, name, [s[name] for s in seen]),)),) for name in seen[0] if name not in in_ffn]
     for inner in neurons:
-        lined_up = [seen[0], *(reordered_seen(other, inner, *align(seen[0], other, inner)) for other in seen[1:])]
+        first, *others = [{name: one[name] for name in inner.matrices} for one in seen]
+        lined_up = [first, *(reordered_seen(other, inner, *align(first, other, inner)) for other in others)]
         gone = removal([one[inner.reader] for one in lined_up]) if min(widths) < 1 else Removal.none(inner.width)
         ways = []
         for width, cost, kept in _grid(inner, gone, widths):

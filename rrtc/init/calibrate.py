@@ -8,17 +8,21 @@ enough on disk to go on from.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rrtc.init.dense import DenseModel
+from rrtc.init.moments import Moment
 from rrtc.init.neurons import Neurons
 from rrtc.init.streamed import StreamedModel
-from rrtc.init.whiten import Moment, Seen
+from rrtc.init.whiten import Seen
 from rrtc.plan import Architecture
 from rrtc.recipe import BUILT_IN_TEXT, InitRecipe
 from rrtc.resume import whole_file
@@ -63,7 +67,8 @@ def bytes_on_disk(architecture: Architecture, tokens: int) -> int:
     gradient), and their moments; all float32."""
     matrices = [m for layer in architecture.layers for m in layer.matrices]
     states = (len(architecture.layers) + 2) * tokens * architecture.layers[0].matrices[0].inputs
-    return 4 * (states + sum(m.inputs**2 + m.outputs**2 for m in matrices))
+    sizes = [size for m in matrices for size in (m.inputs, m.outputs)]
+    return 4 * (states + sum(min(tokens, size) * size for size in sizes))
 
 
 def layers_done(folder: Path, depth: int) -> tuple[int, int]:
@@ -81,18 +86,71 @@ class Calibration:
     def __init__(self, folder: Path, tokens: int):
         self._folder, self._tokens = Path(folder), tokens
 
-    def seen(self, number: int, tensors: dict[str, Tensor]) -> dict[str, Seen]:
+    def seen(self, number: int, tensors: dict[str, Tensor]) -> "SeenLayer":
         """How each matrix of layer `number` is seen, by path. `tensors`: of that layer, norms folded."""
-        inputs = load_file(self._folder / f"inputs-{number}.safetensors")
-        slopes = load_file(self._folder / f"slopes-{number}.safetensors")
-        found = {}
-        for names, mean in inputs.items():
-            weights = {name: tensors[f"{name}.weight"] for name in names.split(",")}
-            device = next(iter(weights.values())).device
-            moment = Moment.estimated(mean.to(device), self._tokens)
-            for name, weight in weights.items():
-                found[name] = Seen(weight, moment, Moment.estimated(slopes[name].to(device), self._tokens))
+        files = [self._folder / f"{side}-{number}.safetensors" for side in ("inputs", "slopes")]
+        return SeenLayer(*files, self._tokens, tensors)
+
+
+class SeenLayer(Mapping[str, Seen]):
+    """How the matrices of one layer are seen, by path. Moments are read when they are asked for and kept no longer than
+    someone has them: those of a whole layer can be larger than the layer."""
+
+    def __init__(self, inputs: Path, slopes: Path, tokens: int, tensors: dict[str, Tensor]):
+        self._inputs, self._slopes, self._tokens, self._tensors = inputs, slopes, tokens, tensors
+        with safe_open(inputs, "pt") as file:
+            self._keys = {name: key for key in file.keys() for name in key.split(",")}  # noqa: SIM118 - no dictionary
+        self._alive: WeakValueDictionary[tuple[Path, str], Moment] = WeakValueDictionary()
+
+    def __getitem__(self, name: str) -> Seen:
+        weight = self._tensors[f"{name}.weight"]
+        inputs = self._moment(self._inputs, self._keys[name], weight.device)
+        return Seen(weight, inputs, self._moment(self._slopes, name, weight.device))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def _moment(self, file: Path, key: str, device: torch.device) -> Moment:
+        found = self._alive.get((file, key))
+        if found is None:
+            with safe_open(file, "pt") as tensors:
+                found = Moment.estimated(tensors.get_tensor(key).to(device), self._tokens)
+            self._alive[file, key] = found
         return found
+
+
+class Gathered:
+    """What the matrices of one layer see of `tokens` tokens, put together batch by batch in the form that takes least:
+    the inputs themselves where there are fewer tokens than inputs, or else the sum of their outer products."""
+
+    def __init__(self, tokens: int):
+        self._tokens = tokens
+        self._kept: dict[str, Tensor] = {}
+        self._filled: Counter[str] = Counter()
+
+    def add(self, name: str, rows: Tensor, diagonal: bool = False) -> None:
+        """rows: (tokens of a batch, size). diagonal: of the outer products no more than that."""
+        size, start = rows.shape[1], self._filled[name]
+        if name not in self._kept:
+            self._kept[name] = rows.new_zeros((size,) if diagonal else (min(self._tokens, size), size))
+        kept = self._kept[name]
+        if diagonal:
+            kept += rows.square().sum(0)
+        elif self._tokens < size:
+            kept[start : start + len(rows)] = rows
+        else:
+            kept.addmm_(rows.T, rows)
+        self._filled[name] += len(rows)
+
+    def save(self, file: Path) -> None:
+        for kept in self._kept.values():
+            if kept.dim() == 1 or len(kept) == kept.shape[1]:
+                kept /= self._tokens
+        with whole_file(file) as temporary:
+            save_file({name: kept.cpu() for name, kept in self._kept.items()}, temporary)
 
 
 def calibrate(
@@ -122,17 +180,17 @@ def calibrate(
     gradient = _load(folder, "gradient", depth - back)
     producers = {name for inner in neurons for name in inner.producers}
     for number in reversed(range(depth - back)):
-        sums: dict[str, Tensor] = {}
+        gathered = Gathered(tokens)
 
-        def gather_slopes(name, slopes, sums=sums):
-            product = slopes.square().sum(0) if name in producers else slopes.T @ slopes
-            sums[name] = sums[name].add_(product) if name in sums else product
+        def gather_slopes(name, slopes, gathered=gathered):
+            gathered.add(name, slopes, diagonal=name in producers)
 
-        tensors = dense.layer(number, device)
-        model.back_through(number, tensors, _load(folder, "states", number), gradient, gather_slopes, advance)
+        entering = _load(folder, "states", number)
+        model.back_through(number, dense.layer(number, device), entering, gradient, gather_slopes, advance)
+        del entering
         if number:
             _save(gradient, folder, "gradient", number)
-        _save_means(sums, tokens, folder / f"slopes-{number}.safetensors")
+        gathered.save(folder / f"slopes-{number}.safetensors")
         _states_file(folder, "gradient", number + 1).unlink()
         _states_file(folder, "states", number).unlink()
     return Calibration(folder, tokens)
@@ -154,16 +212,14 @@ def _go_forward(
         states = model.embed(ids)
         _save(states, folder, "states", 0)
     for number in range(first, dense.depth):
-        sums: dict[str, Tensor] = {}
+        gathered = Gathered(ids.numel())
 
-        def gather_inputs(names, inputs, sums=sums):
-            product = inputs.T @ inputs
-            key = ",".join(names)
-            sums[key] = sums[key].add_(product) if key in sums else product
+        def gather_inputs(names, inputs, gathered=gathered):
+            gathered.add(",".join(names), inputs)
 
         model.run_layer(number, dense.layer(number, device), states, gather_inputs, advance)
         _save(states, folder, "states", number + 1)
-        _save_means(sums, ids.numel(), folder / f"inputs-{number}.safetensors")
+        gathered.save(folder / f"inputs-{number}.safetensors")
     gradient, _ = model.loss_gradient(states, ids)
     _save(gradient, folder, "gradient", dense.depth)
     _states_file(folder, "states", dense.depth).unlink()
@@ -181,8 +237,3 @@ def _save(states: Tensor, folder: Path, kind: str, number: int) -> None:
 def _load(folder: Path, kind: str, number: int) -> Tensor:
     # A copy, in memory of its own: where a tensor begins in memory can change the last bit of what comes of it.
     return load_file(_states_file(folder, kind, number))[kind].clone()
-
-
-def _save_means(sums: dict[str, Tensor], tokens: int, file: Path) -> None:
-    with whole_file(file) as temporary:
-        save_file({name: (total / tokens).cpu().contiguous() for name, total in sums.items()}, temporary)

@@ -1,6 +1,7 @@
 """A dense model on disk, read layer by layer under the names that its stock class uses."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from rrtc.init.norms import Fold, apply_folds
 from rrtc.model.modeling_rrt import find_layers, matrices_of
 from rrtc.model.skeleton import stock_model
 from rrtc.source import Source
+
+BLOCK_NUMBERS = 8_000_000  # of a table, at a time
 
 
 class DenseModel:
@@ -82,12 +85,16 @@ class DenseModel:
         copies = {n for n, source in self._stock.get_expanded_tied_weights_keys().items() if source in self._disk_names}
         return [n for n in self._disk_names if not n.startswith(self._layer_prefix) and n not in copies]
 
-    def read(self, name: str) -> Tensor:
-        """The tensor of that model name, in float32."""
-        return self.weights.read(self._disk_names[name])
+    def blocks(self, name: str, dtype: torch.dtype) -> Iterator[Tensor]:
+        """The tensor of that model name in `dtype`, as blocks of its rows: a table can be larger than a layer."""
+        on_disk = self._disk_names[name]
+        rows, *others = self.weights.shape(on_disk)
+        at_once = max(1, BLOCK_NUMBERS // math.prod(others))
+        for start in range(0, rows, at_once):
+            yield self.weights.read(on_disk, slice(start, start + at_once)).to(dtype)
 
     def raw(self, name: str) -> Tensor:
-        """The tensor of that model name as it is stored: a view of the mapped file."""
+        """The tensor of that model name as it is stored: a view of the file, mapped anew at every call."""
         return self.weights.raw(self._disk_names[name])
 
     def paths(self, number: int) -> list[str]:

@@ -6,7 +6,7 @@ While it runs, NAME.partial/work has, each of them whole where it is there at al
     inputs-3, slopes-3.safetensors   what layer 3 sees, and what the loss feels of it (calibrate.py)
     states-3, gradient-3.safetensors what calibration needs to go on (calibrate.py)
     group-3.pt, group-3-4.pt         the choices there are for these layers (budget.py)
-    slot-3.safetensors               a finished slot, as it will be stored
+    slot-3/                          a finished slot, as it will be stored
 
 It is removed when NAME.partial has become NAME, so that a kill at any moment leaves either work to go on from or a
 whole model, at worst one with a folder `work` that nothing reads.
@@ -15,18 +15,17 @@ whole model, at worst one with a folder `work` that nothing reads.
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import yaml
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from rrtc import __version__, measure
-from rrtc.checkpoint import check_fits, check_target, partial_of
+from rrtc.checkpoint import ShardWriter, Weights, check_target, partial_of
 from rrtc.console import note, warn
 from rrtc.init.calibrate import bytes_on_disk, calibration_windows
 from rrtc.init.dense import DenseModel
@@ -96,32 +95,35 @@ class Job:
 
     def missing_slots(self, plan: Plan) -> list[int]:
         """The numbers of the slots of `plan` that are not finished."""
-        return [number for number in range(len(plan.slots)) if not self._slot_file(number).exists()]
+        return [number for number in range(len(plan.slots)) if not self._slot_folder(number).exists()]
 
-    def save_slot(self, number: int, tensors: dict[str, Tensor], energies: dict[str, tuple[float, float]]) -> None:
-        """Saves `tensors` of slot `number`, by their names in it, as they will be stored, and beside them what
-        `slots.paper_slot` says of its energies. Raises RrtcError where one does not fit the number format."""
-        stored = {}
-        for name, tensor in tensors.items():
-            full = f"{self.dense.parent}.slots.{number}.{name}"
-            stored[full] = tensor.to(getattr(torch, self.dtype)).cpu().contiguous()
-            check_fits(full, stored[full])
-        with whole_file(self._slot_file(number)) as file:
-            save_file(stored, file, metadata={"energies": json.dumps(energies)})
+    def save_slot(self, number: int, slot: Iterable[tuple[str, Tensor]], energies: dict) -> None:
+        """Saves the tensors of slot `number`, by their names in it, as they will be stored, one at a time; and beside
+        them `energies`, which slots.paper_slot adds up as it yields them. Raises RrtcError where a tensor does not fit
+        the number format."""
+        writing = self.work / "writing"
+        shutil.rmtree(writing, ignore_errors=True)
+        writing.mkdir()
+        writer = ShardWriter(writing, sys.maxsize)
+        for name, tensor in slot:
+            writer.add(f"{self.dense.parent}.slots.{number}.{name}", tensor.to(getattr(torch, self.dtype)).cpu())
+        writer.finish()
+        with whole_file(writing / "energies.json") as file:
+            file.write_text(json.dumps(energies), encoding="utf8")
+        writing.rename(self._slot_folder(number))
 
     def slot(self, number: int) -> Iterator[tuple[str, Tensor]]:
         """(full name, tensor) of the finished slot `number`."""
-        with safe_open(self._slot_file(number), "pt") as file:
-            for name in sorted(file.keys()):
-                yield name, file.get_tensor(name)
+        weights = Weights(self._slot_folder(number))
+        for name in weights:
+            yield name, weights.raw(name)
 
     def slot_energies(self, number: int) -> dict[str, tuple[float, float]]:
         """What was saved beside the tensors of slot `number`."""
-        with safe_open(self._slot_file(number), "pt") as file:
-            return json.loads(file.metadata()["energies"])
+        return json.loads((self._slot_folder(number) / "energies.json").read_text(encoding="utf8"))
 
-    def _slot_file(self, number: int) -> Path:
-        return self.work / f"slot-{number}.safetensors"
+    def _slot_folder(self, number: int) -> Path:
+        return self.work / f"slot-{number}"
 
 
 def prepare(model: str, target: Path, recipe: Recipe) -> Job:
@@ -167,7 +169,7 @@ def _folds(source: Source, recipe: Recipe) -> list[Fold]:
 def can_resume(target: Path) -> bool:
     """Whether an interrupted run into `target` has finished something: a layer's calibration, or a slot."""
     work = partial_of(target) / WORK
-    finished = [*work.glob("inputs-*.safetensors"), *work.glob("slot-*.safetensors")]
+    finished = [*work.glob("inputs-*.safetensors"), *work.glob("slot-*")]
     return (work / "job.yaml").exists() and bool(finished)
 
 

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rrtc.init.moments import Moment
 from rrtc.init.tie import zero_product
-from rrtc.init.whiten import Moment, Seen, costs_by_rank, spectrum
+from rrtc.init.whiten import Seen, costs_by_rank, spectrum
 
 SWEEPS = 8  # of the alternation for three visits and more; the gain of further ones is below a per cent
 
@@ -56,7 +57,7 @@ def joint(group: list[Seen], rank: int) -> Joint:
         empty = [(s.weight.new_zeros(len(s.weight), 0), s.weight.new_zeros(0, s.weight.shape[1])) for s in group]
         return Joint(_weighted_mean(group, [seen.weight for seen in group]), empty)
     if len(group) == 2:
-        difference = spectrum(*_difference(group), slopes)
+        difference = spectrum(*_difference(group), slopes, 2 * rank)
         # Every other component, so that both visits get as much of the large ones.
         first = difference.factors(slice(0, 2 * rank, 2))
         b, a = difference.factors(slice(1, 2 * rank, 2))
@@ -64,7 +65,8 @@ def joint(group: list[Seen], rank: int) -> Joint:
     else:
         shared, factors = _weighted_mean(group, [seen.weight for seen in group]), []
         for _ in range(SWEEPS):
-            factors = [spectrum(seen.weight - shared, seen.inputs, slopes).factors(slice(0, rank)) for seen in group]
+            found = (spectrum(seen.weight - shared, seen.inputs, slopes, rank) for seen in group)
+            factors = [components.factors(slice(0, rank)) for components in found]
             shared = _shared(group, factors)
     return Joint(_shared(group, factors), factors)
 
@@ -72,9 +74,7 @@ def joint(group: list[Seen], rank: int) -> Joint:
 def _difference(group: list[Seen]) -> tuple[Tensor, Moment]:
     """(W_1 - W_2, the parallel sum of the moments of their inputs)."""
     first, second = group
-    c1, c2 = first.inputs.matrix.double(), second.inputs.matrix.double()
-    parallel = c1 @ torch.linalg.solve(c1 + c2, c2)
-    return first.weight - second.weight, Moment((parallel + parallel.T).float() / 2)
+    return first.weight - second.weight, Moment.parallel(first.inputs, second.inputs)
 
 
 def _padded(b: Tensor, a: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -89,6 +89,6 @@ def _shared(group: list[Seen], factors: list[tuple[Tensor, Tensor]]) -> Tensor:
 
 def _weighted_mean(group: list[Seen], matrices: list[Tensor]) -> Tensor:
     """(sum of M_b C_b) (sum of C_b)^-1"""
-    moments = [seen.inputs.matrix.double() for seen in group]
-    products = sum(matrix.double() @ moment for matrix, moment in zip(matrices, moments, strict=True))
-    return torch.linalg.solve(sum(moments), products.T).T.float()  # the sum of moments is symmetric
+    pairs = zip(group, matrices, strict=True)
+    products = sum(seen.inputs.times(matrix.T.double()) for seen, matrix in pairs) / len(group)
+    return Moment.pooled([seen.inputs for seen in group]).solve(products).T.float()

@@ -13,8 +13,9 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from rrtc.init.moments import Moment
 from rrtc.init.trial import Trial
-from rrtc.init.whiten import Moment, Seen
+from rrtc.init.whiten import Seen
 from rrtc.model.modeling_rrt import matrices_of, matrix_shape
 
 STEPS = 96  # neurons are removed in so many steps, after each of which the others are weighed again
@@ -78,8 +79,8 @@ def _can_leave(trial: Trial, neurons: Neurons, kept: Tensor) -> bool:
 
 
 def reordered(layer: dict[str, Tensor], neurons: Neurons, index: Tensor, signs: Tensor | None = None) -> dict:
-    """The tensors of one layer with the neurons of `index` only, in its order, each times its sign. Matrices are
-    (outputs, inputs); the input is left as it is."""
+    """The tensors of one layer, or some of them, with the neurons of `index` only, in its order, each times its sign.
+    Matrices are (outputs, inputs); the input is left as it is."""
     result = dict(layer)
     for producer in neurons.producers:
         turns = signs if producer in neurons.signed else None
@@ -89,15 +90,18 @@ def reordered(layer: dict[str, Tensor], neurons: Neurons, index: Tensor, signs: 
                 if turns is not None:
                     parts = parts * turns.view(1, -1, *[1] * (parts.dim() - 2))
                 result[name] = parts.flatten(0, 1)
-    columns = layer[f"{neurons.reader}.weight"][:, index]
-    result[f"{neurons.reader}.weight"] = columns if signs is None or not neurons.signed else columns * signs
+    name = f"{neurons.reader}.weight"
+    if name in layer:
+        columns = layer[name][:, index]
+        result[name] = columns if signs is None or not neurons.signed else columns * signs
     return result
 
 
 def reordered_seen(seen: dict[str, Seen], neurons: Neurons, index: Tensor, signs: Tensor | None = None) -> dict:
-    """As `reordered`, with the moments of the neurons' activations and slopes: how the matrices are then seen."""
-    weights = reordered({f"{name}.weight": one.weight for name, one in seen.items()}, neurons, index, signs)
-    result = dict(seen)
+    """As `reordered`, of the neurons' matrices alone, with the moments of their activations and slopes: how these
+    matrices are then seen."""
+    weights = reordered({f"{name}.weight": seen[name].weight for name in neurons.matrices}, neurons, index, signs)
+    result = {}
     for name in neurons.producers:
         parts = len(seen[name].weight) // neurons.width
         rows = torch.cat([index + part * neurons.width for part in range(parts)])
@@ -186,22 +190,19 @@ def removal(readers: list[Seen]) -> Removal:
     """
     width = readers[0].weight.shape[1]
     step = max(1, width // STEPS)
-    states = [(torch.linalg.inv(s.inputs.matrix.double()), s.slopes.root_times(s.weight).double()) for s in readers]
+    states = [(s.inputs.inverse(), s.slopes.root_times(s.weight).double()) for s in readers]
     gone = torch.zeros(width, dtype=torch.bool, device=readers[0].weight.device)
     order, removed, costs = [], [0], [0.0]
     while removed[-1] + step <= width - max(1, width // 4):
-        needed = sum(columns.square().sum(0) / inverse.diagonal() for inverse, columns in states)
+        needed = sum(columns.square().sum(0) / inverse.diagonal for inverse, columns in states)
         chosen = needed.masked_fill(gone, torch.inf).topk(step, largest=False).indices
         cost = costs[-1]
         for inverse, columns in states:
-            schur = torch.linalg.inv(inverse[chosen][:, chosen])
+            schur, rows = inverse.remove(chosen)
             lost = columns[:, chosen]
             cost += 0.5 * (lost @ schur * lost).sum().item()
-            columns -= lost @ schur @ inverse[chosen]
-            inverse -= inverse[:, chosen] @ schur @ inverse[chosen]
+            columns.addmm_(lost, schur @ rows, alpha=-1)
             columns[:, chosen] = 0
-            inverse[chosen], inverse[:, chosen] = 0, 0
-            inverse[chosen, chosen] = 1
         gone[chosen] = True
         order.append(chosen)
         removed.append(removed[-1] + step)
@@ -215,6 +216,5 @@ def refitted(reader: Seen, kept: Tensor) -> Tensor:
 
     W C_:K (C_KK)^-1 minimises E |W x - V x_K|^2, in every metric of the outputs.
     """
-    moment = reader.inputs.matrix.double()
-    products = reader.weight.double() @ moment[:, kept]
-    return torch.linalg.solve(moment[kept][:, kept], products.T).T.float()
+    products = reader.inputs.times(reader.weight.T.double())[kept]
+    return reader.inputs.of(kept).solve(products).T.float()

@@ -4,7 +4,7 @@
 that the plan chose. Both yield (name within the slot, float32 tensor).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from rrtc.init.joint import joint
 from rrtc.init.neurons import Neurons, align, narrowed, removal, reordered, reordered_seen
 from rrtc.init.tie import Tied, tie
 from rrtc.init.whiten import Seen
-from rrtc.plan import Plan, Visit
+from rrtc.plan import Matrix, Plan, Visit
 from rrtc.recipe import InitRecipe
 
 Layers = dict[int, dict[str, Tensor]]  # the tensors of layers by their paths, norms folded, matrices (outputs, inputs)
@@ -45,42 +45,55 @@ def paper_slot(
 
 
 def joint_slot(
-    plan: Plan, visits: list[Visit], layers: Layers, seen: dict[int, dict[str, Seen]], neurons: list[Neurons]
+    plan: Plan, visits: list[Visit], layers: Layers, seen: dict[int, Mapping[str, Seen]], neurons: list[Neurons]
 ) -> Named:
-    """A slot whose shared matrices and factors are chosen together. seen: for each layer how its matrices are seen."""
-    layers, seen = dict(layers), dict(seen)
+    """A slot whose shared matrices and factors are chosen together. seen: for each layer how its matrices are seen, of
+    which one matrix, or those of one FFN, are asked for at a time. The FFNs' are taken out of `layers`."""
+    matrices = {matrix.name: matrix for matrix in plan.matrices(visits[0])}
+    inside = {name for inner in neurons for name in inner.matrices}
+    for name in [name for name in matrices if name not in inside]:
+        yield from _joint_matrix(visits, matrices[name], {v.layer: seen[v.layer][name] for v in visits})
     for inner in neurons:
-        _line_up(plan, visits, layers, seen, inner)
-    for matrix in plan.matrices(visits[0]):
-        tied = [visit for visit in visits if visit.form(matrix) == "tied"]
-        if len(tied) == 1:  # at rank 0, the layer's own
-            yield f"shared.{matrix.name}.weight", seen[tied[0].layer][matrix.name].weight
-        elif tied:
-            rank = tied[0].ranks[matrix.name]
-            found = joint([seen[visit.layer][matrix.name] for visit in tied], rank)
-            yield f"shared.{matrix.name}.weight", found.shared
-            for visit, factors in zip(tied, found.factors, strict=True):
-                if rank:
-                    yield from _factors(visit, matrix.name, factors)
-        for visit in visits:
-            one = seen[visit.layer][matrix.name]
-            if visit.form(matrix) == "own":
-                yield f"loops.{visit.loop}.{matrix.name}.weight", one.weight
-            elif visit.form(matrix) == "low_rank":
-                factors = one.spectrum().factors(slice(0, visit.ranks[matrix.name]))
-                yield from _factors(visit, matrix.name, factors)
+        ffns = {v.layer: {name: seen[v.layer][name] for name in inner.matrices} for v in visits}
+        for layer in ffns:
+            for name in inner.matrices:
+                del layers[layer][f"{name}.weight"]
+        _line_up(plan, visits, layers, ffns, inner)
+        for name in inner.matrices:
+            yield from _joint_matrix(visits, matrices[name], {layer: ffn.pop(name) for layer, ffn in ffns.items()})
     yield from _vectors(plan, visits, layers, [visit.layer for visit in visits])
 
 
-def _line_up(plan: Plan, visits: list[Visit], layers: Layers, seen: dict[int, dict[str, Seen]], inner: Neurons) -> None:
-    """Puts the neurons of tied layers in one order and takes out those that the plan leaves out, in place."""
+def _joint_matrix(visits: list[Visit], matrix: Matrix, seen: dict[int, Seen]) -> Named:
+    """One matrix of a slot: W' where visits tie it, and what each visit has of its own. seen: by layer."""
+    tied = [visit for visit in visits if visit.form(matrix) == "tied"]
+    if len(tied) == 1:  # at rank 0, the layer's own
+        yield f"shared.{matrix.name}.weight", seen[tied[0].layer].weight
+    elif tied:
+        rank = tied[0].ranks[matrix.name]
+        found = joint([seen[visit.layer] for visit in tied], rank)
+        yield f"shared.{matrix.name}.weight", found.shared
+        for visit, factors in zip(tied, found.factors, strict=True):
+            if rank:
+                yield from _factors(visit, matrix.name, factors)
+    for visit in visits:
+        rank, one = visit.ranks[matrix.name], seen[visit.layer]
+        if visit.form(matrix) == "own":
+            yield f"loops.{visit.loop}.{matrix.name}.weight", one.weight
+        elif visit.form(matrix) == "low_rank":
+            yield from _factors(visit, matrix.name, one.spectrum(rank).factors(slice(0, rank)))
+
+
+def _line_up(plan: Plan, visits: list[Visit], layers: Layers, ffns: dict[int, dict[str, Seen]], inner: Neurons) -> None:
+    """Puts the neurons of tied layers in one order and takes out those that the plan leaves out, in place. ffns: for
+    each layer how the matrices of `inner` are seen. Of `layers`, the biases are concerned."""
     reader = next(m for m in plan.matrices(visits[0]) if m.name == inner.reader)
     matrices = [m for m in plan.matrices(visits[0]) if m.name in inner.matrices]
     tied = [v.layer for v in visits if any(v.form(m) == "tied" for m in matrices)]
     for layer in tied[1:]:
-        index, signs = align(seen[tied[0]], seen[layer], inner)
-        seen[layer] = reordered_seen(seen[layer], inner, index, signs)
-        layers[layer] = reordered(layers[layer], inner, index, signs)
+        index, signs = align(ffns[tied[0]], ffns[layer], inner)
+        ffns[layer] = reordered_seen(ffns[layer], inner, index, signs)
+        layers[layer] |= reordered(_vectors_of(layers[layer]), inner, index, signs)
     groups = [tied] if tied else []
     groups += [[visit.layer] for visit in visits if visit.layer not in tied]
     width_of = {visit.layer: visit.shape(reader)[0] for visit in visits}
@@ -88,11 +101,15 @@ def _line_up(plan: Plan, visits: list[Visit], layers: Layers, seen: dict[int, di
         width = width_of[group[0]]
         if width == inner.width:
             continue
-        gone = removal([seen[layer][inner.reader] for layer in group])
+        gone = removal([ffns[layer][inner.reader] for layer in group])
         kept = gone.kept(gone.removed.index(inner.width - width))
         for layer in group:
-            layers[layer] = reordered(layers[layer], inner, kept)
-            seen[layer] = narrowed(seen[layer], inner, kept)
+            layers[layer] |= reordered(_vectors_of(layers[layer]), inner, kept)
+            ffns[layer] = narrowed(ffns[layer], inner, kept)
+
+
+def _vectors_of(layer: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in layer.items() if tensor.dim() == 1}
 
 
 def _factors(visit: Visit, matrix: str, factors: tuple[Tensor, Tensor]) -> Named:

@@ -5,7 +5,7 @@ What is finished waits in NAME.partial/work (job.py), so that an interrupted run
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -42,8 +42,8 @@ from rrtc.resume import check_incomplete
 from rrtc.source import find_model
 from rrtc.text import Windows
 
-# A slot: its tensors by their names in it, float32, and its energies (slots.paper_slot).
-Slot = tuple[dict[str, Tensor], dict[str, tuple[float, float]]]
+# A slot: its tensors and their names in it, float32, and its energies, which fill as they come (slots.paper_slot).
+Slot = tuple[Iterator[tuple[str, Tensor]], dict[str, tuple[float, float]]]
 
 
 def dry_run(model: str, recipe: Recipe) -> dict:
@@ -143,7 +143,7 @@ def _tie_as_in_paper(job: Job) -> tuple[Plan, dict]:
         visits, energies = plan.slots[k], {}
         wanted = {visit.layer for visit in visits} | set(sources[k])
         layers = {number: job.dense.layer(number, measure.device()) for number in wanted}
-        return dict(paper_slot(plan, visits, layers, sources[k], job.recipe.init, dtype, energies)), energies
+        return paper_slot(plan, visits, layers, sources[k], job.recipe.init, dtype, energies), energies
 
     _make_slots(job, plan, make)
     totals: dict[str, tuple[float, float]] = {}
@@ -176,7 +176,7 @@ def _tie_jointly(job: Job) -> tuple[Plan, dict]:
     def make(k: int) -> Slot:
         layers = {visit.layer: dense.layer(visit.layer, device) for visit in plan.slots[k]}
         seen = {number: calibration.seen(number, tensors) for number, tensors in layers.items()}
-        return dict(joint_slot(plan, plan.slots[k], layers, seen, neurons)), {}
+        return joint_slot(plan, plan.slots[k], layers, seen, neurons), {}
 
     _make_slots(job, plan, make)
     return plan, {"predicted_excess": predicted and round(predicted, 4)}
@@ -187,9 +187,7 @@ def _make_slots(job: Job, plan: Plan, make: Callable[[int], Slot]) -> None:
     missing = job.missing_slots(plan)
     with progress("Tying slots", len(plan.slots), len(plan.slots) - len(missing)) as advance:
         for k in missing:
-            tensors, energies = make(k)
-            job.save_slot(k, tensors, energies)
-            del tensors  # before the next slot is made
+            job.save_slot(k, *make(k))
             advance()
 
 
@@ -201,7 +199,7 @@ def _write(job: Job, plan: Plan, folder: Path, shard_bytes: int) -> dict:
         for name, tensor in job.slot(k):
             writer.add(name, tensor)
     for name in job.dense.others():
-        writer.add(name, job.dense.read(name).to(getattr(torch, job.dtype)))
+        writer.add_blocks(name, job.dense.blocks(name, getattr(torch, job.dtype)))
     writer.finish()
     made = RrtConfig(base_config=config, visits=[asdict(visit) for visit in plan.visits], norms=plan.norms)
     made.architectures, made.dtype = ["RrtForCausalLM"], job.dtype

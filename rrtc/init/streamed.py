@@ -37,7 +37,7 @@ class StreamedModel:
     """The model of `config` without its decoder layers' weights, which `run_layer` is given.
 
     read(name) is the tensor of that name in the stock model, in any number format. It is asked for a table again at
-    every use, so it should answer with a view of a memory-mapped file. `device` is where batches are computed.
+    every use of some of its rows, so it should answer with a view of a file. `device` is where batches are computed.
     `groups[number]` says which matrices of that layer read the same input, in the order in which they run.
     Raises RrtcError for a model whose layers need the tokens, or that has no head.
     """

@@ -1,0 +1,175 @@
+"""The forms of a second moment against the matrix written out, and truncations of low rank against the full SVD."""
+
+import pytest
+import torch
+
+from rrtc.init.joint import joint, joint_costs
+from rrtc.init.moments import FullMoment, Moment, SampledMoment
+from rrtc.init.neurons import Neurons, align, narrowed, refitted, removal, reordered_seen
+from rrtc.init.tie import truncated_svd
+from rrtc.init.whiten import Seen, costs_by_rank, spectrum
+
+TOKENS, SIZE = 9, 24
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def sampled(size: int = SIZE, tokens: int = TOKENS, seed: int = 0) -> SampledMoment:
+    """Of few correlated inputs of unequal size, one token twice."""
+    rows = normal(tokens, size, seed=seed) * torch.linspace(0.2, 3, size)
+    rows[-1] = rows[0]
+    moment = Moment.estimated(rows, tokens)
+    assert isinstance(moment, SampledMoment)
+    return moment
+
+
+def close(found: torch.Tensor, expected: torch.Tensor, relative: float = 1e-5) -> bool:
+    return (found - expected).norm().item() <= relative * expected.norm().item()
+
+
+def test_samples_and_their_mean_are_shrunk_alike():
+    rows = normal(TOKENS, SIZE) * torch.linspace(0.2, 3, SIZE)
+    few, full = Moment.estimated(rows, TOKENS), Moment.estimated(rows.T @ rows / TOKENS, TOKENS)
+    assert isinstance(few, SampledMoment) and isinstance(full, FullMoment)
+    assert close(few.full().matrix, full.matrix, 1e-6)
+    square = normal(SIZE, SIZE)
+    assert isinstance(Moment.estimated(square.T @ square / SIZE, SIZE), FullMoment)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("operation", ["times", "root_times", "inverse_root_times", "solve"])
+def test_every_product_is_that_of_the_matrix(operation, dtype):
+    moment, x = sampled(), normal(SIZE, 5, seed=1).to(dtype)
+    found = getattr(moment, operation)(x)
+    assert found.dtype == (torch.float64 if operation == "solve" else dtype)
+    assert close(found, getattr(moment.full(), operation)(x))
+    values, vectors = torch.linalg.eigh(moment.full().matrix.double())
+    power = {"times": 1, "root_times": 0.5, "inverse_root_times": -0.5, "solve": -1}[operation]
+    assert close(found.double(), vectors * values**power @ vectors.T @ x.double())
+
+
+def test_diagonal_and_parts():
+    moment, full = sampled(), sampled().full()
+    assert close(moment.diagonal, full.diagonal)
+    index = torch.tensor([20, 3, 7, 1, 2, 9, 11, 15, 14, 23, 0])
+    signs = torch.where(torch.arange(len(index)) % 3 == 0, -1.0, 1.0)
+    part = moment.of(index, signs)
+    assert isinstance(part, SampledMoment) and close(part.full().matrix, full.of(index, signs).matrix)
+    fewer = moment.of(index[:5])  # than tokens: the matrix is smaller
+    assert isinstance(fewer, FullMoment) and close(fewer.matrix, full.of(index[:5]).matrix)
+
+
+@pytest.mark.parametrize("combine", [lambda a, b: Moment.pooled([a, b]), Moment.parallel], ids=["mean", "parallel sum"])
+def test_two_moments_together(combine):
+    one, other = sampled(seed=1), sampled(seed=2)
+    found, expected = combine(one, other), combine(one.full(), other.full())
+    assert isinstance(found, SampledMoment) and isinstance(expected, FullMoment)
+    assert close(found.full().matrix, expected.matrix)
+    one, other = sampled(tokens=14, seed=1), sampled(tokens=14, seed=2)  # together more than the size
+    found, expected = combine(one, other), combine(one.full(), other.full())
+    assert isinstance(found, FullMoment) and close(found.matrix, expected.matrix)
+
+
+def test_the_parallel_sum_is_that_of_the_inverses():
+    one, other = sampled(seed=1).full(), sampled(seed=2).full()
+    inverses = [moment.matrix.double().inverse() for moment in (one, other)]
+    assert close(Moment.parallel(one, other).matrix.double(), sum(inverses).inverse())
+
+
+def test_what_is_left_of_an_inverse_is_that_of_the_others():
+    moment = sampled()
+    few, full = moment.inverse(), moment.full().inverse()
+    left = torch.ones(SIZE, dtype=torch.bool)
+    for chosen in ([3, 17], [0, 5, 20], [1]):
+        index = torch.tensor(chosen)
+        for one, other in zip(few.remove(index), full.remove(index), strict=True):
+            assert close(one, other)
+        left[index] = False
+        matrix = moment.full().matrix.double()[left][:, left]
+        for inverse in (few, full):
+            assert close(inverse.diagonal[left], matrix.inverse().diagonal())
+            assert torch.equal(inverse.diagonal[~left], torch.ones(int((~left).sum())))
+
+
+def views(seed: int, form) -> dict[str, Seen]:
+    """How an FFN's matrices are seen, moments in the form that `form` gives them."""
+    inputs, moment = form(sampled(10, 6, seed)), Moment.estimated(normal(24, seed=seed + 5).square(), TOKENS)
+    return {
+        "up": Seen(normal(24, 10, seed=seed + 1), inputs, moment),
+        "down": Seen(normal(10, 24, seed=seed + 2), form(sampled(24, 9, seed + 3)), form(sampled(10, 6, seed + 4))),
+    }
+
+
+FORMS = (lambda moment: moment, lambda moment: moment.full())
+
+
+@pytest.mark.parametrize("shape", [(16, 24), (24, 16)])
+def test_spectra_and_costs_are_those_of_full_moments(shape):
+    weight, inputs, slopes = normal(*shape), sampled(shape[1], seed=3), sampled(shape[0], seed=4)
+    assert close(costs_by_rank(weight, inputs, slopes), costs_by_rank(weight, inputs.full(), slopes.full()))
+    few, full = (
+        spectrum(weight, *m, 5).factors(slice(0, 5)) for m in ((inputs, slopes), (inputs.full(), slopes.full()))
+    )
+    assert close(few[0] @ few[1], full[0] @ full[1], 1e-4)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("rank", [0, 3])
+def test_joint_is_that_of_full_moments(count, rank):
+    few, full = ([views(20 * i, form)["down"] for i in range(count)] for form in FORMS)
+    assert close(joint_costs(few), joint_costs(full))
+    found, expected = joint(few, rank), joint(full, rank)
+    assert close(found.shared, expected.shared, 1e-4)
+    for (b, a), (c, d) in zip(found.factors, expected.factors, strict=True):
+        assert rank == 0 or close(b @ a, c @ d, 1e-3)
+    assert found.cost(few) == pytest.approx(expected.cost(full), rel=1e-5)
+
+
+def test_neurons_are_lined_up_and_removed_as_with_full_moments():
+    inner = Neurons("down", ("up",), ("up",), 24)
+    found = []
+    for form in FORMS:
+        first, second = views(0, form), views(50, form)
+        index, signs = align(first, second, inner)
+        turned = reordered_seen(second, inner, index, signs)
+        gone = removal([first["down"], turned["down"]])
+        kept = gone.kept(9)
+        found.append((index, signs, gone.order, gone.costs, refitted(turned["down"], kept)))
+        assert not narrowed(first, inner, kept)["down"].weight.isnan().any()
+    for one, other in zip(*found, strict=True):
+        assert close(one.double(), other.double())
+
+
+# Truncations
+
+
+@pytest.mark.parametrize("shape", [(300, 500), (500, 300), (400, 400)])
+@pytest.mark.parametrize("kind", ["flat", "slow", "fast", "outliers", "of low rank"])
+@pytest.mark.parametrize("rank", [4, 32, 100])
+def test_a_truncation_loses_at_most_a_per_cent_more_than_the_best(shape, kind, rank):
+    flat = normal(*shape)
+    u, s, v = torch.linalg.svd(flat.double(), full_matrices=False)
+    place = torch.arange(1, len(s) + 1)
+    values = {
+        "flat": s, "slow": place**-0.5, "fast": place**-1.0, "of low rank": (place <= 20) * s,
+        "outliers": torch.cat([1000 * s[:1], 100 * s[:1], s[2:]]),
+    }[kind]  # fmt: skip
+    matrix = ((u * values) @ v).float()
+    b, a = truncated_svd(matrix, rank)
+    best = values[rank:].square().sum().sqrt().item()
+    assert (matrix.double() - b.double() @ a.double()).norm().item() <= 1.01 * best + 1e-5 * s[0].item()
+    assert all(torch.equal(one, other) for one, other in zip(truncated_svd(matrix, rank), (b, a), strict=True))
+
+
+@pytest.mark.parametrize("form", FORMS, ids=["sampled", "full"])
+@pytest.mark.parametrize("shape", [(300, 500), (500, 300)])
+def test_so_does_one_in_a_whitened_space(shape, form):
+    weight = normal(*shape)
+    inputs, slopes = form(sampled(shape[1], 60, seed=3)), form(sampled(shape[0], 60, seed=4))
+    costs = costs_by_rank(weight, inputs, slopes)
+    for rank in (4, 60):
+        b, a = spectrum(weight, inputs, slopes, rank).factors(slice(0, rank))
+        # The cost is the square of the error.
+        assert Seen(weight, inputs, slopes).cost(weight - b @ a) <= 1.01**2 * costs[rank].item()
