@@ -19,9 +19,10 @@ from torch import Tensor
 from rrtc.checkpoint import ShardWriter, copy_companions, whole_folder, write_provenance
 from rrtc.init.calibrate import calibration_windows
 from rrtc.init.dense import DenseModel
+from rrtc.init.moments import DiagonalMoment, Moment
 from rrtc.init.slots import joint_slot
 from rrtc.init.streamed import StreamedModel
-from rrtc.init.whiten import Moment, Seen
+from rrtc.init.whiten import Seen
 from rrtc.measure import device
 from rrtc.model import RrtConfig
 from rrtc.model.skeleton import read_architecture
@@ -68,7 +69,7 @@ def layers_seen(dense: DenseModel, ids: Tensor) -> Iterator[tuple[dict[str, Tens
             moment = Moment.estimated(total / ids.numel(), ids.numel())
             for name in names:
                 weight = tensors[f"{name}.weight"]
-                seen[name] = Seen(weight, moment, Moment(torch.ones(len(weight), device=weight.device)))
+                seen[name] = Seen(weight, moment, DiagonalMoment(torch.ones(len(weight), device=weight.device)))
         yield tensors, seen
 
 
@@ -86,7 +87,7 @@ def whitened_svd(recipe: Recipe, output: Path) -> Plan:
             for name, tensor in joint_slot(plan, [visit], {visit.layer: tensors}, {visit.layer: seen}, []):
                 writer.add(f"{dense.parent}.slots.{visit.slot}.{name}", tensor.to(dtype).cpu())
         for name in dense.others():
-            writer.add(name, dense.read(name).to(dtype))
+            writer.add_blocks(name, dense.blocks(name, dtype))
         writer.finish()
         made = RrtConfig(base_config=config, visits=[asdict(visit) for visit in plan.visits], norms=plan.norms)
         made.architectures, made.dtype = ["RrtForCausalLM"], dense.weights.dtype

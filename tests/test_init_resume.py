@@ -136,7 +136,8 @@ def test_killed_again_and_again_it_comes_to_the_same_end(killed, case):
 def test_what_is_finished_is_not_done_again(dense, whole, tmp_path, monkeypatch, name):
     target, work = tmp_path / "out", tmp_path / "out.partial" / "work"
     interrupted_before(name, monkeypatch, lambda: init(str(dense("llama")), str(target), asked(**BUDGET)))
-    before = {p: (p.stat().st_ino, p.stat().st_mtime_ns) for p in work.iterdir() if p.suffix != ".tmp" and p.name != "writing"}
+    finished = [p for p in work.iterdir() if p.suffix != ".tmp" and p.name != "writing"]
+    before = {p: (p.stat().st_ino, p.stat().st_mtime_ns) for p in finished}
     assert len(before) > 6
     interrupted_before("out", monkeypatch, lambda: init(str(dense("llama")), str(target), asked(**BUDGET), resume=True))
     for path, was in before.items():
