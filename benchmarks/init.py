@@ -9,7 +9,6 @@ title names a rank:
     paper          the paper's Average + SVD, tied in a cycle
     middle-cycle   joint initialisation, tied in a cycle with one layer kept at each end
     auto           joint initialisation, and rrtc chooses what to tie and what to narrow
-    auto-repair    the same with repair, in versions of rrtc that have it
     whitened-svd   nothing tied: activation-whitened SVD of every matrix (whitened_svd.py)
     average        layers l and l + L/2 averaged and looped, without LoRA: the weights of the next row, run twice
     mergekit       the same average by mergekit: a dense model of half the layers; not trained
@@ -46,13 +45,11 @@ from statistics import mean
 import yaml
 
 from rrtc import console
-from rrtc.recipe import InitRecipe
 
 TITLES = {
     "paper": "paper: Average + SVD",
     "middle-cycle": "joint, middle_cycle",
     "auto": "auto",
-    "auto-repair": "auto, with repair",
     "whitened-svd": "whitened SVD, nothing tied",
     "average": "average, looped, no LoRA",
     "mergekit": "mergekit: layer average",
@@ -160,18 +157,13 @@ def initialisation(args: argparse.Namespace, name: str, folder: Path) -> list[st
     rrtc = [sys.executable, "-m", "rrtc", "init", args.model, "-o", str(folder)]
     at_budget = [*rrtc, "--recipe", str(recipe_file(args))]
     at_rank = [*rrtc, "--measure-tokens", "0", "--sharing", "cycle", "--shared-init", "average", "--rank"]
-    has_repair = "repair_tokens" in InitRecipe.model_fields
     match name:
         case "paper":
             return [*at_budget, "--sharing", "cycle", "--shared-init", "average"]
         case "middle-cycle":
             return [*at_budget, "--sharing", "middle_cycle"]
         case "auto":
-            return [*at_budget, "--sharing", "auto", *(["--repair-tokens", "0"] if has_repair else [])]
-        case "auto-repair":
-            if not has_repair:
-                raise NoResult("skipped, this version of rrtc has no --repair-tokens")
-            return [*at_budget, "--sharing", "auto", "--repair-tokens", str(args.calibrate_tokens)]
+            return [*at_budget, "--sharing", "auto"]
         case "whitened-svd":
             return [sys.executable, str(HERE / "whitened_svd.py"), str(recipe_file(args)), str(folder)]
         case "average":  # as mergekit has it: norms averaged too, and in their places
