@@ -23,6 +23,7 @@ from rrtc.effective import effective_tensor
 from rrtc.init.budget import explain, measure_groups, plan_under_budget
 from rrtc.init.calibrate import bytes_on_disk, calibrate, calibration_windows
 from rrtc.init.dense import DenseModel
+from rrtc.init.memory import return_freed_memory
 from rrtc.init.neurons import find_neurons
 from rrtc.init.norms import Fold, find_folds
 from rrtc.init.slots import joint_slot, paper_slot
@@ -70,6 +71,7 @@ def init(model: str, output: str, recipe: Recipe) -> dict:
     Raises RrtcError or WrongUsage before any work for what can be known in advance.
     """
     started = time.monotonic()
+    return_freed_memory()
     shard_bytes = parse_size(recipe.init.max_shard_size)
     check_target(Path(output))
     source = find_model(model)
