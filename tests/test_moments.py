@@ -39,15 +39,19 @@ def test_samples_and_their_mean_are_shrunk_alike():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("operation", ["times", "root_times", "inverse_root_times", "solve"])
-def test_every_product_is_that_of_the_matrix(operation, dtype):
+def test_products_are_those_of_the_matrix(dtype):
     moment, x = sampled(), normal(SIZE, 5, seed=1).to(dtype)
-    found = getattr(moment, operation)(x)
-    assert found.dtype == (torch.float64 if operation == "solve" else dtype)
-    assert close(found, getattr(moment.full(), operation)(x))
-    values, vectors = torch.linalg.eigh(moment.full().matrix.double())
-    power = {"times": 1, "root_times": 0.5, "inverse_root_times": -0.5, "solve": -1}[operation]
-    assert close(found.double(), vectors * values**power @ vectors.T @ x.double())
+    matrix = moment.full().matrix.double()
+    diagonal = Moment.estimated(matrix.diagonal().float(), TOKENS)
+    for form, whole in ((moment, matrix), (moment.full(), matrix), (diagonal, matrix.diagonal().diag())):
+        assert form.times(x).dtype == form.root_times(x).dtype == form.inverse_root_times(x).dtype == dtype
+        assert close(form.times(x).double(), whole @ x.double())
+        root = form.root_times(torch.eye(SIZE, dtype=dtype))
+        assert close((root.T @ root).double(), whole)
+        assert close(form.root_times(x), root @ x) and close(form.transposed_root_times(x), root.T @ x)
+        assert close(root @ form.inverse_root_times(x), x)
+        if form is not diagonal:
+            assert form.solve(x).dtype == torch.float64 and close(whole @ form.solve(x), x.double())
 
 
 def test_diagonal_and_parts():

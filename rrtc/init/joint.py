@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rrtc.init.moments import Moment
+from rrtc.init.moments import BLOCK, Moment
 from rrtc.init.tie import zero_product
 from rrtc.init.whiten import Seen, costs_by_rank, spectrum
 
@@ -46,7 +46,7 @@ def joint_costs(group: list[Seen]) -> Tensor:
     if len(group) == 2:
         costs = costs_by_rank(*_difference(group), slopes)
         return torch.cat([costs[::2], costs.new_zeros(len(costs) - len(costs[::2]))])
-    shared = _weighted_mean(group, [seen.weight for seen in group])
+    shared = _shared(group)
     return sum(costs_by_rank(seen.weight - shared, seen.inputs, slopes) for seen in group)
 
 
@@ -55,7 +55,7 @@ def joint(group: list[Seen], rank: int) -> Joint:
     slopes = Moment.pooled([seen.slopes for seen in group])
     if rank == 0:
         empty = [(s.weight.new_zeros(len(s.weight), 0), s.weight.new_zeros(0, s.weight.shape[1])) for s in group]
-        return Joint(_weighted_mean(group, [seen.weight for seen in group]), empty)
+        return Joint(_shared(group), empty)
     if len(group) == 2:
         difference = spectrum(*_difference(group), slopes, 2 * rank)
         # Every other component, so that both visits get as much of the large ones.
@@ -63,7 +63,7 @@ def joint(group: list[Seen], rank: int) -> Joint:
         b, a = difference.factors(slice(1, 2 * rank, 2))
         factors = [_padded(*first, rank), _padded(-b, a, rank)]
     else:
-        shared, factors = _weighted_mean(group, [seen.weight for seen in group]), []
+        shared, factors = _shared(group), []
         for _ in range(SWEEPS):
             found = (spectrum(seen.weight - shared, seen.inputs, slopes, rank) for seen in group)
             factors = [components.factors(slice(0, rank)) for components in found]
@@ -83,12 +83,16 @@ def _padded(b: Tensor, a: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return torch.cat([b, zero], dim=1), torch.cat([a, free])
 
 
-def _shared(group: list[Seen], factors: list[tuple[Tensor, Tensor]]) -> Tensor:
-    return _weighted_mean(group, [seen.weight - b @ a for seen, (b, a) in zip(group, factors, strict=True)])
-
-
-def _weighted_mean(group: list[Seen], matrices: list[Tensor]) -> Tensor:
-    """(sum of M_b C_b) (sum of C_b)^-1"""
-    pairs = zip(group, matrices, strict=True)
-    products = sum(seen.inputs.times(matrix.T.double()) for seen, matrix in pairs) / len(group)
-    return Moment.pooled([seen.inputs for seen in group]).solve(products).T.float()
+def _shared(group: list[Seen], factors: list[tuple[Tensor, Tensor]] | None = None) -> Tensor:
+    """The best W' for given factors, (sum of M_b C_b) (sum of C_b)^-1 with M_b = W_b - B_b A_b; some rows at a time."""
+    pooled, shared = Moment.pooled([seen.inputs for seen in group]), torch.empty_like(group[0].weight)
+    for start in range(0, len(shared), BLOCK):
+        rows, products = slice(start, start + BLOCK), 0
+        for number, seen in enumerate(group):
+            weight = seen.weight[rows].double()
+            if factors is not None:
+                b, a = factors[number]
+                weight -= b[rows] @ a
+            products = products + seen.inputs.times(weight.T) / len(group)
+        shared[rows] = pooled.solve(products).T
+    return shared

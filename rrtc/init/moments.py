@@ -5,8 +5,8 @@
                     is used for is worked out on the side of the tokens, and no (size, size) matrix is made
     DiagonalMoment  the diagonal, where no more is known
 
-All are symmetric and positive definite. f(level I + X^T X) = f(level) I + X^T U ((f(level + s) - f(level)) / s) U^T X,
-where X X^T = U diag(s) U^T.
+All are symmetric and positive definite. With X X^T = U diag(s) U^T, a function of a sampled one is
+f(level I + X^T X) = f(level) I + X^T U diag((f(level + s) - f(level)) / s) U^T X.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,16 +15,20 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-BLOCK = 1024  # rows or columns that are turned to float64 at a time
+BLOCK = 512  # rows or columns that are turned to float64 at a time
 
 
 class Moment:
     """What the three forms have in common. Matrices that read the same input share one, so that it is taken apart once.
 
-    Every form has: diagonal, (size,); times, root_times, inverse_root_times: M x, M^1/2 x and M^-1/2 x for x (size, n),
-    in the number format of x; of: the moment of some entries, in the order of an index, each times its sign.
-    Full and sampled ones also have: solve: M^-1 x in float64; inverse: for taking entries away (see FullInverse).
+    Every form has: diagonal, (size,); times: M x for x (size, n), in the number format of x; root_times,
+    transposed_root_times and inverse_root_times: likewise R x, R^T x and R^-1 x, for an R with R^T R = M; of: the
+    moment of some entries, in the order of an index, each times its sign. Full and sampled ones also have: solve: M^-1 x
+    in float64; inverse: for taking entries away (see FullInverse).
     """
+
+    def transposed_root_times(self, x: Tensor) -> Tensor:
+        return self.root_times(x)  # the root of two forms is the symmetric one
 
     @staticmethod
     def estimated(gathered: Tensor, samples: int) -> "Moment":
@@ -80,9 +84,8 @@ class FullMoment(Moment):
         self.matrix = matrix
 
     @cached_property
-    def _parts(self) -> tuple[Tensor, Tensor]:
-        values, vectors = torch.linalg.eigh(self.matrix.double())
-        return values.clamp_min(1e-12 * values[-1]), vectors
+    def _factor(self) -> Tensor:
+        return _cholesky(self.matrix.double)
 
     @property
     def diagonal(self) -> Tensor:
@@ -94,18 +97,16 @@ class FullMoment(Moment):
         return torch.cat([rows.to(x.dtype) @ x for rows in self.matrix.split(BLOCK)])
 
     def root_times(self, x: Tensor) -> Tensor:
-        return self._function_times(torch.sqrt, x)
+        return self._factor.T.to(x.dtype) @ x  # a Cholesky factor takes a small part of the symmetric root's time
+
+    def transposed_root_times(self, x: Tensor) -> Tensor:
+        return self._factor.to(x.dtype) @ x
 
     def inverse_root_times(self, x: Tensor) -> Tensor:
-        return self._function_times(torch.rsqrt, x)
-
-    def _function_times(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        values, vectors = self._parts
-        vectors = vectors.to(x.dtype)
-        return vectors @ (function(values).to(x.dtype)[:, None] * (vectors.T @ x))
+        return torch.linalg.solve_triangular(self._factor.T.to(x.dtype), x, upper=True)
 
     def solve(self, x: Tensor) -> Tensor:
-        return torch.cholesky_solve(x.double(), _cholesky(self.matrix.double))
+        return torch.cholesky_solve(x.double(), self._factor)
 
     def of(self, index: Tensor, signs: Tensor | None = None) -> "FullMoment":
         part = self.matrix[index][:, index]
@@ -173,9 +174,20 @@ class SampledMoment(Moment):
         inner = vectors @ (slope(values).to(x.dtype)[:, None] * (vectors.T @ (samples @ x)))
         return at_level * x + samples.T @ inner
 
+    @cached_property
+    def _factor(self) -> Tensor:
+        """Of level I + X X^T."""
+
+        def gram() -> Tensor:
+            square = _square(self.samples)
+            square.diagonal().add_(self.level)
+            return square
+
+        return _cholesky(gram)
+
     def solve(self, x: Tensor) -> Tensor:
-        level = self.level
-        return self._function_times(1 / level, lambda s: -1 / (level * (level + s)), x.double())
+        x, samples = x.double(), self.samples.double()
+        return (x - samples.T @ torch.cholesky_solve(samples @ x, self._factor)) / self.level
 
     def of(self, index: Tensor, signs: Tensor | None = None) -> "SampledMoment | FullMoment":
         part = self.samples[:, index]
@@ -195,7 +207,7 @@ class FullInverse:
     the others, exactly. `diagonal`, (size,), is 1 where an entry is gone."""
 
     def __init__(self, moment: FullMoment):
-        self._inverse = torch.cholesky_inverse(_cholesky(moment.matrix.double))
+        self._inverse = torch.cholesky_inverse(_cholesky(moment.matrix.double))  # not kept by the moment: it is large
 
     @property
     def diagonal(self) -> Tensor:
@@ -216,9 +228,7 @@ class SampledInverse:
 
     def __init__(self, moment: SampledMoment):
         self._level, self._samples = moment.level, moment.samples.double()
-        gram = self._samples @ self._samples.T
-        gram.diagonal().add_(self._level)
-        self._solved = torch.cholesky_solve(self._samples, _cholesky(lambda: gram))
+        self._solved = torch.cholesky_solve(self._samples, moment._factor)
         self.diagonal = (1 - (self._samples * self._solved).sum(0)) / self._level
 
     def remove(self, chosen: Tensor) -> tuple[Tensor, Tensor]:

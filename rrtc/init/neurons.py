@@ -13,7 +13,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from rrtc.init.moments import Moment
+from rrtc.init.moments import BLOCK, Moment
 from rrtc.init.trial import Trial
 from rrtc.init.whiten import Seen
 from rrtc.model.modeling_rrt import matrices_of, matrix_shape
@@ -130,29 +130,36 @@ def align(first: dict[str, Seen], second: dict[str, Seen], neurons: Neurons) -> 
     Likeness is the inner product of rows and columns in the metric of whiten.py, with the diagonal of the neurons' own
     moment; the assignment is the best of all (Hungarian algorithm).
     """
-    unsigned = signed = torch.zeros(neurons.width, neurons.width)
+    terms = []  # likeness is the sum of (rows of the first, scaled) @ (columns of the second); whether signs turn it
     for name in neurons.matrices:
         a, b = first[name], second[name]
+        turned = bool(neurons.signed) and name in (*neurons.signed, neurons.reader)
         if name == neurons.reader:
-            slopes = Moment.pooled([a.slopes, b.slopes])
-            sizes = _sizes(a.inputs)[:, None] * _sizes(b.inputs)
-            likeness = (a.weight.T @ slopes.times(b.weight) * sizes).cpu()
+            columns = Moment.pooled([a.slopes, b.slopes]).times(b.weight).mul_(_sizes(b.inputs))
+            terms.append((turned, a.weight.T, _sizes(a.inputs), columns))
         else:
             inputs = Moment.pooled([a.inputs, b.inputs])
             parts = [m.weight.unflatten(0, (-1, neurons.width)) for m in (a, b)]
             sizes = [_sizes(m.slopes).unflatten(0, (-1, neurons.width)) for m in (a, b)]
-            likeness = sum(
-                (wa @ inputs.times(wb.T) * sa[:, None] * sb).cpu()
-                for wa, wb, sa, sb in zip(*parts, *sizes, strict=True)
-            )
-        if neurons.signed and name in (*neurons.signed, neurons.reader):
-            signed = signed + likeness
-        else:
-            unsigned = unsigned + likeness
-    _, index = linear_sum_assignment((unsigned + signed.abs()).numpy(), maximize=True)
-    index = torch.from_numpy(index)
-    signs = torch.where(signed[torch.arange(neurons.width), index] < 0, -1.0, 1.0)
-    return index.to(first[neurons.reader].weight.device), signs.to(first[neurons.reader].weight.device)
+            for rows, others, size, other_size in zip(*parts, *sizes, strict=True):
+                terms.append((turned, rows, size, inputs.times(others.T).mul_(other_size)))
+
+    def likeness(block: slice, wanted: bool) -> Tensor | int:
+        return sum(
+            rows[block] @ columns * size[block, None] for turned, rows, size, columns in terms if turned is wanted
+        )
+
+    # Filled some rows at a time, negative and in float64, because the assignment would make a copy of anything else.
+    cost = torch.empty(neurons.width, neurons.width, dtype=torch.float64)
+    for start in range(0, neurons.width, BLOCK):
+        block = slice(start, start + BLOCK)
+        cost[block] = -(likeness(block, False) + abs(likeness(block, True)))
+    _, index = linear_sum_assignment(cost.numpy())
+    del cost
+    index = torch.from_numpy(index).to(first[neurons.reader].weight.device)
+    signed = sum((rows * columns[:, index].T).sum(1) for turned, rows, _, columns in terms if turned)
+    signs = torch.ones(neurons.width, device=index.device)
+    return index, signs.masked_fill_(signed < 0, -1) if neurons.signed else signs
 
 
 def _sizes(moment: Moment) -> Tensor:
@@ -216,5 +223,8 @@ def refitted(reader: Seen, kept: Tensor) -> Tensor:
 
     W C_:K (C_KK)^-1 minimises E |W x - V x_K|^2, in every metric of the outputs.
     """
-    products = reader.inputs.times(reader.weight.T.double())[kept]
-    return reader.inputs.of(kept).solve(products).T.float()
+    moment, found = reader.inputs.of(kept), reader.weight.new_empty(len(reader.weight), len(kept))
+    for start in range(0, len(found), BLOCK):
+        rows = slice(start, start + BLOCK)
+        found[rows] = moment.solve(reader.inputs.times(reader.weight[rows].T.double())[kept]).T
+    return found

@@ -4,7 +4,7 @@
 that the plan chose. Both yield (name within the slot, float32 tensor).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -51,16 +51,22 @@ def joint_slot(
     which one matrix, or those of one FFN, are asked for at a time. The FFNs' are taken out of `layers`."""
     matrices = {matrix.name: matrix for matrix in plan.matrices(visits[0])}
     inside = {name for inner in neurons for name in inner.matrices}
-    for name in [name for name in matrices if name not in inside]:
-        yield from _joint_matrix(visits, matrices[name], {v.layer: seen[v.layer][name] for v in visits})
-    for inner in neurons:
-        ffns = {v.layer: {name: seen[v.layer][name] for name in inner.matrices} for v in visits}
-        for layer in ffns:
-            for name in inner.matrices:
+
+    def take(names: Iterable[str]) -> dict[int, dict[str, Seen]]:
+        found = {v.layer: {name: seen[v.layer][name] for name in names} for v in visits}
+        for layer in found:
+            for name in names:
                 del layers[layer][f"{name}.weight"]
+        return found
+
+    for name in matrices:
+        if name not in inside:
+            yield from _joint_matrix(visits, matrices[name], {n: one.pop(name) for n, one in take([name]).items()})
+    for inner in neurons:
+        ffns = take(inner.matrices)
         _line_up(plan, visits, layers, ffns, inner)
         for name in inner.matrices:
-            yield from _joint_matrix(visits, matrices[name], {layer: ffn.pop(name) for layer, ffn in ffns.items()})
+            yield from _joint_matrix(visits, matrices[name], {n: ffn.pop(name) for n, ffn in ffns.items()})
     yield from _vectors(plan, visits, layers, [visit.layer for visit in visits])
 
 

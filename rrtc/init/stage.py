@@ -31,6 +31,7 @@ from rrtc.init.budget import explain, measure_groups, plan_under_budget
 from rrtc.init.calibrate import calibrate, layers_done
 from rrtc.init.dense import DenseModel
 from rrtc.init.job import NUMBER_BYTES, WORK, Job, can_resume, prepare, remove, stored_dtype
+from rrtc.init.memory import return_freed_memory
 from rrtc.init.neurons import find_neurons
 from rrtc.init.slots import joint_slot, paper_slot
 from rrtc.init.streamed import StreamedModel
@@ -81,6 +82,7 @@ def init(model: str, output: str, recipe: Recipe, resume: bool = False) -> dict:
     in advance. After an error NAME.partial stays only if a later run can go on from it.
     """
     started = time.monotonic()
+    return_freed_memory()
     shard_bytes, target = parse_size(recipe.init.max_shard_size), Path(output)
     if resume:
         check_incomplete(target, WORK)

@@ -62,14 +62,14 @@ def spectrum(matrix: Tensor, inputs: Moment, slopes: Moment, rank: int) -> Spect
     m, outer, inner = _small_side_first(matrix, inputs, slopes)
 
     def times(x: Tensor) -> Tensor:
-        return outer.root_times(m @ inner.times(m.T @ outer.root_times(x)))
+        return outer.root_times(m @ inner.times(m.T @ outer.transposed_root_times(x)))
 
     squares, vectors = leading_eigenvectors(
         len(m), min(rank, len(m)), times, lambda: _gram(matrix, inputs, slopes), matrix
     )
     values = squares.clamp_min(0).sqrt().float()
     left = outer.inverse_root_times(vectors)
-    right = outer.root_times(vectors).T @ m / values.clamp_min(1e-20)[:, None]
+    right = outer.transposed_root_times(vectors).T @ m / values.clamp_min(1e-20)[:, None]
     return Spectrum(left, values, right) if _is_wide(matrix) else Spectrum(right.T, values, left.T)
 
 
