@@ -83,7 +83,7 @@ def whitened_svd(recipe: Recipe, output: Path) -> Plan:
     dtype = getattr(torch, dense.weights.dtype)
     with whole_folder(output) as folder:
         writer = ShardWriter(folder, parse_size(recipe.init.max_shard_size))
-        for visit, (tensors, seen) in zip(plan.visits, layers_seen(dense, text.ids), strict=True):
+        for visit, (tensors, seen) in zip(plan.visits, layers_seen(dense, text), strict=True):
             for name, tensor in joint_slot(plan, [visit], {visit.layer: tensors}, {visit.layer: seen}, []):
                 writer.add(f"{dense.parent}.slots.{visit.slot}.{name}", tensor.to(dtype).cpu())
         for name in dense.others():

@@ -9,7 +9,7 @@ from rrtc.eval.stage import evaluate
 from rrtc.export.stage import export
 from rrtc.init.job import can_resume
 from rrtc.init.stage import init
-from rrtc.recipe import Recipe, parse_size
+from rrtc.recipe import OWN_TEXT, Recipe, parse_size
 from rrtc.report import read_report
 from rrtc.resume import difference
 from rrtc.source import find_model
@@ -59,7 +59,7 @@ def run(recipe: Recipe, output: str, resume: bool = False) -> dict:
 def _check_inputs(recipe: Recipe) -> None:
     """Raises what the later stages would raise about their inputs, before the first one spends its time."""
     check_tokens(recipe.uptrain.tokens)
-    calibration = recipe.init.calibrate_on if recipe.init.start == "joint" else []
+    calibration = set(recipe.init.calibrate_on) - {OWN_TEXT} if recipe.init.start == "joint" else []
     texts = ((recipe.init, calibration), (recipe.uptrain, recipe.uptrain.data), (recipe.eval, recipe.eval.text))
     for part, sources in texts:
         for source in sources:

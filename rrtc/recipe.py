@@ -15,6 +15,7 @@ from rrtc.errors import WrongUsage, nearest
 
 MATRIX_GROUPS = ("q", "kv", "o", "ffn")  # the module groups of the paper's rank ablation (table G.1)
 BUILT_IN_TEXT = "pydoc"
+OWN_TEXT = "self"
 DEFAULT_RANK = 64
 BUDGETS = ("budget", "target_params", "target_bytes")
 
@@ -75,7 +76,10 @@ class InitRecipe(Section):
         f"default {DEFAULT_RANK}; not with a budget.",
     )
     calibrate_on: list[str] = Field(
-        [BUILT_IN_TEXT], description="Text that joint learns from what the layers see: as uptrain's data.", min_length=1
+        [BUILT_IN_TEXT],
+        description="Text from which joint learns what the layers see, as uptrain's data; self is text that the model "
+        "writes itself, a little of everything, and goes well with text of your own.",
+        min_length=1,
     )
     calibrate_tokens: int = Field(16_384, ge=1, description="Tokens of that text in all.")
     text_field: str = Field("text", description="The field that holds the text in jsonl, parquet and datasets.")

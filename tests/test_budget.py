@@ -9,6 +9,7 @@ import torch
 from pico import ARCHITECTURES, pico_config
 from safetensors.torch import load_file
 from test_init import logits, recipe
+from transformers import AutoModelForCausalLM
 
 from rrtc.checkpoint import read_provenance
 from rrtc.errors import RrtcError, WrongUsage
@@ -19,6 +20,7 @@ from rrtc.init.dense import DenseModel
 from rrtc.init.joint import joint_costs
 from rrtc.init.neurons import find_neurons
 from rrtc.init.norms import find_folds
+from rrtc.init.own_text import own_text
 from rrtc.init.stage import dry_run, init
 from rrtc.init.streamed import StreamedModel
 from rrtc.model.skeleton import read_architecture, read_plan
@@ -50,7 +52,7 @@ def calibrated(dense, tmp_path_factory):
     neurons = find_neurons(source.config())
     streamed = StreamedModel(source.config(), model.raw, CPU)
     folder = tmp_path_factory.mktemp("calibration")
-    return model, calibrate(model, streamed, neurons, windows.ids, folder, CPU, lambda windows: None), neurons
+    return model, calibrate(model, streamed, neurons, windows, folder, CPU, lambda windows: None), neurons
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -241,11 +243,38 @@ def test_calibration_reads_only_what_training_may_see(dense, tmp_path):
     text.write_text("\n\n\n".join(documents), encoding="utf8")
     tokenizer = load_tokenizer(dense("llama"))
     choices = InitRecipe(calibrate_on=[str(text)], calibrate_tokens=100_000)
-    decoded = tokenizer.decode(calibration_windows(choices, tokenizer, 64).ids.flatten())
+    decoded = tokenizer.decode(calibration_windows(choices, tokenizer, 64).flatten())
     training, held_out = split(documents)
     numbers = set(re.findall(r"document number (\d+) ", decoded))
     assert numbers and not numbers & {re.search(r"number (\d+) ", d)[1] for d in held_out}
     assert len(numbers) > 0.9 * len(training)
+
+
+def test_a_model_writes_as_it_would_say(dense):
+    """The first tokens it draws are those that it finds likely, and the same seed draws the same."""
+    folder = dense("llama")
+    tokenizer, steps = load_tokenizer(folder), []
+    ids = own_text(folder, tokenizer, 600, 3, seed=0, advance=steps.append)
+    assert ids.shape == (600, 3) and ids.dtype == torch.int64 and sum(steps) == 600 * 2
+    assert torch.equal(ids, own_text(folder, tokenizer, 600, 3, seed=0, advance=steps.append))
+    assert not torch.equal(ids, own_text(folder, tokenizer, 600, 3, seed=1, advance=steps.append))
+    assert (ids[:, 0] == tokenizer.bos_token_id).all()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        expected = model(ids[:1, :1]).logits[0, 0].softmax(-1)
+    seen = torch.bincount(ids[:, 1], minlength=len(expected)) / 600
+    # Of 600 draws, the squared distance from the distribution is about (1 - sum p^2) / 600.
+    assert (seen - expected).square().sum() < 2 * (1 - expected.square().sum()) / 600
+
+
+def test_calibration_on_the_models_own_text(dense, tmp_path):
+    own = small(budget=0.7, calibrate_on=["self"])
+    both = small(budget=0.7, calibrate_on=["self", "pydoc"])
+    for name, choices in (("own", own), ("again", own), ("both", both)):
+        init(str(dense("llama")), str(tmp_path / name), choices)
+        assert not (tmp_path / name / "work").exists()
+    assert torch.equal(logits(tmp_path / "own"), logits(tmp_path / "again"))
+    assert not torch.equal(logits(tmp_path / "own"), logits(tmp_path / "both"))
 
 
 def test_calibration_gathers_what_the_layers_see(calibrated):

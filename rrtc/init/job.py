@@ -3,6 +3,7 @@
 While it runs, NAME.partial/work has, each of them whole where it is there at all:
 
     job.yaml                         what the work belongs to
+    own-text.safetensors             what the model wrote to be calibrated on
     inputs-3, slopes-3.safetensors   what layer 3 sees, and what the loss feels of it (calibrate.py)
     states-3, gradient-3.safetensors what calibration needs to go on (calibrate.py)
     group-3.pt, group-3-4.pt         the choices there are for these layers (budget.py)
@@ -27,7 +28,7 @@ from torch import Tensor
 from rrtc import __version__, measure
 from rrtc.checkpoint import ShardWriter, Weights, check_target, partial_of
 from rrtc.console import note, warn
-from rrtc.init.calibrate import bytes_on_disk, calibration_windows
+from rrtc.init.calibrate import bytes_on_disk, calibration_windows, own_windows
 from rrtc.init.dense import DenseModel
 from rrtc.init.norms import Fold, find_folds
 from rrtc.model.skeleton import read_architecture
@@ -46,15 +47,17 @@ FREE_ON_RESUME = ("max_shard_size", "measure_tokens")
 @dataclass(frozen=True)
 class Job:
     """What is compressed, how, and into which folder of slots. `plan` is the pattern, of which a budget may make
-    something else; `dtype` the number format to write; `calibration` the text to learn from, None where none is needed,
-    and `scoring` the text for the closing measurement, None where there is none."""
+    something else; `dtype` the number format to write; `calibration` the text to learn from, ids (windows, context),
+    None where none is needed, to which `own_windows` are added that the model writes; `scoring` the text for the
+    closing measurement, None where there is none."""
 
     source: Source
     recipe: Recipe
     plan: Plan
     dense: DenseModel
     dtype: str
-    calibration: Windows | None
+    calibration: Tensor | None
+    own_windows: int
     scoring: Windows | None
     work: Path
 
@@ -62,11 +65,12 @@ class Job:
         """What a continued run must have in common with the one it continues, as plain data."""
         weights = self.dense.weights
         choices = {k: v for k, v in self.recipe.init.resolved().items() if k not in FREE_ON_RESUME}
-        context = None if self.calibration is None else self.calibration.ids.shape[1]
+        ids = torch.zeros(0) if self.calibration is None else self.calibration
+        context = None if self.calibration is None else ids.shape[1]
         found = {
             "recipe": choices | {"context": context, "device": measure.device().type},
             "model's config": hashlib.sha256((self.source.folder / "config.json").read_bytes()).hexdigest(),
-            "calibration text": None if self.calibration is None else self.calibration.sha256,
+            "calibration text": hashlib.sha256(ids.numpy()).hexdigest(),
         }
         return found | {f"tensor {name}": weights.sample(name) for name in weights}
 
@@ -75,7 +79,8 @@ class Job:
         in a file of its own and in the model."""
         waiting = 0
         if self.calibration is not None:
-            waiting = bytes_on_disk(self.plan.architecture, self.calibration.ids.numel())
+            windows, context = self.calibration.shape
+            waiting = bytes_on_disk(self.plan.architecture, (windows + self.own_windows) * context)
         return 2 * self.plan.parameters * NUMBER_BYTES[self.dtype] + waiting
 
     def check_same(self) -> None:
@@ -142,7 +147,8 @@ def prepare(model: str, target: Path, recipe: Recipe) -> Job:
         scoring = next(iter(scoring_texts(recipe, tokenizer, context, recipe.init.measure_tokens).values()))
     if recipe.init.start == "joint":
         calibration = calibration_windows(recipe.init, tokenizer, context)
-    return Job(source, recipe, plan, dense, dtype, calibration, scoring, partial_of(target) / WORK)
+    own = own_windows(recipe.init, context)
+    return Job(source, recipe, plan, dense, dtype, calibration, own, scoring, partial_of(target) / WORK)
 
 
 def stored_dtype(source: Source, recipe: Recipe, has_weights: bool) -> str:

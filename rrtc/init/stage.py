@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rrtc import measure
@@ -33,14 +34,15 @@ from rrtc.init.dense import DenseModel
 from rrtc.init.job import NUMBER_BYTES, WORK, Job, can_resume, prepare, remove, stored_dtype
 from rrtc.init.memory import return_freed_memory
 from rrtc.init.neurons import find_neurons
+from rrtc.init.own_text import own_text
 from rrtc.init.slots import joint_slot, paper_slot
 from rrtc.init.streamed import StreamedModel
 from rrtc.model import RrtConfig
 from rrtc.model.skeleton import read_architecture
 from rrtc.plan import Plan, make_plan, source_layers, target_parameters
 from rrtc.recipe import Recipe, parse_size
-from rrtc.resume import check_incomplete
-from rrtc.source import find_model
+from rrtc.resume import check_incomplete, whole_file
+from rrtc.source import find_model, load_tokenizer
 from rrtc.text import Windows
 
 # A slot: its tensors and their names in it, float32, and its energies, which fill as they come (slots.paper_slot).
@@ -160,8 +162,10 @@ def _tie_as_in_paper(job: Job) -> tuple[Plan, dict]:
 def _tie_jointly(job: Job) -> tuple[Plan, dict]:
     """Calibrates, chooses under the budget if there is one, and ties. Measured are the nats a token that a chosen plan
     is predicted to cost."""
-    plan, dense, recipe, ids = job.plan, job.dense, job.recipe.init, job.calibration.ids
+    plan, dense, recipe, ids = job.plan, job.dense, job.recipe.init, job.calibration
     device, predicted = measure.device(), None
+    if job.own_windows:
+        ids = torch.cat([ids, _own_text(job)])
     neurons = find_neurons(dense.config)
     done = sum(layers_done(job.work, dense.depth))
     with progress("Calibrating", 2 * dense.depth * len(ids), done * len(ids)) as advance:
@@ -182,6 +186,18 @@ def _tie_jointly(job: Job) -> tuple[Plan, dict]:
 
     _make_slots(job, plan, make)
     return plan, {"predicted_excess": predicted and round(predicted, 4)}
+
+
+def _own_text(job: Job) -> Tensor:
+    """What the model writes to be calibrated on, ids (windows, context)."""
+    file, context = job.work / "own-text.safetensors", job.calibration.shape[1]
+    if not file.exists():
+        tokenizer, tokens = load_tokenizer(job.source.folder), job.own_windows * (context - 1)
+        with progress("Writing text to calibrate on", tokens) as advance:
+            ids = own_text(job.source.folder, tokenizer, job.own_windows, context, job.recipe.init.seed, advance)
+        with whole_file(file) as temporary:
+            save_file({"ids": ids}, temporary)
+    return load_file(file)["ids"]
 
 
 def _make_slots(job: Job, plan: Plan, make: Callable[[int], Slot]) -> None:

@@ -1,0 +1,53 @@
+"""Text that the dense model writes itself, to calibrate on.
+
+Text from elsewhere says what its own kind needs, and is silent about the rest. What a model says when it is asked for
+nothing is spread over all that it was trained on (self-calibration; Williams et al., arXiv 2410.17170).
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, StoppingCriteria
+
+from rrtc import measure
+from rrtc.errors import RrtcError
+
+AT_ONCE = 32  # windows
+
+
+class _Steps(StoppingCriteria):
+    """Stops nothing: is called after every token."""
+
+    def __init__(self, advance: Callable[[int], None]):
+        self._advance = advance
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
+        self._advance(len(input_ids))
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def own_text(folder: Path, tokenizer, windows: int, context: int, seed: int, advance: Callable[[int], None]) -> Tensor:
+    """Token ids, (windows, context), int64, drawn from the model in `folder` at temperature 1. The whole model is in
+    memory meanwhile. advance(windows) is called for every token but the first of each window.
+
+    A document that ends is followed by the next, as in packed text. The same seed gives the same text on the same
+    machine. Raises RrtcError where the tokenizer has no token to begin with.
+    """
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if first is None:
+        raise RrtcError("This model has no token that begins a text, so it cannot write one.", "Name a text instead.")
+    model = measure.load_for_scoring(folder)
+    # In place of the model's own, which may ask for repetition penalties and the like. No token ends a window.
+    model.generation_config = GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=context - 1, pad_token_id=first
+    )
+    written = []
+    with torch.random.fork_rng(), torch.inference_mode():
+        torch.manual_seed(seed)
+        for start in range(0, windows, AT_ONCE):
+            begun = torch.full((min(AT_ONCE, windows - start), 1), first, device=model.device)
+            steps = [_Steps(advance)]
+            written.append(model.generate(begun, attention_mask=torch.ones_like(begun), stopping_criteria=steps).cpu())
+    return torch.cat(written)
