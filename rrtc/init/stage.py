@@ -40,7 +40,7 @@ from rrtc.init.streamed import StreamedModel
 from rrtc.model import RrtConfig
 from rrtc.model.skeleton import read_architecture
 from rrtc.plan import Plan, make_plan, source_layers, target_parameters
-from rrtc.recipe import Recipe, parse_size
+from rrtc.recipe import BUILT_IN_TEXT, Recipe, parse_size
 from rrtc.resume import check_incomplete, whole_file
 from rrtc.source import find_model, load_tokenizer
 from rrtc.text import Windows
@@ -166,6 +166,8 @@ def _tie_jointly(job: Job) -> tuple[Plan, dict]:
     device, predicted = measure.device(), None
     if job.own_windows:
         ids = torch.cat([ids, _own_text(job)])
+    elif recipe.calibrate_on == [BUILT_IN_TEXT]:
+        note("Calibrating on Python's language reference alone. --calibrate-on takes text like what the model is for.")
     neurons = find_neurons(dense.config)
     done = sum(layers_done(job.work, dense.depth))
     with progress("Calibrating", 2 * dense.depth * len(ids), done * len(ids)) as advance:
