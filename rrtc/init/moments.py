@@ -76,7 +76,7 @@ class Moment:
         for columns in _blocks(len(found)):
             part = first.matrix[:, columns].double()
             found[:, columns] = part - first.times(torch.cholesky_solve(part, factor))
-        return FullMoment((found + found.T) / 2)
+        return FullMoment(found)
 
 
 class FullMoment(Moment):

@@ -1,5 +1,6 @@
 """`rrtc init`: reads a dense model slot by slot, ties it, and writes the recursive model as it goes."""
 
+import gc
 import tempfile
 import time
 from collections.abc import Iterator
@@ -183,6 +184,7 @@ def _write_jointly(
         model = StreamedModel(source.config(), dense.raw, device)
         calibration = calibrate(dense, model, neurons, text.ids, work, device, advance)
     del model
+    gc.collect()  # it refers to itself
     if recipe.has_budget:
         target = target_parameters(plan.architecture, recipe, WIDTHS[dtype])
         free = recipe.pattern == "auto"
