@@ -176,6 +176,10 @@ def seen_layer(layer: dict[str, torch.Tensor], seed: int = 50) -> dict[str, Seen
     }
 
 
+def all_reordered(layer: dict[str, Seen], neurons: Neurons, *order) -> dict[str, Seen]:
+    return {name: reordered_seen(name, one, neurons, *order) for name, one in layer.items()}
+
+
 def test_reordering_with_signs_leaves_the_function_as_it_is():
     layer, x = layer_of(1), matrix(7, 10, 9)
     order = torch.randperm(24, generator=torch.Generator().manual_seed(0))
@@ -190,9 +194,9 @@ def test_align_finds_the_order_and_signs_that_were_hidden():
     order = torch.randperm(24, generator=torch.Generator().manual_seed(3))
     signs = torch.where(torch.arange(24) % 2 == 0, -1.0, 1.0)
     first = seen_layer(layer)
-    hidden = reordered_seen(first, NEURONS, order, signs)
+    hidden = all_reordered(first, NEURONS, order, signs)
     index, found = align(first, hidden, NEURONS)
-    back = reordered_seen(hidden, NEURONS, index, found)
+    back = all_reordered(hidden, NEURONS, index, found)
     for name in ("gate", "up", "down"):
         assert torch.allclose(back[name].weight, first[name].weight, atol=1e-6)
         assert torch.allclose(back[name].inputs.matrix, first[name].inputs.matrix, atol=1e-6)
@@ -202,11 +206,11 @@ def test_align_finds_the_order_and_signs_that_were_hidden():
 def test_aligned_layers_are_cheaper_to_tie():
     first = seen_layer(layer_of(1))
     noise = {n: t + 0.3 * matrix(*t.shape, 77) if t.dim() == 2 else t for n, t in layer_of(1).items()}
-    second = reordered_seen(
+    second = all_reordered(
         seen_layer(noise), NEURONS, torch.randperm(24, generator=torch.Generator().manual_seed(5)), torch.ones(24)
     )
     apart = sum(joint_costs([first[n], second[n]])[2].item() for n in first)
-    lined_up = reordered_seen(second, NEURONS, *align(first, second, NEURONS))
+    lined_up = all_reordered(second, NEURONS, *align(first, second, NEURONS))
     assert sum(joint_costs([first[n], lined_up[n]])[2].item() for n in first) < 0.5 * apart
 
 
@@ -236,7 +240,7 @@ def test_the_first_neuron_to_go_is_the_cheapest_of_all():
 def test_narrowed_keeps_rows_and_refits_the_reader():
     layer = seen_layer(layer_of(1))
     kept = torch.tensor([0, 3, 5, 20])
-    few = narrowed(layer, NEURONS, kept)
+    few = {name: narrowed(name, one, NEURONS, kept) for name, one in layer.items()}
     assert torch.equal(few["gate"].weight, layer["gate"].weight[kept])
     assert torch.equal(few["down"].weight, refitted(layer["down"], kept))
     assert few["down"].inputs.matrix.shape == (4, 4) and few["up"].slopes.matrix.shape == (4,)

@@ -97,8 +97,7 @@ def alone(layer: int, seen: Mapping[str, Seen], neurons: list[Neurons]) -> Group
         numbers = torch.tensor([size * width for width in widths], dtype=torch.float64)
         ways = [Way((Curve("neurons", (layer,), inner.reader, widths, numbers, gone.costs),))]
         for width, cost, kept in _grid(inner, gone, WIDTHS):
-            few = narrowed(ffn, inner, kept)
-            curves = tuple(_low_rank(layer, name, few[name]) for name in inner.matrices)
+            curves = tuple(_low_rank(layer, name, narrowed(name, one, inner, kept)) for name, one in ffn.items())
             ways.append(Way(curves, (((layer,), inner.reader, width),), cost))
         parts.append(tuple(ways))
     return Group((layer,), tuple(parts))
@@ -115,13 +114,21 @@ def together(
     in_ffn = {name for inner in neurons for name in inner.matrices}
     parts = [(Way((_tied(layers, name, [s[name] for s in seen]),)),) for name in seen[0] if name not in in_ffn]
     for inner in neurons:
-        first, *others = [{name: one[name] for name in inner.matrices} for one in seen]
-        lined_up = [first, *(reordered_seen(other, inner, *align(first, other, inner)) for other in others)]
-        gone = removal([one[inner.reader] for one in lined_up]) if min(widths) < 1 else Removal.none(inner.width)
+        ffns = [{name: one[name] for name in inner.matrices} for one in seen]
+        orders = [align(ffns[0], other, inner) for other in ffns[1:]]
+
+        def lined_up(name: str, ffns=ffns, orders=orders, inner=inner) -> list[Seen]:
+            first, *others = [ffn[name] for ffn in ffns]
+            turned = [reordered_seen(name, o, inner, *order) for o, order in zip(others, orders, strict=True)]
+            return [first, *turned]
+
+        gone = removal(lined_up(inner.reader)) if min(widths) < 1 else Removal.none(inner.width)
         ways = []
         for width, cost, kept in _grid(inner, gone, widths):
-            few = [narrowed(one, inner, kept) for one in lined_up]
-            curves = tuple(_tied(layers, name, [one[name] for one in few]) for name in inner.matrices)
+            curves = tuple(
+                _tied(layers, name, [narrowed(name, one, inner, kept) for one in lined_up(name)])
+                for name in inner.matrices
+            )
             ways.append(Way(curves, ((layers, inner.reader, width),), cost))
         parts.append(tuple(ways))
     return Group(layers, tuple(parts))

@@ -23,8 +23,8 @@ class Moment:
 
     Every form has: diagonal, (size,); times: M x for x (size, n), in the number format of x; root_times,
     transposed_root_times and inverse_root_times: likewise R x, R^T x and R^-1 x, for an R with R^T R = M; of: the
-    moment of some entries, in the order of an index, each times its sign. Full and sampled ones also have: solve: the
-    product M^-1 x in float64; inverse: for taking entries away (see FullInverse).
+    moment of some entries, in the order of an index, each times its sign. Full and sampled ones also have: solve: M^-1
+    x in float64; inverse: for taking entries away (see FullInverse).
     """
 
     def transposed_root_times(self, x: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ class Moment:
         for columns in _blocks(len(found)):
             part = first.matrix[:, columns].double()
             found[:, columns] = part - first.times(torch.cholesky_solve(part, factor))
-        return FullMoment((found + found.T) / 2)
+        return FullMoment(found)
 
 
 class FullMoment(Moment):

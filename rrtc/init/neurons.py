@@ -97,30 +97,24 @@ def reordered(layer: dict[str, Tensor], neurons: Neurons, index: Tensor, signs: 
     return result
 
 
-def reordered_seen(seen: dict[str, Seen], neurons: Neurons, index: Tensor, signs: Tensor | None = None) -> dict:
-    """As `reordered`, of the neurons' matrices alone, with the moments of their activations and slopes: how these
-    matrices are then seen."""
-    weights = reordered({f"{name}.weight": seen[name].weight for name in neurons.matrices}, neurons, index, signs)
-    result = {}
-    for name in neurons.producers:
-        parts = len(seen[name].weight) // neurons.width
-        rows = torch.cat([index + part * neurons.width for part in range(parts)])
-        turns = signs.repeat(parts) if signs is not None and name in neurons.signed else None
-        result[name] = Seen(weights[f"{name}.weight"], seen[name].inputs, seen[name].slopes.of(rows, turns))
-    reader = seen[neurons.reader]
-    turns = signs if neurons.signed else None
-    result[neurons.reader] = Seen(weights[f"{neurons.reader}.weight"], reader.inputs.of(index, turns), reader.slopes)
-    return result
+def reordered_seen(name: str, seen: Seen, neurons: Neurons, index: Tensor, signs: Tensor | None = None) -> Seen:
+    """As `reordered`, for one of the neurons' matrices with the moments of their activations or slopes."""
+    weight = reordered({f"{name}.weight": seen.weight}, neurons, index, signs)[f"{name}.weight"]
+    if name == neurons.reader:
+        return Seen(weight, seen.inputs.of(index, signs if neurons.signed else None), seen.slopes)
+    parts = len(seen.weight) // neurons.width
+    rows = torch.cat([index + part * neurons.width for part in range(parts)])
+    turns = signs.repeat(parts) if signs is not None and name in neurons.signed else None
+    return Seen(weight, seen.inputs, seen.slopes.of(rows, turns))
 
 
-def narrowed(seen: dict[str, Seen], neurons: Neurons, kept: Tensor) -> dict[str, Seen]:
-    """How the matrices are seen with the `kept` neurons alone, the reader refitted to them."""
+def narrowed(name: str, seen: Seen, neurons: Neurons, kept: Tensor) -> Seen:
+    """How one of the neurons' matrices is seen with the `kept` neurons alone, the reader refitted to them."""
     if len(kept) == neurons.width:
         return seen
-    few = reordered_seen(seen, neurons, kept)
-    reader = few[neurons.reader]
-    few[neurons.reader] = Seen(refitted(seen[neurons.reader], kept), reader.inputs, reader.slopes)
-    return few
+    if name == neurons.reader:
+        return Seen(refitted(seen, kept), seen.inputs.of(kept), seen.slopes)
+    return reordered_seen(name, seen, neurons, kept)
 
 
 def align(first: dict[str, Seen], second: dict[str, Seen], neurons: Neurons) -> tuple[Tensor, Tensor]:

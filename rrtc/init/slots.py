@@ -98,7 +98,8 @@ def _line_up(plan: Plan, visits: list[Visit], layers: Layers, ffns: dict[int, di
     tied = [v.layer for v in visits if any(v.form(m) == "tied" for m in matrices)]
     for layer in tied[1:]:
         index, signs = align(ffns[tied[0]], ffns[layer], inner)
-        ffns[layer] = reordered_seen(ffns[layer], inner, index, signs)
+        for name, one in ffns[layer].items():
+            ffns[layer][name] = reordered_seen(name, one, inner, index, signs)
         layers[layer] |= reordered(_vectors_of(layers[layer]), inner, index, signs)
     groups = [tied] if tied else []
     groups += [[visit.layer] for visit in visits if visit.layer not in tied]
@@ -111,7 +112,8 @@ def _line_up(plan: Plan, visits: list[Visit], layers: Layers, ffns: dict[int, di
         kept = gone.kept(gone.removed.index(inner.width - width))
         for layer in group:
             layers[layer] |= reordered(_vectors_of(layers[layer]), inner, kept)
-            ffns[layer] = narrowed(ffns[layer], inner, kept)
+            for name, one in ffns[layer].items():
+                ffns[layer][name] = narrowed(name, one, inner, kept)
 
 
 def _vectors_of(layer: dict[str, Tensor]) -> dict[str, Tensor]:

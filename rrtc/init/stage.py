@@ -3,6 +3,7 @@
 What is finished waits in NAME.partial/work (job.py), so that an interrupted run can go on from there.
 """
 
+import gc
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -174,6 +175,7 @@ def _tie_jointly(job: Job) -> tuple[Plan, dict]:
         model = StreamedModel(dense.config, dense.raw, device)
         calibration = calibrate(dense, model, neurons, ids, job.work, device, advance)
     del model
+    gc.collect()  # it refers to itself
     if recipe.has_budget:
         target = target_parameters(plan.architecture, recipe, NUMBER_BYTES[job.dtype])
         free = recipe.pattern == "auto"
