@@ -51,10 +51,10 @@ def dry_run(model: str, recipe: Recipe) -> dict:
     plan = make_plan(architecture, recipe.init, WIDTHS[dtype])
     if has_weights:
         DenseModel(source)  # checks names and shapes
-    shard_bytes = parse_size(recipe.init.max_shard_size)
+    parse_size(recipe.init.max_shard_size)  # raises for what is none
     joint = recipe.init.start == "joint"
     tokens = max(recipe.init.measure_tokens, recipe.init.calibrate_tokens if joint else 0)
-    summary = plan.summary(WIDTHS[dtype], shard_bytes, tokens)
+    summary = plan.summary(WIDTHS[dtype], tokens, joint)
     source_bytes = source.bytes_on_disk if source.is_gguf else None
     if recipe.init.has_budget and joint:
         # What is stored how, and so what it computes, is known once the layers are measured; how much is known now.
@@ -162,6 +162,7 @@ def _write_as_in_paper(
             layers = {number: dense.layer(number, measure.device()) for number in wanted}
             slot = paper_slot(plan, visits, layers, sources, recipe, getattr(torch, dtype), energies)
             _write(slot, f"{dense.parent}.slots.{k}", dtype, writer)
+            del layers, slot  # before the next ones are read
             advance()
     return {name: round(restored / lost, 4) if lost else 1.0 for name, (restored, lost) in energies.items()}
 
