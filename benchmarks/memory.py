@@ -9,9 +9,11 @@ resident size of the process, files that it maps included, as the kernel counts 
 """
 
 import argparse
+import json
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -73,6 +75,13 @@ def run(command: list[str]) -> tuple[int, float]:
     return 1024 * usage.ru_maxrss, time.monotonic() - started
 
 
+def estimated(folder: Path, flags: list[str]) -> int:
+    """The peak that `rrtc init --dry-run` tells in advance, in bytes."""
+    command = [sys.executable, "-m", "rrtc", "init", str(folder / "dense"), "--dry-run", "--json", "-", *flags]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return json.loads(told)["init_peak_bytes"]
+
+
 def main() -> None:
     own, _, flags = " ".join(sys.argv[1:]).partition(" -- ")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -92,6 +101,7 @@ def main() -> None:
 
 def report(folder: Path, config: LlamaConfig, flags: list[str]) -> Table:
     """Runs init on folder/dense and says what it took."""
+    estimate = estimated(folder, flags)
     init = [sys.executable, "-m", "rrtc", "init", str(folder / "dense"), "-o", str(folder / "out"), *flags]
     peak, seconds = run(init)
     given = dict(zip(flags[::2], flags[1::2], strict=False))
@@ -110,6 +120,7 @@ def report(folder: Path, config: LlamaConfig, flags: list[str]) -> Table:
         "calibration activations of one layer": f"{size(activations)} ({tokens} tokens)",
         "may be taken": size(bound),
         "peak resident size": f"{size(peak)} ({peak / bound:.0%} of it)",
+        "estimate of --dry-run": size(estimate),
         "written": size(sum(file.stat().st_size for file in (folder / "out").glob("*.safetensors"))),
         "time": f"{seconds / 60:.1f} min",
     }

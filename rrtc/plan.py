@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, field
 from rrtc.errors import WrongUsage, nearest
 from rrtc.recipe import BUDGETS, InitRecipe, parse_count, parse_size
 
-PROGRAM_BYTES = 400_000_000  # Python, torch and transformers themselves
-BATCH_BYTES = 500_000_000  # the activations of a batch of tokens in one layer, and a block of the head
+PROGRAM_BYTES = 450_000_000  # Python, torch and transformers themselves
+BATCH_TOKENS = 2048  # that init runs through a layer at a time
 
 FORMS = ("tied", "low_rank", "own")  # what a visit's matrix can be: see Visit
 
@@ -199,19 +199,29 @@ class Plan:
         """Bytes that one token takes in the KV cache, at `width` bytes a number: every visit has a place of its own."""
         return len(self.visits) * self.architecture.kv_width * width
 
-    def init_bytes(self, width: int, shard_bytes: int, tokens: int) -> int:
-        """An estimate of the peak memory of `init` in bytes, files it maps aside: four copies in float32 of the layers
-        of the largest slot and one shard to be written; or, while it runs a model layer by layer over `tokens`, one
-        layer, the hidden states and their gradients, and what the activations of one batch and the head take."""
-        sizes = [len(visits) * sum(m.size for m in self.matrices(visits[0])) for visits in self.slots]
-        tying = 4 * 4 * max(sizes) + min(width * self.parameters, shard_bytes)
-        layer = self.matrices(self.visits[0])
-        states = 2 * 4 * tokens * layer[0].inputs
-        moments = 2 * 8 * sum(m.inputs**2 for m in layer)
-        running = 4 * sum(m.size for m in layer) + states + moments + BATCH_BYTES if tokens else 0
-        return PROGRAM_BYTES + max(tying, running)
+    def init_bytes(self, tokens: int, joint: bool) -> int:
+        """An estimate of the peak memory of `init` in bytes, parts of files that it looks at included. tokens: that the
+        model is run over, layer by layer. joint: whether layers are tied by what they see of these.
 
-    def summary(self, width: int, shard_bytes: int, tokens: int) -> dict:
+        The larger of two. Running: a layer, the activations of a batch, the hidden states and their gradients, and what
+        is gathered for the moments. Tying: the layers of the largest slot (or two neighbours, where any may be tied),
+        and a few copies of its largest matrix, or, for `joint`, its FFN's moments and what lining up neurons or solving
+        with moments takes. All in float32, decompositions in float64.
+        """
+        visits = max(self.slots, key=lambda visits: len(visits) * sum(m.size for m in self.matrices(visits[0])))
+        matrices, together = self.matrices(visits[0]), max(len(visits), 2 if joint else 1)
+        layer, largest = 4 * sum(m.size for m in matrices), max(matrices, key=lambda m: m.inputs)
+        at_once = 6 * min(tokens, BATCH_TOKENS) * sum(m.inputs + m.outputs for m in matrices)
+        gathered = 4 * sum(min(tokens, m.inputs) * m.inputs for m in matrices)
+        running = layer + at_once + gathered + 2 * 4 * tokens * matrices[0].inputs
+        work = 6 * 4 * max(m.size for m in matrices)
+        if joint:
+            moments = together * 4 * sum(min(tokens, size) * size for size in (largest.inputs, largest.outputs))
+            sampled = tokens < largest.inputs
+            work = moments + (8 * largest.inputs**2 + 12 * largest.size if sampled else 24 * largest.inputs**2)
+        return PROGRAM_BYTES + max(running if tokens else 0, together * layer + work)
+
+    def summary(self, width: int, tokens: int, joint: bool) -> dict:
         """The plan as plain data for `--json`, at `width` bytes a parameter; the rest is as in `init_bytes`."""
         dense = self.architecture
         return {
@@ -223,7 +233,7 @@ class Plan:
             "params_by_part": self.parts,
             "bytes": self.parameters * width,
             "dense_bytes": dense.parameters * width,
-            "init_peak_bytes": self.init_bytes(width, shard_bytes, tokens),
+            "init_peak_bytes": self.init_bytes(tokens, joint),
             "flops_per_token": self.flops_per_token,
             "dense_flops_per_token": dense.flops_per_token,
             "kv_bytes_per_token": self.kv_bytes_per_token(width),

@@ -205,7 +205,7 @@ def part_of(name: str, plan) -> str:
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_the_summary_counts_as_the_plan_does(architecture):
     plan = plan_of(pico_config(architecture), rank=4)
-    summary = plan.summary(2, 10**9, tokens=0)
+    summary = plan.summary(2, tokens=0, joint=False)
     assert summary["params_total"] == plan.parameters == sum(summary["params_by_part"].values())
     assert summary["bytes"] == 2 * plan.parameters and summary["dense_bytes"] == 2 * plan.architecture.parameters
     assert summary["dense_params_non_embedding"] == plan.architecture.non_embedding
@@ -215,9 +215,10 @@ def test_the_summary_counts_as_the_plan_does(architecture):
 def test_the_memory_init_needs_is_a_slot_at_a_time_whatever_is_measured():
     plan = plan_of(read_config(PAPER / "gemma-2b"), loops=2)
     slot = 2 * sum(matrix.size for matrix in plan.architecture.layers[0].matrices)
-    tying, running = plan.init_bytes(2, 10**9, tokens=0), plan.init_bytes(2, 10**9, tokens=400_000)
-    assert 4 * 4 * slot + 10**9 < tying < running
-    assert plan.summary(2, 10**9, tokens=400_000)["init_peak_bytes"] == running
+    tying, running = plan.init_bytes(tokens=0, joint=False), plan.init_bytes(tokens=400_000, joint=False)
+    assert 4 * slot < tying < running
+    assert plan.summary(2, tokens=400_000, joint=False)["init_peak_bytes"] == running
+    assert plan.init_bytes(tokens=1000, joint=False) < plan.init_bytes(tokens=1000, joint=True)
 
 
 def test_looping_saves_neither_arithmetic_nor_kv_cache_and_lora_adds_arithmetic():

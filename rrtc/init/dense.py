@@ -73,11 +73,21 @@ class DenseModel:
 
     def layer(self, number: int, device: torch.device) -> dict[str, Tensor]:
         """The tensors of one decoder layer by their path in it, in float32; matrices as (outputs, inputs)."""
-        tensors = {}
-        for name in self.paths(number):
-            tensor = self.weights.read(self._disk_names[f"{self._layer_prefix}{number}.{name}"]).to(device)
-            tensors[name] = tensor.T.contiguous() if name in self._turned[number] else tensor
-        return apply_folds(tensors, self.folds)
+        names = {name: self._disk_names[f"{self._layer_prefix}{number}.{name}"] for name in self.paths(number)}
+        vectors = {
+            n: self.weights.read(on_disk).to(device)
+            for n, on_disk in names.items()
+            if len(self.weights.shape(on_disk)) < 2
+        }
+        tensors = apply_folds(vectors, self.folds)
+        for name in names.keys() - vectors.keys():  # one at a time, because folding makes a copy
+            matrix = self.weights.read(names[name]).to(device)
+            if name in self._turned[number]:
+                matrix = matrix.T.contiguous()
+            folded = apply_folds(vectors | {name: matrix}, self.folds)
+            own = name.removesuffix("weight")
+            tensors |= {key: tensor for key, tensor in folded.items() if key.startswith(own)}  # the bias too
+        return {name: tensors[name] for name in names}
 
     def others(self) -> list[str]:
         """The names of all tensors that belong to no decoder layer. A head that is tied to the embedding is not among

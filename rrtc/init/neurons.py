@@ -191,7 +191,7 @@ def removal(readers: list[Seen]) -> Removal:
     """
     width = readers[0].weight.shape[1]
     step = max(1, width // STEPS)
-    states = [(s.inputs.inverse(), s.slopes.root_times(s.weight).double()) for s in readers]
+    states = [(s.inputs.inverse(), s.slopes.root_times(s.weight)) for s in readers]
     gone = torch.zeros(width, dtype=torch.bool, device=readers[0].weight.device)
     order, removed, costs = [], [0], [0.0]
     while removed[-1] + step <= width - max(1, width // 4):
@@ -200,9 +200,9 @@ def removal(readers: list[Seen]) -> Removal:
         cost = costs[-1]
         for inverse, columns in states:
             schur, rows = inverse.remove(chosen)
-            lost = columns[:, chosen]
+            lost = columns[:, chosen].double()
             cost += 0.5 * (lost @ schur * lost).sum().item()
-            columns.addmm_(lost, schur @ rows, alpha=-1)
+            columns.addmm_(lost.float(), (schur @ rows).float(), alpha=-1)
             columns[:, chosen] = 0
         gone[chosen] = True
         order.append(chosen)

@@ -41,13 +41,16 @@ def find_folds(config: PreTrainedConfig) -> tuple[list[Fold], list[str]]:
 
 
 def apply_folds(layer: dict[str, Tensor], folds: list[Fold]) -> dict[str, Tensor]:
-    """The tensors of one layer with `folds` done. Matrices are (outputs, inputs); the input is left as it is."""
+    """The tensors of one layer, or its vectors and some of its matrices, with `folds` done. Matrices are (outputs,
+    inputs); the input is left as it is."""
     folded = dict(layer)
     for fold in folds:
         gain = layer[f"{fold.norm}.weight"] + fold.offset
         shift = layer.get(f"{fold.norm}.bias")
         for reader in fold.readers:
-            weight = layer[f"{reader}.weight"]
+            weight = layer.get(f"{reader}.weight")
+            if weight is None:
+                continue
             folded[f"{reader}.weight"] = weight * gain
             if shift is not None:
                 folded[f"{reader}.bias"] = layer[f"{reader}.bias"] + weight @ shift

@@ -62,10 +62,10 @@ def dry_run(model: str, recipe: Recipe) -> dict:
     plan = make_plan(architecture, recipe.init, NUMBER_BYTES[dtype])
     if has_weights:
         DenseModel(source)  # checks names and shapes
-    shard_bytes = parse_size(recipe.init.max_shard_size)
+    parse_size(recipe.init.max_shard_size)  # raises for what is none
     joint = recipe.init.start == "joint"
     tokens = max(recipe.init.measure_tokens, recipe.init.calibrate_tokens if joint else 0)
-    summary = plan.summary(NUMBER_BYTES[dtype], shard_bytes, tokens)
+    summary = plan.summary(NUMBER_BYTES[dtype], tokens, joint)
     source_bytes = source.bytes_on_disk if source.is_gguf else None
     if recipe.init.has_budget and joint:
         # What is stored how, and so what it computes, is known once the layers are measured; how much is known now.
