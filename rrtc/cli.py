@@ -84,8 +84,11 @@ def _flag(name: str, field: Any, part: str) -> inspect.Parameter:
     if isinstance(kind, types.UnionType):
         kind = str  # such as rank, which the recipe itself parses
     shown = ", ".join(default) if isinstance(default, list) else default
+    if isinstance(default, dict):
+        kind, shown = list[str], ", ".join(f"{key}={value:g}" for key, value in default.items())
     text = field.description if shown in (None, "") else rf"{field.description} \[default: {shown}]"
-    option = typer.Option(declared, help=text, show_default=False, rich_help_panel=f"Recipe: {part}")
+    shape = "NAME=NUMBER" if isinstance(default, dict) else None
+    option = typer.Option(declared, help=text, metavar=shape, show_default=False, rich_help_panel=f"Recipe: {part}")
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
     )

@@ -5,6 +5,7 @@ a field of one of them and takes its help from here, so that a file and a comman
 An unknown key is an error that names the nearest valid one.
 """
 
+import math
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,8 @@ BUILT_IN_TEXT = "pydoc"
 OWN_TEXT = "self"
 DEFAULT_RANK = 64
 BUDGETS = ("budget", "target_params", "target_bytes")
+DISTILLATIONS = ("forward_kl", "reverse_kl", "jensen_shannon", "total_variation")  # paper appendix I
+LOSSES = ("next_token", *DISTILLATIONS, "hidden")
 
 
 def parse_size(text: str) -> int:
@@ -194,8 +197,12 @@ class UptrainRecipe(Section):
     warmup: float = Field(0.05, ge=0, lt=1, description="Part of the steps over which the learning rate rises.")
     weight_decay: float = Field(0.0, ge=0, description="Weight decay of the matrices.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
-    next_token_weight: float = Field(1.0, ge=0, description="Weight of the next-token loss.")
-    kl_weight: float = Field(1.0, ge=0, description="Weight of the KL divergence from the dense model (distillation).")
+    losses: dict[str, float] = Field(
+        {"next_token": 1.0, "forward_kl": 1.0},
+        description="What is minimised, each with its weight: next_token; forward_kl, reverse_kl, jensen_shannon, "
+        "total_variation (distances from the dense model's distribution); hidden (from its hidden states).",
+    )
+    temperature: float = Field(1.0, gt=0, description="Of both distributions, where they are compared.")
     teacher: str | None = Field(None, description="The model to learn from; by default the one that was compressed.")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Arithmetic: bfloat16 where the machine is fast at it. Weights are trained in float32."
@@ -204,10 +211,35 @@ class UptrainRecipe(Section):
     save_every: int = Field(200, ge=1, description="Steps between checkpoints.")
     seed: int = Field(0, description="Order of the text and any randomness.")
 
+    @field_validator("losses", mode="before")
+    @classmethod
+    def _parse_losses(cls, value: Any) -> Any:
+        """As on the command line, a list of NAME=WEIGHT, or as in a file, a mapping."""
+        if isinstance(value, list):
+            pairs = [str(item).partition("=") for item in value]
+            value = {name.strip(): weight.strip() for name, _, weight in pairs}
+        for name in value if isinstance(value, dict) else ():
+            if name not in LOSSES:
+                raise ValueError(f"there is no loss '{name}'. {nearest(str(name), LOSSES)}")
+        return value
+
+    @field_validator("losses", mode="after")
+    @classmethod
+    def _some_loss(cls, value: dict[str, float]) -> dict[str, float]:
+        for name, weight in value.items():
+            if not 0 <= weight < math.inf:
+                raise ValueError(f"the weight of {name} is {weight}, and it should be 0 or more")
+        if not any(value.values()):
+            raise ValueError("no loss has a weight above 0, so there is nothing to learn from")
+        return value
+
+    @property
+    def distils(self) -> bool:
+        """Whether a teacher is needed."""
+        return any(weight for name, weight in self.losses.items() if name != "next_token")
+
     @model_validator(mode="after")
-    def _some_loss(self) -> "UptrainRecipe":
-        if self.next_token_weight == 0 and self.kl_weight == 0:
-            raise ValueError("next_token_weight and kl_weight are both 0, so there is nothing to learn from")
+    def _whole_batch(self) -> "UptrainRecipe":
         if self.batch_size % self.micro_batch:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batch {self.micro_batch}")
         return self

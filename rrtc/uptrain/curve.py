@@ -13,7 +13,7 @@ ENDS = 20  # the first and the last of so many parts of a run are averaged in it
 def steps_of(log_history: list[dict]) -> list[dict]:
     """The steps in a Trainer's history, with FIELDS. loss and kl are in nats per token, tokens are counted from the
     start of the run, seconds are of the step alone."""
-    return [{field: entry[field] for field in FIELDS} for entry in log_history if "objective" in entry]
+    return [{field: entry.get(field) for field in FIELDS} for entry in log_history if "objective" in entry]
 
 
 def summary(steps: list[dict]) -> dict:

@@ -91,7 +91,7 @@ def prepare(folder: Path, recipe: UptrainRecipe) -> Job:
         raise RrtcError(f"{folder} holds a dense '{config.model_type}' model.", "Compress it first, with 'rrtc init'.")
     dtype = Weights(folder).dtype
     tokenizer = load_tokenizer(folder)
-    teacher = _teacher(folder, recipe, config, tokenizer) if recipe.kl_weight else None
+    teacher = _teacher(folder, recipe, config, tokenizer) if recipe.distils else None
 
     processes = process_group().num_processes
     if recipe.batch_size % (recipe.micro_batch * processes):
@@ -143,7 +143,7 @@ def _teacher(folder: Path, recipe: UptrainRecipe, config: RrtConfig, tokenizer) 
     """The model to learn from. Raises RrtcError where it does not speak in the same tokens."""
     teacher = find_base(folder, recipe.teacher, "--teacher")
     teacher.weights()  # headers only: a missing or truncated file shows here
-    hint = "Name a teacher with the same tokenizer, or train without one (kl_weight 0)."
+    hint = "Name a teacher with the same tokenizer, or train without one (--losses next_token=1)."
     ours, theirs = config.vocab_size, teacher.config().get_text_config().vocab_size
     if ours != theirs:
         raise RrtcError(

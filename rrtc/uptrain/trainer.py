@@ -1,9 +1,6 @@
-"""The distillation loss and the transformers Trainer that minimises it.
+"""The transformers Trainer that teaches a student.
 
-    objective = next_token_weight * cross entropy of the next token
-              + kl_weight         * KL(teacher || model)           (forward KL: paper §3.2)
-
-Both are means over all predicted tokens of a step. Windows are full and never padded, so every micro-batch of every
+Losses are means over all predicted tokens of a step. Windows are full and never padded, so every micro-batch of every
 process has the same number of tokens, and the mean of their means is the mean over the step.
 """
 
@@ -15,65 +12,28 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, GenerationConfig, PrinterCallback, Trainer, TrainingArguments
+from transformers import GenerationConfig, PrinterCallback, Trainer, TrainingArguments
 
 from rrtc.checkpoint import disk_error
 from rrtc.errors import RrtcError
-from rrtc.measure import TOKENS_AT_ONCE, device
+from rrtc.measure import device
 from rrtc.model.skeleton import quiet_warnings
 from rrtc.uptrain.data import Stream
 from rrtc.uptrain.job import Job, process_group
+from rrtc.uptrain.student import Student
+from rrtc.uptrain.teacher import LiveTeacher
 
 WHOLE = "rrtc-whole"  # a file in each checkpoint that was written to the end
 
 
-class DistillationLoss(torch.autograd.Function):
-    """(objective, cross entropy, KL(teacher || model)) in nats, means over the tokens; the first one has a gradient.
-
-    With p the model's distribution, q the teacher's and 1_y the target's, that gradient by the logits is
-    a (p - 1_y) + b (p - q), for weights a and b. It is worked out on the way, so that the softmaxes are computed once
-    and exist in float32 for TOKENS_AT_ONCE tokens at a time; autograd would keep five of them for all tokens.
-    """
-
-    @staticmethod
-    def forward(ctx, logits, teacher_logits, targets, next_token_weight: float, kl_weight: float):
-        """logits, teacher_logits: (tokens, vocabulary) in any number format; without a teacher, None and kl_weight 0.
-        targets: (tokens,)."""
-        tokens = len(targets)
-        gradient = torch.empty_like(logits)
-        cross_entropy, kl = torch.zeros(2, device=logits.device)
-        for start in range(0, tokens, TOKENS_AT_ONCE):
-            part = slice(start, start + TOKENS_AT_ONCE)
-            target = targets[part, None]
-            log_p = logits[part].float().log_softmax(-1)
-            cross_entropy -= log_p.gather(1, target).sum()
-            slope = log_p.exp().mul_(next_token_weight + kl_weight)
-            slope.scatter_add_(1, target, torch.full_like(slope[:, :1], -next_token_weight))
-            if teacher_logits is not None:
-                log_q = teacher_logits[part].float().log_softmax(-1)
-                q = log_q.exp()
-                kl += log_q.sub_(log_p).mul_(q).sum()
-                slope.sub_(q, alpha=kl_weight)
-            gradient[part] = slope.div_(tokens)
-        cross_entropy, kl = cross_entropy / tokens, kl / tokens
-        ctx.save_for_backward(gradient)
-        ctx.mark_non_differentiable(cross_entropy, kl)
-        return next_token_weight * cross_entropy + kl_weight * kl, cross_entropy, kl
-
-    @staticmethod
-    def backward(ctx, scale, *_):
-        (gradient,) = ctx.saved_tensors
-        return gradient.mul_(scale), None, None, None, None  # in place: it is large, and used once
-
-
 class DistillationTrainer(Trainer):
-    """A Trainer for one job. It logs every step: objective (the weighted sum), loss (cross entropy), kl (None without
-    a teacher), learning_rate, grad_norm, tokens (so far) and seconds (that the step took)."""
+    """A Trainer for one job. It logs every step: objective (the weighted sum), loss (of the next token), kl and other
+    losses in use, learning_rate, grad_norm, tokens (so far) and seconds (that the step took)."""
 
     def __init__(self, job: Job, steps: int, output: Path, save: bool, callbacks: list):
         """steps: how many to take, of those the job has. save: whether to write checkpoints into `output`."""
         self.job = job
-        model = AutoModelForCausalLM.from_pretrained(job.folder, dtype=torch.float32)
+        model = Student.from_pretrained(job.folder, dtype=torch.float32)
         model.generation_config = GenerationConfig()  # a base model's own can be one that transformers will not save
         if job.recipe.activation_checkpointing:
             # The second is the name in older versions of transformers. Both are non-reentrant by default, which shared
@@ -91,37 +51,32 @@ class DistillationTrainer(Trainer):
         self.teacher = None
         if job.teacher:
             dtype = torch.bfloat16 if job.bfloat16 else torch.float32
-            self.teacher = AutoModelForCausalLM.from_pretrained(job.teacher.folder, dtype=dtype)
-            self.teacher.requires_grad_(False).eval().to(self.args.device)
-        self._losses = torch.zeros(2, device=self.args.device)  # (cross entropy, KL) since the last step, summed
+            matches = bool(job.recipe.losses.get("hidden"))
+            self.teacher = LiveTeacher(job.teacher.folder, dtype, self.args.device, job.recipe.temperature, matches)
+        self._means: dict[str, torch.Tensor] = {}  # of the losses since the last step, summed over micro-batches
         self._step_began: float | None = None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The objective on inputs["input_ids"] (windows, context), a mean over their tokens but the first of each."""
         self._step_began = self._step_began or time.perf_counter()
-        ids, targets = inputs["input_ids"][:, :-1], inputs["input_ids"][:, 1:].flatten()
-        teacher_logits = None
-        if self.teacher is not None:
-            with torch.no_grad():
-                teacher_logits = self.teacher(ids, use_cache=False).logits.flatten(0, 1)
+        ids, targets = inputs["input_ids"][:, :-1], inputs["input_ids"][:, 1:]
+        lesson = self.teacher(ids) if self.teacher else None
         with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.job.bfloat16):
-            logits = model(ids, use_cache=False).logits.flatten(0, 1)
-        weights = self.job.recipe.next_token_weight, self.job.recipe.kl_weight
-        objective, cross_entropy, kl = DistillationLoss.apply(logits, teacher_logits, targets, *weights)
-        self._losses += torch.stack([cross_entropy, kl])
+            means = model(input_ids=ids, targets=targets, recipe=self.job.recipe, lesson=lesson)
+        objective = means.pop("objective")
+        self._means = {name: self._means.get(name, 0) + mean.detach() for name, mean in means.items()}
         return objective
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # a step; the Trainer's closing summary has none
-            losses = self.accelerator.reduce(self._losses, "mean") / self.job.accumulation
-            cross_entropy, kl = losses.tolist()
+            losses = self.accelerator.reduce(torch.stack(list(self._means.values())), "mean") / self.job.accumulation
             now = time.perf_counter()
             logs["objective"] = logs["loss"]
-            logs["loss"], logs["kl"] = cross_entropy, kl if self.teacher is not None else None
+            logs |= dict(zip(self._means, losses.tolist(), strict=True))
             logs["tokens"] = self.state.global_step * self.job.tokens_per_step
             logs["seconds"] = now - self._step_began
             self._step_began = now
-            self._losses.zero_()
+            self._means = {}
             if not math.isfinite(logs["objective"]):
                 raise RrtcError(
                     f"The loss became {logs['objective']} at step {self.state.global_step}.",

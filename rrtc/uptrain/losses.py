@@ -1,0 +1,179 @@
+"""The losses of uptraining, and their gradient worked out on the way, so that logits never exist for all tokens.
+
+    objective = sum over losses of weight * loss            (means over all predicted tokens of a step)
+
+With s the model's logits, p = softmax(s / T) its distribution, q the teacher's and y the next token:
+
+    next_token        -log p_y, at T = 1
+    forward_kl        KL(q || p)                                            (paper §3.2: what it trains with)
+    reverse_kl        KL(p || q)
+    jensen_shannon    KL(q || m) / 2 + KL(p || m) / 2, m = (p + q) / 2
+    total_variation   sum |p - q| / 2
+    hidden            |h - g|² / |g|², h the model's hidden state after a visit, g the teacher's after that layer,
+                      mean over visits
+
+The four divergences are the ones the paper compares (appendix I). In the objective they are multiplied by T², so that
+their gradients keep their size when T changes (Hinton et al., arXiv 1503.02531, §2). All but total_variation and hidden
+are in nats.
+
+For any loss of the form sum_i g(p_i, q_i) the gradient by the logits is (h - p sum(h)) / T, where h_i = p_i dg/dp_i:
+the Jacobian of the softmax is the same for all of them, and each only brings its value and its h.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from rrtc.recipe import DISTILLATIONS
+
+# Of logits at a time, of which there are a few copies in float32 (128 MiB each). Fewer would save little memory beside
+# a model, and every piece writes a gradient as large as the head.
+LOGITS_AT_ONCE = 2**25
+
+Head = Callable[[Tensor], Tensor]  # hidden states (tokens, width) -> logits (tokens, vocabulary)
+
+
+class Lesson(Protocol):
+    """What a teacher says of a batch."""
+
+    def log_q(self, part: slice, log_p: Tensor) -> Tensor:
+        """Log-probabilities (tokens, vocabulary), float32, of the batch's tokens `part`; log_p: the model's own."""
+
+
+def forward_kl(p: Tensor, log_p: Tensor, q: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """(sum over tokens of KL(q || p), h). All are (tokens, vocabulary), float32; so for the next three."""
+    return (q * (log_q - log_p)).sum(), -q
+
+
+def reverse_kl(p: Tensor, log_p: Tensor, q: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    h = p * (log_p - log_q)  # and p, which the Jacobian takes out again
+    return h.sum(), h
+
+
+def jensen_shannon(p: Tensor, log_p: Tensor, q: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    log_m = torch.logaddexp(log_p, log_q).sub_(torch.tensor(2.0).log())
+    h = (p * (log_p - log_m)).div_(2)
+    return h.sum() + (q * (log_q - log_m)).sum() / 2, h
+
+
+def total_variation(p: Tensor, log_p: Tensor, q: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    return (p - q).abs_().sum() / 2, p * (p - q).sign_() / 2
+
+
+DIVERGENCES = dict(zip(DISTILLATIONS, (forward_kl, reverse_kl, jensen_shannon, total_variation), strict=True))
+REPORTED = {"next_token": "loss", "forward_kl": "kl"}  # a loss's name in metrics, where it is another
+
+
+def losses_and_slope(
+    logits: Tensor, targets: Tensor, weights: dict[str, float], temperature: float, log_q_of: Callable | None
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Sums over the tokens of `loss` (next token), of `kl` (forward, with a teacher) and of the other divergences that
+    have a weight; and the gradient of the weighted sum by the logits, (tokens, vocabulary).
+
+    logits: (tokens, vocabulary), float32. targets: (tokens,). log_q_of(log_p): the teacher's log-probabilities at
+    `temperature`, given the model's; None without a teacher.
+    """
+    log_p, target = logits.log_softmax(-1), targets[:, None]
+    p, weight = log_p.exp(), weights.get("next_token", 0.0)
+    sums = {"loss": -log_p.gather(1, target).sum()}
+    slope = p * weight
+    slope.scatter_add_(1, target, torch.full_like(slope[:, :1], -weight))
+    if log_q_of is None:
+        return sums, slope
+    if temperature != 1:
+        log_p = (logits / temperature).log_softmax(-1)
+        p = log_p.exp()
+    log_q = log_q_of(log_p)
+    q = log_q.exp()
+    for name, divergence in DIVERGENCES.items():
+        if name == "forward_kl" or weights.get(name):
+            value, h = divergence(p, log_p, q, log_q)
+            sums[REPORTED.get(name, name)] = value
+            if weights.get(name):
+                slope.addcmul_(p, h.sum(-1, keepdim=True), value=-weights[name] * temperature)
+                slope.add_(h, alpha=weights[name] * temperature)
+    return sums, slope
+
+
+def chunked_losses(
+    hidden: Tensor,
+    head: Head,
+    parameters: list[Tensor],
+    vocabulary: int,
+    targets: Tensor,
+    weights: dict[str, float],
+    temperature: float,
+    lesson: "Lesson | None",
+) -> dict[str, Tensor]:
+    """Means over the tokens, all but `hidden` of the module's docstring: `objective`, their weighted sum, which has a
+    gradient, `loss` and, with a teacher, `kl` and every other divergence that has a weight.
+
+    hidden: (tokens, width). head: reads `parameters` and makes `vocabulary` logits of a token. targets: (tokens,).
+    """
+    objective, means = _ChunkedLosses.apply(
+        hidden, head, vocabulary, targets, weights, temperature, lesson, *parameters
+    )
+    names = ["loss"]
+    if lesson is not None:
+        names += ["kl", *(name for name in DIVERGENCES if name != "forward_kl" and weights.get(name))]
+    return {"objective": objective} | dict(zip(names, means, strict=True))
+
+
+class _ChunkedLosses(torch.autograd.Function):
+    """(objective, the sums of `losses_and_slope` as means, in their order).
+
+    The logits of LOGITS_AT_ONCE numbers are made, compared and turned into gradients of the hidden states and of the
+    head's parameters before the next ones are made. Autograd would keep several tables of (tokens, vocabulary).
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, head, vocabulary, targets, weights, temperature, lesson, *parameters):
+        tokens, learns = len(targets), ctx.needs_input_grad[0]
+        wanted = [parameter for parameter in parameters if parameter.requires_grad] if learns else []
+        hidden_slope, slopes = torch.empty_like(hidden), [torch.zeros_like(parameter) for parameter in wanted]
+        totals: dict[str, Tensor] = {}
+        for part in chunks(tokens, vocabulary):
+            given = hidden[part].detach().requires_grad_(learns)
+            with torch.set_grad_enabled(learns):
+                logits = head(given)
+            log_q_of = None if lesson is None else lambda log_p, part=part: lesson.log_q(part, log_p)
+            sums, slope = losses_and_slope(logits.detach().float(), targets[part], weights, temperature, log_q_of)
+            totals = {name: totals.get(name, 0) + value for name, value in sums.items()}
+            if learns:
+                slope = slope.div_(tokens).to(logits.dtype)
+                hidden_slope[part], *grown = torch.autograd.grad(logits, (given, *wanted), slope)
+                for whole, piece in zip(slopes, grown, strict=True):
+                    whole += piece
+        means = {name: value / tokens for name, value in totals.items()}
+        objective = weights.get("next_token", 0.0) * means["loss"]
+        for name in DIVERGENCES.keys() & weights.keys():
+            objective = objective + weights[name] * temperature**2 * means.get(REPORTED.get(name, name), 0.0)
+        ctx.save_for_backward(hidden_slope, *slopes)
+        ctx.places = [learns and parameter.requires_grad for parameter in parameters]
+        means = torch.stack(list(means.values()))
+        ctx.mark_non_differentiable(means)
+        return objective, means
+
+    @staticmethod
+    def backward(ctx, scale, _):
+        hidden_slope, *slopes = (slope.mul_(scale) for slope in ctx.saved_tensors)  # in place: large, and used once
+        left = iter(slopes)
+        return hidden_slope, *(None,) * 6, *(next(left) if place else None for place in ctx.places)
+
+
+def chunks(tokens: int, vocabulary: int) -> Iterator[slice]:
+    """Slices of as many tokens as have LOGITS_AT_ONCE logits."""
+    at_once = max(1, LOGITS_AT_ONCE // vocabulary)
+    for start in range(0, tokens, at_once):
+        yield slice(start, min(start + at_once, tokens))
+
+
+def hidden_distance(ours: list[Tensor], theirs: list[Tensor]) -> Tensor:
+    """|h - g|² / |g|² as a mean over tokens and visits. Both: (windows, context, width) for each visit."""
+    distances = [
+        ((h.float() - g.float()).square().sum(-1) / g.float().square().sum(-1)).mean()
+        for h, g in zip(ours, theirs, strict=True)
+    ]
+    return torch.stack(distances).mean()

@@ -1,0 +1,140 @@
+"""The losses of uptraining are their definitions, in value and gradient, in however many pieces they are computed."""
+
+from dataclasses import asdict
+
+import pytest
+import torch
+from pico import ARCHITECTURES, pico_config
+from torch.nn.functional import cross_entropy, kl_div
+from transformers import AutoModelForCausalLM
+
+from rrtc.model import RrtConfig, RrtForCausalLM
+from rrtc.model.skeleton import read_architecture
+from rrtc.plan import make_plan
+from rrtc.recipe import DISTILLATIONS, InitRecipe, UptrainRecipe
+from rrtc.uptrain import losses
+from rrtc.uptrain.losses import chunked_losses
+from rrtc.uptrain.student import Student, run_base
+from rrtc.uptrain.teacher import LiveLesson, LiveTeacher
+
+TOKENS, WIDTH, VOCABULARY = 60, 12, 40
+
+
+class Lesson:
+    """A teacher whose logits are known."""
+
+    def __init__(self, logits: torch.Tensor, temperature: float):
+        self.log = (logits / temperature).log_softmax(-1)
+
+    def log_q(self, part: slice, log_p: torch.Tensor) -> torch.Tensor:
+        return self.log[part]
+
+
+def definitions(logits: torch.Tensor, teacher: torch.Tensor, targets: torch.Tensor, temperature: float) -> dict:
+    """Every loss as a mean over the tokens, by autograd over the whole table, with torch's own functions."""
+    p, q = (logits / temperature).softmax(-1), (teacher / temperature).softmax(-1)
+    m = (p + q) / 2
+    return {
+        "next_token": cross_entropy(logits, targets),
+        "forward_kl": kl_div(p.log(), q, reduction="batchmean"),
+        "reverse_kl": kl_div(q.log(), p, reduction="batchmean"),
+        "jensen_shannon": (kl_div(m.log(), p, reduction="batchmean") + kl_div(m.log(), q, reduction="batchmean")) / 2,
+        "total_variation": (p - q).abs().sum(-1).mean() / 2,
+    }
+
+
+@pytest.mark.parametrize("at_once", [1, 7, TOKENS])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize(
+    "weights",
+    [{name: 1.0} for name in ("next_token", *DISTILLATIONS)]
+    + [{"next_token": 0.5, "forward_kl": 2.0}, {"reverse_kl": 0.3, "total_variation": 1.0, "jensen_shannon": 4.0}],
+    ids="+".join,
+)
+def test_values_and_gradients_are_those_of_the_definitions(weights, temperature, at_once, monkeypatch):
+    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", at_once * VOCABULARY)
+    torch.manual_seed(0)
+    hidden = torch.randn(TOKENS, WIDTH, requires_grad=True)
+    matrix, bias = torch.randn(VOCABULARY, WIDTH, requires_grad=True), torch.randn(VOCABULARY, requires_grad=True)
+    teacher, targets = 3 * torch.randn(TOKENS, VOCABULARY), torch.randint(VOCABULARY, (TOKENS,))
+
+    def head(part):  # capped, as Gemma 2's
+        return 5 * torch.tanh((part @ matrix.T + bias) / 5)
+
+    found = chunked_losses(
+        hidden, head, [matrix, bias], VOCABULARY, targets, weights, temperature, Lesson(teacher, temperature)
+    )
+    expected = definitions(head(hidden), teacher, targets, temperature)
+    objective = sum(
+        weight * expected[name] * (1 if name == "next_token" else temperature**2) for name, weight in weights.items()
+    )
+    torch.testing.assert_close(found["objective"], objective)
+    shown = {losses.REPORTED.get(name, name): value for name, value in expected.items()}
+    assert found.keys() == {"objective", "loss", "kl", *(weights.keys() - {"next_token", "forward_kl"})}
+    for name in found.keys() - {"objective"}:
+        torch.testing.assert_close(found[name], shown[name])
+    ours = torch.autograd.grad(found["objective"] / 3, (hidden, matrix, bias))
+    torch.testing.assert_close(ours, torch.autograd.grad(objective / 3, (hidden, matrix, bias)), rtol=1e-4, atol=1e-6)
+
+
+def test_in_bfloat16_logits_are_rounded_and_losses_are_not():
+    torch.manual_seed(0)
+    hidden, matrix = torch.randn(TOKENS, WIDTH).bfloat16(), torch.randn(VOCABULARY, WIDTH).bfloat16()
+    targets, lesson = torch.randint(VOCABULARY, (TOKENS,)), Lesson(torch.randn(TOKENS, VOCABULARY), 1.0)
+    given = [matrix], VOCABULARY, targets, {"next_token": 1.0, "forward_kl": 1.0}, 1.0, lesson
+    low = chunked_losses(hidden, lambda part: part @ matrix.T, *given)
+    high = chunked_losses(hidden, lambda part: (part @ matrix.T).float(), *given)
+    torch.testing.assert_close(low, high, rtol=0, atol=0)
+    assert low["loss"].dtype == torch.float32
+
+
+@pytest.fixture(scope="module")
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.randint(32, (3, 9), generator=torch.Generator().manual_seed(0))
+    return ids[:, :-1], ids[:, 1:]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_student_is_the_model_with_losses_for_logits(architecture, batch, tmp_path, monkeypatch):
+    """Whatever the architecture does to its logits: its own model and its own teacher are asked whole."""
+    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 5 * 128)
+    config = pico_config(architecture)
+    torch.manual_seed(0)
+    teacher = AutoModelForCausalLM.from_config(config).eval()
+    teacher.save_pretrained(tmp_path / "dense")
+    plan = make_plan(read_architecture(config), InitRecipe(rank=2))
+    model = RrtForCausalLM(RrtConfig(base_config=config, visits=[asdict(v) for v in plan.visits])).eval()
+    model.save_pretrained(tmp_path / "small")
+
+    ids, targets = batch
+    recipe = UptrainRecipe(losses={"next_token": 0.5, "forward_kl": 1.0, "jensen_shannon": 2.0, "hidden": 0.25})
+    live = LiveTeacher(tmp_path / "dense", torch.float32, torch.device("cpu"), recipe.temperature, keep_states=True)
+    student = Student.from_pretrained(tmp_path / "small").eval()
+    found = student(ids, targets, recipe, live(ids))
+
+    logits, theirs = (m(ids, use_cache=False).logits.flatten(0, 1) for m in (model, teacher))
+    expected = definitions(logits, theirs.detach(), targets.flatten(), 1.0)
+    states, goals = (run_base(m, ids, keep_states=True)[1] for m in (model.stock, teacher))
+    assert len(states) == len(goals) == config.num_hidden_layers
+    relative = [((h - g).norm(dim=-1) / g.norm(dim=-1)).square().mean() for h, g in zip(states, goals, strict=True)]
+    hidden = sum(relative) / len(relative)
+    objective = 0.5 * expected["next_token"] + expected["forward_kl"] + 2 * expected["jensen_shannon"] + 0.25 * hidden
+    torch.testing.assert_close(found["objective"], objective, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found["hidden"], hidden.detach(), rtol=1e-4, atol=1e-5)
+
+    found["objective"].backward()
+    (objective).backward()
+    for (name, ours), (other, whole) in zip(student.named_parameters(), model.named_parameters(), strict=True):
+        assert name == other
+        if whole.grad is not None or ours.grad is not None:
+            torch.testing.assert_close(ours.grad, whole.grad, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_a_lesson_is_taken_at_its_temperature(batch, tmp_path):
+    torch.manual_seed(0)
+    teacher = AutoModelForCausalLM.from_config(pico_config("llama")).eval()
+    teacher.save_pretrained(tmp_path)
+    lesson = LiveTeacher(tmp_path, torch.float32, torch.device("cpu"), 4.0, keep_states=False)(batch[0])
+    assert isinstance(lesson, LiveLesson) and lesson.states == []
+    expected = (teacher(batch[0]).logits.flatten(0, 1)[3:8] / 4).log_softmax(-1)
+    torch.testing.assert_close(lesson.log_q(slice(3, 8), None), expected)
