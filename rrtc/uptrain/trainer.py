@@ -42,7 +42,7 @@ class DistillationTrainer(Trainer):
             enable()
         super().__init__(
             model=model,
-            args=_arguments(job, steps, output, save),
+            args=arguments(job, steps, output, save),
             train_dataset=Stream(job.windows, steps * job.recipe.batch_size, job.recipe.seed),
             callbacks=callbacks,
         )
@@ -110,7 +110,7 @@ class DistillationTrainer(Trainer):
             (folder / WHOLE).touch()
 
 
-def _arguments(job: Job, steps: int, output: Path, save: bool) -> TrainingArguments:
+def arguments(job: Job, steps: int, output: Path, save: bool) -> TrainingArguments:
     recipe = job.recipe
     arguments = TrainingArguments(
         output_dir=str(output),
