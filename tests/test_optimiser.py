@@ -240,7 +240,7 @@ def test_cosine(rrt, tmp_path):
     [
         ({"optimiser": "muom"}, "'optimiser' is wrong: it should be 'adamw' or 'muon'"),
         ({"schedule": "linear"}, "'schedule' is wrong: it should be 'cosine' or 'warmup_stable_decay'"),
-        ({"shared_lr_scale": "visit"}, "'shared_lr_scale' is wrong: it should be visits or a number above 0, not 'visit'"),
+        ({"shared_lr_scale": "visit"}, "'shared_lr_scale' is wrong: it should be visits or a number above 0"),
         ({"shared_lr_scale": "0"}, "it should be visits or a number above 0, not '0'."),
         ({"shared_lr_scale": "nan"}, "it should be visits or a number above 0, not 'nan'."),
         ({"decay": 0.0}, "'decay' is wrong: it should be greater than 0"),
