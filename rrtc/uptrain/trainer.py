@@ -18,8 +18,10 @@ from rrtc.checkpoint import disk_error
 from rrtc.errors import RrtcError
 from rrtc.measure import device
 from rrtc.model.skeleton import quiet_warnings
+from rrtc.recipe import UptrainRecipe
 from rrtc.uptrain.data import Stream
 from rrtc.uptrain.job import Job, process_group
+from rrtc.uptrain.optimiser import make_optimiser
 from rrtc.uptrain.student import Student
 from rrtc.uptrain.teacher import LiveTeacher
 
@@ -84,9 +86,11 @@ class DistillationTrainer(Trainer):
                 )
         super().log(logs, start_time)
 
-    def get_decay_parameter_names(self, model) -> list[str]:
-        """The matrices: norms and biases are not pulled to zero."""
-        return [name for name, parameter in model.named_parameters() if parameter.dim() > 1]
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            _, adamw = self.get_optimizer_cls_and_kwargs(self.args)
+            self.optimizer = make_optimiser(self.model if model is None else model, self.job.recipe, adamw)
+        return self.optimizer
 
     def train(self, *args, **kwargs):
         try:
@@ -120,9 +124,9 @@ def arguments(job: Job, steps: int, output: Path, save: bool) -> TrainingArgumen
         train_sampling_strategy="sequential",  # the Stream is in order already
         remove_unused_columns=False,
         learning_rate=recipe.learning_rate,
-        lr_scheduler_type="cosine",
+        lr_scheduler_type=recipe.schedule,
+        lr_scheduler_kwargs=_decay(recipe, steps),
         warmup_steps=recipe.warmup,  # below 1: a share of the steps
-        weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.max_grad_norm,
         seed=recipe.seed,
         save_strategy="steps" if save else "no",
@@ -138,6 +142,14 @@ def arguments(job: Job, steps: int, output: Path, save: bool) -> TrainingArgumen
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several accelerators are for torchrun, never for nn.DataParallel
     return arguments
+
+
+def _decay(recipe: UptrainRecipe, steps: int) -> dict:
+    """What a schedule wants to know beside its warmup. The fall is 1 - sqrt(progress), which Hägele et al.
+    (arXiv 2405.18392) found better than a straight line."""
+    if recipe.schedule == "cosine":
+        return {}
+    return {"num_decay_steps": int(recipe.decay * steps), "decay_type": "1-sqrt"}
 
 
 def whole_checkpoints(folder: Path) -> list[Path]:
