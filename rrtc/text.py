@@ -36,11 +36,6 @@ class Windows:
     ids: "torch.Tensor"
     bytes_per_token: float
 
-    @property
-    def sha256(self) -> str:
-        """Of the token ids."""
-        return hashlib.sha256(self.ids.numpy()).hexdigest()
-
 
 def documents(source: str, text_field: str = "text") -> Iterator[str]:
     """The documents of one source, in its own order.
@@ -61,18 +56,36 @@ def _documents(source: str, text_field: str) -> Iterator[str]:
         yield from _built_in()
         return
     path = Path(source)
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
-        if not files:
-            raise RrtcError(f"The folder {path} holds no text.", f"rrtc reads {', '.join(SUFFIXES)}.")
-        for file in files:
+    if path.exists():
+        for file in _files(path):
             yield from _from_file(file, text_field)
-    elif path.exists():
-        yield from _from_file(path, text_field)
     elif path.suffix in SUFFIXES or source.startswith((".", "/", "~")):
         raise RrtcError(f"There is no text at {source}.")
     else:
         yield from _from_datasets(source, text_field)
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
+    if not files:
+        raise RrtcError(f"The folder {path} holds no text.", f"rrtc reads {', '.join(SUFFIXES)}.")
+    return files
+
+
+def source_fingerprint(source: str) -> list:
+    """What the documents of a source depend on, as plain data: a hash of the contents of files, and of a dataset the
+    name alone."""
+    if source == BUILT_IN_TEXT:
+        return [hashlib.sha256("\0".join(_built_in()).encode()).hexdigest()]
+    if not Path(source).exists():
+        return [source]
+    found = []
+    for file in _files(Path(source)):
+        with open(file, "rb") as stream:
+            found.append([file.suffix, hashlib.file_digest(stream, "sha256").hexdigest()])
+    return found
 
 
 def _built_in() -> list[str]:
@@ -217,6 +230,13 @@ def _is_held_out(document: str) -> bool:
     return int.from_bytes(hashlib.sha256(document.encode()).digest()[:8]) % HELD_OUT_OF == 0
 
 
+def begin_and_end(tokenizer) -> tuple[list[int], list[int]]:
+    """(the token that the tokenizer begins every text with, the end-of-text token); [] for one that there is not."""
+    always = tokenizer("")["input_ids"]
+    begin = always[:1] if always[:1] == [tokenizer.bos_token_id] else []
+    return begin, [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+
 def pack(texts: Iterable[str], tokenizer, context: int, limit: int | None = None) -> Windows:
     """Documents as windows of `context` tokens, packed without padding, an end-of-text token after each document.
 
@@ -226,9 +246,7 @@ def pack(texts: Iterable[str], tokenizer, context: int, limit: int | None = None
     """
     import torch
 
-    always = tokenizer("")["input_ids"]
-    beginning_token = always[:1] if always[:1] == [tokenizer.bos_token_id] else []
-    separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    beginning_token, separator = begin_and_end(tokenizer)
     width = context - len(beginning_token)  # tokens of text in a window
     wanted = math.inf if limit is None else max(1, -(-limit // context)) * width
     ids: list[int] = []

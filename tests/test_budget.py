@@ -255,7 +255,6 @@ def test_a_model_writes_as_it_would_say(dense):
     folder = dense("llama")
     tokenizer, steps = load_tokenizer(folder), []
 
-
     def written(seed: int, windows: int = 600) -> torch.Tensor:
         return torch.cat(list(own_text(folder, tokenizer, windows, 3, seed, steps.append)))
 

@@ -83,7 +83,7 @@ class DistillationTrainer(Trainer):
         super().__init__(
             model=model,
             args=_arguments(job, steps, output, save),
-            train_dataset=Stream(job.windows, steps * job.recipe.batch_size, job.recipe.seed),
+            train_dataset=Stream(job.text, steps * job.recipe.batch_size),
             callbacks=callbacks,
         )
         self.remove_callback(PrinterCallback)  # rrtc has a display of its own
@@ -100,12 +100,14 @@ class DistillationTrainer(Trainer):
         """The objective on inputs["input_ids"] (windows, context), a mean over their tokens but the first of each."""
         self._step_began = self._step_began or time.perf_counter()
         ids, targets = inputs["input_ids"][:, :-1], inputs["input_ids"][:, 1:].flatten()
+        # Without position_ids, they are counted from the start of the window.
+        others = {name: value[:, :-1] for name, value in inputs.items() if name != "input_ids"}
         teacher_logits = None
         if self.teacher is not None:
             with torch.no_grad():
-                teacher_logits = self.teacher(ids, use_cache=False).logits.flatten(0, 1)
+                teacher_logits = self.teacher(ids, use_cache=False, **others).logits.flatten(0, 1)
         with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.job.bfloat16):
-            logits = model(ids, use_cache=False).logits.flatten(0, 1)
+            logits = model(ids, use_cache=False, **others).logits.flatten(0, 1)
         weights = self.job.recipe.next_token_weight, self.job.recipe.kl_weight
         objective, cross_entropy, kl = DistillationLoss.apply(logits, teacher_logits, targets, *weights)
         self._losses += torch.stack([cross_entropy, kl])
