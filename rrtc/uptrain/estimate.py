@@ -1,4 +1,5 @@
-"""`rrtc uptrain --dry-run`: what a run would take, from a few of its own steps. Nothing is written."""
+"""`rrtc uptrain --dry-run`: what a run would take, from a few of its own steps. Nothing is written but
+the text of these steps, tokenised, into the cache."""
 
 import resource
 import statistics
@@ -28,7 +29,7 @@ def estimate(folder: str, recipe: Recipe) -> dict:
     Raises RrtcError or WrongUsage for what would stop the run itself.
     """
     disable_progress_bar()
-    job = prepare(Path(folder), recipe.uptrain)
+    job = prepare(Path(folder), recipe.uptrain, most_steps=STEPS)
     measured = min(STEPS, job.steps)
     note(f"Measuring {measured} of {job.steps} steps")
     with tempfile.TemporaryDirectory() as nowhere:

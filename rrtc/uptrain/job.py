@@ -16,14 +16,13 @@ from rrtc.measure import device, fast_bfloat16
 from rrtc.model import RrtConfig
 from rrtc.model.skeleton import read_architecture, read_plan
 from rrtc.plan import Plan
-from rrtc.recipe import UptrainRecipe
+from rrtc.recipe import OWN_TEXT, UptrainRecipe
 from rrtc.source import Source, content_hash, find_base, load_tokenizer, read_config
-from rrtc.text import Windows, longest_context
-from rrtc.uptrain.data import training_windows
+from rrtc.text import longest_context
+from rrtc.uptrain.data import Mixture, training_text
 
 # What may change between the start of a run and its continuation: it changes the cost of a step, not its result.
 FREE_ON_RESUME = ("micro_batch", "activation_checkpointing", "save_every")
-MOST_TOKENS = 500_000_000  # of text in memory: 4 GB of token ids, and the text itself on the way there
 
 
 @dataclass(frozen=True)
@@ -37,14 +36,14 @@ class Job:
     plan: Plan
     dtype: str
     teacher: Source | None
-    windows: Windows
+    text: Mixture
     steps: int
     accumulation: int
     bfloat16: bool
 
     @property
     def context(self) -> int:
-        return self.windows.ids.shape[1]
+        return self.text.context
 
     @property
     def tokens_per_step(self) -> int:
@@ -74,12 +73,13 @@ class Job:
             "recipe": {k: v for k, v in self.recipe.model_dump().items() if k not in FREE_ON_RESUME},
             "model": content_hash(self.folder),
             "teacher": content_hash(self.teacher.file) if self.teacher else None,
-            "text": self.windows.sha256,
+            "text": self.text.sha256,
         }
 
 
-def prepare(folder: Path, recipe: UptrainRecipe) -> Job:
-    """The job of uptraining the rrtc folder `folder`. Reads configs, headers and text, but no weights.
+def prepare(folder: Path, recipe: UptrainRecipe, most_steps: int | None = None) -> Job:
+    """The job of uptraining the rrtc folder `folder`. Reads configs, headers and text, but no weights, unless the
+    teacher has to write text. most_steps: no more text than for so many steps will be used; by default that for all.
 
     Raises RrtcError or WrongUsage for everything that would stop the run.
     """
@@ -92,6 +92,10 @@ def prepare(folder: Path, recipe: UptrainRecipe) -> Job:
     dtype = Weights(folder).dtype
     tokenizer = load_tokenizer(folder)
     teacher = _teacher(folder, recipe, config, tokenizer) if recipe.distils else None
+    check_writer(recipe)
+    writer = teacher
+    if OWN_TEXT in recipe.data and teacher is None:
+        writer = _teacher(folder, recipe, config, tokenizer)
 
     processes = process_group().num_processes
     if recipe.batch_size % (recipe.micro_batch * processes):
@@ -105,11 +109,13 @@ def prepare(folder: Path, recipe: UptrainRecipe) -> Job:
         warn(f"The context is {context} tokens: the model cannot see {recipe.context}.")
     per_step = recipe.batch_size * context
     steps = -(-recipe.tokens // per_step)
-    check_tokens(steps * per_step)
-    windows = training_windows(recipe, tokenizer, context, steps * per_step)
-    epochs = steps * recipe.batch_size / len(windows.ids)
-    if epochs > 1:
-        note(f"The text has {windows.ids.numel()} tokens: training goes through it {epochs:.3g} times.")
+    windows = min(steps, most_steps or steps) * recipe.batch_size
+    text = training_text(recipe, tokenizer, context, windows, writer, process_group())
+    for source, share in zip(text.sources, text.shares, strict=True):
+        epochs = share * steps * recipe.batch_size / source.count
+        if epochs > 1 and source.shard.complete:
+            has = f"The text {source.name} has {source.shard.tokens} tokens"
+            note(f"{has}: training goes through it {epochs:.3g} times.")
     return Job(
         folder=folder,
         recipe=recipe,
@@ -117,7 +123,7 @@ def prepare(folder: Path, recipe: UptrainRecipe) -> Job:
         plan=read_plan(config),
         dtype=dtype,
         teacher=teacher,
-        windows=windows,
+        text=text,
         steps=steps,
         accumulation=recipe.batch_size // (recipe.micro_batch * processes),
         bfloat16=fast_bfloat16() if recipe.precision == "auto" else recipe.precision == "bfloat16",
@@ -129,13 +135,12 @@ def process_group() -> PartialState:
     return PartialState(cpu=device().type == "cpu")  # without the flag, processes on CPUs would not see each other
 
 
-def check_tokens(tokens: int) -> None:
-    """Raises WrongUsage for a run of more tokens than this version can hold."""
-    if tokens > MOST_TOKENS:
+def check_writer(recipe: UptrainRecipe) -> None:
+    """Raises WrongUsage where text that the teacher writes is among the data, and there is no teacher."""
+    if OWN_TEXT in recipe.data and not recipe.distils and recipe.teacher is None:
         raise WrongUsage(
-            f"This version of rrtc holds the training text in memory, at most {MOST_TOKENS:,} tokens of it, and this "
-            f"run takes {tokens:,}.",
-            "Lower tokens.",
+            f"The data '{OWN_TEXT}' is text that the teacher writes, and this run has no teacher.",
+            "Name one (teacher), distil from the dense original (losses), or name a text.",
         )
 
 

@@ -120,7 +120,7 @@ def _measured(job: Job, trainer: DistillationTrainer) -> dict:
     return {
         "tokens": job.tokens,
         "steps": job.steps,
-        "epochs": round(job.tokens / job.windows.ids.numel(), 3),
+        "epochs": round(job.tokens / job.text.tokens, 3),
         "seconds": round(seconds, 1),
         "tokens_per_second": round(job.tokens / seconds, 1),
         "processes": process_group().num_processes,

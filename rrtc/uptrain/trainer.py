@@ -45,7 +45,7 @@ class DistillationTrainer(Trainer):
         super().__init__(
             model=model,
             args=arguments(job, steps, output, save),
-            train_dataset=Stream(job.windows, steps * job.recipe.batch_size, job.recipe.seed),
+            train_dataset=Stream(job.text, steps * job.recipe.batch_size),
             callbacks=callbacks,
         )
         self.remove_callback(PrinterCallback)  # rrtc has a display of its own
@@ -62,9 +62,11 @@ class DistillationTrainer(Trainer):
         """The objective on inputs["input_ids"] (windows, context), a mean over their tokens but the first of each."""
         self._step_began = self._step_began or time.perf_counter()
         ids, targets = inputs["input_ids"][:, :-1], inputs["input_ids"][:, 1:]
-        lesson = self.teacher(ids) if self.teacher else None
+        # Without position_ids, they are counted from the start of the window.
+        others = {name: value[:, :-1] for name, value in inputs.items() if name != "input_ids"}
+        lesson = self.teacher(ids, **others) if self.teacher else None
         with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.job.bfloat16):
-            means = model(input_ids=ids, targets=targets, recipe=self.job.recipe, lesson=lesson)
+            means = model(input_ids=ids, targets=targets, recipe=self.job.recipe, lesson=lesson, **others)
         objective = means.pop("objective")
         self._means = {name: self._means.get(name, 0) + mean.detach() for name, mean in means.items()}
         return objective
