@@ -204,7 +204,7 @@ class UptrainRecipe(Section):
     save_every: int = Field(200, ge=1, description="Steps between checkpoints.")
     seed: int = Field(0, description="Order of the text and any randomness.")
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = Field(
-        "none", description="A tracker that is sent every step's figures too; tensorboard writes into the output folder."
+        "none", description="Tracker that is sent every step's figures; tensorboard writes into the output folder."
     )
 
     @model_validator(mode="after")

@@ -25,12 +25,12 @@ from rrtc.uptrain.curve import draw, line, step_of, steps_of, write_metrics
 from rrtc.uptrain.job import Job, process_group
 from rrtc.uptrain.trainer import remove, whole_checkpoints
 
-# The loss has diverged where the mean objective of the last WINDOW steps is both. Twenty steps are more than one odd
-# batch, and a learning rate that is only warming up starts from the first mean, so that it would have to undo more than
-# ever was learnt. Between them the two tell a lost run from a noisy one: a nat is more than batches differ by and
-# counts where losses are small (a KL near 0 can grow tenfold and mean nothing), the factor where they are large.
+# The loss has diverged where the mean objective of the last WINDOW steps is more than both of these. Twenty steps are
+# more than an odd batch or the bump at the end of a warm-up. The first step is the model as it was given: who is far
+# above it has lost more than training ever brought. Two nats are more than small batches differ by, and count where
+# losses are small (a KL near 0 can grow tenfold and mean nothing); the factor counts where they are large.
 WINDOW = 20
-ABOVE_FIRST = 1.0  # nats per token above the mean of the first WINDOW steps, for each unit of the losses' weights
+ABOVE_FIRST = 2.0  # nats per token above the first step, for each unit of the losses' weights
 TIMES_BEST = 1.5  # times the lowest mean of any WINDOW steps
 NAMED = 4  # windows of a batch that an error names
 SHOWN = 40  # characters of the text that an error shows
@@ -60,7 +60,7 @@ class LossGuard(TrainerCallback):
         self.job = job
         self.margin = ABOVE_FIRST * (job.recipe.next_token_weight + job.recipe.kl_weight)
         self.last: deque[float] = deque(maxlen=WINDOW)
-        self.first = self.best = math.inf  # means of WINDOW steps
+        self.first = self.best = math.inf  # of the first step, and the lowest mean of WINDOW steps
         self.sound = 0  # the last step whose objective was as it should be
 
     @property
@@ -82,25 +82,26 @@ class LossGuard(TrainerCallback):
                 raise self._failed(args, f"The {name} became {value} at step {step}", hint, step, train_dataloader)
         mean = self._take(step, objective)
         if mean > self.limit:
-            sentence = f"The loss has diverged: the mean of the last {WINDOW} steps is {mean:.3g} at step {step}, of "
-            sentence += f"the first {WINDOW} it was {self.first:.3g}, and {self.best:.3g} at best"
             first_bad = min(self.sound + 1, step)
-            sentence += f"; since step {first_bad} it is above {self.limit:.3g}"
-            raise self._failed(
-                args, sentence, "Lower the learning rate, under another name", first_bad, train_dataloader
+            sentence = (
+                f"The loss has diverged: the objective was {self.first:.3g} at step 1, its mean over the last {WINDOW} "
+                f"steps is {mean:.3g} at step {step}, and it is above {self.limit:.3g} since step {first_bad}"
             )
+            hint = "Lower the learning rate, under another name"
+            raise self._failed(args, sentence, hint, first_bad, train_dataloader)
         if self.sound < step and not control.should_training_stop:
             control.should_save = False
 
     def _take(self, step: int, objective: float) -> float:
         """Takes note of a step, and returns the mean of the last WINDOW ones (-inf as long as there are fewer)."""
         self.last.append(objective)
+        if step == 1:
+            self.first = self.best = objective
         if objective <= self.limit:
             self.sound = step
         if len(self.last) < WINDOW:
             return -math.inf
         mean = sum(self.last) / WINDOW
-        self.first = mean if self.first == math.inf else self.first
         self.best = min(self.best, mean)
         return mean
 
