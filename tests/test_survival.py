@@ -385,6 +385,17 @@ def test_every_field_is_compared_on_resume(rrt, field):
             check_unchanged(before, other.fingerprint())
 
 
+def test_checkpoints_may_be_more_frequent_after_a_kill(rrt, tmp_path, monkeypatch):
+    target = tmp_path / "out"
+    for save_every, micro_batch in ((100, 5), (3, 8)):  # in step 3, in step 5
+        with monkeypatch.context() as patched:
+            interrupt_at(patched, micro_batch)
+            with pytest.raises(KeyboardInterrupt):
+                uptrain(str(rrt), str(target), settings(save_every=save_every), resume=save_every == 3)
+    saved = whole_checkpoints(tmp_path / "out.partial" / "checkpoints")
+    assert [c.name for c in saved] == ["checkpoint-1", "checkpoint-3"]
+
+
 # -- what is seen on the way
 
 

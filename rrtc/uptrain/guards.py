@@ -1,7 +1,7 @@
 """What keeps a run from losing what it has paid for: callbacks of the Trainer that look at every step.
 
 - LossGuard stops a run whose loss is lost, and keeps the last checkpoint from before that.
-- FirstCheckpoint writes a checkpoint after step 1 and reads it back, so that a run cannot fail only at its end.
+- Checkpoints writes one after step 1 too and reads it back, so that a run cannot fail only at its end.
 - Termination finishes the step when SIGTERM comes, and leaves with a checkpoint.
 - Course writes metrics.jsonl and loss.png while the run goes on.
 """
@@ -129,12 +129,15 @@ def _step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
-class FirstCheckpoint(TrainerCallback):
-    """Has a checkpoint written after step 1, and compares it with what is in memory. Checks as well that the model to
-    be written in the end has what it needs. A continued run has been through this."""
+class Checkpoints(TrainerCallback):
+    """Has a checkpoint written after step 1 as well, and compares it with what is in memory. Checks too that the model
+    to be written in the end has what it needs. A continued run has been through this."""
 
     def __init__(self, job: Job):
         self.job = job
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        state.save_steps = args.save_steps  # a continued run comes with what its checkpoint says
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 1:
@@ -163,9 +166,10 @@ class FirstCheckpoint(TrainerCallback):
 def _wrong_weights(checkpoint: Path, state: dict[str, torch.Tensor]) -> str | None:
     """How the weights in a checkpoint differ from those in memory; None where they are the same bits."""
     saved = Weights(checkpoint)
-    stored = {state[name].data_ptr() for name in saved if name in state}  # tied tensors are written once
+    names = set(saved)
+    stored = {state[name].data_ptr() for name in names & state.keys()}  # tied tensors are written once
     for name, tensor in state.items():
-        if name not in set(saved):
+        if name not in names:
             if tensor.data_ptr() not in stored:
                 return f"it has no tensor {name}"
         elif not torch.equal(saved.raw(name), tensor.cpu()):
@@ -220,9 +224,11 @@ class Termination(TrainerCallback):
         self.asked = True
 
     def on_step_end(self, args, state, control, **kwargs):
-        asked = torch.tensor(int(self.asked), device=args.device)
+        asked = self.asked
         if process_group().num_processes > 1:
-            torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX)
+            anywhere = torch.tensor(int(asked), device=args.device)
+            torch.distributed.all_reduce(anywhere, op=torch.distributed.ReduceOp.MAX)
+            asked = bool(anywhere)
         if asked:
             self.stopped_after = state.global_step
             control.should_save = control.should_training_stop = True
@@ -258,11 +264,21 @@ class Course(TrainerCallback):
 
 def reporters(name: str, folder: Path) -> list[TrainerCallback]:
     """transformers' callback for the tracker `name`; none for "none". TensorBoard writes into `folder`, which unlike
-    the Trainer's own folder stays, or where TENSORBOARD_LOGGING_DIR says."""
+    the Trainer's own folder stays, or where TENSORBOARD_LOGGING_DIR says. When training begins, RrtcError is raised for
+    a tracker that does not start."""
     if name == "none":
         return []
     (kind,) = get_reporting_integration_callbacks([name])
-    reporter = kind()
+
+    class Reporter(kind):
+        def on_train_begin(self, *args, **kwargs):
+            try:
+                return super().on_train_begin(*args, **kwargs)
+            except Exception as error:  # not logged in, no network: each tracker has its own kinds
+                reason = " ".join(str(error).split()).removesuffix(".") or type(error).__name__
+                raise RrtcError(f"{name} did not start: {reason}.", "Mend that, or leave out report_to.") from error
+
+    reporter = Reporter()
     if name == "tensorboard" and not os.environ.get("TENSORBOARD_LOGGING_DIR"):
         reporter.logging_dir = str(folder / "tensorboard")
     return [reporter]

@@ -33,7 +33,7 @@ from rrtc.recipe import Recipe, parse_size
 from rrtc.resume import check_incomplete, check_unchanged
 from rrtc.uptrain.curve import draw, steps_of, summary, write_metrics
 from rrtc.uptrain.display import Display
-from rrtc.uptrain.guards import Course, FirstCheckpoint, LossGuard, Stopped, Termination, reporters
+from rrtc.uptrain.guards import Checkpoints, Course, LossGuard, Stopped, Termination, reporters
 from rrtc.uptrain.job import Job, prepare, process_group
 from rrtc.uptrain.trainer import DistillationTrainer, remove, whole_checkpoints
 
@@ -113,7 +113,7 @@ def _train(job: Job, checkpoints: Path, checkpoint: Path | None) -> Distillation
     folder, termination = checkpoints.parent, Termination()
     trackers = reporters(job.recipe.report_to, folder)
     # In this order: a step that failed is not written down.
-    guards = [LossGuard(job), FirstCheckpoint(job), termination, Course(folder, _title(job))]
+    guards = [LossGuard(job), Checkpoints(job), termination, Course(folder, _title(job))]
     with Display(job.steps, job.tokens) as display:
         trainer = DistillationTrainer(job, job.steps, checkpoints, save=True, callbacks=[*guards, *trackers, display])
         with termination:
