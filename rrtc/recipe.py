@@ -230,6 +230,9 @@ class UptrainRecipe(Section):
     activation_checkpointing: bool = Field(False, description="Recompute activations: less memory, a third slower.")
     save_every: int = Field(200, ge=1, description="Steps between checkpoints.")
     seed: int = Field(0, description="Order of the text and any randomness.")
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = Field(
+        "none", description="Tracker that is sent every step's figures; tensorboard writes into the output folder."
+    )
 
     @field_validator("losses", mode="before")
     @classmethod

@@ -148,6 +148,11 @@ class Stream(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return self.length
 
+    def name(self, index: int) -> str:
+        """Which window an item is, in words: its source, and the how manieth in the order in which that is seen."""
+        number, turn = (int(order[index]) for order in self.order)
+        return f"window {turn} of {self.mixture.sources[number].name}"
+
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         number, turn = (int(order[index]) for order in self.order)
         source = self.mixture.sources[number]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import PartialState
+from transformers.integrations import integration_utils
 
 from rrtc.checkpoint import Weights, read_provenance
 from rrtc.console import note, warn
@@ -22,7 +23,7 @@ from rrtc.text import longest_context
 from rrtc.uptrain.data import Mixture, training_text
 
 # What may change between the start of a run and its continuation: it changes the cost of a step, not its result.
-FREE_ON_RESUME = ("micro_batch", "activation_checkpointing", "save_every")
+FREE_ON_RESUME = ("micro_batch", "activation_checkpointing", "save_every", "report_to")
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,8 @@ class Job:
     def checkpoint_bytes(self) -> int:
         """Disk space that the run's checkpoints take at most: weights and two moments in float32, the two last ones
         and the one being written."""
-        at_once = min(3, -(-self.steps // self.recipe.save_every))
+        later = -(-self.steps // self.recipe.save_every)
+        at_once = min(3, later + (self.steps > 1 and self.recipe.save_every > 1))  # and one after the first step
         return at_once * 3 * 4 * self.plan.parameters
 
     def fingerprint(self) -> dict:
@@ -83,6 +85,7 @@ def prepare(folder: Path, recipe: UptrainRecipe, most_steps: int | None = None) 
 
     Raises RrtcError or WrongUsage for everything that would stop the run.
     """
+    check_reporter(recipe.report_to)
     provenance = read_provenance(folder)
     if not (folder / "config.json").exists():
         raise RrtcError(f"{folder} is a '{provenance['stage']}' folder and holds no model to train.")
@@ -133,6 +136,12 @@ def prepare(folder: Path, recipe: UptrainRecipe, most_steps: int | None = None) 
 def process_group() -> PartialState:
     """The processes that train together: those of torchrun, or this one alone."""
     return PartialState(cpu=device().type == "cpu")  # without the flag, processes on CPUs would not see each other
+
+
+def check_reporter(name: str) -> None:
+    """Raises RrtcError where the tracker `name` is not installed."""
+    if name != "none" and not getattr(integration_utils, f"is_{name}_available")():
+        raise RrtcError(f"The package {name} is not installed.", f"Install it: pip install {name}")
 
 
 def check_writer(recipe: UptrainRecipe) -> None:
