@@ -190,7 +190,7 @@ class UptrainRecipe(Section):
     )
     data_weights: list[float] | None = Field(
         None,
-        description="How much to take of each of the data, as in 3,1; by default of each as much as it has.",
+        description="How much to take of each of the data, as in 3,1; by default as much as each has.",
     )
     text_field: str = Field("text", description="The field that holds the text in jsonl, parquet and datasets.")
     tokens: int = Field(1_000_000, ge=1, description="Training tokens in all.")

@@ -10,9 +10,15 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", CUBLAS_WOR
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_of_all_tests(tmp_path_factory):
-    """Text is tokenised once for all tests, and nothing is written into the user's own cache."""
+    """Text is tokenised once for all tests, and none of it stays in the user's own cache; models that were dequantised
+    before are found there."""
+    from rrtc.source import cache_folder
+
+    models, cache = cache_folder() / "gguf", tmp_path_factory.mktemp("cache")
+    models.mkdir(parents=True, exist_ok=True)
+    (cache / "gguf").symlink_to(models.absolute())
     with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("RRTC_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patched.setenv("RRTC_CACHE", str(cache))
         yield
 
 

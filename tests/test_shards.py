@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tracemalloc
@@ -205,6 +206,24 @@ def test_no_more_is_tokenised_than_is_needed_and_a_shorter_one_is_made_anew(tmp_
     assert {path.suffix for path in cache.iterdir()} == {"", ".lock"}
 
 
+def test_killed_while_a_shorter_one_is_removed(tmp_path, cache, monkeypatch):
+    source = write(tmp_path / "a.jsonl", texts(300))
+    short = tokenised(source, 1000)
+
+    def cut_off(folder, *args, **kwargs):
+        if not Path(folder).exists():
+            return
+        next(Path(folder).glob("*.bin")).unlink(missing_ok=True)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            tokenised(source)
+    again = tokenised(source)
+    assert again.complete and numpy.array_equal(again.ids[: short.tokens], short.ids)
+
+
 def test_a_dataset_is_known_by_its_name(monkeypatch):
     monkeypatch.setattr("rrtc.text._from_datasets", lambda name, field: iter(texts(150)))  # there is no network here
     first = tokenised("some/dataset")
@@ -300,6 +319,13 @@ def test_a_short_run_chooses_from_more_than_the_first_pages(tmp_path, monkeypatc
     assert 3000 <= short.shard.tokens < 4000
     (long,) = mixture([source], windows=400).sources
     assert 400 * 16 <= long.shard.tokens < 400 * 16 + 1000 and long.count >= 400
+
+
+def test_text_that_is_held_out_as_a_whole(tmp_path):
+    """A document that stands there often is on one side with all its copies."""
+    document = split(texts(300))[1][0]
+    with pytest.raises(RrtcError, match="copies.jsonl has only 0 tokens"):
+        mixture([write(tmp_path / "copies.jsonl", [document] * 150)])
 
 
 def test_text_that_fills_no_window_is_named(tmp_path):
@@ -429,6 +455,15 @@ def test_own_text_is_written_once_and_its_beginning_is_always_the_same(dense, ca
     assert own_shard(teacher, pico_tokenizer(), 5, 16, 0, group).sha256 == few.sha256
     assert "is written already" in capfd.readouterr().err
     assert len(list(cache.glob("*/about.json"))) == 2
+
+
+def test_own_text_has_an_equal_share_without_weights(dense, tmp_path):
+    long, short = (write(tmp_path / f"{number}.jsonl", texts(number)) for number in (90, 30))
+    text = mixture([long, "self", short], windows=90, writer=find_model(str(dense)))
+    assert [source.name for source in text.sources] == [long, "self", short]
+    assert text.shares[1] == pytest.approx(1 / 3) and sum(text.shares) == pytest.approx(1)
+    assert text.shares[0] / text.shares[2] == pytest.approx(text.sources[0].count / text.sources[2].count)
+    assert text.sources[1].count == AT_ONCE  # 30 rounded up: none comes twice
 
 
 def test_training_on_own_text_and_another(rrt, dense, tmp_path, monkeypatch):

@@ -109,18 +109,18 @@ def training_text(
     """
     begin, _ = begin_and_end(tokenizer)
     weights = recipe.data_weights or [1.0] * len(recipe.data)
+    shares = [weight / sum(weights) for weight in weights]
     found: dict[int, Packed] = {}
     # Text that is still to be written comes last: it takes the longest, and what is wrong elsewhere is said before.
-    for number in sorted(range(len(weights)), key=lambda number: recipe.data[number] == OWN_TEXT):
-        source, weight = recipe.data[number], weights[number]
-        if weight == 0:
+    for number in sorted(range(len(shares)), key=lambda number: recipe.data[number] == OWN_TEXT):
+        source, share = recipe.data[number], shares[number]
+        if share == 0:
             continue
-        # Without weights a source may turn out to be the only one that has much.
-        most = math.ceil(windows * (weight / sum(weights) if recipe.data_weights else 1))
         if source == OWN_TEXT:
-            most = math.ceil(windows * weight / sum(weights))
-            shard = own_shard(writer, tokenizer, most, context, recipe.seed, group)
+            shard = own_shard(writer, tokenizer, math.ceil(share * windows), context, recipe.seed, group)
         else:
+            # Without weights, this may turn out to be the only source that has much.
+            most = math.ceil(share * windows) if recipe.data_weights else windows
             shard = text_shard(source, recipe.text_field, tokenizer, max(most * context, LEAST), group)
         seed = (recipe.seed % 2**64, number)
         found[number] = Packed(source, shard, context, begin, recipe.separate_documents, seed)
@@ -129,9 +129,14 @@ def training_text(
                 f"The text {source} has only {shard.tokens} tokens, fewer than one context of {context}.",
                 "Give more text, or a smaller context.",
             )
-    sources = [found[number] for number in sorted(found)]
-    parts = [weights[number] if recipe.data_weights else found[number].count for number in sorted(found)]
-    return Mixture(sources, [part / sum(parts) for part in parts])
+    if not recipe.data_weights:
+        # Text that is written has no size of its own. It keeps its equal share, and the others divide theirs.
+        others = [number for number in found if recipe.data[number] != OWN_TEXT]
+        theirs = sum(shares[number] for number in others)
+        have = sum(found[number].count for number in others)
+        for number in others:
+            shares[number] = theirs * found[number].count / have
+    return Mixture([found[number] for number in sorted(found)], [share for share in shares if share])
 
 
 class Stream(torch.utils.data.Dataset):

@@ -1,5 +1,5 @@
-"""`rrtc uptrain --dry-run`: what a run would take, from a few of its own steps. Nothing is written but
-the text of these steps, tokenised, into the cache."""
+"""`rrtc uptrain --dry-run`: what a run would take, from a few of its own steps. Only their text, tokenised,
+is written, into the cache."""
 
 import resource
 import statistics

@@ -23,7 +23,7 @@ import numpy
 from accelerate import PartialState
 from filelock import FileLock
 
-from rrtc.checkpoint import whole_folder
+from rrtc.checkpoint import partial_of, whole_folder
 from rrtc.console import count, note, progress
 from rrtc.own_text import AT_ONCE, own_text
 from rrtc.source import Source, cache_folder, content_hash
@@ -153,7 +153,9 @@ def _shard(
         if shard is not None and (shard.complete or shard.tokens >= tokens):
             note(f"{cached}: {count(shard.tokens)} tokens in {folder}")
             return shard.beginning(tokens)
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(partial_of(folder), ignore_errors=True)
+        if shard is not None:
+            folder.rename(partial_of(folder))  # for whole_folder to remove: a kill meanwhile leaves half of it there
         with whole_folder(folder) as partial, closing(found):
             dtype = "uint16" if vocabulary <= 2**16 else "uint32"
             complete = _write(partial, found, dtype, tokens)
@@ -194,6 +196,11 @@ def _read(folder: Path) -> Shard | None:
     if not folder.exists():
         return None
     about = json.loads((folder / "about.json").read_text(encoding="utf8"))
-    ids = numpy.memmap(folder / "ids.bin", about["dtype"], "r")
-    offsets = numpy.memmap(folder / "offsets.bin", "int64", "r")
-    return Shard(folder.name, numpy.asarray(ids), numpy.asarray(offsets), about["complete"])
+    ids, offsets = _mapped(folder / "ids.bin", about["dtype"]), _mapped(folder / "offsets.bin", "int64")
+    return Shard(folder.name, ids, offsets, about["complete"])
+
+
+def _mapped(file: Path, dtype: str) -> numpy.ndarray:
+    if not file.stat().st_size:  # of a text that is held out as a whole; nothing cannot be mapped
+        return numpy.empty(0, dtype)
+    return numpy.asarray(numpy.memmap(file, dtype, "r"))
