@@ -11,17 +11,18 @@ ENDS = 20  # the first and the last of so many parts of a run are averaged in it
 
 
 def steps_of(log_history: list[dict]) -> list[dict]:
-    """The steps in a Trainer's history, with FIELDS. loss and kl are in nats per token, tokens are counted from the
-    start of the run, seconds are of the step alone."""
-    return [{field: entry.get(field) for field in FIELDS} for entry in log_history if "objective" in entry]
+    """The steps in a Trainer's history, with FIELDS and the other losses in use. loss and kl are in nats per token,
+    tokens are counted from the start of the run, seconds are of the step alone."""
+    steps = [entry for entry in log_history if "objective" in entry]
+    return [dict.fromkeys(FIELDS) | {k: v for k, v in step.items() if k != "epoch"} for step in steps]
 
 
 def summary(steps: list[dict]) -> dict:
     """first_loss, last_loss, first_kl, last_kl: means over the first and the last twentieth of the steps, because one
-    batch is noisy. The kl figures are None for a run without a teacher."""
+    batch is noisy. The kl figures are None for a run without a teacher. The same for the loss and kl of each exit."""
     some = max(1, len(steps) // ENDS)
     result = {}
-    for field in ("loss", "kl"):
+    for field in ("loss", "kl", *(name for name in steps[0] if name.startswith("exit_"))):
         for name, part in (("first", steps[:some]), ("last", steps[-some:])):
             values = [step[field] for step in part if step[field] is not None]
             result[f"{name}_{field}"] = round(sum(values) / some, 4) if values else None
