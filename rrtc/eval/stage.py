@@ -113,7 +113,10 @@ def _measure(dense: Source, stages: list, exits: tuple[int, ...], texts: dict[st
     sizes = _sizes(dense.folder)
     width = getattr(torch, Weights(stages[-1][1]).dtype).itemsize
     rows = [("dense", sizes, width * sizes["params_total"])]
-    rows += [(f"after {stage}", _sizes(path), Weights(path).bytes_on_disk) for stage, path in stages]
+    for number, (stage, path) in enumerate(stages):
+        before = [earlier for earlier, _ in stages[:number]].count(stage)
+        name = f"after {stage} {before + 1}" if before else f"after {stage}"
+        rows.append((name, _sizes(path), Weights(path).bytes_on_disk))
     windows = sum(len(w.ids) for w in texts.values())
     ids = prompt_ids(tokenizer, recipe.eval.prompt) if recipe.eval.sample_tokens else None
     table, samples = [], []
