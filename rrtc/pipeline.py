@@ -58,6 +58,11 @@ def run(recipe: Recipe, output: str, resume: bool = False) -> dict:
 
 def _check_inputs(recipe: Recipe) -> None:
     """Raises what the later stages would raise about their inputs, before the first one spends its time."""
+    if recipe.uptrain.exits:
+        raise WrongUsage(
+            "Exits are trained after the model is healed, and a run only heals it.",
+            "Leave exits out, and train them afterwards: rrtc uptrain DIR/uptrain -o DIR/exits --exits.",
+        )
     calibration = set(recipe.init.calibrate_on) - {OWN_TEXT} if recipe.init.start == "joint" else []
     data = set(recipe.uptrain.data) - {OWN_TEXT}
     texts = ((recipe.init, calibration), (recipe.uptrain, data), (recipe.eval, recipe.eval.text))

@@ -7,6 +7,7 @@ Init, model, accounting, export and reports all read the plan; none of them work
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
 from rrtc.errors import WrongUsage, nearest
@@ -147,6 +148,11 @@ class Plan:
         return self.architecture.layers[visit.layer].matrices
 
     @property
+    def exits(self) -> tuple[int, ...]:
+        """The places in `visits` after which the model can be left early: see `ends_of_loops`."""
+        return ends_of_loops(self.visits)
+
+    @property
     def slots(self) -> list[list[Visit]]:
         """The visits of each slot, in the order of their loops."""
         slots: list[list[Visit]] = [[] for _ in range(max(visit.slot for visit in self.visits) + 1)]
@@ -239,6 +245,15 @@ class Plan:
             "kv_bytes_per_token": self.kv_bytes_per_token(width),
             "visits": [asdict(visit) for visit in self.visits],
         }
+
+
+def ends_of_loops(visits: Sequence[Visit]) -> tuple[int, ...]:
+    """The places in `visits`, which are in running order, where a loop has gone through all layers that are tied, and
+    another one follows. None where nothing is tied, or where a slot's visits follow each other (sequence)."""
+    uses = Counter(visit.slot for visit in visits)
+    tied = [(place, visit.loop) for place, visit in enumerate(visits) if uses[visit.slot] > 1]
+    loops = [loop for _, loop in tied]
+    return tuple(place for done, (place, _) in enumerate(tied[:-1], 1) if max(loops[:done]) < min(loops[done:]))
 
 
 def make_plan(architecture: Architecture, recipe: InitRecipe, width: int = 4) -> Plan:

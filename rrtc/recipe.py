@@ -224,6 +224,14 @@ class UptrainRecipe(Section):
     )
     temperature: float = Field(1.0, gt=0, description="Of both distributions, where they are compared.")
     teacher: str | None = Field(None, description="The model to learn from; by default the one that was compressed.")
+    exits: bool = Field(
+        False, description="Also train an exit after each loop but the last (cycle), of a model that is healed already."
+    )
+    exit_weight: float = Field(
+        0.1,
+        gt=0,
+        description="Weight of the mean over the exits of next_token and of forward_kl from the model's own end.",
+    )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Arithmetic: bfloat16 where the machine is fast at it. Weights are trained in float32."
     )

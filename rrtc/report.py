@@ -5,7 +5,9 @@ against        the dense model's URI
 tokens         scored tokens of each text, by the text's name
 table          a row a model, dense first: model, params_total, params_non_embedding, bytes, loss (nats per token),
                bits_per_byte, kl (nats per token, from the dense model) and top1_agreement (share from 0 to 1), both
-               null for the dense model itself; and the same four scores for each text under texts
+               null for the dense model itself; and the same four scores for each text under texts. Where exits were
+               trained, they have rows of their own after the model's ("exit after loop 1"; the sizes are the whole
+               model's), and every row has layers_computed, a share from 0 to 1
 source_bytes   the size of the file the dense model was read from, where that is a GGUF
 samples        a continuation by each model: model, text
 """

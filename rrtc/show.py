@@ -113,11 +113,13 @@ def init(result: dict, folder: str) -> Group:
 def report(result: dict) -> Group:
     """The table of `eval`."""
     rows = []
+    has_exits = any("layers_computed" in row for row in result["table"])
     for row in result["table"]:
         kl, agreement = row["kl"], row["top1_agreement"]
         rows.append(
             [
                 row["model"],
+                *([f"{row['layers_computed']:.0%}"] if has_exits else []),
                 count(row["params_total"]),
                 count(row["params_non_embedding"]),
                 size(row["bytes"]),
@@ -126,13 +128,15 @@ def report(result: dict) -> Group:
                 "–" if agreement is None else f"{agreement:.1%}",
             ]
         )
-    columns = ["model", "params", "w/o emb.", "bytes", "bits/byte", "KL", "top-1"]
+    columns = ["model", *(["layers"] if has_exits else []), "params", "w/o emb.", "bytes", "bits/byte", "KL", "top-1"]
     scored = ", ".join(f"{name} ({count(n)} tokens)" for name, n in result["tokens"].items())
     lines = [
         table(f"Measured against {result['against']}", columns, rows),
         _plain("KL: nats per token from the dense model. top-1: share of tokens on which both agree."),
         _plain(f"Scored on: {scored}"),
     ]
+    if has_exits:
+        lines.append(_plain("layers: the share that is computed for a token. An exit is the model above, left early."))
     if result["source_bytes"]:
         lines.append(
             _plain(
@@ -163,6 +167,12 @@ def uptrain(result: dict, folder: str) -> Group:
     rows = [["loss", f"{result['first_loss']:.3f}", f"{result['last_loss']:.3f}"]]
     if result.get("first_kl") is not None:
         rows.append(["KL to the teacher", f"{result['first_kl']:.3f}", f"{result['last_kl']:.3f}"])
+    for name in (key.removeprefix("first_") for key in result if key.startswith("first_exit_")):
+        _, loop, what = name.split("_")
+        shown = {"loss": "loss", "kl": "KL to the model's own end"}[what]
+        rows.append(
+            [f"exit after loop {loop}, {shown}", f"{result[f'first_{name}']:.3f}", f"{result[f'last_{name}']:.3f}"]
+        )
     trained = f"{count(result['tokens'])} tokens in {duration(result['seconds'])}"
     return Group(
         table(f"Wrote {folder}: {trained}", ["on the training text, nats per token", "first", "last"], rows),

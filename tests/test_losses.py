@@ -9,12 +9,13 @@ from torch.nn.functional import cross_entropy, kl_div
 from transformers import AutoModelForCausalLM
 
 from rrtc.model import RrtConfig, RrtForCausalLM
+from rrtc.model.forward import run_base
 from rrtc.model.skeleton import read_architecture
 from rrtc.plan import make_plan
 from rrtc.recipe import DISTILLATIONS, InitRecipe, UptrainRecipe
 from rrtc.uptrain import losses
 from rrtc.uptrain.losses import chunked_losses
-from rrtc.uptrain.student import Student, run_base
+from rrtc.uptrain.student import Student
 from rrtc.uptrain.teacher import LiveLesson, LiveTeacher
 
 TOKENS, WIDTH, VOCABULARY = 60, 12, 40

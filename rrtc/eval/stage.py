@@ -1,4 +1,4 @@
-"""`rrtc eval`: the dense original, the compressed model and the stages it went through, on the same tokens.
+"""`rrtc eval`: the dense original, the compressed model, its exits and the stages it went through, on the same tokens.
 
 What it returns is described in rrtc/report.py.
 """
@@ -54,7 +54,7 @@ def evaluate(folder: str, recipe: Recipe, against: str | None = None, output: st
     texts = scoring_texts(recipe, tokenizer, context, recipe.eval.tokens)
 
     stages = [*earlier_stages(Path(folder)), (provenance["stage"], Path(folder))]
-    table, samples = _measure(dense, stages, texts, tokenizer, recipe)
+    table, samples = _measure(dense, stages, _trained_exits(provenance, config), texts, tokenizer, recipe)
     report = {
         "schema": SCHEMA,
         "of": {"stage": provenance["stage"], "made": provenance["made"]},
@@ -93,6 +93,12 @@ def _held_out_of_its_training(recipe: Recipe, provenance: dict) -> Recipe:
     return recipe.model_copy(update={"uptrain": recipe.uptrain.model_copy(update=data)})
 
 
+def _trained_exits(provenance: dict, config) -> tuple[int, ...]:
+    """The places of the layers after which the model of `config` was trained to be left early; none in a dense form."""
+    trained = (provenance["recipe"].get("uptrain") or {}).get("exits", False)
+    return read_plan(config).exits if trained and isinstance(config, RrtConfig) else ()
+
+
 def _sizes(folder: Path) -> dict[str, int]:
     """Parameters of the model in `folder`, from its config: in all, and without embeddings."""
     config = read_config(folder)
@@ -100,14 +106,17 @@ def _sizes(folder: Path) -> dict[str, int]:
     return {"params_total": counted.parameters, "params_non_embedding": counted.non_embedding}
 
 
-def _measure(dense: Source, stages: list, texts: dict[str, Windows], tokenizer, recipe: Recipe):
+def _measure(dense: Source, stages: list, exits: tuple[int, ...], texts: dict[str, Windows], tokenizer, recipe: Recipe):
     """(rows of the table, samples). Besides the dense model, one model at a time is in memory. The dense model's bytes
-    are what it takes in the number format of the last stage."""
+    are what it takes in the number format of the last stage. exits: of the last stage."""
     reference = measure.load_for_scoring(dense.folder)
     sizes = _sizes(dense.folder)
     width = getattr(torch, Weights(stages[-1][1]).dtype).itemsize
     rows = [("dense", sizes, width * sizes["params_total"])]
-    rows += [(f"after {stage}", _sizes(path), Weights(path).bytes_on_disk) for stage, path in stages]
+    for number, (stage, path) in enumerate(stages):
+        before = [earlier for earlier, _ in stages[:number]].count(stage)
+        name = f"after {stage} {before + 1}" if before else f"after {stage}"
+        rows.append((name, _sizes(path), Weights(path).bytes_on_disk))
     windows = sum(len(w.ids) for w in texts.values())
     ids = prompt_ids(tokenizer, recipe.eval.prompt) if recipe.eval.sample_tokens else None
     table, samples = [], []
@@ -115,17 +124,23 @@ def _measure(dense: Source, stages: list, texts: dict[str, Windows], tokenizer, 
         for (name, counts, size), path in zip(rows, [None, *(path for _, path in stages)], strict=True):
             model = reference if path is None else measure.load_for_scoring(path)
             beside = None if path is None else reference
-            scores = {text: measure.score(model, w, beside, advance) for text, w in texts.items()}
-            table.append(
-                {
-                    "model": name,
-                    "params_total": counts["params_total"],
-                    "params_non_embedding": counts["params_non_embedding"],
-                    "bytes": size,
-                    **_overall(scores, texts),
-                    "texts": {text: asdict(s) for text, s in scores.items()},
-                }
-            )
+            left_at = exits if path == stages[-1][1] else ()
+            scores = {text: measure.score_with_exits(model, w, left_at, beside, advance) for text, w in texts.items()}
+            names = [name, *(f"exit after loop {loop}" for loop in range(1, len(left_at) + 1))]
+            computed = [1.0, *((place + 1) / model.config.num_hidden_layers for place in left_at)]
+            for number, (shown, share) in enumerate(zip(names, computed, strict=True)):
+                here = {text: found[number] for text, found in scores.items()}
+                table.append(
+                    {
+                        "model": shown,
+                        **({"layers_computed": share} if exits else {}),
+                        "params_total": counts["params_total"],
+                        "params_non_embedding": counts["params_non_embedding"],
+                        "bytes": size,
+                        **_overall(here, texts),
+                        "texts": {text: asdict(s) for text, s in here.items()},
+                    }
+                )
             if ids is not None:
                 length = longest_context(model.config, ids.shape[1] + recipe.eval.sample_tokens) - ids.shape[1]
                 said = sample(model, tokenizer, ids, length) if length > 0 else "(the prompt leaves no room)"

@@ -16,6 +16,7 @@ from rrtc.export.licence import find_licence
 from rrtc.model import RrtConfig
 
 COLUMNS = {
+    "layers_computed": ("layers computed", "{:.0%}".format),
     "params_total": ("parameters", count),
     "params_non_embedding": ("without embeddings", count),
     "bytes": ("on disk", size),

@@ -109,13 +109,14 @@ class Visit(nn.Module):
 def find_layers(model: nn.Module, depth: int) -> tuple[nn.Module, str]:
     """Where a stock model keeps its decoder layers: the parent module and the name of the list in it.
 
-    Raises ValueError unless exactly one list of modules is `depth` long.
+    In a grafted one, that is the list of visits. Raises ValueError unless exactly one list of modules is `depth` long.
     """
     found = [
         (parent, name)
         for parent in model.modules()
         for name, child in parent.named_children()
         if isinstance(child, nn.ModuleList) and len(child) == depth
+        if not isinstance(parent, Slot) and not any(isinstance(module, Slot) for module in child)
     ]
     if len(found) != 1:
         raise ValueError(f"expected one list of {depth} decoder layers, found {len(found)}")

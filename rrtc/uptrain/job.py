@@ -57,10 +57,12 @@ class Job:
 
     def flops_per_token(self) -> int:
         """Floating-point operations to train on one token, without attention over the context: forward, backward at
-        twice its price, the forward pass repeated under activation checkpointing, and the teacher's forward pass."""
+        twice its price, the forward pass repeated under activation checkpointing, the teacher's forward pass, and for
+        each exit the head: forward, backward, and once more for what the model says in the end."""
         passes = 4 if self.recipe.activation_checkpointing else 3
         teacher = read_architecture(self.teacher.config()).flops_per_token if self.teacher else 0
-        return passes * self.plan.flops_per_token + teacher
+        exits = len(self.plan.exits) * 4 * 2 * self.plan.architecture.head_flops if self.recipe.exits else 0
+        return passes * self.plan.flops_per_token + teacher + exits
 
     def checkpoint_bytes(self) -> int:
         """Disk space that the run's checkpoints take at most: weights and two moments in float32, the two last ones
@@ -92,6 +94,9 @@ def prepare(folder: Path, recipe: UptrainRecipe, most_steps: int | None = None) 
     config = read_config(folder)
     if not isinstance(config, RrtConfig):
         raise RrtcError(f"{folder} holds a dense '{config.model_type}' model.", "Compress it first, with 'rrtc init'.")
+    plan = read_plan(config)
+    if recipe.exits:
+        _check_exits(folder, plan, provenance)
     dtype = Weights(folder).dtype
     tokenizer = load_tokenizer(folder)
     teacher = _teacher(folder, recipe, config, tokenizer) if recipe.distils else None
@@ -123,7 +128,7 @@ def prepare(folder: Path, recipe: UptrainRecipe, most_steps: int | None = None) 
         folder=folder,
         recipe=recipe,
         provenance=provenance,
-        plan=read_plan(config),
+        plan=plan,
         dtype=dtype,
         teacher=teacher,
         text=text,
@@ -131,6 +136,17 @@ def prepare(folder: Path, recipe: UptrainRecipe, most_steps: int | None = None) 
         accumulation=recipe.batch_size // (recipe.micro_batch * processes),
         bfloat16=fast_bfloat16() if recipe.precision == "auto" else recipe.precision == "bfloat16",
     )
+
+
+def _check_exits(folder: Path, plan: Plan, provenance: dict) -> None:
+    """Raises WrongUsage where there is no loop to exit from; warns where the exits come too early in training."""
+    if not plan.exits:
+        raise WrongUsage(
+            f"The model in {folder} has no exits, because no loop over its tied layers ends before another begins.",
+            "Exits need at least 2 loops and the sharing cycle or middle_cycle.",
+        )
+    if "uptrain" not in [provenance["stage"], *(entry["stage"] for entry in provenance["history"])]:
+        warn("This model was not healed yet. Exits that learn along with it cost quality: heal it first.")
 
 
 def process_group() -> PartialState:

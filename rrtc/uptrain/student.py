@@ -5,14 +5,17 @@ The logits of a batch are by far its largest table, so they are never made as a 
 the head's parameters are whole only there.
 """
 
-from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+import torch
+from torch import Tensor
 
+from rrtc.model.forward import outputs_of, run_base, run_exit, run_head
 from rrtc.model.modeling_rrt import RrtForCausalLM
 from rrtc.model.skeleton import decoder_layers
+from rrtc.plan import Visit, ends_of_loops
 from rrtc.recipe import UptrainRecipe
 from rrtc.uptrain.losses import chunked_losses, hidden_distance
+
+EXIT_LOSSES = {"next_token": 1.0, "forward_kl": 1.0}  # paper appendix J: with self-distillation
 
 
 class Student(RrtForCausalLM):
@@ -20,63 +23,57 @@ class Student(RrtForCausalLM):
 
     def forward(self, input_ids: Tensor, targets: Tensor, recipe: UptrainRecipe, lesson=None, **kwargs) -> dict:
         """Means over the tokens by name: `objective`, which has a gradient, and what it is made of (see losses.py).
+        With exits, counted by their loops from 1, also `exit_1_loss`, `exit_1_kl` (from the model's own final
+        distribution) and so on.
 
         input_ids, targets: (windows, context), int64. lesson: what the teacher says of the same input_ids, or None.
         kwargs, such as position_ids, go to the stock base model.
         """
-        matches = bool(recipe.losses.get("hidden"))
-        hidden, states = run_base(self.stock, input_ids, keep_states=matches, **kwargs)
         head = self.stock.get_output_embeddings()
-        means = chunked_losses(
-            hidden.flatten(0, 1),
-            lambda part: run_head(self.stock, part),
-            list(head.parameters()),
-            head.weight.shape[0],
-            targets.flatten(),
-            recipe.losses,
-            recipe.temperature,
-            lesson,
-        )
+
+        def compare(hidden: Tensor, weights: dict[str, float], lesson) -> dict[str, Tensor]:
+            return chunked_losses(
+                hidden.flatten(0, 1),
+                lambda part: run_head(self.stock, part),
+                list(head.parameters()),
+                head.weight.shape[0],
+                targets.flatten(),
+                weights,
+                recipe.temperature,
+                lesson,
+            )
+
+        matches = bool(recipe.losses.get("hidden"))
+        with outputs_of(self._exits() if recipe.exits else ()) as outputs:
+            hidden, states = run_base(self.stock, input_ids, keep_states=matches, **kwargs)
+        means = compare(hidden, recipe.losses, lesson)
         if matches:
             distance = hidden_distance(states, lesson.states)
             means["objective"] = means["objective"] + recipe.losses["hidden"] * distance
             means["hidden"] = distance.detach()
+        own = _OwnLesson(self, hidden, recipe.temperature)
+        for loop, output in enumerate(outputs, 1):
+            found = compare(run_exit(self.stock, input_ids, output, **kwargs), EXIT_LOSSES, own)
+            weight = recipe.exit_weight / len(outputs)
+            means["objective"] = means["objective"] + weight * found.pop("objective")
+            means |= {f"exit_{loop}_{name}": mean for name, mean in found.items()}
         return means
 
-
-def run_base(model: PreTrainedModel, ids: Tensor, keep_states: bool, **kwargs) -> tuple[Tensor, list[Tensor]]:
-    """What the head of a stock causal language model is given for `ids` (windows, context), as (windows, context,
-    width); and, if they are to be kept, the hidden states after each layer."""
-    states: list[Tensor] = []
-
-    def keep(layer, given, output):
-        states.append(output if isinstance(output, Tensor) else output[0])
-
-    hooks = [layer.register_forward_hook(keep) for layer in decoder_layers(model)] if keep_states else []
-    try:
-        return model.base_model(ids, use_cache=False, **kwargs)[0], states
-    finally:
-        for hook in hooks:
-            hook.remove()
+    def _exits(self) -> list:
+        """The layers after which there is an exit."""
+        layers = decoder_layers(self.stock)
+        return [layers[place] for place in ends_of_loops([Visit(**visit) for visit in self.config.visits])]
 
 
-class _Known(nn.Module):
-    """Stands in for a base model whose hidden states are known."""
+class _OwnLesson:
+    """What the student itself says in the end, for its exits to learn: no gradient goes back through it."""
 
-    def __init__(self, hidden: Tensor):
-        super().__init__()
-        self.hidden = hidden
+    def __init__(self, student: Student, hidden: Tensor, temperature: float):
+        """hidden: (windows, context, width), what the head is given in the end."""
+        self._student, self._hidden, self._temperature = student, hidden.detach().flatten(0, 1), temperature
 
-    def forward(self, *args, **kwargs):
-        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=self.hidden)
-
-
-def run_head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """The logits (tokens, vocabulary) that a stock causal language model makes of `hidden` (tokens, width), with
-    whatever it does beside the projection: scaling, capping, a bias."""
-    name, base = model.base_model_prefix, model.base_model
-    model._modules[name] = _Known(hidden[None])
-    try:
-        return model(hidden.new_zeros(1, 1).long()).logits[0]
-    finally:
-        model._modules[name] = base
+    @torch.no_grad()
+    def log_q(self, part: slice, log_p: Tensor) -> Tensor:
+        """See rrtc.uptrain.losses.Lesson."""
+        logits = run_head(self._student.stock, self._hidden[part]).float()
+        return logits.div_(self._temperature).log_softmax(-1)

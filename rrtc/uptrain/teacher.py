@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from rrtc.uptrain.student import run_base, run_head
+from rrtc.model.forward import run_base, run_head
 
 
 class LiveTeacher:
