@@ -17,9 +17,10 @@ from rrtc.model import RrtConfig
 from rrtc.model.skeleton import read_architecture, read_plan
 from rrtc.plan import Plan
 from rrtc.recipe import UptrainRecipe
-from rrtc.source import Source, content_hash, find_base, load_tokenizer, read_config
+from rrtc.source import Source, content_hash, find_base, find_model, load_tokenizer, read_config
 from rrtc.text import Windows, longest_context
-from rrtc.uptrain.data import training_windows
+from rrtc.uptrain.data import Stream, training_windows
+from rrtc.uptrain.teacher_cache import TeacherCache
 
 # What may change between the start of a run and its continuation: it changes the cost of a step, not its result.
 FREE_ON_RESUME = ("micro_batch", "activation_checkpointing", "save_every")
@@ -29,14 +30,20 @@ MOST_TOKENS = 500_000_000  # of text in memory: 4 GB of token ids, and the text 
 @dataclass(frozen=True)
 class Job:
     """What is trained, from whom and on what. `dtype` is the number format of the folder's weights, `bfloat16` says
-    whether the arithmetic is in bfloat16, and `accumulation` how many micro-batches of one process make a step."""
+    whether the arithmetic is in bfloat16, and `accumulation` how many micro-batches of one process make a step.
+
+    `taught_by` has the `uri` and the `sha256` of the dense model that is learnt from; None where there is none.
+    `teacher` is that model where it has to be run, and None where `cache` has all that it would say.
+    """
 
     folder: Path
     recipe: UptrainRecipe
     provenance: dict
     plan: Plan
     dtype: str
+    taught_by: dict | None
     teacher: Source | None
+    cache: TeacherCache | None
     windows: Windows
     steps: int
     accumulation: int
@@ -70,10 +77,12 @@ class Job:
 
     def fingerprint(self) -> dict:
         """What a continued run must have in common with the one it continues, as plain data."""
+        recipe = {k: v for k, v in self.recipe.model_dump().items() if k not in FREE_ON_RESUME}
+        recipe["teacher_cache"] = self.cache is not None  # it may have moved
         return {
-            "recipe": {k: v for k, v in self.recipe.model_dump().items() if k not in FREE_ON_RESUME},
+            "recipe": recipe,
             "model": content_hash(self.folder),
-            "teacher": content_hash(self.teacher.file) if self.teacher else None,
+            "teacher": self.taught_by["sha256"] if self.taught_by else None,
             "text": self.windows.sha256,
         }
 
@@ -91,7 +100,13 @@ def prepare(folder: Path, recipe: UptrainRecipe) -> Job:
         raise RrtcError(f"{folder} holds a dense '{config.model_type}' model.", "Compress it first, with 'rrtc init'.")
     dtype = Weights(folder).dtype
     tokenizer = load_tokenizer(folder)
-    teacher = _teacher(folder, recipe, config, tokenizer) if recipe.distils else None
+    taught_by, teacher, cache = None, None, None
+    if recipe.distils:
+        taught_by = _taught_by(provenance, recipe)
+        cache = _cache(recipe, taught_by["sha256"], config)
+        # A cache that holds something may hold everything, and then the teacher need not be there.
+        if cache is None or cache.is_empty:
+            teacher = _teacher(folder, recipe, config, tokenizer)
 
     processes = process_group().num_processes
     if recipe.batch_size % (recipe.micro_batch * processes):
@@ -110,13 +125,17 @@ def prepare(folder: Path, recipe: UptrainRecipe) -> Job:
     epochs = steps * recipe.batch_size / len(windows.ids)
     if epochs > 1:
         note(f"The text has {windows.ids.numel()} tokens: training goes through it {epochs:.3g} times.")
+    if cache is not None and not cache.holds(Stream(windows, steps * recipe.batch_size, recipe.seed)):
+        teacher = _teacher(folder, recipe, config, tokenizer)
     return Job(
         folder=folder,
         recipe=recipe,
         provenance=provenance,
         plan=read_plan(config),
         dtype=dtype,
+        taught_by=taught_by,
         teacher=teacher,
+        cache=cache,
         windows=windows,
         steps=steps,
         accumulation=recipe.batch_size // (recipe.micro_batch * processes),
@@ -137,6 +156,21 @@ def check_tokens(tokens: int) -> None:
             f"run takes {tokens:,}.",
             "Lower tokens.",
         )
+
+
+def _taught_by(provenance: dict, recipe: UptrainRecipe) -> dict:
+    """`uri` and `sha256` of the dense model to learn from; the model's own base is not looked at."""
+    if recipe.teacher is None:
+        return {name: provenance["base"][name] for name in ("uri", "sha256")}
+    named = find_model(recipe.teacher)
+    return {"uri": named.uri, "sha256": content_hash(named.file)}
+
+
+def _cache(recipe: UptrainRecipe, teacher: str, config: RrtConfig) -> TeacherCache | None:
+    if recipe.teacher_cache is None:
+        return None
+    folder = Path(recipe.teacher_cache).expanduser()
+    return TeacherCache(folder, teacher, config.vocab_size, recipe.temperature, recipe.teacher_cache_top)
 
 
 def _teacher(folder: Path, recipe: UptrainRecipe, config: RrtConfig, tokenizer) -> Source:
