@@ -116,6 +116,25 @@ def test_lessons_are_read_as_they_were_written(vocabulary, tmp_path):
         again.read(b"d" * 16)
 
 
+def test_whichever_byte_is_wrong_no_wrong_lesson_is_read(tmp_path):
+    lesson = pack(torch.randn(TOKENS, WORDS, generator=torch.Generator().manual_seed(0)).log_softmax(-1), TOP)
+    cache = TeacherCache(tmp_path / "c", "hash", WORDS, 1.0, TOP)
+    cache.begin()
+    cache.write([b"a" * 16], [lesson])
+    (segment,) = segments(tmp_path / "c")
+    whole, refusals = segment.read_bytes(), 0
+    for place in range(0, len(whole), 5):
+        changed = bytearray(whole)
+        changed[place] ^= 0x81
+        segment.write_bytes(changed)
+        try:
+            read = TeacherCache(tmp_path / "c", "hash", WORDS, 1.0, TOP).read(b"a" * 16)
+            assert all(torch.equal(found, written) for found, written in zip(read, lesson, strict=True))
+        except RrtcError:
+            refusals += 1
+    assert refusals * 5 > len(cache._encoded(*lesson))  # every byte of the lesson, and others
+
+
 def test_windows_are_known_by_all_that_the_teacher_is_given():
     ids, positions = torch.arange(8), torch.arange(8)
     window = {"input_ids": ids, "position_ids": positions}
@@ -319,7 +338,7 @@ def test_a_resumed_run_reads_what_the_first_part_wrote(rrt, filled, tmp_path, mo
             uptrain(str(rrt), str(target), cached(cache))
     with pytest.raises(RrtcError, match="teacher_cache was True and is now False"):
         uptrain(str(rrt), str(target), settings(), resume=True)
-    with pytest.raises(RrtcError, match="another top: 64, and this run's is 32"):
+    with pytest.raises(RrtcError, match="another teacher_cache_top: 64, and this run's is 32"):
         uptrain(str(rrt), str(target), cached(cache, teacher_cache_top=32), resume=True)
     cache.rename(tmp_path / "moved")
     uptrain(str(rrt), str(target), cached(tmp_path / "moved"), resume=True)
@@ -349,7 +368,7 @@ def test_a_cache_made_for_something_else(rrt, copy, tmp_path, monkeypatch):
     other = save_pico(tmp_path / "other", hidden_size=32)
     refused(rrt, cached(copy, teacher=str(other)), f"another teacher: .*{content_hash(other)[:12]}", monkeypatch)
     refused(rrt, cached(copy, temperature=2.0), "another temperature: 1.0, and this run's is 2.0", monkeypatch)
-    refused(rrt, cached(copy, teacher_cache_top=8), "another top: 64, and this run's is 8", monkeypatch)
+    refused(rrt, cached(copy, teacher_cache_top=8), "another teacher_cache_top: 64, and this run's is 8", monkeypatch)
     values = json.loads((copy / "teacher.json").read_text())
     (copy / "teacher.json").write_text(json.dumps(values | {"format": 99}))
     refused(rrt, cached(copy), "another format: 99, and this run's is 1", monkeypatch)

@@ -52,6 +52,7 @@ SCHEMA = pyarrow.schema(
         ("lesson", pyarrow.large_binary()),
     ]
 )
+DAMAGE = (pyarrow.ArrowException, OSError, ValueError)  # what pyarrow raises of a file that is not as it should be
 
 Packed = tuple[Tensor, Tensor, Tensor]  # see `pack`
 
@@ -89,7 +90,7 @@ class TeacherCache:
         self.folder, self.top = Path(folder), min(top, vocabulary - 1)
         self.made_for = {
             "format": FORMAT, "teacher": teacher, "vocabulary": vocabulary, "temperature": temperature,
-            "top": self.top,
+            "teacher_cache_top": self.top,
         }  # fmt: skip
         self._id_type = numpy.uint16 if vocabulary <= 2**16 else numpy.uint32
         self._places: dict[bytes, tuple[Path, int]] = {}  # of a window's lesson: its segment and row
@@ -103,7 +104,7 @@ class TeacherCache:
         if self.folder.exists() and not self.folder.is_dir():
             raise RrtcError(f"The teacher cache {self.folder} is a file.", "Name a folder.")
         if not file.exists():
-            if self.folder.exists() and any(self.folder.glob("*")):
+            if self.folder.exists() and any(path.suffix != ".tmp" for path in self.folder.iterdir()):
                 raise RrtcError(f"The folder {self.folder} is not empty and is no teacher cache.", "Name a new folder.")
             return
         try:
@@ -115,7 +116,7 @@ class TeacherCache:
             theirs, ours = (str(values[differs])[:12] for values in (found, self.made_for))
             raise RrtcError(
                 f"The teacher cache {self.folder} was made for another {differs}: {theirs}, and this run's is {ours}.",
-                "Name a new folder with --teacher-cache.",
+                "Name a new folder with --teacher-cache, or go back to what this one was made for.",
             )
 
     def begin(self) -> None:
@@ -148,7 +149,7 @@ class TeacherCache:
                         raise _damaged(file)
                     keys = rows["key"].to_pylist()
                     self._tokens += sum(rows["tokens"].to_pylist())
-            except (pyarrow.ArrowException, OSError) as error:
+            except DAMAGE as error:
                 raise _damaged(file) from error
             self._places |= {key: (file, row) for row, key in enumerate(keys)}
             self._bytes += file.stat().st_size
@@ -171,21 +172,18 @@ class TeacherCache:
                 rows = pyarrow.ipc.open_file(stream).get_batch(0)
                 tokens, checksum = rows["tokens"][row].as_py(), rows["checksum"][row].as_py()
                 lesson = rows["lesson"][row].as_py()
-        except (pyarrow.ArrowException, OSError) as error:
+        except DAMAGE as error:
             raise _damaged(file) from error
-        if zlib.crc32(lesson) != checksum:
+        if _checksum(name, tokens, lesson) != checksum:
             raise _damaged(file)
         return self._decoded(lesson, tokens)
 
     def write(self, names: list[bytes], lessons: list[Packed]) -> None:
         """A segment of the lessons of the windows with these keys."""
+        tokens = [len(tail) for _, _, tail in lessons]
         packed = [self._encoded(*lesson) for lesson in lessons]
-        rows = {
-            "key": names,
-            "tokens": [len(tail) for _, _, tail in lessons],
-            "checksum": [zlib.crc32(lesson) for lesson in packed],
-            "lesson": packed,
-        }
+        checksums = list(map(_checksum, names, tokens, packed))
+        rows = {"key": names, "tokens": tokens, "checksum": checksums, "lesson": packed}
         with (
             whole_file(self.folder / f"{uuid.uuid4().hex}.arrow") as temporary,
             pyarrow.OSFile(str(temporary), "wb") as sink,
@@ -299,6 +297,10 @@ class CachedLesson:
         log_q = log_p.scatter(1, ids, -torch.inf)
         log_q += tail - total - log_q.logsumexp(-1, keepdim=True)
         return log_q.scatter_(1, ids, highest - total)
+
+
+def _checksum(name: bytes, tokens: int, lesson: bytes) -> int:
+    return zlib.crc32(lesson, zlib.crc32(name + tokens.to_bytes(8, signed=True)))
 
 
 def _damaged(file: Path) -> RrtcError:
