@@ -193,8 +193,20 @@ class UptrainRecipe(Section):
     context: int = Field(512, ge=8, description="Tokens in one training window.")
     batch_size: int = Field(8, ge=1, description="Windows in one optimiser step, over all processes.")
     micro_batch: int = Field(2, ge=1, description="Windows in one forward pass of one process.")
-    learning_rate: float = Field(4e-4, gt=0, description="Peak learning rate of AdamW.")
+    optimiser: Literal["adamw", "muon"] = Field(
+        "adamw", description="muon: for the matrices in the layers, and AdamW for LoRA, norms, biases and embeddings."
+    )
+    learning_rate: float = Field(4e-4, gt=0, description="Peak learning rate.")
+    shared_lr_scale: float | str = Field(
+        "visits",
+        description="The learning rate of a weight that several visits use is multiplied by this; visits: divided by "
+        "their number. 1 changes nothing.",
+    )
+    schedule: Literal["cosine", "warmup_stable_decay"] = Field(
+        "cosine", description="How the learning rate falls: all the way, or only over the last part (decay)."
+    )
     warmup: float = Field(0.05, ge=0, lt=1, description="Part of the steps over which the learning rate rises.")
+    decay: float = Field(0.2, gt=0, le=1, description="Part of the steps over which warmup_stable_decay falls.")
     weight_decay: float = Field(0.0, ge=0, description="Weight decay of the matrices.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
     losses: dict[str, float] = Field(
@@ -259,6 +271,25 @@ class UptrainRecipe(Section):
         if self.teacher_cache is not None and self.losses.get("hidden"):
             raise ValueError("a teacher_cache keeps no hidden states, which the loss 'hidden' compares")
         return self
+
+    @model_validator(mode="after")
+    def _rises_before_it_falls(self) -> "UptrainRecipe":
+        if self.schedule == "warmup_stable_decay" and self.warmup + self.decay > 1:
+            raise ValueError(f"warmup {self.warmup} and decay {self.decay} are together more than all steps")
+        return self
+
+    @field_validator("shared_lr_scale", mode="before")
+    @classmethod
+    def _visits_or_a_factor(cls, value: Any) -> Any:
+        if value == "visits":
+            return value
+        try:
+            factor = float(value)
+        except (TypeError, ValueError):
+            factor = 0.0
+        if not 0 < factor < math.inf:
+            raise ValueError(f"it should be visits or a number above 0, not '{value}'")
+        return factor
 
     @field_validator("data", mode="before")
     @classmethod

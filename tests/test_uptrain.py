@@ -195,18 +195,12 @@ def test_bfloat16_arithmetic_keeps_float32_weights(rrt, tmp_path):
     assert len(differences) == 2 and 0 < max(differences) < 0.02
 
 
-def test_schedule_and_weight_decay(rrt, tmp_path):
-    recipe = settings(warmup=0.5, weight_decay=0.1)
-    uptrain(str(rrt), str(tmp_path / "out"), recipe)
+def test_learning_rates_are_logged(rrt, tmp_path):
+    uptrain(str(rrt), str(tmp_path / "out"), settings(warmup=0.5))
     rates = [step["learning_rate"] for step in metrics(tmp_path / "out")]
     # Three steps up from 0, then the half cosine down towards 0.
     expected = [0, 1 / 3, 2 / 3, *(0.5 * (1 + math.cos(math.pi * i / 3)) for i in range(3))]
     assert rates == pytest.approx([1e-2 * rate for rate in expected])
-    trainer = DistillationTrainer(prepare(rrt, recipe.uptrain), 1, tmp_path / "t", save=False, callbacks=[])
-    decayed, free = trainer.create_optimizer().param_groups
-    assert (decayed["weight_decay"], free["weight_decay"]) == (0.1, 0.0)
-    assert {p.dim() for p in decayed["params"]} == {2} and {p.dim() for p in free["params"]} == {1}
-    assert len(decayed["params"]) + len(free["params"]) == len(list(trainer.model.parameters()))
 
 
 # -- the data

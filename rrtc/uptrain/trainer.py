@@ -18,8 +18,10 @@ from rrtc.checkpoint import disk_error
 from rrtc.errors import RrtcError
 from rrtc.measure import device
 from rrtc.model.skeleton import quiet_warnings
+from rrtc.recipe import UptrainRecipe
 from rrtc.uptrain.data import Stream
 from rrtc.uptrain.job import Job, process_group
+from rrtc.uptrain.optimiser import make_optimiser
 from rrtc.uptrain.student import Student
 from rrtc.uptrain.teacher import LiveTeacher
 from rrtc.uptrain.teacher_cache import CachedTeacher
@@ -43,7 +45,7 @@ class DistillationTrainer(Trainer):
             enable()
         super().__init__(
             model=model,
-            args=_arguments(job, steps, output, save),
+            args=arguments(job, steps, output, save),
             train_dataset=Stream(job.windows, steps * job.recipe.batch_size, job.recipe.seed),
             callbacks=callbacks,
         )
@@ -85,9 +87,11 @@ class DistillationTrainer(Trainer):
                 )
         super().log(logs, start_time)
 
-    def get_decay_parameter_names(self, model) -> list[str]:
-        """The matrices: norms and biases are not pulled to zero."""
-        return [name for name, parameter in model.named_parameters() if parameter.dim() > 1]
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            _, adamw = self.get_optimizer_cls_and_kwargs(self.args)
+            self.optimizer = make_optimiser(self.model if model is None else model, self.job.recipe, adamw)
+        return self.optimizer
 
     def train(self, *args, **kwargs):
         try:
@@ -111,7 +115,7 @@ class DistillationTrainer(Trainer):
             (folder / WHOLE).touch()
 
 
-def _arguments(job: Job, steps: int, output: Path, save: bool) -> TrainingArguments:
+def arguments(job: Job, steps: int, output: Path, save: bool) -> TrainingArguments:
     recipe = job.recipe
     arguments = TrainingArguments(
         output_dir=str(output),
@@ -121,9 +125,9 @@ def _arguments(job: Job, steps: int, output: Path, save: bool) -> TrainingArgume
         train_sampling_strategy="sequential",  # the Stream is in order already
         remove_unused_columns=False,
         learning_rate=recipe.learning_rate,
-        lr_scheduler_type="cosine",
+        lr_scheduler_type=recipe.schedule,
+        lr_scheduler_kwargs=_decay(recipe, steps),
         warmup_steps=recipe.warmup,  # below 1: a share of the steps
-        weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.max_grad_norm,
         seed=recipe.seed,
         save_strategy="steps" if save else "no",
@@ -139,6 +143,14 @@ def _arguments(job: Job, steps: int, output: Path, save: bool) -> TrainingArgume
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several accelerators are for torchrun, never for nn.DataParallel
     return arguments
+
+
+def _decay(recipe: UptrainRecipe, steps: int) -> dict:
+    """What a schedule wants to know beside its warmup. The fall is 1 - sqrt(progress), which Hägele et al.
+    (arXiv 2405.18392) found better than a straight line."""
+    if recipe.schedule == "cosine":
+        return {}
+    return {"num_decay_steps": int(recipe.decay * steps), "decay_type": "1-sqrt"}
 
 
 def whole_checkpoints(folder: Path) -> list[Path]:
