@@ -30,7 +30,9 @@ def warn(text: str) -> None:
 
 
 def show_error(error: RrtcError) -> None:
-    """The sentence and the hint of `error`, on stderr, from every process that meets one."""
+    """The sentence and the hint of `error`, on stderr, from every process that meets one of its own."""
+    if error.of_all_processes and not is_first_process:
+        return
     console = Console(stderr=True, soft_wrap=True)
     console.print(f"Error: {error.sentence}", style="bold red", highlight=False, markup=False)
     if error.hint:

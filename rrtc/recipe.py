@@ -185,12 +185,20 @@ class UptrainRecipe(Section):
     data: list[str] = Field(
         [BUILT_IN_TEXT],
         description="Training text: .txt, .jsonl or .parquet files, folders of them, or a datasets name; "
-        "pydoc is the text that Python itself ships.",
+        "pydoc is the text that Python itself ships, self is text that the teacher writes.",
         min_length=1,
+    )
+    data_weights: list[float] | None = Field(
+        None,
+        description="How much to take of each of the data, as in 3,1; by default of each as much as it has.",
     )
     text_field: str = Field("text", description="The field that holds the text in jsonl, parquet and datasets.")
     tokens: int = Field(1_000_000, ge=1, description="Training tokens in all.")
     context: int = Field(512, ge=8, description="Tokens in one training window.")
+    separate_documents: bool = Field(
+        False,
+        description="Documents in a window do not attend to each other. Slower, and rarely how models are made.",
+    )
     batch_size: int = Field(8, ge=1, description="Windows in one optimiser step, over all processes.")
     micro_batch: int = Field(2, ge=1, description="Windows in one forward pass of one process.")
     optimiser: Literal["adamw", "muon"] = Field(
@@ -232,6 +240,9 @@ class UptrainRecipe(Section):
     activation_checkpointing: bool = Field(False, description="Recompute activations: less memory, a third slower.")
     save_every: int = Field(200, ge=1, description="Steps between checkpoints.")
     seed: int = Field(0, description="Order of the text and any randomness.")
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = Field(
+        "none", description="Tracker that is sent every step's figures; tensorboard writes into the output folder."
+    )
 
     @field_validator("losses", mode="before")
     @classmethod
@@ -290,6 +301,23 @@ class UptrainRecipe(Section):
         if not 0 < factor < math.inf:
             raise ValueError(f"it should be visits or a number above 0, not '{value}'")
         return factor
+
+    @model_validator(mode="after")
+    def _a_weight_for_each(self) -> "UptrainRecipe":
+        if self.data_weights is None:
+            return self
+        if len(self.data_weights) != len(self.data):
+            raise ValueError(f"data names {len(self.data)} texts and data_weights has {len(self.data_weights)} weights")
+        if not all(0 <= weight < math.inf for weight in self.data_weights):
+            raise ValueError("a weight in data_weights is a number from 0 up")
+        if not any(self.data_weights):
+            raise ValueError("data_weights are all 0, so there is nothing to learn from")
+        return self
+
+    @field_validator("data_weights", mode="before")
+    @classmethod
+    def _weights_from_text(cls, value: Any) -> Any:
+        return value.split(",") if isinstance(value, str) else [value] if isinstance(value, int | float) else value
 
     @field_validator("data", mode="before")
     @classmethod

@@ -6,6 +6,7 @@ A tenth is held out: training never sees it and evaluation scores on it.
 """
 
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rrtc.errors import RrtcError
-from rrtc.recipe import BUILT_IN_TEXT, Recipe
+from rrtc.recipe import BUILT_IN_TEXT, OWN_TEXT, Recipe
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 HELD_OUT_OF = 10  # a document, or a character, of so many is held out
 FEW = 100  # documents: of fewer, a part of each is held out
 CHARACTERS_PER_TOKEN = 32  # more than any tokenizer puts into one on average
+CHARACTERS_AT_ONCE = 1_000_000  # of a plain file
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 
 
@@ -33,11 +35,6 @@ class Windows:
 
     ids: "torch.Tensor"
     bytes_per_token: float
-
-    @property
-    def sha256(self) -> str:
-        """Of the token ids."""
-        return hashlib.sha256(self.ids.numpy()).hexdigest()
 
 
 def documents(source: str, text_field: str = "text") -> Iterator[str]:
@@ -59,18 +56,36 @@ def _documents(source: str, text_field: str) -> Iterator[str]:
         yield from _built_in()
         return
     path = Path(source)
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
-        if not files:
-            raise RrtcError(f"The folder {path} holds no text.", f"rrtc reads {', '.join(SUFFIXES)}.")
-        for file in files:
+    if path.exists():
+        for file in _files(path):
             yield from _from_file(file, text_field)
-    elif path.exists():
-        yield from _from_file(path, text_field)
     elif path.suffix in SUFFIXES or source.startswith((".", "/", "~")):
         raise RrtcError(f"There is no text at {source}.")
     else:
         yield from _from_datasets(source, text_field)
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
+    if not files:
+        raise RrtcError(f"The folder {path} holds no text.", f"rrtc reads {', '.join(SUFFIXES)}.")
+    return files
+
+
+def source_fingerprint(source: str) -> list:
+    """What the documents of a source depend on, as plain data: a hash of the contents of files, and of a dataset the
+    name alone."""
+    if source == BUILT_IN_TEXT:
+        return [hashlib.sha256("\0".join(_built_in()).encode()).hexdigest()]
+    if not Path(source).exists():
+        return [source]
+    found = []
+    for file in _files(Path(source)):
+        with open(file, "rb") as stream:
+            found.append([file.suffix, hashlib.file_digest(stream, "sha256").hexdigest()])
+    return found
 
 
 def _built_in() -> list[str]:
@@ -93,7 +108,13 @@ def _from_file(file: Path, text_field: str) -> Iterator[str]:
 
 
 def _from_plain(file: Path, text_field: str) -> Iterator[str]:
-    yield from file.read_text(encoding="utf8").split("\n\n\n")
+    with open(file, encoding="utf8") as stream:
+        rest = ""
+        # A document that is longer than a piece makes the pieces longer, or it would be copied once for each of them.
+        while piece := stream.read(max(CHARACTERS_AT_ONCE, len(rest))):
+            *found, rest = (rest + piece).split("\n\n\n")
+            yield from found
+        yield rest
 
 
 def _from_jsonl(file: Path, text_field: str) -> Iterator[str]:
@@ -184,8 +205,36 @@ def split(found: list[str]) -> tuple[list[str], list[str]]:
     return training, held_out
 
 
+def training_documents(found: Iterable[str]) -> Iterator[str]:
+    """The training documents of `split`, one at a time. `found`: all documents of a source, or its beginning of at
+    least FEW; no more than FEW of them are in memory."""
+    found = iter(found)
+    first = list(itertools.islice(found, FEW))
+    yield from split(first)[0]
+    if len(first) == FEW:
+        yield from (document for document in found if not _is_held_out(document))
+
+
+def cut(document: str, characters: int) -> Iterator[str]:
+    """`document` in pieces of at most so many characters, cut between words where it has any."""
+    start = 0
+    while start < len(document):
+        end = start + characters
+        if end < len(document):
+            end = document.rfind(" ", start + 1, end) + 1 or end
+        yield document[start:end]
+        start = end
+
+
 def _is_held_out(document: str) -> bool:
     return int.from_bytes(hashlib.sha256(document.encode()).digest()[:8]) % HELD_OUT_OF == 0
+
+
+def begin_and_end(tokenizer) -> tuple[list[int], list[int]]:
+    """(the token that the tokenizer begins every text with, the end-of-text token); [] for one that there is not."""
+    always = tokenizer("")["input_ids"]
+    begin = always[:1] if always[:1] == [tokenizer.bos_token_id] else []
+    return begin, [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
 
 def pack(texts: Iterable[str], tokenizer, context: int, limit: int | None = None) -> Windows:
@@ -197,9 +246,7 @@ def pack(texts: Iterable[str], tokenizer, context: int, limit: int | None = None
     """
     import torch
 
-    always = tokenizer("")["input_ids"]
-    beginning_token = always[:1] if always[:1] == [tokenizer.bos_token_id] else []
-    separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    beginning_token, separator = begin_and_end(tokenizer)
     width = context - len(beginning_token)  # tokens of text in a window
     wanted = math.inf if limit is None else max(1, -(-limit // context)) * width
     ids: list[int] = []
@@ -236,7 +283,9 @@ def longest_context(config, wanted: int) -> int:
 def scoring_texts(recipe: Recipe, tokenizer, context: int, limit: int) -> dict[str, Windows]:
     """What a model is scored on, by name: the recipe's eval texts, whole, or else what training holds out of its data.
 
-    `limit` tokens of each at most, rounded up to whole windows. Raises RrtcError as `documents` and `pack` do.
+    `limit` tokens of each at most, rounded up to whole windows. Of text that the teacher writes nothing is held out: a
+    model that was trained on nothing else is scored on a part of the built-in text. Raises RrtcError as `documents` and
+    `pack` do.
     """
     if recipe.eval.text:
         field = recipe.eval.text_field
@@ -246,5 +295,6 @@ def scoring_texts(recipe: Recipe, tokenizer, context: int, limit: int) -> dict[s
             for name, source in zip(short, recipe.eval.text, strict=True)
         }
     field = recipe.uptrain.text_field
-    held_out = [d for s in recipe.uptrain.data for d in split(beginning(s, field, HELD_OUT_OF * limit))[1]]
+    sources = [source for source in recipe.uptrain.data if source != OWN_TEXT] or [BUILT_IN_TEXT]
+    held_out = [d for source in sources for d in split(beginning(source, field, HELD_OUT_OF * limit))[1]]
     return {"held out": pack(held_out, tokenizer, context, limit)}

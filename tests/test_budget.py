@@ -20,10 +20,10 @@ from rrtc.init.dense import DenseModel
 from rrtc.init.joint import joint_costs
 from rrtc.init.neurons import find_neurons
 from rrtc.init.norms import find_folds
-from rrtc.init.own_text import own_text
 from rrtc.init.stage import dry_run, init
 from rrtc.init.streamed import StreamedModel
 from rrtc.model.skeleton import read_architecture, read_plan
+from rrtc.own_text import AT_ONCE, own_text
 from rrtc.plan import Plan, make_plan
 from rrtc.recipe import InitRecipe
 from rrtc.source import find_model, load_tokenizer
@@ -254,10 +254,14 @@ def test_a_model_writes_as_it_would_say(dense):
     """The first tokens it draws are those that it finds likely, and the same seed draws the same."""
     folder = dense("llama")
     tokenizer, steps = load_tokenizer(folder), []
-    ids = own_text(folder, tokenizer, 600, 3, seed=0, advance=steps.append)
+
+    def written(seed: int, windows: int = 600) -> torch.Tensor:
+        return torch.cat(list(own_text(folder, tokenizer, windows, 3, seed, steps.append)))
+
+    ids = written(seed=0)
     assert ids.shape == (600, 3) and ids.dtype == torch.int64 and sum(steps) == 600 * 2
-    assert torch.equal(ids, own_text(folder, tokenizer, 600, 3, seed=0, advance=steps.append))
-    assert not torch.equal(ids, own_text(folder, tokenizer, 600, 3, seed=1, advance=steps.append))
+    assert torch.equal(ids, written(seed=0)) and not torch.equal(ids, written(seed=1))
+    assert torch.equal(ids[:AT_ONCE], written(seed=0, windows=AT_ONCE))
     assert (ids[:, 0] == tokenizer.bos_token_id).all()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():

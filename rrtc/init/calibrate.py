@@ -26,7 +26,7 @@ from rrtc.init.whiten import Seen
 from rrtc.plan import Architecture
 from rrtc.recipe import BUILT_IN_TEXT, OWN_TEXT, InitRecipe
 from rrtc.resume import whole_file
-from rrtc.text import beginning, documents, pack, split
+from rrtc.text import beginning, cut, documents, pack, split
 
 
 def own_windows(recipe: InitRecipe, context: int) -> int:
@@ -52,7 +52,7 @@ def calibration_windows(recipe: InitRecipe, tokenizer, context: int) -> Tensor:
         if source == OWN_TEXT:
             continue
         training, _ = split(_found(source, recipe.text_field, share))
-        pieces = [piece for document in training for piece in _pieces(document, 4 * context)]
+        pieces = [piece for document in training for piece in cut(document, 4 * context)]
         pieces.sort(key=lambda piece: hashlib.sha256(f"{recipe.seed} {piece}".encode()).digest())
         parts.append(pack(pieces, tokenizer, context, share).ids)
     return torch.cat(parts)
@@ -63,14 +63,6 @@ def _found(source: str, field: str, tokens: int) -> list[str]:
     if source == BUILT_IN_TEXT or Path(source).exists():
         return list(documents(source, field))
     return beginning(source, field, tokens)
-
-
-def _pieces(document: str, characters: int) -> Iterator[str]:
-    """`document` in pieces of at most so many characters, cut between words where it has any."""
-    while document:
-        end = len(document) if len(document) <= characters else document.rfind(" ", 1, characters) + 1 or characters
-        yield document[:end]
-        document = document[end:]
 
 
 def bytes_on_disk(architecture: Architecture, tokens: int) -> int:

@@ -35,11 +35,11 @@ from rrtc.init.dense import DenseModel
 from rrtc.init.job import NUMBER_BYTES, WORK, Job, can_resume, prepare, remove, stored_dtype
 from rrtc.init.memory import return_freed_memory
 from rrtc.init.neurons import find_neurons
-from rrtc.init.own_text import own_text
 from rrtc.init.slots import joint_slot, paper_slot
 from rrtc.init.streamed import StreamedModel
 from rrtc.model import RrtConfig
 from rrtc.model.skeleton import read_architecture
+from rrtc.own_text import own_text
 from rrtc.plan import Plan, make_plan, source_layers, target_parameters
 from rrtc.recipe import BUILT_IN_TEXT, Recipe, parse_size
 from rrtc.resume import check_incomplete, whole_file
@@ -198,7 +198,8 @@ def _own_text(job: Job) -> Tensor:
     if not file.exists():
         tokenizer, tokens = load_tokenizer(job.source.folder), job.own_windows * (context - 1)
         with progress("Writing text to calibrate on", tokens) as advance:
-            ids = own_text(job.source.folder, tokenizer, job.own_windows, context, job.recipe.init.seed, advance)
+            written = own_text(job.source.folder, tokenizer, job.own_windows, context, job.recipe.init.seed, advance)
+            ids = torch.cat(list(written))
         with whole_file(file) as temporary:
             save_file({"ids": ids}, temporary)
     return load_file(file)["ids"]

@@ -1,57 +1,76 @@
 """What a run leaves behind about its course: metrics.jsonl, a line a step, and loss.png, the same as a picture."""
 
 import json
+from itertools import accumulate, cycle
 from pathlib import Path
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-FIELDS = ("step", "tokens", "loss", "kl", "objective", "learning_rate", "grad_norm", "seconds")
+MEASURED = ("objective", "learning_rate", "grad_norm", "seconds")  # of each step; what else is logged is a loss
+LABELS = {"loss": "Next-token loss\n(nats per token)", "kl": "KL from the teacher\n(nats per token)"}
+COLOURS = ("tab:blue", "tab:purple", "tab:green", "tab:orange", "tab:red", "tab:brown", "tab:pink", "tab:cyan")
+POINTS = 2000  # drawn of a long run, more than a picture has room for
 ENDS = 20  # the first and the last of so many parts of a run are averaged in its summary
 
 
+def step_of(entry: dict) -> dict:
+    """A step from its entry in a Trainer's log: step, tokens (counted from the start of the run), loss and kl (in nats
+    per token; None where there is none), the other losses by their names, and MEASURED, with the seconds of the step
+    alone."""
+    known = ("step", "tokens", *MEASURED, "epoch")
+    losses = {"loss": None, "kl": None} | {name: value for name, value in entry.items() if name not in known}
+    return {field: entry[field] for field in ("step", "tokens")} | losses | {field: entry[field] for field in MEASURED}
+
+
 def steps_of(log_history: list[dict]) -> list[dict]:
-    """The steps in a Trainer's history, with FIELDS. loss and kl are in nats per token, tokens are counted from the
-    start of the run, seconds are of the step alone."""
-    return [{field: entry.get(field) for field in FIELDS} for entry in log_history if "objective" in entry]
+    """The steps in a Trainer's history, as `step_of` gives them."""
+    return [step_of(entry) for entry in log_history if "objective" in entry]
+
+
+def losses_of(step: dict) -> list[str]:
+    """The names of the losses that a step has."""
+    return [name for name in step if name not in ("step", "tokens", *MEASURED) and step[name] is not None]
 
 
 def summary(steps: list[dict]) -> dict:
-    """first_loss, last_loss, first_kl, last_kl: means over the first and the last twentieth of the steps, because one
-    batch is noisy. The kl figures are None for a run without a teacher."""
+    """first_loss, last_loss, first_kl, last_kl, and the same for every other loss: means over the first and the last
+    twentieth of the steps, because one batch is noisy. The kl figures are None for a run without a teacher."""
     some = max(1, len(steps) // ENDS)
-    result = {}
-    for field in ("loss", "kl"):
+    result = dict.fromkeys(("first_loss", "last_loss", "first_kl", "last_kl"))
+    for field in losses_of(steps[0]):
         for name, part in (("first", steps[:some]), ("last", steps[-some:])):
-            values = [step[field] for step in part if step[field] is not None]
-            result[f"{name}_{field}"] = round(sum(values) / some, 4) if values else None
+            result[f"{name}_{field}"] = round(sum(step[field] for step in part) / some, 4)
     return result
+
+
+def line(step: dict) -> str:
+    """A line of metrics.jsonl."""
+    return json.dumps(step) + "\n"
 
 
 def write_metrics(steps: list[dict], file: Path) -> None:
     """One JSON object a line, as `steps_of` gives them."""
-    file.write_text("".join(json.dumps(step) + "\n" for step in steps), encoding="utf8")
+    file.write_text("".join(map(line, steps)), encoding="utf8")
 
 
 def draw(steps: list[dict], title: str, file: Path) -> None:
-    """The loss and, with a teacher, the KL over the tokens seen: each step faintly, and their running mean."""
-    panels = [("loss", "Next-token loss\n(nats per token)", "tab:blue")]
-    if steps[0]["kl"] is not None:
-        panels.append(("kl", "KL from the teacher\n(nats per token)", "tab:purple"))
+    """Each loss over the tokens seen, in a panel of its own: the steps faintly, and their running mean."""
+    panels = losses_of(steps[0])
     figure = Figure(figsize=(8, 1 + 2.7 * len(panels)), layout="constrained")
     figure.suptitle(title, fontsize=12)
-    tokens = [step["tokens"] for step in steps]
+    tokens, every = [step["tokens"] for step in steps], max(1, len(steps) // POINTS)
     axes = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
-    for axis, (field, label, colour) in zip(axes, panels, strict=True):
+    for axis, field, colour in zip(axes, panels, cycle(COLOURS), strict=False):
         values = [step[field] for step in steps]
-        axis.plot(tokens, values, color=colour, alpha=0.25, linewidth=1)
+        axis.plot(tokens[::every], values[::every], color=colour, alpha=0.25, linewidth=1)
         smooth = _running_mean(values, max(1, len(values) // ENDS))
-        axis.plot(tokens, smooth, color=colour, linewidth=2)
+        axis.plot(tokens[::every], smooth[::every], color=colour, linewidth=2)
         axis.annotate(
             f"{smooth[-1]:.3f}", (tokens[-1], smooth[-1]), xytext=(5, 0), textcoords="offset points", va="center",
             color=colour,
         )  # fmt: skip
-        axis.set_ylabel(label)
+        axis.set_ylabel(LABELS.get(field, field.replace("_", " ").capitalize()))
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     axes[-1].set_xlabel("Training tokens")
@@ -61,4 +80,5 @@ def draw(steps: list[dict], title: str, file: Path) -> None:
 
 def _running_mean(values: list[float], width: int) -> list[float]:
     """The mean of each value and up to `width` - 1 before it."""
-    return [sum(values[max(0, i - width + 1) : i + 1]) / min(i + 1, width) for i in range(len(values))]
+    sums = list(accumulate(values, initial=0.0))  # a long run is drawn often: no sum over each width anew
+    return [(sums[i] - sums[max(0, i - width)]) / min(i, width) for i in range(1, len(sums))]

@@ -1,60 +1,174 @@
 """Training data: from the recipe's sources to windows of tokens, in the one order in which training sees them.
 
-The order is fixed before training starts and does not depend on the number of processes, on the micro-batch or on
-where a run was interrupted, so that all of these give the same losses.
+The order is fixed by the recipe and the text alone. It does not depend on the number of processes, on the micro-batch,
+on where a run was interrupted or on what the cache held, so that all of these give the same losses. In memory are 16
+bytes a document and 8 a window, for their order; the tokens are read from disk, window by window.
 """
 
-import random
+import hashlib
+import math
+from dataclasses import dataclass
 
+import numpy
 import torch
+from accelerate import PartialState
 
-from rrtc.console import progress
-from rrtc.recipe import UptrainRecipe
-from rrtc.text import Windows, beginning, pack, split
+from rrtc.errors import RrtcError
+from rrtc.recipe import OWN_TEXT, UptrainRecipe
+from rrtc.source import Source
+from rrtc.text import begin_and_end
+from rrtc.uptrain.shards import Shard, own_shard, text_shard
+
+LEAST = 2_000_000  # tokens to choose from, where a source has them: the first pages of a text do not stand for it
 
 
-def training_texts(recipe: UptrainRecipe, tokens: int) -> list[str]:
-    """The documents to learn from, without those that are held out, shuffled by the seed.
+class Packed:
+    """One source as windows of `context` tokens, packed without padding as `rrtc.text.pack` does. They come in an order
+    drawn from the seed, their documents too, and when they are used up in a new one.
 
-    tokens: how many will be needed. Raises RrtcError for a source that is missing or empty.
+    Where the documents are to be separate, they do not attend to each other, so each begins with `begin`, as it would
+    alone.
     """
-    texts = []
-    for source in recipe.data:
-        texts += split(beginning(source, recipe.text_field, tokens))[0]
-    random.Random(recipe.seed).shuffle(texts)
-    return texts
+
+    def __init__(
+        self, name: str, shard: Shard, context: int, begin: list[int], separate: bool = False, seed: tuple = (0,)
+    ):
+        """begin: the token that every window begins with, or []. seed: numbers from 0 up."""
+        self.name, self.shard, self.context, self.seed = name, shard, context, seed
+        self.begin, self.separate = begin, separate
+        self.width = context - len(begin)  # tokens of text in a window
+        self.of_each = begin if separate else []  # goes before each document
+        self.count = (shard.tokens + shard.documents * len(self.of_each)) // self.width  # of windows, once through
+        self.round = -1
+
+    def window(self, turn: int) -> tuple[numpy.ndarray, numpy.ndarray]:
+        """(token ids, whether a document begins there), both (context,), int64 and bool, of the window whose turn it
+        is, counted from 0. A window begins one, whatever it cuts."""
+        round_, place = divmod(turn, self.count)
+        if round_ != self.round:
+            self._shuffle(round_)
+        ids = numpy.empty(self.context, numpy.int64)
+        begins = numpy.zeros(self.context, bool)
+        ids[: len(self.begin)] = self.begin
+        begins[0] = True
+        at, start = len(self.begin), int(self.windows[place]) * self.width
+        number = int(numpy.searchsorted(self.ends, start, side="right"))
+        while at < self.context:
+            document = self._document(int(self.documents[number]))
+            skipped = start - (int(self.ends[number]) - len(document))
+            part = document[skipped : skipped + self.context - at]
+            begins[at] |= skipped == 0
+            ids[at : at + len(part)] = part
+            at, start, number = at + len(part), start + len(part), number + 1
+        return ids, begins
+
+    def _document(self, number: int) -> numpy.ndarray:
+        first, last = self.shard.offsets[number : number + 2]
+        ids = self.shard.ids[first:last]
+        return numpy.concatenate([self.of_each, ids]).astype(numpy.int64) if self.of_each else ids
+
+    def _shuffle(self, round_: int) -> None:
+        self.round = round_
+        random = numpy.random.default_rng((*self.seed, round_))
+        self.documents = random.permutation(self.shard.documents)
+        self.windows = random.permutation(self.count)
+        self.ends = numpy.diff(self.shard.offsets)[self.documents]  # where each document ends, one after the other
+        self.ends += len(self.of_each)
+        numpy.cumsum(self.ends, out=self.ends)
 
 
-def training_windows(recipe: UptrainRecipe, tokenizer, context: int, tokens: int) -> Windows:
-    """At most `tokens` tokens of training text, packed into windows of `context`.
+@dataclass(frozen=True)
+class Mixture:
+    """Sources, and the share of the windows that comes from each: above 0, and 1 in all."""
 
-    Raises RrtcError as `training_texts` and `rrtc.text.pack` do.
+    sources: list[Packed]
+    shares: list[float]
+
+    @property
+    def context(self) -> int:
+        return self.sources[0].context
+
+    @property
+    def tokens(self) -> int:
+        """In all windows of all sources."""
+        return sum(source.count for source in self.sources) * self.context
+
+    @property
+    def sha256(self) -> str:
+        """Of the text. Its order follows from the recipe."""
+        return hashlib.sha256(" ".join(source.shard.sha256 for source in self.sources).encode()).hexdigest()
+
+
+def training_text(
+    recipe: UptrainRecipe, tokenizer, context: int, windows: int, writer: Source | None, group: PartialState
+) -> Mixture:
+    """What a run of so many windows learns from, tokenised. writer: the model that writes the text of its own, if that
+    is among the data. Every process of `group` calls this.
+
+    Raises RrtcError for a source that is missing, is empty or does not fill a window.
     """
-    texts = training_texts(recipe, tokens)
-    with progress("Tokenising", len(texts)) as advance:
-
-        def counted():
-            for text in texts:
-                yield text
-                advance()
-
-        return pack(counted(), tokenizer, context, tokens)
+    begin, _ = begin_and_end(tokenizer)
+    weights = recipe.data_weights or [1.0] * len(recipe.data)
+    found: dict[int, Packed] = {}
+    # Text that is still to be written comes last: it takes the longest, and what is wrong elsewhere is said before.
+    for number in sorted(range(len(weights)), key=lambda number: recipe.data[number] == OWN_TEXT):
+        source, weight = recipe.data[number], weights[number]
+        if weight == 0:
+            continue
+        # Without weights a source may turn out to be the only one that has much.
+        most = math.ceil(windows * (weight / sum(weights) if recipe.data_weights else 1))
+        if source == OWN_TEXT:
+            most = math.ceil(windows * weight / sum(weights))
+            shard = own_shard(writer, tokenizer, most, context, recipe.seed, group)
+        else:
+            shard = text_shard(source, recipe.text_field, tokenizer, max(most * context, LEAST), group)
+        seed = (recipe.seed % 2**64, number)
+        found[number] = Packed(source, shard, context, begin, recipe.separate_documents, seed)
+        if found[number].count == 0:
+            raise RrtcError(
+                f"The text {source} has only {shard.tokens} tokens, fewer than one context of {context}.",
+                "Give more text, or a smaller context.",
+            )
+    sources = [found[number] for number in sorted(found)]
+    parts = [weights[number] if recipe.data_weights else found[number].count for number in sorted(found)]
+    return Mixture(sources, [part / sum(parts) for part in parts])
 
 
 class Stream(torch.utils.data.Dataset):
-    """`length` windows, all that training will see: the given ones, in a new order each time they are used up.
+    """`length` windows of a mixture, all that training will see.
 
-    An item is {"input_ids": (context,)}.
+    An item is {"input_ids": (context,)}, int64; where documents are separate, also {"position_ids": (context,)}, int64,
+    which start anew with each document: from that, transformers masks attention between documents.
     """
 
-    def __init__(self, windows: Windows, length: int, seed: int):
-        self.ids = windows.ids
-        generator = torch.Generator().manual_seed(seed)
-        epochs = -(-length // len(self.ids))
-        self.order = torch.cat([torch.randperm(len(self.ids), generator=generator) for _ in range(epochs)])[:length]
+    def __init__(self, mixture: Mixture, length: int):
+        self.mixture, self.length = mixture, length
+        self.order = interleaved(mixture.shares, length)
 
     def __len__(self) -> int:
-        return len(self.order)
+        return self.length
+
+    def name(self, index: int) -> str:
+        """Which window an item is, in words: its source, and the how manieth in the order in which that is seen."""
+        number, turn = (int(order[index]) for order in self.order)
+        return f"window {turn} of {self.mixture.sources[number].name}"
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"input_ids": self.ids[self.order[index]]}
+        number, turn = (int(order[index]) for order in self.order)
+        source = self.mixture.sources[number]
+        ids, begins = source.window(turn)
+        item = {"input_ids": torch.from_numpy(ids)}
+        if source.separate:
+            places = numpy.arange(len(ids))
+            item["position_ids"] = torch.from_numpy(places - numpy.maximum.accumulate(numpy.where(begins, places, 0)))
+        return item
+
+
+def interleaved(shares: list[float], length: int) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """For each of `length` windows, (the number of its source, the how manieth of that source it is), so that every
+    beginning of the sequence has of each source about its share: window t of a source is due at (t + 1/2) / share."""
+    turns = [numpy.arange(math.ceil(share * length) + len(shares)) for share in shares]
+    due = numpy.concatenate([(turn + 0.5) / share for turn, share in zip(turns, shares, strict=True)])
+    first = numpy.argsort(due, kind="stable")[:length]
+    numbers = numpy.repeat(numpy.arange(len(shares), dtype=numpy.uint16), [len(turn) for turn in turns])
+    return numbers[first], numpy.concatenate(turns)[first]

@@ -68,7 +68,7 @@ class Display(TrainerCallback):
         if self.live:
             self.live.update(self._panel(step, amounts, logs["learning_rate"]))
         elif step * REPORTS // self.steps > (step - 1) * REPORTS // self.steps:
-            kl = "" if logs.get("kl") is None else f" · KL {logs['kl']:.3f}"
+            kl = "" if self.kls[-1] is None else f" · KL {self.kls[-1]:.3f}"
             self.console.print(
                 f"step {step} of {self.steps} · {amounts} · loss {logs['loss']:.3f}{kl} · "
                 f"learning rate {logs['learning_rate']:.1e}",

@@ -1,4 +1,5 @@
-"""`rrtc uptrain --dry-run`: what a run would take, from a few of its own steps. Nothing is written."""
+"""`rrtc uptrain --dry-run`: what a run would take, from a few of its own steps. Nothing is written but
+the text of these steps, tokenised, into the cache."""
 
 import resource
 import statistics
@@ -12,6 +13,7 @@ from transformers.utils.logging import disable_progress_bar
 from rrtc.console import note
 from rrtc.recipe import Recipe
 from rrtc.uptrain.curve import steps_of
+from rrtc.uptrain.guards import LossGuard
 from rrtc.uptrain.job import prepare
 from rrtc.uptrain.trainer import DistillationTrainer
 
@@ -28,11 +30,11 @@ def estimate(folder: str, recipe: Recipe) -> dict:
     Raises RrtcError or WrongUsage for what would stop the run itself.
     """
     disable_progress_bar()
-    job = prepare(Path(folder), recipe.uptrain)
+    job = prepare(Path(folder), recipe.uptrain, most_steps=STEPS)
     measured = min(STEPS, job.steps)
     note(f"Measuring {measured} of {job.steps} steps")
     with tempfile.TemporaryDirectory() as nowhere:
-        trainer = DistillationTrainer(job, measured, Path(nowhere), save=False, callbacks=[])
+        trainer = DistillationTrainer(job, measured, Path(nowhere), save=False, callbacks=[LossGuard(job)])
         trainer.train()
     seconds = [step["seconds"] for step in steps_of(trainer.state.log_history)]
     seconds_per_step = statistics.mean(seconds[1:] or seconds)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import PartialState
+from transformers.integrations import integration_utils
 
 from rrtc.checkpoint import Weights, read_provenance
 from rrtc.console import note, warn
@@ -16,15 +17,14 @@ from rrtc.measure import device, fast_bfloat16
 from rrtc.model import RrtConfig
 from rrtc.model.skeleton import read_architecture, read_plan
 from rrtc.plan import Plan
-from rrtc.recipe import UptrainRecipe
+from rrtc.recipe import OWN_TEXT, UptrainRecipe
 from rrtc.source import Source, content_hash, find_base, find_model, load_tokenizer, read_config
-from rrtc.text import Windows, longest_context
-from rrtc.uptrain.data import Stream, training_windows
+from rrtc.text import longest_context
+from rrtc.uptrain.data import Mixture, Stream, training_text
 from rrtc.uptrain.teacher_cache import TeacherCache
 
 # What may change between the start of a run and its continuation: it changes the cost of a step, not its result.
-FREE_ON_RESUME = ("micro_batch", "activation_checkpointing", "save_every")
-MOST_TOKENS = 500_000_000  # of text in memory: 4 GB of token ids, and the text itself on the way there
+FREE_ON_RESUME = ("micro_batch", "activation_checkpointing", "save_every", "report_to")
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,14 @@ class Job:
     taught_by: dict | None
     teacher: Source | None
     cache: TeacherCache | None
-    windows: Windows
+    text: Mixture
     steps: int
     accumulation: int
     bfloat16: bool
 
     @property
     def context(self) -> int:
-        return self.windows.ids.shape[1]
+        return self.text.context
 
     @property
     def tokens_per_step(self) -> int:
@@ -72,7 +72,8 @@ class Job:
     def checkpoint_bytes(self) -> int:
         """Disk space that the run's checkpoints take at most: weights and two moments in float32, the two last ones
         and the one being written."""
-        at_once = min(3, -(-self.steps // self.recipe.save_every))
+        later = -(-self.steps // self.recipe.save_every)
+        at_once = min(3, later + (self.steps > 1 and self.recipe.save_every > 1))  # and one after the first step
         return at_once * 3 * 4 * self.plan.parameters
 
     def fingerprint(self) -> dict:
@@ -83,15 +84,17 @@ class Job:
             "recipe": recipe,
             "model": content_hash(self.folder),
             "teacher": self.taught_by["sha256"] if self.taught_by else None,
-            "text": self.windows.sha256,
+            "text": self.text.sha256,
         }
 
 
-def prepare(folder: Path, recipe: UptrainRecipe) -> Job:
-    """The job of uptraining the rrtc folder `folder`. Reads configs, headers and text, but no weights.
+def prepare(folder: Path, recipe: UptrainRecipe, most_steps: int | None = None) -> Job:
+    """The job of uptraining the rrtc folder `folder`. Reads configs, headers and text, but no weights, unless the
+    teacher has to write text. most_steps: no more text than for so many steps will be used; by default that for all.
 
     Raises RrtcError or WrongUsage for everything that would stop the run.
     """
+    check_reporter(recipe.report_to)
     provenance = read_provenance(folder)
     if not (folder / "config.json").exists():
         raise RrtcError(f"{folder} is a '{provenance['stage']}' folder and holds no model to train.")
@@ -107,6 +110,10 @@ def prepare(folder: Path, recipe: UptrainRecipe) -> Job:
         # A cache that holds something may hold everything, and then the teacher need not be there.
         if cache is None or cache.is_empty:
             teacher = _teacher(folder, recipe, config, tokenizer)
+    check_writer(recipe)
+    writer = teacher
+    if OWN_TEXT in recipe.data and teacher is None:
+        writer = _teacher(folder, recipe, config, tokenizer)
 
     processes = process_group().num_processes
     if recipe.batch_size % (recipe.micro_batch * processes):
@@ -120,12 +127,14 @@ def prepare(folder: Path, recipe: UptrainRecipe) -> Job:
         warn(f"The context is {context} tokens: the model cannot see {recipe.context}.")
     per_step = recipe.batch_size * context
     steps = -(-recipe.tokens // per_step)
-    check_tokens(steps * per_step)
-    windows = training_windows(recipe, tokenizer, context, steps * per_step)
-    epochs = steps * recipe.batch_size / len(windows.ids)
-    if epochs > 1:
-        note(f"The text has {windows.ids.numel()} tokens: training goes through it {epochs:.3g} times.")
-    if cache is not None and not cache.holds(Stream(windows, steps * recipe.batch_size, recipe.seed)):
+    windows = min(steps, most_steps or steps) * recipe.batch_size
+    text = training_text(recipe, tokenizer, context, windows, writer, process_group())
+    for source, share in zip(text.sources, text.shares, strict=True):
+        epochs = share * steps * recipe.batch_size / source.count
+        if epochs > 1 and source.shard.complete:
+            has = f"The text {source.name} has {source.shard.tokens} tokens"
+            note(f"{has}: training goes through it {epochs:.3g} times.")
+    if cache is not None and not cache.holds(Stream(text, windows)):
         teacher = _teacher(folder, recipe, config, tokenizer)
     return Job(
         folder=folder,
@@ -136,7 +145,7 @@ def prepare(folder: Path, recipe: UptrainRecipe) -> Job:
         taught_by=taught_by,
         teacher=teacher,
         cache=cache,
-        windows=windows,
+        text=text,
         steps=steps,
         accumulation=recipe.batch_size // (recipe.micro_batch * processes),
         bfloat16=fast_bfloat16() if recipe.precision == "auto" else recipe.precision == "bfloat16",
@@ -148,13 +157,18 @@ def process_group() -> PartialState:
     return PartialState(cpu=device().type == "cpu")  # without the flag, processes on CPUs would not see each other
 
 
-def check_tokens(tokens: int) -> None:
-    """Raises WrongUsage for a run of more tokens than this version can hold."""
-    if tokens > MOST_TOKENS:
+def check_reporter(name: str) -> None:
+    """Raises RrtcError where the tracker `name` is not installed."""
+    if name != "none" and not getattr(integration_utils, f"is_{name}_available")():
+        raise RrtcError(f"The package {name} is not installed.", f"Install it: pip install {name}")
+
+
+def check_writer(recipe: UptrainRecipe) -> None:
+    """Raises WrongUsage where text that the teacher writes is among the data, and there is no teacher."""
+    if OWN_TEXT in recipe.data and not recipe.distils and recipe.teacher is None:
         raise WrongUsage(
-            f"This version of rrtc holds the training text in memory, at most {MOST_TOKENS:,} tokens of it, and this "
-            f"run takes {tokens:,}.",
-            "Lower tokens.",
+            f"The data '{OWN_TEXT}' is text that the teacher writes, and this run has no teacher.",
+            "Name one (teacher), distil from the dense original (losses), or name a text.",
         )
 
 

@@ -1,8 +1,9 @@
 """`rrtc uptrain`: heals an rrtc folder by training, and writes the result as a new folder.
 
-While it runs, NAME.partial/checkpoints holds its checkpoints and resume.json, which says what they belong to. They are
-removed when NAME.partial has become NAME, so that a kill at any moment leaves either a run to resume or a whole model,
-at worst one with a folder `checkpoints` that nothing reads.
+While it runs, NAME.partial/checkpoints holds its checkpoints and resume.json, which says what they belong to, and
+metrics.jsonl and loss.png beside them show its course. The checkpoints are removed when NAME.partial has become NAME,
+so that a kill at any moment leaves either a run to resume or a whole model, at worst one with a folder `checkpoints`
+that nothing reads.
 """
 
 import contextlib
@@ -34,6 +35,7 @@ from rrtc.resume import check_incomplete, check_unchanged
 from rrtc.uptrain.curve import draw, steps_of, summary, write_metrics
 from rrtc.uptrain.data import Stream
 from rrtc.uptrain.display import Display
+from rrtc.uptrain.guards import Checkpoints, Course, LossGuard, Stopped, Termination, reporters
 from rrtc.uptrain.job import Job, prepare, process_group
 from rrtc.uptrain.teacher_cache import fill
 from rrtc.uptrain.trainer import DistillationTrainer, remove, whole_checkpoints
@@ -91,10 +93,10 @@ def uptrain(folder: str, output: str, recipe: Recipe, resume: bool = False) -> d
             measured = _measured(job, trainer) | cached
             if is_first_process:
                 _write(job, trainer, measured, recipe, partial, target, max_shard_bytes)
-        except BaseException:
+        except BaseException as error:
             if is_first_process and not whole_checkpoints(checkpoints):
                 remove(partial)
-            elif is_first_process:
+            elif is_first_process and not isinstance(error, Stopped):
                 note(f"The checkpoints are in {checkpoints}: --resume goes on from the last one.")
             raise
     if is_first_process:
@@ -113,7 +115,7 @@ def _fill_cache(job: Job) -> tuple[Job, dict]:
     """The job when its teacher cache, if it has one, holds all it needs; and what `measured` says about the cache."""
     if job.cache is None:
         return job, {}
-    windows = Stream(job.windows, job.steps * job.recipe.batch_size, job.recipe.seed)
+    windows = Stream(job.text, job.steps * job.recipe.batch_size)
     dtype = torch.bfloat16 if job.bfloat16 else torch.float32
     found = fill(job.cache, windows, job.teacher.folder if job.teacher else None, dtype, process_group())
     note(
@@ -126,10 +128,21 @@ def _fill_cache(job: Job) -> tuple[Job, dict]:
 def _train(job: Job, checkpoints: Path, checkpoint: Path | None) -> DistillationTrainer:
     what = f"{job.tokens} tokens in {job.steps} steps of {job.recipe.batch_size} windows of {job.context}"
     note(f"Uptraining on {what}, {'with a teacher' if job.taught_by else 'without a teacher'}")
+    folder, termination = checkpoints.parent, Termination()
+    trackers = reporters(job.recipe.report_to, folder)
+    # In this order: a step that failed is not written down.
+    guards = [LossGuard(job), Checkpoints(job), termination, Course(folder, _title(job))]
     with Display(job.steps, job.tokens) as display:
-        trainer = DistillationTrainer(job, job.steps, checkpoints, save=True, callbacks=[display])
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        trainer = DistillationTrainer(job, job.steps, checkpoints, save=True, callbacks=[*guards, *trackers, display])
+        with termination:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            termination.check(job.steps)
     return trainer
+
+
+def _title(job: Job) -> str:
+    loops = max(len(visits) for visits in job.plan.slots)
+    return f"Uptraining {Path(job.provenance['base']['uri']).name} with {loops} loops"
 
 
 def _measured(job: Job, trainer: DistillationTrainer) -> dict:
@@ -138,7 +151,7 @@ def _measured(job: Job, trainer: DistillationTrainer) -> dict:
     return {
         "tokens": job.tokens,
         "steps": job.steps,
-        "epochs": round(job.tokens / job.windows.ids.numel(), 3),
+        "epochs": round(job.tokens / job.text.tokens, 3),
         "seconds": round(seconds, 1),
         "tokens_per_second": round(job.tokens / seconds, 1),
         "processes": process_group().num_processes,
@@ -165,8 +178,7 @@ def _write(
     steps = steps_of(trainer.state.log_history)
     write_metrics(steps, folder / "metrics.jsonl")
     base = base_seen_from(target, job.folder, job.provenance)
-    loops = max(len(visits) for visits in job.plan.slots)
-    draw(steps, f"Uptraining {Path(base['uri']).name} with {loops} loops", folder / "loss.png")
+    draw(steps, _title(job), folder / "loss.png")
     write_provenance(
         folder,
         "uptrain",

@@ -1,0 +1,284 @@
+"""What keeps a run from losing what it has paid for: callbacks of the Trainer that look at every step.
+
+- LossGuard stops a run whose loss is lost, and keeps the last checkpoint from before that.
+- Checkpoints writes one after step 1 too and reads it back, so that a run cannot fail only at its end.
+- Termination finishes the step when SIGTERM comes, and leaves with a checkpoint.
+- Course writes metrics.jsonl and loss.png while the run goes on.
+"""
+
+import math
+import os
+import signal
+import threading
+from collections import deque
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback, TrainerState
+from transformers.integrations import get_reporting_integration_callbacks
+
+from rrtc.checkpoint import Weights
+from rrtc.console import is_first_process
+from rrtc.errors import RrtcError
+from rrtc.source import load_tokenizer
+from rrtc.uptrain.curve import draw, line, step_of, steps_of, write_metrics
+from rrtc.uptrain.job import Job, process_group
+from rrtc.uptrain.trainer import remove, whole_checkpoints
+
+# The loss has diverged where the mean objective of the last WINDOW steps is more than both of these. Twenty steps are
+# more than an odd batch or the bump at the end of a warm-up. The first step is the model as it was given: who is far
+# above it has lost more than training ever brought. Two nats are more than small batches differ by, and count where
+# losses are small (a KL near 0 can grow tenfold and mean nothing); the factor counts where they are large.
+WINDOW = 20
+ABOVE_FIRST = 2.0  # nats per token above the first step, for each unit of the losses' weights
+TIMES_BEST = 1.5  # times the lowest mean of any WINDOW steps
+NAMED = 4  # windows of a batch that an error names
+SHOWN = 40  # characters of the text that an error shows
+
+
+class Stopped(RrtcError):
+    """The run stopped, and the sentence and the hint say what is kept of it."""
+
+    of_all_processes = True
+
+
+class Terminated(Stopped):
+    """The run was asked to stop, by SIGTERM."""
+
+    exit_code = 128 + signal.SIGTERM  # what a shell and a scheduler see of a process that SIGTERM ended
+
+
+class LossGuard(TrainerCallback):
+    """Stops a run whose loss becomes NaN or infinite, or diverges. What it trained since then is never resumed from.
+
+    The objective of a step measures the weights that the steps before it made, so that a checkpoint is known to be
+    sound when the step after it was. While a step is not, no checkpoint takes the place of an older one, and in the end
+    those that are not known to be sound are removed.
+    """
+
+    def __init__(self, job: Job):
+        self.job = job
+        self.margin = ABOVE_FIRST * sum(job.recipe.losses.values())
+        self.last: deque[float] = deque(maxlen=WINDOW)
+        self.first = self.best = math.inf  # of the first step, and the lowest mean of WINDOW steps
+        self.sound = 0  # the last step whose objective was as it should be
+
+    @property
+    def limit(self) -> float:
+        """The objective above which a step is not sound."""
+        return max(self.first + self.margin, TIMES_BEST * self.best)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        for step in steps_of(state.log_history):  # of a run that goes on
+            self._take(step["step"], step["objective"])
+
+    def on_log(self, args, state, control, logs=None, train_dataloader=None, **kwargs):
+        if "objective" not in logs:
+            return
+        step, objective = state.global_step, logs["objective"]
+        for name, value in (("loss", objective), ("norm of the gradients", logs["grad_norm"])):
+            if not math.isfinite(value):
+                hint = "Lower the learning rate, or train in float32 (precision), under another name"
+                raise self._failed(args, f"The {name} became {value} at step {step}", hint, step, train_dataloader)
+        mean = self._take(step, objective)
+        if mean > self.limit:
+            first_bad = min(self.sound + 1, step)
+            sentence = (
+                f"The loss has diverged: the objective was {self.first:.3g} at step 1, its mean over the last {WINDOW} "
+                f"steps is {mean:.3g} at step {step}, and it is above {self.limit:.3g} since step {first_bad}"
+            )
+            hint = "Lower the learning rate, under another name"
+            raise self._failed(args, sentence, hint, first_bad, train_dataloader)
+        if self.sound < step and not control.should_training_stop:
+            control.should_save = False
+
+    def _take(self, step: int, objective: float) -> float:
+        """Takes note of a step, and returns the mean of the last WINDOW ones (-inf as long as there are fewer)."""
+        self.last.append(objective)
+        if step == 1:
+            self.first = self.best = objective
+        if objective <= self.limit:
+            self.sound = step
+        if len(self.last) < WINDOW:
+            return -math.inf
+        mean = sum(self.last) / WINDOW
+        self.best = min(self.best, mean)
+        return mean
+
+    def _failed(self, args, sentence: str, hint: str, step: int, train_dataloader) -> Stopped:
+        checkpoints = whole_checkpoints(Path(args.output_dir))
+        kept = [c for c in checkpoints if _step_of(c) < self.sound]
+        if is_first_process:
+            for checkpoint in checkpoints[len(kept) :]:
+                remove(checkpoint)
+        what = f"the last good checkpoint is {kept[-1]}" if kept else "there was no good checkpoint to keep yet"
+        return Stopped(f"{sentence}, on {self._batch(step, train_dataloader.dataset)}.", f"{hint}; {what}.")
+
+    def _batch(self, step: int, stream) -> str:
+        """The batch of a step, in words: its windows, and how the first of them begins."""
+        size = self.job.recipe.batch_size
+        items = range((step - 1) * size, step * size)
+        names = ", ".join(stream.name(i) for i in items[:NAMED])
+        more = f" and {size - NAMED} more" if size > NAMED else ""
+        ids = stream[items[0]]["input_ids"][:SHOWN]
+        text = " ".join(load_tokenizer(self.job.folder).decode(ids, skip_special_tokens=True).split())[:SHOWN]
+        return f"{names}{more}, the first of which begins '{text}'"
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+class Checkpoints(TrainerCallback):
+    """Has a checkpoint written after step 1 as well, and compares it with what is in memory. Checks too that the model
+    to be written in the end has what it needs. A continued run has been through this."""
+
+    def __init__(self, job: Job):
+        self.job = job
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        state.save_steps = args.save_steps  # a continued run comes with what its checkpoint says
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            control.should_save = True
+
+    def on_save(self, args, state, control, model=None, optimizer=None, **kwargs):
+        if state.global_step != 1 or not is_first_process:
+            return
+        checkpoint = Path(args.output_dir) / "checkpoint-1"
+        try:
+            wrong = (
+                _wrong_weights(checkpoint, model.state_dict())
+                or _wrong_state(checkpoint, optimizer)
+                or _missing(self.job.folder, model.state_dict())
+            )
+        except Exception as error:  # a damaged file can raise anything on the way through torch, pickle and json
+            wrong = f"reading it raised '{' '.join(str(error).split()) or type(error).__name__}'"
+        if wrong:
+            remove(checkpoint)
+            raise RrtcError(
+                f"The checkpoint after step 1 is not what was to be written: {wrong}.",
+                "Nothing but that step is lost. Is the disk sound, and has it enough space?",
+            )
+
+
+def _wrong_weights(checkpoint: Path, state: dict[str, torch.Tensor]) -> str | None:
+    """How the weights in a checkpoint differ from those in memory; None where they are the same bits."""
+    saved = Weights(checkpoint)
+    names = set(saved)
+    stored = {state[name].data_ptr() for name in names & state.keys()}  # tied tensors are written once
+    for name, tensor in state.items():
+        if name not in names:
+            if tensor.data_ptr() not in stored:
+                return f"it has no tensor {name}"
+        elif not torch.equal(saved.raw(name), tensor.cpu()):
+            return f"the tensor {name} has another shape or other numbers"
+    return None
+
+
+def _wrong_state(checkpoint: Path, optimizer) -> str | None:
+    """How the optimizer's state in a checkpoint differs from that in memory; None where it is the same bits."""
+    TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    torch.load(checkpoint / "scheduler.pt", weights_only=True)
+    saved = torch.load(checkpoint / "optimizer.pt", map_location="cpu", mmap=True, weights_only=True)["state"]
+    for parameter, values in optimizer.state_dict()["state"].items():
+        for name, value in values.items():
+            found = saved[parameter][name]
+            if not (torch.equal(found, value.cpu()) if isinstance(value, torch.Tensor) else found == value):
+                return f"the optimizer's {name} of parameter {parameter} has other numbers"
+    return None
+
+
+def _missing(folder: Path, state: dict[str, torch.Tensor]) -> str | None:
+    """What the model to be written in the end, which has the tensors of `folder`, would lack; None for nothing."""
+    source = Weights(folder)
+    for name in source:
+        if name not in state or list(state[name].shape) != source.shape(name):
+            return f"the model in memory has no tensor {name} of the shape that it has in {folder}"
+    return None
+
+
+class Termination(TrainerCallback):
+    """A context manager, in which SIGTERM lets the running step be finished and a checkpoint be written, and then ends
+    the training; `check` says so. The previous handler comes back at the end.
+
+    A launcher sends the signal to all processes, but not at one moment: they agree after each step.
+    """
+
+    def __init__(self):
+        self.asked = False
+        self.stopped_after: int | None = None  # the step
+
+    def __enter__(self) -> "Termination":
+        self.installed = threading.current_thread() is threading.main_thread()  # Python allows it nowhere else
+        if self.installed:
+            self.previous = signal.signal(signal.SIGTERM, self._ask)
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self.installed:
+            signal.signal(signal.SIGTERM, self.previous or signal.SIG_DFL)
+
+    def _ask(self, *_) -> None:
+        self.asked = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        asked = self.asked
+        if process_group().num_processes > 1:
+            anywhere = torch.tensor(int(asked), device=args.device)
+            torch.distributed.all_reduce(anywhere, op=torch.distributed.ReduceOp.MAX)
+            asked = bool(anywhere)
+        if asked:
+            self.stopped_after = state.global_step
+            control.should_save = control.should_training_stop = True
+
+    def check(self, steps: int) -> None:
+        """Raises Terminated, when all processes are there, where SIGTERM ended the training of `steps` steps."""
+        if self.stopped_after is not None:
+            process_group().wait_for_everyone()  # the first process may still be marking the checkpoint as whole
+            raise Terminated(
+                f"SIGTERM stopped the run after step {self.stopped_after} of {steps}; --resume goes on from there."
+            )
+
+
+class Course(TrainerCallback):
+    """Writes metrics.jsonl into `folder` while the run goes on, a line a step, and loss.png at every checkpoint."""
+
+    def __init__(self, folder: Path, title: str):
+        self.folder, self.title = folder, title
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if is_first_process:  # a continued run has the steps up to its checkpoint, and will take the others again
+            write_metrics(steps_of(state.log_history), self.folder / "metrics.jsonl")
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if is_first_process and "objective" in logs:
+            with open(self.folder / "metrics.jsonl", "a", encoding="utf8") as file:
+                file.write(line(step_of(state.log_history[-1])))
+
+    def on_save(self, args, state, control, **kwargs):
+        if is_first_process:
+            draw(steps_of(state.log_history), self.title, self.folder / "loss.png")
+
+
+def reporters(name: str, folder: Path) -> list[TrainerCallback]:
+    """transformers' callback for the tracker `name`; none for "none". TensorBoard writes into `folder`, which unlike
+    the Trainer's own folder stays, or where TENSORBOARD_LOGGING_DIR says. When training begins, RrtcError is raised for
+    a tracker that does not start."""
+    if name == "none":
+        return []
+    (kind,) = get_reporting_integration_callbacks([name])
+
+    class Reporter(kind):
+        def on_train_begin(self, *args, **kwargs):
+            try:
+                return super().on_train_begin(*args, **kwargs)
+            except Exception as error:  # not logged in, no network: each tracker has its own kinds
+                reason = " ".join(str(error).split()).removesuffix(".") or type(error).__name__
+                raise RrtcError(f"{name} did not start: {reason}.", "Mend that, or leave out report_to.") from error
+
+    reporter = Reporter()
+    if name == "tensorboard" and not os.environ.get("TENSORBOARD_LOGGING_DIR"):
+        reporter.logging_dir = str(folder / "tensorboard")
+    return [reporter]
