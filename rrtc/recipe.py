@@ -232,6 +232,16 @@ class UptrainRecipe(Section):
         gt=0,
         description="Weight of the mean over the exits of next_token and of forward_kl from the model's own end.",
     )
+    teacher_cache: str | None = Field(
+        None,
+        description="Folder in which what the teacher says is kept: it is asked once about each window, before "
+        "training, and not at all where the folder has everything.",
+    )
+    teacher_cache_top: int = Field(
+        64,
+        ge=1,
+        description="Tokens of the vocabulary that it keeps at each place, the most probable; the others' sum.",
+    )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Arithmetic: bfloat16 where the machine is fast at it. Weights are trained in float32."
     )
@@ -273,6 +283,12 @@ class UptrainRecipe(Section):
     def _whole_batch(self) -> "UptrainRecipe":
         if self.batch_size % self.micro_batch:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batch {self.micro_batch}")
+        return self
+
+    @model_validator(mode="after")
+    def _cached(self) -> "UptrainRecipe":
+        if self.teacher_cache is not None and self.losses.get("hidden"):
+            raise ValueError("a teacher_cache keeps no hidden states, which the loss 'hidden' compares")
         return self
 
     @model_validator(mode="after")

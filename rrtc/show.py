@@ -174,8 +174,16 @@ def uptrain(result: dict, folder: str) -> Group:
             [f"exit after loop {loop}, {shown}", f"{result[f'first_{name}']:.3f}", f"{result[f'last_{name}']:.3f}"]
         )
     trained = f"{count(result['tokens'])} tokens in {duration(result['seconds'])}"
+    lines = [table(f"Wrote {folder}: {trained}", ["on the training text, nats per token", "first", "last"], rows)]
+    if cache := result.get("teacher_cache"):
+        lines.append(
+            _plain(
+                f"Teacher cache: {cache['reused']} of {cache['windows']} windows were there before, "
+                f"{cache['bytes_per_token']:.0f} bytes a token."
+            )
+        )
     return Group(
-        table(f"Wrote {folder}: {trained}", ["on the training text, nats per token", "first", "last"], rows),
+        *lines,
         _plain(f"Curves: {folder}/loss.png. Next: rrtc eval {folder} -o REPORT"),
     )
 

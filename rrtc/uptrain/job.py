@@ -18,9 +18,10 @@ from rrtc.model import RrtConfig
 from rrtc.model.skeleton import read_architecture, read_plan
 from rrtc.plan import Plan
 from rrtc.recipe import OWN_TEXT, UptrainRecipe
-from rrtc.source import Source, content_hash, find_base, load_tokenizer, read_config
+from rrtc.source import Source, content_hash, find_base, find_model, load_tokenizer, read_config
 from rrtc.text import longest_context
-from rrtc.uptrain.data import Mixture, training_text
+from rrtc.uptrain.data import Mixture, Stream, training_text
+from rrtc.uptrain.teacher_cache import TeacherCache
 
 # What may change between the start of a run and its continuation: it changes the cost of a step, not its result.
 FREE_ON_RESUME = ("micro_batch", "activation_checkpointing", "save_every", "report_to")
@@ -29,14 +30,20 @@ FREE_ON_RESUME = ("micro_batch", "activation_checkpointing", "save_every", "repo
 @dataclass(frozen=True)
 class Job:
     """What is trained, from whom and on what. `dtype` is the number format of the folder's weights, `bfloat16` says
-    whether the arithmetic is in bfloat16, and `accumulation` how many micro-batches of one process make a step."""
+    whether the arithmetic is in bfloat16, and `accumulation` how many micro-batches of one process make a step.
+
+    `taught_by` has the `uri` and the `sha256` of the dense model that is learnt from; None where there is none.
+    `teacher` is that model where it has to be run, and None where `cache` has all that it would say.
+    """
 
     folder: Path
     recipe: UptrainRecipe
     provenance: dict
     plan: Plan
     dtype: str
+    taught_by: dict | None
     teacher: Source | None
+    cache: TeacherCache | None
     text: Mixture
     steps: int
     accumulation: int
@@ -73,10 +80,12 @@ class Job:
 
     def fingerprint(self) -> dict:
         """What a continued run must have in common with the one it continues, as plain data."""
+        recipe = {k: v for k, v in self.recipe.model_dump().items() if k not in FREE_ON_RESUME}
+        recipe["teacher_cache"] = self.cache is not None  # it may have moved
         return {
-            "recipe": {k: v for k, v in self.recipe.model_dump().items() if k not in FREE_ON_RESUME},
+            "recipe": recipe,
             "model": content_hash(self.folder),
-            "teacher": content_hash(self.teacher.file) if self.teacher else None,
+            "teacher": self.taught_by["sha256"] if self.taught_by else None,
             "text": self.text.sha256,
         }
 
@@ -99,7 +108,13 @@ def prepare(folder: Path, recipe: UptrainRecipe, most_steps: int | None = None) 
         _check_exits(folder, plan, provenance)
     dtype = Weights(folder).dtype
     tokenizer = load_tokenizer(folder)
-    teacher = _teacher(folder, recipe, config, tokenizer) if recipe.distils else None
+    taught_by, teacher, cache = None, None, None
+    if recipe.distils:
+        taught_by = _taught_by(provenance, recipe)
+        cache = _cache(recipe, taught_by["sha256"], config)
+        # A cache that holds something may hold everything, and then the teacher need not be there.
+        if cache is None or cache.is_empty:
+            teacher = _teacher(folder, recipe, config, tokenizer)
     check_writer(recipe)
     writer = teacher
     if OWN_TEXT in recipe.data and teacher is None:
@@ -124,13 +139,17 @@ def prepare(folder: Path, recipe: UptrainRecipe, most_steps: int | None = None) 
         if epochs > 1 and source.shard.complete:
             has = f"The text {source.name} has {source.shard.tokens} tokens"
             note(f"{has}: training goes through it {epochs:.3g} times.")
+    if cache is not None and not cache.holds(Stream(text, windows)):
+        teacher = _teacher(folder, recipe, config, tokenizer)
     return Job(
         folder=folder,
         recipe=recipe,
         provenance=provenance,
         plan=plan,
         dtype=dtype,
+        taught_by=taught_by,
         teacher=teacher,
+        cache=cache,
         text=text,
         steps=steps,
         accumulation=recipe.batch_size // (recipe.micro_batch * processes),
@@ -167,6 +186,21 @@ def check_writer(recipe: UptrainRecipe) -> None:
             f"The data '{OWN_TEXT}' is text that the teacher writes, and this run has no teacher.",
             "Name one (teacher), distil from the dense original (losses), or name a text.",
         )
+
+
+def _taught_by(provenance: dict, recipe: UptrainRecipe) -> dict:
+    """`uri` and `sha256` of the dense model to learn from; the model's own base is not looked at."""
+    if recipe.teacher is None:
+        return {name: provenance["base"][name] for name in ("uri", "sha256")}
+    named = find_model(recipe.teacher)
+    return {"uri": named.uri, "sha256": content_hash(named.file)}
+
+
+def _cache(recipe: UptrainRecipe, teacher: str, config: RrtConfig) -> TeacherCache | None:
+    if recipe.teacher_cache is None:
+        return None
+    folder = Path(recipe.teacher_cache).expanduser()
+    return TeacherCache(folder, teacher, config.vocab_size, recipe.temperature, recipe.teacher_cache_top)
 
 
 def _teacher(folder: Path, recipe: UptrainRecipe, config: RrtConfig, tokenizer) -> Source:

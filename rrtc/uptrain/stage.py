@@ -7,6 +7,7 @@ that nothing reads.
 """
 
 import contextlib
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -32,9 +33,11 @@ from rrtc.errors import RrtcError
 from rrtc.recipe import Recipe, parse_size
 from rrtc.resume import check_incomplete, check_unchanged
 from rrtc.uptrain.curve import draw, steps_of, summary, write_metrics
+from rrtc.uptrain.data import Stream
 from rrtc.uptrain.display import Display
 from rrtc.uptrain.guards import Checkpoints, Course, LossGuard, Stopped, Termination, reporters
 from rrtc.uptrain.job import Job, prepare, process_group
+from rrtc.uptrain.teacher_cache import fill
 from rrtc.uptrain.trainer import DistillationTrainer, remove, whole_checkpoints
 
 CHECKPOINTS = "checkpoints"
@@ -85,8 +88,9 @@ def uptrain(folder: str, output: str, recipe: Recipe, resume: bool = False) -> d
             if is_first_process:
                 checkpoints.mkdir(exist_ok=True)
                 (checkpoints / RESUME).write_text(json.dumps(fingerprint, indent=2) + "\n", encoding="utf8")
+            job, cached = _fill_cache(job)
             trainer = _train(job, checkpoints, saved[-1] if resume else None)
-            measured = _measured(job, trainer)
+            measured = _measured(job, trainer) | cached
             if is_first_process:
                 _write(job, trainer, measured, recipe, partial, target, max_shard_bytes)
         except BaseException as error:
@@ -107,9 +111,23 @@ def _max_shard_bytes(job: Job, recipe: Recipe) -> int:
     return parse_size(str(asked.get("max_shard_size", recipe.init.max_shard_size)))
 
 
+def _fill_cache(job: Job) -> tuple[Job, dict]:
+    """The job when its teacher cache, if it has one, holds all it needs; and what `measured` says about the cache."""
+    if job.cache is None:
+        return job, {}
+    windows = Stream(job.text, job.steps * job.recipe.batch_size)
+    dtype = torch.bfloat16 if job.bfloat16 else torch.float32
+    found = fill(job.cache, windows, job.teacher.folder if job.teacher else None, dtype, process_group())
+    note(
+        f"The teacher cache has all {found['windows']} windows, {found['reused']} of them from before, in "
+        f"{found['bytes_per_token']} bytes a token"
+    )
+    return dataclasses.replace(job, teacher=None), {"teacher_cache": found}
+
+
 def _train(job: Job, checkpoints: Path, checkpoint: Path | None) -> DistillationTrainer:
     what = f"{job.tokens} tokens in {job.steps} steps of {job.recipe.batch_size} windows of {job.context}"
-    note(f"Uptraining on {what}, {'with a teacher' if job.teacher else 'without a teacher'}")
+    note(f"Uptraining on {what}, {'with a teacher' if job.taught_by else 'without a teacher'}")
     folder, termination = checkpoints.parent, Termination()
     trackers = reporters(job.recipe.report_to, folder)
     # In this order: a step that failed is not written down.
@@ -139,7 +157,7 @@ def _measured(job: Job, trainer: DistillationTrainer) -> dict:
         "processes": process_group().num_processes,
         "device": trainer.args.device.type,
         "arithmetic": "bfloat16" if job.bfloat16 else "float32",
-        "teacher": job.teacher.uri if job.teacher else None,
+        "teacher": job.taught_by["uri"] if job.taught_by else None,
         **summary(steps),
     }
 

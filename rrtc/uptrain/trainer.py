@@ -23,6 +23,7 @@ from rrtc.uptrain.job import Job, process_group
 from rrtc.uptrain.optimiser import make_optimiser
 from rrtc.uptrain.student import Student
 from rrtc.uptrain.teacher import LiveTeacher
+from rrtc.uptrain.teacher_cache import CachedTeacher
 
 WHOLE = "rrtc-whole"  # a file in each checkpoint that was written to the end
 
@@ -50,7 +51,7 @@ class DistillationTrainer(Trainer):
         )
         self.remove_callback(PrinterCallback)  # rrtc has a display of its own
         self.model_accepts_loss_kwargs = False  # compute_loss returns the mean of a micro-batch
-        self.teacher = None
+        self.teacher = None if job.cache is None else CachedTeacher(job.cache)
         if job.teacher:
             dtype = torch.bfloat16 if job.bfloat16 else torch.float32
             matches = bool(job.recipe.losses.get("hidden"))
