@@ -111,32 +111,30 @@ def init(result: dict, folder: str) -> Group:
 
 
 def report(result: dict) -> Group:
-    """The table of `eval`."""
-    rows = []
-    has_exits = any("layers_computed" in row for row in result["table"])
+    """The table of `eval`, and one of the exits where there are any."""
+    rows, exits = [], []
     for row in result["table"]:
         kl, agreement = row["kl"], row["top1_agreement"]
-        rows.append(
-            [
-                row["model"],
-                *([f"{row['layers_computed']:.0%}"] if has_exits else []),
-                count(row["params_total"]),
-                count(row["params_non_embedding"]),
-                size(row["bytes"]),
-                f"{row['bits_per_byte']:.4f}",
-                "–" if kl is None else f"{kl:.4f}",
-                "–" if agreement is None else f"{agreement:.1%}",
-            ]
-        )
-    columns = ["model", *(["layers"] if has_exits else []), "params", "w/o emb.", "bytes", "bits/byte", "KL", "top-1"]
+        figures = [
+            f"{row['bits_per_byte']:.4f}",
+            "–" if kl is None else f"{kl:.4f}",
+            "–" if agreement is None else f"{agreement:.1%}",
+        ]
+        if row.get("layers_computed", 1) < 1:
+            exits.append([row["model"], f"{row['layers_computed']:.0%}", *figures])
+            continue
+        sizes = [count(row["params_total"]), count(row["params_non_embedding"]), size(row["bytes"])]
+        rows.append([row["model"], *sizes, *figures])
+    columns = ["model", "params", "w/o emb.", "bytes", "bits/byte", "KL", "top-1"]
     scored = ", ".join(f"{name} ({count(n)} tokens)" for name, n in result["tokens"].items())
-    lines = [
-        table(f"Measured against {result['against']}", columns, rows),
+    lines = [table(f"Measured against {result['against']}", columns, rows)]
+    if exits:
+        columns = ["model, left early", "layers computed", "bits/byte", "KL", "top-1"]
+        lines.append(table("Exits of the last one", columns, exits))
+    lines += [
         _plain("KL: nats per token from the dense model. top-1: share of tokens on which both agree."),
         _plain(f"Scored on: {scored}"),
     ]
-    if has_exits:
-        lines.append(_plain("layers: the share that is computed for a token. An exit is the model above, left early."))
     if result["source_bytes"]:
         lines.append(
             _plain(

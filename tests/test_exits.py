@@ -234,7 +234,7 @@ def test_the_exit_learns_and_the_end_does_not_suffer(stages):
 
 
 def text_of(renderable) -> str:
-    console = Console(width=200, record=True, file=None, quiet=False)
+    console = Console(width=200)
     with console.capture() as captured:
         console.print(renderable)
     return captured.get()
