@@ -22,7 +22,7 @@ from rrtc.text import Windows, longest_context
 from rrtc.uptrain.data import training_windows
 
 # What may change between the start of a run and its continuation: it changes the cost of a step, not its result.
-FREE_ON_RESUME = ("micro_batch", "activation_checkpointing", "save_every")
+FREE_ON_RESUME = ("micro_batch", "activation_checkpointing", "fsdp", "save_every")
 MOST_TOKENS = 500_000_000  # of text in memory: 4 GB of token ids, and the text itself on the way there
 
 
@@ -83,6 +83,7 @@ def prepare(folder: Path, recipe: UptrainRecipe) -> Job:
 
     Raises RrtcError or WrongUsage for everything that would stop the run.
     """
+    check_processes(recipe)
     provenance = read_provenance(folder)
     if not (folder / "config.json").exists():
         raise RrtcError(f"{folder} is a '{provenance['stage']}' folder and holds no model to train.")
@@ -127,6 +128,15 @@ def prepare(folder: Path, recipe: UptrainRecipe) -> Job:
 def process_group() -> PartialState:
     """The processes that train together: those of torchrun, or this one alone."""
     return PartialState(cpu=device().type == "cpu")  # without the flag, processes on CPUs would not see each other
+
+
+def check_processes(recipe: UptrainRecipe) -> None:
+    """Raises WrongUsage where the model is to be sharded and there is nobody to share it with."""
+    if recipe.fsdp and process_group().num_processes == 1:
+        raise WrongUsage(
+            "--fsdp shards the model over several processes, and this is one.",
+            "Start it as 'torchrun --nproc-per-node 8 -m rrtc uptrain …' on 8 GPUs, or leave --fsdp out.",
+        )
 
 
 def check_tokens(tokens: int) -> None:

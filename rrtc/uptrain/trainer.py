@@ -5,6 +5,7 @@ process has the same number of tokens, and the mean of their means is the mean o
 """
 
 import contextlib
+import functools
 import math
 import shutil
 import time
@@ -20,6 +21,7 @@ from rrtc.measure import device
 from rrtc.model.skeleton import quiet_warnings
 from rrtc.uptrain.data import Stream
 from rrtc.uptrain.job import Job, process_group
+from rrtc.uptrain.sharding import save_whole, shard, whole_state
 from rrtc.uptrain.student import Student
 from rrtc.uptrain.teacher import LiveTeacher
 
@@ -84,6 +86,21 @@ class DistillationTrainer(Trainer):
                 )
         super().log(logs, start_time)
 
+    def _move_model_to_device(self, model, device: torch.device) -> None:
+        if not self.job.recipe.fsdp:  # which moves it slot by slot
+            super()._move_model_to_device(model, device)
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """The optimizer; with `fsdp`, the model is sharded first. A checkpoint's weights are in it by then."""
+        if self.optimizer is not None or not self.job.recipe.fsdp:
+            return super().create_optimizer(model)
+        shard(self.model, self.args.device, self.job.bfloat16)
+        # Accelerate is to take it as it is. Its own sharding knows no CPUs, where it quietly makes a model DDP, and
+        # gathers the head on its own, when the student has already looked for its parameters.
+        self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
+        save_whole(super().create_optimizer(model))
+        return self.optimizer
+
     def get_decay_parameter_names(self, model) -> list[str]:
         """The matrices: norms and biases are not pulled to zero."""
         return [name for name, parameter in model.named_parameters() if parameter.dim() > 1]
@@ -98,7 +115,17 @@ class DistillationTrainer(Trainer):
                 "Lower micro_batch or context, or turn on activation_checkpointing.",
             ) from error
 
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, whole_state(self.model) if self.job.recipe.fsdp else state_dict)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.job.recipe.fsdp and not self.args.should_save:
+            self.optimizer.state_dict()  # helps the first process, which writes it, to make it whole
+        super()._save_optimizer_and_scheduler(output_dir)
+
     def _save_checkpoint(self, model, trial) -> None:
+        """Whole weights and moments, whether they are sharded or not: any number of processes can go on from them, with
+        `fsdp` or without. Only the random numbers of each process belong to it, and nothing here draws any."""
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         (folder / WHOLE).unlink(missing_ok=True)
         try:
