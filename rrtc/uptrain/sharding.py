@@ -80,4 +80,6 @@ def _part(value, parameter: DTensor):
     """What this process holds of a moment of `parameter`. Every process has the whole moment: nothing is sent."""
     if not isinstance(value, Tensor) or value.shape != parameter.shape:
         return value  # such as the number of steps
-    return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None)
+    return distribute_tensor(
+        value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
+    )
