@@ -14,7 +14,7 @@ from rrtc.report import read_report
 from rrtc.resume import difference
 from rrtc.source import find_model
 from rrtc.text import documents
-from rrtc.uptrain.job import check_writer
+from rrtc.uptrain.job import check_processes, check_writer
 from rrtc.uptrain.stage import uptrain
 from rrtc.uptrain.trainer import whole_checkpoints
 
@@ -58,6 +58,7 @@ def run(recipe: Recipe, output: str, resume: bool = False) -> dict:
 
 def _check_inputs(recipe: Recipe) -> None:
     """Raises what the later stages would raise about their inputs, before the first one spends its time."""
+    check_processes(recipe.uptrain)
     if recipe.uptrain.exits:
         raise WrongUsage(
             "Exits are trained after the model is healed, and a run only heals it.",

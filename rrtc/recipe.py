@@ -246,6 +246,9 @@ class UptrainRecipe(Section):
         "auto", description="Arithmetic: bfloat16 where the machine is fast at it. Weights are trained in float32."
     )
     activation_checkpointing: bool = Field(False, description="Recompute activations: less memory, a third slower.")
+    fsdp: bool = Field(
+        False, description="Share the weights, gradients and moments out among torchrun's processes (FSDP2)."
+    )
     save_every: int = Field(200, ge=1, description="Steps between checkpoints.")
     seed: int = Field(0, description="Order of the text and any randomness.")
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = Field(

@@ -23,6 +23,7 @@ from rrtc.errors import RrtcError
 from rrtc.source import load_tokenizer
 from rrtc.uptrain.curve import draw, line, step_of, steps_of, write_metrics
 from rrtc.uptrain.job import Job, process_group
+from rrtc.uptrain.sharding import whole_state
 from rrtc.uptrain.trainer import remove, whole_checkpoints
 
 # The loss has diverged where the mean objective of the last WINDOW steps is more than both of these. Twenty steps are
@@ -144,14 +145,17 @@ class Checkpoints(TrainerCallback):
             control.should_save = True
 
     def on_save(self, args, state, control, model=None, optimizer=None, **kwargs):
-        if state.global_step != 1 or not is_first_process:
+        if state.global_step != 1:
+            return
+        weights, moments = whole_state(model), optimizer.state_dict()["state"]  # sharded ones all processes ask for
+        if not is_first_process:
             return
         checkpoint = Path(args.output_dir) / "checkpoint-1"
         try:
             wrong = (
-                _wrong_weights(checkpoint, model.state_dict())
-                or _wrong_state(checkpoint, optimizer)
-                or _missing(self.job.folder, model.state_dict())
+                _wrong_weights(checkpoint, weights)
+                or _wrong_state(checkpoint, moments)
+                or _missing(self.job.folder, weights)
             )
         except Exception as error:  # a damaged file can raise anything on the way through torch, pickle and json
             wrong = f"reading it raised '{' '.join(str(error).split()) or type(error).__name__}'"
@@ -167,22 +171,22 @@ def _wrong_weights(checkpoint: Path, state: dict[str, torch.Tensor]) -> str | No
     """How the weights in a checkpoint differ from those in memory; None where they are the same bits."""
     saved = Weights(checkpoint)
     names = set(saved)
-    stored = {state[name].data_ptr() for name in names & state.keys()}  # tied tensors are written once
+    stored = [state[name] for name in names & state.keys()]
     for name, tensor in state.items():
         if name not in names:
-            if tensor.data_ptr() not in stored:
+            if not any(torch.equal(tensor, other) for other in stored):  # tied tensors are written once
                 return f"it has no tensor {name}"
         elif not torch.equal(saved.raw(name), tensor.cpu()):
             return f"the tensor {name} has another shape or other numbers"
     return None
 
 
-def _wrong_state(checkpoint: Path, optimizer) -> str | None:
+def _wrong_state(checkpoint: Path, moments: dict) -> str | None:
     """How the optimizer's state in a checkpoint differs from that in memory; None where it is the same bits."""
     TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
     torch.load(checkpoint / "scheduler.pt", weights_only=True)
     saved = torch.load(checkpoint / "optimizer.pt", map_location="cpu", mmap=True, weights_only=True)["state"]
-    for parameter, values in optimizer.state_dict()["state"].items():
+    for parameter, values in moments.items():
         for name, value in values.items():
             found = saved[parameter][name]
             if not (torch.equal(found, value.cpu()) if isinstance(value, torch.Tensor) else found == value):

@@ -24,7 +24,7 @@ from rrtc.uptrain.data import Mixture, Stream, training_text
 from rrtc.uptrain.teacher_cache import TeacherCache
 
 # What may change between the start of a run and its continuation: it changes the cost of a step, not its result.
-FREE_ON_RESUME = ("micro_batch", "activation_checkpointing", "save_every", "report_to")
+FREE_ON_RESUME = ("micro_batch", "activation_checkpointing", "fsdp", "save_every", "report_to")
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,7 @@ def prepare(folder: Path, recipe: UptrainRecipe, most_steps: int | None = None) 
 
     Raises RrtcError or WrongUsage for everything that would stop the run.
     """
+    check_processes(recipe)
     check_reporter(recipe.report_to)
     provenance = read_provenance(folder)
     if not (folder / "config.json").exists():
@@ -171,6 +172,15 @@ def _check_exits(folder: Path, plan: Plan, provenance: dict) -> None:
 def process_group() -> PartialState:
     """The processes that train together: those of torchrun, or this one alone."""
     return PartialState(cpu=device().type == "cpu")  # without the flag, processes on CPUs would not see each other
+
+
+def check_processes(recipe: UptrainRecipe) -> None:
+    """Raises WrongUsage where the model is to be sharded and there is nobody to share it with."""
+    if recipe.fsdp and process_group().num_processes == 1:
+        raise WrongUsage(
+            "--fsdp shards the model over several processes, and this is one.",
+            "Start it as 'torchrun --nproc-per-node 8 -m rrtc uptrain …' on 8 GPUs, or leave --fsdp out.",
+        )
 
 
 def check_reporter(name: str) -> None:

@@ -37,6 +37,7 @@ from rrtc.uptrain.data import Stream
 from rrtc.uptrain.display import Display
 from rrtc.uptrain.guards import Checkpoints, Course, LossGuard, Stopped, Termination, reporters
 from rrtc.uptrain.job import Job, prepare, process_group
+from rrtc.uptrain.sharding import whole_state
 from rrtc.uptrain.teacher_cache import fill
 from rrtc.uptrain.trainer import DistillationTrainer, remove, whole_checkpoints
 
@@ -90,9 +91,9 @@ def uptrain(folder: str, output: str, recipe: Recipe, resume: bool = False) -> d
                 (checkpoints / RESUME).write_text(json.dumps(fingerprint, indent=2) + "\n", encoding="utf8")
             job, cached = _fill_cache(job)
             trainer = _train(job, checkpoints, saved[-1] if resume else None)
-            measured = _measured(job, trainer) | cached
+            measured, state = _measured(job, trainer) | cached, whole_state(trainer.model)
             if is_first_process:
-                _write(job, trainer, measured, recipe, partial, target, max_shard_bytes)
+                _write(job, trainer, state, measured, recipe, partial, target, max_shard_bytes)
         except BaseException as error:
             if is_first_process and not whole_checkpoints(checkpoints):
                 remove(partial)
@@ -163,11 +164,17 @@ def _measured(job: Job, trainer: DistillationTrainer) -> dict:
 
 
 def _write(
-    job: Job, trainer: DistillationTrainer, measured: dict, recipe: Recipe, folder: Path, target: Path, max_bytes: int
+    job: Job,
+    trainer: DistillationTrainer,
+    state: dict[str, torch.Tensor],
+    measured: dict,
+    recipe: Recipe,
+    folder: Path,
+    target: Path,
+    max_bytes: int,
 ) -> None:
-    """Writes the trained model into `folder`, which will become `target`: the tensors that the input folder has, under
-    the same names and in the same number format."""
-    state = trainer.model.state_dict()
+    """Writes the trained model, whose weights are `state`, into `folder`, which will become `target`: the tensors that
+    the input folder has, under the same names and in the same number format."""
     writer = ShardWriter(folder, max_bytes)
     for name in Weights(job.folder):
         writer.add(name, state[name].to("cpu", getattr(torch, job.dtype)))

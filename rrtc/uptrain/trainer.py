@@ -5,6 +5,7 @@ process has the same number of tokens, and the mean of their means is the mean o
 """
 
 import contextlib
+import functools
 import shutil
 import time
 from pathlib import Path
@@ -21,6 +22,7 @@ from rrtc.recipe import UptrainRecipe
 from rrtc.uptrain.data import Stream
 from rrtc.uptrain.job import Job, process_group
 from rrtc.uptrain.optimiser import make_optimiser
+from rrtc.uptrain.sharding import save_whole, shard, whole_state
 from rrtc.uptrain.student import Student
 from rrtc.uptrain.teacher import LiveTeacher
 from rrtc.uptrain.teacher_cache import CachedTeacher
@@ -84,10 +86,23 @@ class DistillationTrainer(Trainer):
             self._means = {}
         super().log(logs, start_time)
 
+    def _move_model_to_device(self, model, device: torch.device) -> None:
+        if not self.job.recipe.fsdp:  # which moves it slot by slot
+            super()._move_model_to_device(model, device)
+
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        if self.optimizer is None:
-            _, adamw = self.get_optimizer_cls_and_kwargs(self.args)
-            self.optimizer = make_optimiser(self.model if model is None else model, self.job.recipe, adamw)
+        """The optimiser; with `fsdp`, the model is sharded first. A checkpoint's weights are in it by then."""
+        if self.optimizer is not None:
+            return self.optimizer
+        if self.job.recipe.fsdp:
+            shard(self.model, self.args.device, self.job.bfloat16)
+            # Accelerate is to take it as it is. Its own sharding knows no CPUs, where it quietly makes a model DDP, and
+            # gathers the head on its own, when the student has already looked for its parameters.
+            self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
+        _, adamw = self.get_optimizer_cls_and_kwargs(self.args)
+        self.optimizer = make_optimiser(self.model if model is None else model, self.job.recipe, adamw)
+        if self.job.recipe.fsdp:
+            save_whole(self.optimizer)
         return self.optimizer
 
     def train(self, *args, **kwargs):
@@ -100,7 +115,17 @@ class DistillationTrainer(Trainer):
                 "Lower micro_batch or context, or turn on activation_checkpointing.",
             ) from error
 
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, whole_state(self.model) if self.job.recipe.fsdp else state_dict)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.job.recipe.fsdp and not self.args.should_save:
+            self.optimizer.state_dict()  # helps the first process, which writes it, to make it whole
+        super()._save_optimizer_and_scheduler(output_dir)
+
     def _save_checkpoint(self, model, trial) -> None:
+        """Whole weights and moments, whether they are sharded or not: any number of processes can go on from them, with
+        `fsdp` or without. Only the random numbers of each process belong to it, and nothing here draws any."""
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         (folder / WHOLE).unlink(missing_ok=True)
         try:
