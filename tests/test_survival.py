@@ -373,7 +373,9 @@ def test_noise_and_warm_up_raise_no_alarm(rrt):
 # -- what may change on resume
 
 
-@pytest.mark.parametrize("field", UptrainRecipe.model_fields)
+@pytest.mark.parametrize(
+    "field", sorted(UptrainRecipe.model_fields.keys() - {"teacher_cache"})
+)  # see test_teacher_cache.py
 @pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")
 def test_every_field_is_compared_on_resume(rrt, field):
     job = prepare(rrt, settings().uptrain)
