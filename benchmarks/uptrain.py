@@ -31,6 +31,7 @@ from rrtc.console import count, size
 from rrtc.model.skeleton import read_architecture
 from rrtc.recipe import Recipe
 from rrtc.source import read_config
+from rrtc.uptrain.data import Stream
 from rrtc.uptrain.job import Job, prepare
 from rrtc.uptrain.trainer import DistillationTrainer, arguments
 
@@ -87,16 +88,16 @@ def trained(asked: argparse.Namespace, way: str) -> dict:
     """Seconds of the fastest step, peak memory in bytes, floating-point operations a token."""
     job, clock = job_of(asked, way), Clock()
     with tempfile.TemporaryDirectory() as nowhere:
-        trainer = DistillationTrainer(job, job.steps, Path(nowhere), save=False, callbacks=[clock])
-        flops = job.flops_per_token()
         if way == "dense":
-            windows = trainer.train_dataset
-            del trainer  # whose model is another
             model = AutoModelForCausalLM.from_pretrained(asked.dense, dtype=torch.float32)
             flops = 3 * read_architecture(read_config(asked.dense)).flops_per_token
             given = arguments(job, job.steps, Path(nowhere), save=False)
             given.bf16 = job.bfloat16
+            windows = Stream(job.text, job.steps * asked.batch_size)
             trainer = Trainer(model, given, collate, windows, callbacks=[clock])
+        else:
+            flops = job.flops_per_token()
+            trainer = DistillationTrainer(job, job.steps, Path(nowhere), save=False, callbacks=[clock])
         trainer.train()
     return {"seconds": min(clock.seconds[WARM_UP:]), "peak": peak(), "flops": flops}
 

@@ -249,6 +249,9 @@ class UptrainRecipe(Section):
     fsdp: bool = Field(
         False, description="Share the weights, gradients and moments out among torchrun's processes (FSDP2)."
     )
+    compile: bool = Field(
+        False, description="Compile the layers (torch.compile): faster on a GPU, after a minute or two at the start."
+    )
     save_every: int = Field(200, ge=1, description="Steps between checkpoints.")
     seed: int = Field(0, description="Order of the text and any randomness.")
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = Field(

@@ -18,6 +18,7 @@ from pico import pico_config, pico_model, pico_tokenizer, save_pico
 from rich.console import Console
 from rich.text import Text
 from safetensors.torch import load_file
+from torch._dynamo.backends.debugging import aot_eager
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from rrtc import measure
@@ -147,6 +148,20 @@ def test_training_heals(rrt, tmp_path):
 def test_cutting_the_batch_changes_nothing(rrt, trained, tmp_path, changes):
     uptrain(str(rrt), str(tmp_path / "out"), settings(**changes))
     torch.testing.assert_close(torch.tensor(curve(tmp_path / "out")), torch.tensor(curve(trained)), rtol=0, atol=1e-5)
+
+
+def test_compiled_layers_give_the_same_losses(rrt, trained, tmp_path, monkeypatch):
+    """One graph serves every visit. Not with the default backend, which takes a C++ compiler and a minute."""
+    whole, graphs = torch.nn.Module.compile, []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: whole(module, backend=backend))
+    uptrain(str(rrt), str(tmp_path / "out"), settings(compile=True, micro_batch=4))
+    torch.testing.assert_close(torch.tensor(curve(tmp_path / "out")), torch.tensor(curve(trained)), rtol=0, atol=1e-5)
+    assert len(graphs) == 1
 
 
 def test_two_processes_give_the_losses_of_one(rrt, trained, tmp_path):

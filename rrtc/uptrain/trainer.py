@@ -17,6 +17,7 @@ from transformers import GenerationConfig, PrinterCallback, Trainer, TrainingArg
 from rrtc.checkpoint import disk_error
 from rrtc.errors import RrtcError
 from rrtc.measure import device
+from rrtc.model.modeling_rrt import Slot
 from rrtc.model.skeleton import quiet_warnings
 from rrtc.recipe import UptrainRecipe
 from rrtc.uptrain.data import Stream
@@ -45,6 +46,11 @@ class DistillationTrainer(Trainer):
             # layers need where several processes train.
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable()
+        if job.recipe.compile:
+            # Layer by layer: all visits of a kind share one compiled graph, whichever slot they belong to. A whole slot
+            # would need one for each of its loops.
+            for layer in (layer for module in model.modules() if isinstance(module, Slot) for layer in module.loops):
+                layer.compile()
         super().__init__(
             model=model,
             args=arguments(job, steps, output, save),
