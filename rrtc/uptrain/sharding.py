@@ -24,8 +24,9 @@ def shard(student: nn.Module, device: torch.device, bfloat16: bool = False) -> N
     """Makes the parameters of `student`, in place, DTensors of which each process of the group holds a part on its
     `device`. It may be on the CPU before: slots move one at a time.
 
-    bfloat16: whether slots are gathered in bfloat16, which is what autocast makes of their matrices anyway. The parts,
-    and the sums of gradients, stay float32.
+    bfloat16: whether slots are gathered in bfloat16, which is what autocast makes of their matrices anyway, and would
+    keep until the backward pass. Their norms then have bfloat16 gains too. The parts, and the sums of gradients, stay
+    float32.
     """
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     halves = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)

@@ -101,9 +101,11 @@ class DistillationTrainer(Trainer):
         if self.optimizer is not None:
             return self.optimizer
         if self.job.recipe.fsdp:
-            shard(self.model, self.args.device, self.job.bfloat16)
-            # Accelerate is to take it as it is. Its own sharding knows no CPUs, where it quietly makes a model DDP, and
-            # gathers the head on its own, when the student has already looked for its parameters.
+            where = self.args.device
+            shard(self.model, where, self.job.bfloat16 and where.type != "cpu")  # autocast minds norms elsewhere
+            # Accelerate is to take it as it is. On CPUs it quietly makes a model DDP instead; on accelerators it makes
+            # the head a unit of its own, which loses its weights in the middle of the student's forward pass, where
+            # the gradients of the head are worked out.
             self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
         _, adamw = self.get_optimizer_cls_and_kwargs(self.args)
         self.optimizer = make_optimiser(self.model if model is None else model, self.job.recipe, adamw)
@@ -131,7 +133,7 @@ class DistillationTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial) -> None:
         """Whole weights and moments, whether they are sharded or not: any number of processes can go on from them, with
-        `fsdp` or without. Only the random numbers of each process belong to it, and nothing here draws any."""
+        `fsdp` or without. Only the random numbers of each process, for a model with dropout, are its own."""
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         (folder / WHOLE).unlink(missing_ok=True)
         try:
