@@ -9,6 +9,7 @@ rrtc's `uptrain`, each a list [folder, output, recipe, resume, micro-batch to be
 import json
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -29,10 +30,10 @@ CPU = torch.device("cpu")
 COMPUTE_LOSS = DistillationTrainer.compute_loss
 
 
+@mock.patch.object(losses, "LOGITS_AT_ONCE", 5 * 320)  # several pieces
 def train(folder: str, teacher: str, weights: dict, bfloat16: bool = False, sharded: bool = False) -> dict:
     """Four steps in plain PyTorch: the objectives, the gradients of the first step, and the weights at the end. The
     processes share every batch out, and return what one process returns."""
-    losses.LOGITS_AT_ONCE = 5 * 320  # several pieces
     rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if sharded else (0, 1)
     recipe = UptrainRecipe(losses=weights)
     live = LiveTeacher(Path(teacher), torch.float32, CPU, recipe.temperature, keep_states=True)
