@@ -20,13 +20,12 @@ For any loss of the form sum_i g(p_i, q_i) the gradient by the logits is (h - p 
 the Jacobian of the softmax is the same for all of them, and each only brings its value and its h.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
 from torch import Tensor
-
-from rrtc.recipe import DISTILLATIONS
 
 # Of logits at a time, of which there are a few copies in float32 (128 MiB each). Fewer would save little memory beside
 # a model, and every piece writes a gradient as large as the head.
@@ -42,18 +41,14 @@ class Lesson(Protocol):
         """Log-probabilities (tokens, vocabulary), float32, of the batch's tokens `part`; log_p: the model's own."""
 
 
-def forward_kl(p: Tensor, log_p: Tensor, q: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    """(sum over tokens of KL(q || p), h). All are (tokens, vocabulary), float32; so for the next three."""
-    return (q * (log_q - log_p)).sum(), -q
-
-
 def reverse_kl(p: Tensor, log_p: Tensor, q: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """(sum over tokens of KL(p || q), h). All are (tokens, vocabulary), float32; so for the next two."""
     h = p * (log_p - log_q)  # and p, which the Jacobian takes out again
     return h.sum(), h
 
 
 def jensen_shannon(p: Tensor, log_p: Tensor, q: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    log_m = torch.logaddexp(log_p, log_q).sub_(torch.tensor(2.0).log())
+    log_m = torch.logaddexp(log_p, log_q).sub_(math.log(2))
     h = (p * (log_p - log_m)).div_(2)
     return h.sum() + (q * (log_q - log_m)).sum() / 2, h
 
@@ -62,7 +57,8 @@ def total_variation(p: Tensor, log_p: Tensor, q: Tensor, log_q: Tensor) -> tuple
     return (p - q).abs_().sum() / 2, p * (p - q).sign_() / 2
 
 
-DIVERGENCES = dict(zip(DISTILLATIONS, (forward_kl, reverse_kl, jensen_shannon, total_variation), strict=True))
+# All but forward_kl, whose h is -q and sums to -1, so that it costs two passes over the table fewer.
+OTHERS = {"reverse_kl": reverse_kl, "jensen_shannon": jensen_shannon, "total_variation": total_variation}
 REPORTED = {"next_token": "loss", "forward_kl": "kl"}  # a loss's name in metrics, where it is another
 
 
@@ -73,28 +69,40 @@ def losses_and_slope(
     have a weight; and the gradient of the weighted sum by the logits, (tokens, vocabulary).
 
     logits: (tokens, vocabulary), float32. targets: (tokens,). log_q_of(log_p): the teacher's log-probabilities at
-    `temperature`, given the model's; None without a teacher.
+    `temperature`, given the model's; None without a teacher. Every line that makes or changes a table is a pass over
+    memory, and these passes are what the loss costs: hence the work in place.
     """
     log_p, target = logits.log_softmax(-1), targets[:, None]
-    p, weight = log_p.exp(), weights.get("next_token", 0.0)
     sums = {"loss": -log_p.gather(1, target).sum()}
-    slope = p * weight
-    slope.scatter_add_(1, target, torch.full_like(slope[:, :1], -weight))
+    p, next_token = log_p.exp(), weights.get("next_token", 0.0)
     if log_q_of is None:
-        return sums, slope
-    if temperature != 1:
-        log_p = (logits / temperature).log_softmax(-1)
-        p = log_p.exp()
-    log_q = log_q_of(log_p)
-    q = log_q.exp()
-    for name, divergence in DIVERGENCES.items():
-        if name == "forward_kl" or weights.get(name):
-            value, h = divergence(p, log_p, q, log_q)
-            sums[REPORTED.get(name, name)] = value
+        slope = p.mul_(next_token)
+    else:
+        at_one = None  # the next token's part, where it is not at the teacher's temperature
+        if temperature != 1:
+            at_one = p.mul_(next_token)
+            log_p = (logits / temperature).log_softmax(-1)
+            p = log_p.exp()
+        log_q = log_q_of(log_p)
+        q, forward = log_q.exp(), weights.get("forward_kl", 0.0) * temperature
+        sums["kl"] = (_row_products(q, log_q) - _row_products(q, log_p)).sum()
+        others = []
+        for name, divergence in OTHERS.items():
             if weights.get(name):
-                slope.addcmul_(p, h.sum(-1, keepdim=True), value=-weights[name] * temperature)
-                slope.add_(h, alpha=weights[name] * temperature)
+                sums[name], h = divergence(p, log_p, q, log_q)
+                others.append((weights[name] * temperature, h.addcmul_(p, h.sum(-1, keepdim=True), value=-1)))
+        slope = p.mul_(forward + (next_token if at_one is None else 0.0)).sub_(q, alpha=forward)
+        for weight, part in others:
+            slope.add_(part, alpha=weight)
+        if at_one is not None:
+            slope.add_(at_one)
+    slope.scatter_add_(1, target, torch.full_like(slope[:, :1], -next_token))
     return sums, slope
+
+
+def _row_products(a: Tensor, b: Tensor) -> Tensor:
+    """The inner product of each row of `a` with that of `b`, without a table of products."""
+    return torch.einsum("tv,tv->t", a, b)
 
 
 def chunked_losses(
@@ -117,7 +125,7 @@ def chunked_losses(
     )
     names = ["loss"]
     if lesson is not None:
-        names += ["kl", *(name for name in DIVERGENCES if name != "forward_kl" and weights.get(name))]
+        names += ["kl", *(name for name in OTHERS if weights.get(name))]
     return {"objective": objective} | dict(zip(names, means, strict=True))
 
 
@@ -132,7 +140,7 @@ class _ChunkedLosses(torch.autograd.Function):
     def forward(ctx, hidden, head, vocabulary, targets, weights, temperature, lesson, *parameters):
         tokens, learns = len(targets), ctx.needs_input_grad[0]
         wanted = [parameter for parameter in parameters if parameter.requires_grad] if learns else []
-        hidden_slope, slopes = torch.empty_like(hidden), [torch.zeros_like(parameter) for parameter in wanted]
+        hidden_slope, slopes = torch.empty_like(hidden), []
         totals: dict[str, Tensor] = {}
         for part in chunks(tokens, vocabulary):
             given = hidden[part].detach().requires_grad_(learns)
@@ -144,12 +152,14 @@ class _ChunkedLosses(torch.autograd.Function):
             if learns:
                 slope = slope.div_(tokens).to(logits.dtype)
                 hidden_slope[part], *grown = torch.autograd.grad(logits, (given, *wanted), slope)
-                for whole, piece in zip(slopes, grown, strict=True):
+                for whole, piece in zip(slopes, grown, strict=False):
                     whole += piece
+                slopes = slopes or grown
         means = {name: value / tokens for name, value in totals.items()}
         objective = weights.get("next_token", 0.0) * means["loss"]
-        for name in DIVERGENCES.keys() & weights.keys():
-            objective = objective + weights[name] * temperature**2 * means.get(REPORTED.get(name, name), 0.0)
+        for name in ("forward_kl", *OTHERS):
+            if weights.get(name):
+                objective = objective + weights[name] * temperature**2 * means[REPORTED.get(name, name)]
         ctx.save_for_backward(hidden_slope, *slopes)
         ctx.places = [learns and parameter.requires_grad for parameter in parameters]
         means = torch.stack(list(means.values()))

@@ -34,4 +34,6 @@ class LiveLesson:
     def log_q(self, part: slice, log_p: Tensor) -> Tensor:
         """See rrtc.uptrain.losses.Lesson."""
         logits = run_head(self._teacher.model, self._hidden[part]).float()
-        return logits.div_(self._teacher.temperature).log_softmax(-1)
+        if self._teacher.temperature != 1:
+            logits = logits / self._teacher.temperature
+        return logits.log_softmax(-1)
