@@ -412,7 +412,7 @@ def test_a_packed_document_is_computed_as_if_alone(tmp_path, architecture, atten
 
 def test_teacher_and_student_both_keep_documents_apart(rrt, dense, tmp_path):
     source = write(tmp_path / "a.jsonl", texts(60, most=3))
-    recipe = settings(data=[source], separate_documents=True, tokens=1, context=64)
+    recipe = settings(data=[source], separate_documents=True, tokens=64 * 4, context=64)
     uptrain(str(rrt), str(tmp_path / "out"), recipe)
     stream = Stream(mixture([source], context=64, separate_documents=True), recipe.uptrain.batch_size)
     student, teacher = (AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (rrt, dense))

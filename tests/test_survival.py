@@ -273,7 +273,7 @@ def test_disk_space_counts_the_first_checkpoint(rrt):
         return job.checkpoint_bytes() // (3 * 4 * job.plan.parameters)
 
     assert [at_once(save_every=n) for n in (1, 3, 100)] == [3, 3, 2]
-    assert at_once(tokens=1) == 1
+    assert at_once(tokens=CONTEXT * BATCH) == 1
 
 
 # -- a loss that is lost

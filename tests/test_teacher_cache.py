@@ -12,7 +12,7 @@ import pytest
 import torch
 from pico import VOCABULARY, save_pico
 from test_losses import definitions
-from test_uptrain import BATCH, CONTEXT, STEPS, curve, interrupt_at, make_rrt, settings, weights
+from test_uptrain import BATCH, CONTEXT, ONE_STEP, STEPS, curve, interrupt_at, make_rrt, settings, weights
 from torch import Tensor
 
 from rrtc.checkpoint import read_provenance
@@ -264,7 +264,7 @@ def test_micro_batches_and_losses_do_not_matter_to_it(rrt, filled, tmp_path, mon
     trained, cache = filled
     uptrain(str(rrt), str(tmp_path / "out"), cached(cache, micro_batch=4))
     torch.testing.assert_close(torch.tensor(curve(tmp_path / "out")), torch.tensor(curve(trained)), rtol=0, atol=1e-5)
-    uptrain(str(rrt), str(tmp_path / "other"), cached(cache, losses={"jensen_shannon": 1.0}, tokens=1, seed=0))
+    uptrain(str(rrt), str(tmp_path / "other"), cached(cache, losses={"jensen_shannon": 1.0}, tokens=ONE_STEP, seed=0))
 
 
 def test_what_was_asked_before_a_kill_is_not_asked_again(rrt, filled, tmp_path, asked, monkeypatch):

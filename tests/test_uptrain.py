@@ -39,6 +39,7 @@ from rrtc.uptrain.stage import uptrain
 from rrtc.uptrain.trainer import DistillationTrainer, whole_checkpoints
 
 CONTEXT, BATCH, STEPS = 32, 4, 6
+ONE_STEP = CONTEXT * BATCH  # tokens
 SETTINGS = {
     "data": ["pydoc"], "tokens": CONTEXT * BATCH * STEPS, "context": CONTEXT, "batch_size": BATCH, "micro_batch": 2,
     "warmup": 0.0, "learning_rate": 1e-2, "precision": "float32", "save_every": 3,
@@ -196,7 +197,11 @@ def test_without_a_teacher(rrt, tmp_path, monkeypatch):
 
 
 def test_weights_of_the_losses(rrt, tmp_path):
-    uptrain(str(rrt), str(tmp_path / "out"), settings(losses={"next_token": 0.25, "forward_kl": 3.0}, tokens=1))
+    uptrain(
+        str(rrt),
+        str(tmp_path / "out"),
+        settings(losses={"next_token": 0.25, "forward_kl": 3.0}, tokens=ONE_STEP),
+    )
     (step,) = metrics(tmp_path / "out")
     assert step["objective"] == pytest.approx(0.25 * step["loss"] + 3 * step["kl"], rel=1e-5)
 
@@ -253,7 +258,7 @@ def test_dtype_shards_and_tied_embeddings_stay(tmp_path, rrt):
     dense = save_pico(tmp_path / "dense", "gemma")
     source = make_rrt(tmp_path / "rrt", dense, "gemma", dtype=torch.bfloat16, max_shard_size="60KB")
     fingerprint = content_hash(source)
-    uptrain(str(source), str(tmp_path / "out"), settings(tokens=1))
+    uptrain(str(source), str(tmp_path / "out"), settings(tokens=ONE_STEP))
     written = Weights(tmp_path / "out")
     assert len(written.files) > 1 and written.dtype == "bfloat16"
     assert set(written) == set(Weights(source)) and "lm_head.weight" not in written
@@ -268,20 +273,20 @@ def test_shard_size_is_what_init_was_asked_for(rrt, dense, tmp_path):
     source = make_rrt(tmp_path / "rrt", dense, max_shard_size="100KB")
     assert len(Weights(source).files) == 1
     # What the input folder says goes before the recipe of this run ...
-    uptrain(str(source), str(tmp_path / "several"), settings(tokens=1))
+    uptrain(str(source), str(tmp_path / "several"), settings(tokens=ONE_STEP))
     assert len(Weights(tmp_path / "several").files) > 1
     # ... which is asked where the folder says nothing.
     said = read_provenance(source)
     del said["recipe"]["init"]
     (source / "rrtc.yaml").write_text(yaml.safe_dump(said))
-    small = Recipe.model_validate({"init": {"max_shard_size": "100KB"}, "uptrain": SETTINGS | {"tokens": 1}})
-    for recipe, name in ((settings(tokens=1), "one"), (small, "small")):
+    small = Recipe.model_validate({"init": {"max_shard_size": "100KB"}, "uptrain": SETTINGS | {"tokens": ONE_STEP}})
+    for recipe, name in ((settings(tokens=ONE_STEP), "one"), (small, "small")):
         uptrain(str(source), str(tmp_path / name), recipe)
     assert len(Weights(tmp_path / "one").files) == 1 and len(Weights(tmp_path / "small").files) > 1
 
 
 def test_a_trained_folder_can_be_trained_again(trained, tmp_path):
-    uptrain(str(trained), str(tmp_path / "again"), settings(tokens=1, seed=5))
+    uptrain(str(trained), str(tmp_path / "again"), settings(tokens=ONE_STEP, seed=5))
     assert [entry["stage"] for entry in read_provenance(tmp_path / "again")["history"]] == ["init", "uptrain"]
 
 
@@ -332,7 +337,7 @@ def test_killed_while_checkpoints_are_removed(rrt, trained, tmp_path):
         uptrain(str(rrt), str(target), settings(), resume=True)
     assert str(left) in refused.value.hint
     # Later stages do not see it.
-    uptrain(str(target), str(tmp_path / "again"), settings(tokens=1))
+    uptrain(str(target), str(tmp_path / "again"), settings(tokens=ONE_STEP))
     export(str(target), str(tmp_path / "dense"), Recipe.model_validate({"export": {"format": "dense"}}))
     for folder in ("again", "dense"):
         assert not list((tmp_path / folder).rglob("checkpoint*"))
@@ -452,6 +457,11 @@ def wrong_words(tmp_path, rrt):
     return rrt, {"teacher": str(tmp_path / "teacher")}
 
 
+def wrong_depth(tmp_path, rrt):
+    teacher = save_pico(tmp_path / "teacher", num_hidden_layers=4)
+    return rrt, {"teacher": str(teacher), "losses": {"forward_kl": 1.0, "hidden": 1.0}}
+
+
 def empty_text(tmp_path, rrt):
     (tmp_path / "empty.txt").write_text("\n")
     return rrt, {"data": str(tmp_path / "empty.txt")}
@@ -488,6 +498,8 @@ def base_gone(tmp_path, rrt):
     [
         (wrong_size, "has a vocabulary of 400 tokens and the model one of 320"),
         (wrong_words, "gives its tokens other meanings"),
+        (wrong_depth, "has 4 layers of width 48 where the model has 6 of width 48"),
+        (lambda tmp_path, rrt: (rrt, {"tokens": 127}), "127 tokens are less than one batch: 4 windows of 32 are 128"),
         (empty_text, "is empty"),
         (short_text, "fewer than one context of 32"),
         (no_tokenizer, "There is no tokenizer"),

@@ -132,6 +132,11 @@ def prepare(folder: Path, recipe: UptrainRecipe, most_steps: int | None = None) 
     if context < recipe.context:
         warn(f"The context is {context} tokens: the model cannot see {recipe.context}.")
     per_step = recipe.batch_size * context
+    if recipe.tokens < per_step:
+        raise WrongUsage(
+            f"{recipe.tokens} tokens are less than one batch: {recipe.batch_size} windows of {context} are {per_step}.",
+            "Raise tokens, or lower batch_size or context.",
+        )
     steps = -(-recipe.tokens // per_step)
     windows = min(steps, most_steps or steps) * recipe.batch_size
     text = training_text(recipe, tokenizer, context, windows, writer, process_group())
@@ -228,4 +233,13 @@ def _teacher(folder: Path, recipe: UptrainRecipe, config: RrtConfig, tokenizer) 
     # The model's own base needs no second look. Another teacher may number the same words differently.
     if recipe.teacher is not None and load_tokenizer(teacher.folder).get_vocab() != tokenizer.get_vocab():
         raise RrtcError(f"The tokenizer of the teacher {teacher.uri} gives its tokens other meanings.", hint)
+    if recipe.losses.get("hidden"):
+        both = config.get_text_config(), teacher.config().get_text_config()
+        (depth, width), (their_depth, their_width) = ((c.num_hidden_layers, c.hidden_size) for c in both)
+        if (depth, width) != (their_depth, their_width):
+            raise RrtcError(
+                f"The loss 'hidden' compares layer by layer, and the teacher {teacher.uri} has {their_depth} layers of "
+                f"width {their_width} where the model has {depth} of width {width}.",
+                "Leave hidden out of the losses, or learn from the model's own original.",
+            )
     return teacher
