@@ -58,7 +58,7 @@ TITLES = {
 }
 FOR_THEIR_TIME = ("paper-64", "pissa-64")  # neither scored nor trained
 RANK = "64"
-TRAINING = {"batch_size": 2, "micro_batch": 2, "learning_rate": 3e-4, "losses": {"forward_kl": 1.0}}
+TRAINING = {"batch_size": 2, "micro_batch": 2, "learning_rate": 1e-4, "losses": {"forward_kl": 1.0}}
 TRAINING_CONTEXT = 128  # at most; small steps, so that a few hundred of them are minutes on two cores
 HERE = Path(__file__).parent
 

@@ -204,7 +204,9 @@ class UptrainRecipe(Section):
     optimiser: Literal["adamw", "muon"] = Field(
         "adamw", description="muon: for the matrices in the layers, and AdamW for LoRA, norms, biases and embeddings."
     )
-    learning_rate: float = Field(4e-4, gt=0, description="Peak learning rate.")
+    learning_rate: float = Field(
+        1e-4, gt=0, description="Peak learning rate. A start that is close to noise, as the paper's, can take 4e-4."
+    )
     shared_lr_scale: float | str = Field(
         "visits",
         description="The learning rate of a weight that several visits use is multiplied by this; visits: divided by "

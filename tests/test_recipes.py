@@ -81,8 +81,9 @@ def test_the_quickstart_heals_a_real_model(quickstart):
     rows = {row["model"]: row for row in report["table"]}
     assert list(rows) == ["dense", "after init", "after uptrain"]
     dense, tied, healed = rows.values()
-    assert healed["bits_per_byte"] < 0.8 * tied["bits_per_byte"]
-    assert healed["kl"] < 0.8 * tied["kl"] and healed["top1_agreement"] > tied["top1_agreement"]
+    assert tied["bits_per_byte"] < 1.25 * dense["bits_per_byte"]  # with nothing trained
+    assert healed["bits_per_byte"] < tied["bits_per_byte"]
+    assert healed["kl"] < tied["kl"] and healed["top1_agreement"] > tied["top1_agreement"]
     assert dense["kl"] is None and dense["top1_agreement"] is None  # it is what the others are compared with
     assert dense["bits_per_byte"] < healed["bits_per_byte"]
     assert tied["params_total"] < dense["params_total"] and tied["bytes"] < dense["bytes"]
