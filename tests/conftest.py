@@ -35,3 +35,11 @@ def dense(tmp_path_factory):
         return made[architecture]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def rrt(dense):
+    """An rrtc folder that can be trained, beside the dense pico model it is made from."""
+    from uptraining import make_rrt
+
+    return make_rrt(dense("llama").parent / "rrt", dense("llama"))

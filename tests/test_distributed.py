@@ -4,16 +4,13 @@ Two processes on this machine's CPU do it all, once, in two_processes.py; the te
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import two_processes
 from pico import save_pico
-from test_uptrain import STEPS, interrupt_at, make_rrt, metrics, settings, weights
+from uptraining import STEPS, interrupt_at, make_rrt, metrics, on_two_processes, settings, weights
 
 from rrtc import pipeline
 from rrtc.checkpoint import read_provenance
@@ -80,14 +77,7 @@ def two(models, cases, one, tmp_path_factory) -> Path:
             ]
         )
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    run = subprocess.run(
-        [*command, two_processes.__file__, folder],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    run = on_two_processes(two_processes.__file__, folder)
     assert run.returncode == 0, run.stderr
     return folder
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from pico import pico_config
 from test_forms import mixed_config, mixed_plan
-from test_uptrain import BATCH, CONTEXT, interrupt_at, make_rrt, metrics, settings, weights
+from uptraining import BATCH, CONTEXT, interrupt_at, metrics, settings, weights
 
 from rrtc.errors import WrongUsage
 from rrtc.model import RrtConfig, RrtForCausalLM
@@ -22,11 +22,6 @@ from rrtc.uptrain.trainer import DistillationTrainer
 
 RATE = 1e-2
 ADAMW = {"lr": RATE, "betas": (0.9, 0.999), "eps": 1e-8}
-
-
-@pytest.fixture(scope="module")
-def rrt(dense, tmp_path_factory) -> Path:
-    return make_rrt(tmp_path_factory.mktemp("models") / "rrt", dense("llama"))
 
 
 def recipe(**changes) -> UptrainRecipe:

@@ -1,10 +1,8 @@
 """Training text: tokenised once into shards, from which training reads its windows in an order of its own."""
 
 import json
-import os
 import random
 import shutil
-import subprocess
 import sys
 import tracemalloc
 from collections import Counter
@@ -14,10 +12,10 @@ import numpy
 import pytest
 import torch
 from accelerate import PartialState
-from pico import ARCHITECTURES, pico_model, pico_tokenizer, save_pico
-from test_uptrain import curve, make_rrt, settings
+from pico import ARCHITECTURES, pico_model, pico_tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
+from uptraining import curve, on_two_processes, settings
 
 from rrtc.errors import RrtcError, WrongUsage
 from rrtc.own_text import AT_ONCE, own_text
@@ -39,16 +37,6 @@ def cache(tmp_path, monkeypatch) -> Path:
     """A cache of its own for every test."""
     monkeypatch.setenv("RRTC_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "tokens"
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory) -> Path:
-    return save_pico(tmp_path_factory.mktemp("models") / "dense")
-
-
-@pytest.fixture(scope="module")
-def rrt(dense) -> Path:
-    return make_rrt(dense.parent / "rrt", dense)
 
 
 def beginning_tokenizer():
@@ -243,11 +231,7 @@ def test_of_two_processes_one_tokenises(tmp_path, cache):
         "print('has', shard.sha256, flush=True)\n"
     )
     pico_tokenizer().save_pretrained(tmp_path / "tokenizer")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
-    result = subprocess.run(
-        [*command, source, tmp_path / "tokenizer"], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True,
-        text=True, timeout=120,
-    )  # fmt: skip
+    result = on_two_processes(script, source, tmp_path / "tokenizer")
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("written by 0") == 1 and result.stdout.count("written by") == 1
     (shard,) = {line for line in result.stdout.splitlines() if line.startswith("has")}
@@ -415,7 +399,7 @@ def test_teacher_and_student_both_keep_documents_apart(rrt, dense, tmp_path):
     recipe = settings(data=[source], separate_documents=True, tokens=64 * 4, context=64)
     uptrain(str(rrt), str(tmp_path / "out"), recipe)
     stream = Stream(mixture([source], context=64, separate_documents=True), recipe.uptrain.batch_size)
-    student, teacher = (AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (rrt, dense))
+    student, teacher = (AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (rrt, dense("llama")))
     losses, divergences = [], []
     for item in stream:
         ids, parts = item["input_ids"], segments(item)
@@ -434,17 +418,17 @@ def test_teacher_and_student_both_keep_documents_apart(rrt, dense, tmp_path):
 
 
 def test_own_text_is_what_the_teacher_writes_window_for_window(dense):
-    teacher = find_model(str(dense))
+    teacher = find_model(str(dense("llama")))
     for tokenizer in (pico_tokenizer(), beginning_tokenizer()):
         text = mixture(["self"], windows=40, writer=teacher, tokenizer=tokenizer, seed=5)
-        written = torch.cat(list(own_text(dense, tokenizer, 2 * AT_ONCE, 16, 5, lambda _: None)))
+        written = torch.cat(list(own_text(dense("llama"), tokenizer, 2 * AT_ONCE, 16, 5, lambda _: None)))
         assert text.sources[0].count == len(written) and text.tokens == written.numel()
         stream = Stream(text, len(written))
         assert sorted(item["input_ids"].tolist() for item in stream) == sorted(written.tolist())
 
 
 def test_own_text_is_written_once_and_its_beginning_is_always_the_same(dense, capfd, monkeypatch, cache):
-    teacher, group = find_model(str(dense)), PartialState(cpu=True)
+    teacher, group = find_model(str(dense("llama"))), PartialState(cpu=True)
     few, many, others = (
         own_shard(teacher, pico_tokenizer(), windows, 16, seed, group) for windows, seed in ((1, 0), (40, 0), (1, 1))
     )
@@ -459,7 +443,7 @@ def test_own_text_is_written_once_and_its_beginning_is_always_the_same(dense, ca
 
 def test_own_text_has_an_equal_share_without_weights(dense, tmp_path):
     long, short = (write(tmp_path / f"{number}.jsonl", texts(number)) for number in (90, 30))
-    text = mixture([long, "self", short], windows=90, writer=find_model(str(dense)))
+    text = mixture([long, "self", short], windows=90, writer=find_model(str(dense("llama"))))
     assert [source.name for source in text.sources] == [long, "self", short]
     assert text.shares[1] == pytest.approx(1 / 3) and sum(text.shares) == pytest.approx(1)
     assert text.shares[0] / text.shares[2] == pytest.approx(text.sources[0].count / text.sources[2].count)
@@ -470,7 +454,7 @@ def test_training_on_own_text_and_another(rrt, dense, tmp_path, monkeypatch):
     recipe = settings(data=["self", "pydoc"], data_weights=[1, 1])
     assert uptrain(str(rrt), str(tmp_path / "out"), recipe)["last_kl"] > 0
     # Without distillation a teacher that is named writes all the same, and estimating lets it write for a few steps.
-    alone = settings(data="self", teacher=str(dense), losses={"next_token": 1.0}, tokens=10**7, seed=9)
+    alone = settings(data="self", teacher=str(dense("llama")), losses={"next_token": 1.0}, tokens=10**7, seed=9)
     written = []
     monkeypatch.setattr(shards, "own_text", lambda *a: written.append(a[2]) or own_text(*a))
     assert estimate(str(rrt), alone)["tokens"] >= 10**7

@@ -17,8 +17,8 @@ import torch
 import yaml
 from pico import save_pico
 from safetensors.torch import load_file, save_file
-from test_uptrain import interrupt_at, make_rrt, metrics, settings, weights
 from transformers import AutoModelForCausalLM, Trainer
+from uptraining import BATCH, CONTEXT, interrupt_at, make_rrt, metrics, on_two_processes, settings, weights
 
 from rrtc.cli import app
 from rrtc.errors import RrtcError
@@ -33,14 +33,8 @@ from rrtc.uptrain.job import FREE_ON_RESUME, prepare
 from rrtc.uptrain.stage import uptrain
 from rrtc.uptrain.trainer import DistillationTrainer, whole_checkpoints
 
-CONTEXT, BATCH, STEPS = 32, 4, 40
+STEPS = 40
 LONG = {"tokens": CONTEXT * BATCH * STEPS, "learning_rate": 3e-3, "save_every": 5}
-
-
-@pytest.fixture(scope="module")
-def rrt(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    return make_rrt(folder / "rrt", save_pico(folder / "dense"))
 
 
 @pytest.fixture(scope="module")
@@ -171,14 +165,7 @@ def test_all_processes_stop_at_the_same_step(rrt, tmp_path):
     )
     recipe, target = tmp_path / "recipe.yaml", tmp_path / "out"
     recipe.write_text(yaml.safe_dump(settings(micro_batch=1, save_every=100).model_dump(include={"uptrain"})))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
-    run = subprocess.run(
-        [*command, "uptrain", rrt, "-o", target, "--recipe", recipe],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    run = on_two_processes(script, "uptrain", rrt, "-o", target, "--recipe", recipe)
     assert run.returncode != 0
     assert run.stderr.count("SIGTERM stopped the run after step 3 of 6") == 1, run.stderr
     assert whole_checkpoints(tmp_path / "out.partial" / "checkpoints")[-1].name == "checkpoint-3"

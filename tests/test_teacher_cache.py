@@ -2,18 +2,26 @@
 where it is damaged or for something else, and where it has everything the teacher need not be there."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from pico import VOCABULARY, save_pico
 from test_losses import definitions
-from test_uptrain import BATCH, CONTEXT, ONE_STEP, STEPS, curve, interrupt_at, make_rrt, settings, weights
 from torch import Tensor
+from uptraining import (
+    BATCH,
+    CONTEXT,
+    ONE_STEP,
+    STEPS,
+    curve,
+    interrupt_at,
+    make_rrt,
+    settings,
+    uptrain_on_two_processes,
+    weights,
+)
 
 from rrtc.checkpoint import read_provenance
 from rrtc.errors import RrtcError, WrongUsage
@@ -181,7 +189,8 @@ def test_a_cached_teacher_says_what_a_live_one_would(dense, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def rrt(dense, tmp_path_factory) -> Path:
+def rrt(tmp_path_factory) -> Path:
+    """With an original of its own, which some tests take away."""
     folder = tmp_path_factory.mktemp("models")
     return make_rrt(folder / "rrt", save_pico(folder / "dense"))
 
@@ -292,24 +301,11 @@ def test_what_was_asked_before_a_kill_is_not_asked_again(rrt, filled, tmp_path, 
 
 
 def test_two_processes_fill_it_together(rrt, filled, tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import sys\nfrom rrtc.recipe import Recipe\nfrom rrtc.uptrain.stage import uptrain\n"
-        "uptrain(sys.argv[1], sys.argv[2], Recipe.model_validate_json(sys.argv[3]))\n"
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, rrt]
-    run = subprocess.run(
-        [*command, tmp_path / "out", cached(tmp_path / "c", micro_batch=1).model_dump_json()],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stderr
+    said = uptrain_on_two_processes(rrt, tmp_path / "out", cached(tmp_path / "c", micro_batch=1))
     assert len(segments(tmp_path / "c")) == 2
     ours, theirs = torch.tensor(curve(tmp_path / "out")), torch.tensor(curve(filled[0]))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-3)
-    assert run.stderr.count("The teacher cache has all 24 windows") == 1
+    assert said.count("The teacher cache has all 24 windows") == 1
 
 
 def test_estimate_reads_the_cache_and_writes_none(rrt, filled, tmp_path, asked):

@@ -4,32 +4,40 @@ interrupted and resumed; and what a user can get wrong is said before any work."
 import io
 import json
 import math
-import os
 import resource
 import signal
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
-from pico import pico_config, pico_model, pico_tokenizer, save_pico
+from pico import pico_model, pico_tokenizer, save_pico
 from rich.console import Console
 from rich.text import Text
-from safetensors.torch import load_file
 from torch._dynamo.backends.debugging import aot_eager
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from uptraining import (
+    BATCH,
+    CONTEXT,
+    ONE_STEP,
+    SETTINGS,
+    STEPS,
+    curve,
+    interrupt_at,
+    make_rrt,
+    metrics,
+    settings,
+    uptrain_on_two_processes,
+    weights,
+)
 
 from rrtc import measure
-from rrtc.checkpoint import Weights, read_provenance, write_provenance
+from rrtc.checkpoint import Weights, read_provenance
 from rrtc.errors import RrtcError
 from rrtc.export.stage import export
-from rrtc.model import RrtConfig, RrtForCausalLM
-from rrtc.model.skeleton import read_architecture
-from rrtc.plan import make_plan
-from rrtc.recipe import InitRecipe, Recipe
-from rrtc.source import content_hash, find_model
+from rrtc.recipe import Recipe
+from rrtc.source import content_hash
 from rrtc.text import Windows, _built_in
 from rrtc.uptrain.data import Stream
 from rrtc.uptrain.display import Display, sparkline
@@ -37,45 +45,6 @@ from rrtc.uptrain.estimate import estimate
 from rrtc.uptrain.job import Job, prepare
 from rrtc.uptrain.stage import uptrain
 from rrtc.uptrain.trainer import DistillationTrainer, whole_checkpoints
-
-CONTEXT, BATCH, STEPS = 32, 4, 6
-ONE_STEP = CONTEXT * BATCH  # tokens
-SETTINGS = {
-    "data": ["pydoc"], "tokens": CONTEXT * BATCH * STEPS, "context": CONTEXT, "batch_size": BATCH, "micro_batch": 2,
-    "warmup": 0.0, "learning_rate": 1e-2, "precision": "float32", "save_every": 3,
-}  # fmt: skip
-
-
-def settings(**changes) -> Recipe:
-    return Recipe.model_validate({"uptrain": SETTINGS | changes})
-
-
-def make_rrt(folder: Path, dense: Path, architecture: str = "llama", dtype=torch.float32, **init) -> Path:
-    """An rrtc folder as `init` writes one, with random weights, but in one shard."""
-    config = pico_config(architecture)
-    recipe = InitRecipe(rank=4, **init)
-    plan = make_plan(read_architecture(config), recipe)
-    torch.manual_seed(1)
-    model = RrtForCausalLM(RrtConfig(base_config=config, visits=[asdict(v) for v in plan.visits])).to(dtype)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith(".B"):
-                parameter.normal_(std=0.1)
-    model.save_pretrained(folder)
-    pico_tokenizer().save_pretrained(folder)
-    base = find_model(str(dense)).provenance(folder)
-    write_provenance(folder, "init", base, {"init": recipe.model_dump()}, {"init": {"bytes": 1}}, [])
-    return folder
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory) -> Path:
-    return save_pico(tmp_path_factory.mktemp("models") / "dense")
-
-
-@pytest.fixture(scope="module")
-def rrt(dense) -> Path:
-    return make_rrt(dense.parent / "rrt", dense)
 
 
 @pytest.fixture(scope="module")
@@ -85,35 +54,10 @@ def trained(rrt) -> Path:
     return rrt.parent / "trained"
 
 
-def metrics(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def curve(folder: Path) -> list[tuple[float, float]]:
-    return [(step["loss"], step["kl"]) for step in metrics(folder)]
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
 def first_of(job: Job, windows: int) -> list[dict[str, torch.Tensor]]:
     """The first windows that training sees."""
     stream = Stream(job.text, windows)
     return [stream[number] for number in range(windows)]
-
-
-def interrupt_at(monkeypatch, micro_batch: int) -> None:
-    """Ctrl-C in the middle of the micro-batch of that number."""
-    original, calls = DistillationTrainer.compute_loss, []
-
-    def interrupted(self, *args, **kwargs):
-        calls.append(0)
-        if len(calls) == micro_batch:
-            raise KeyboardInterrupt
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(DistillationTrainer, "compute_loss", interrupted)
 
 
 def stop_after_checkpoint(rrt: Path, target: Path, monkeypatch) -> Path:
@@ -131,7 +75,7 @@ def stop_after_checkpoint(rrt: Path, target: Path, monkeypatch) -> Path:
 def test_first_step_is_what_measure_says(rrt, dense, trained):
     job = prepare(rrt, settings().uptrain)
     windows = Windows(torch.stack([item["input_ids"] for item in first_of(job, BATCH)]), 1.0)
-    scores = measure.score(measure.load_for_scoring(rrt), windows, measure.load_for_scoring(dense))
+    scores = measure.score(measure.load_for_scoring(rrt), windows, measure.load_for_scoring(dense("llama")))
     assert curve(trained)[0] == pytest.approx((scores.loss, scores.kl), abs=1e-5)
 
 
@@ -166,24 +110,11 @@ def test_compiled_layers_give_the_same_losses(rrt, trained, tmp_path, monkeypatc
 
 
 def test_two_processes_give_the_losses_of_one(rrt, trained, tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import sys\nfrom rrtc.recipe import Recipe\nfrom rrtc.uptrain.stage import uptrain\n"
-        "uptrain(sys.argv[1], sys.argv[2], Recipe.model_validate_json(sys.argv[3]))\n"
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, rrt]
-    run = subprocess.run(
-        [*command, tmp_path / "out", settings(micro_batch=1).model_dump_json()],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stderr
+    said = uptrain_on_two_processes(rrt, tmp_path / "out", settings(micro_batch=1))
     torch.testing.assert_close(torch.tensor(curve(tmp_path / "out")), torch.tensor(curve(trained)), rtol=0, atol=1e-5)
     assert read_provenance(tmp_path / "out")["measured"]["uptrain"]["processes"] == 2
     assert not (tmp_path / "out.partial").exists()
-    assert run.stderr.count(f"step {STEPS} of {STEPS}") == 1  # only the first process speaks
+    assert said.count(f"step {STEPS} of {STEPS}") == 1  # only the first process speaks
 
 
 def test_without_a_teacher(rrt, tmp_path, monkeypatch):
@@ -241,7 +172,7 @@ def test_the_folder_is_whole(rrt, dense, trained):
     assert all(not torch.equal(before[n], after[n]) for n in before)  # everything learns
     said = read_provenance(trained)
     assert said["stage"] == "uptrain" and said["history"][0]["stage"] == "init"
-    assert said["base"]["sha256"] == content_hash(dense)
+    assert said["base"]["sha256"] == content_hash(dense("llama"))
     assert said["recipe"]["init"]["rank"] == 4 and said["recipe"]["uptrain"]["tokens"] == SETTINGS["tokens"]
     assert said["measured"]["init"] == {"bytes": 1} and said["measured"]["uptrain"]["steps"] == STEPS
     assert (trained / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
@@ -270,7 +201,7 @@ def test_dtype_shards_and_tied_embeddings_stay(tmp_path, rrt):
 def test_shard_size_is_what_init_was_asked_for(rrt, dense, tmp_path):
     import yaml
 
-    source = make_rrt(tmp_path / "rrt", dense, max_shard_size="100KB")
+    source = make_rrt(tmp_path / "rrt", dense("llama"), max_shard_size="100KB")
     assert len(Weights(source).files) == 1
     # What the input folder says goes before the recipe of this run ...
     uptrain(str(source), str(tmp_path / "several"), settings(tokens=ONE_STEP))
@@ -395,7 +326,7 @@ def test_resume_is_refused_where_something_changed(rrt, dense, tmp_path, monkeyp
     assert "--resume" in refused.value.hint
     with pytest.raises(RrtcError, match="learning_rate was 0.01 and is now 0.02"):
         uptrain(str(rrt), str(target), settings(learning_rate=0.02), resume=True)
-    other = make_rrt(tmp_path / "other", dense, dtype=torch.bfloat16)
+    other = make_rrt(tmp_path / "other", dense("llama"), dtype=torch.bfloat16)
     with pytest.raises(RrtcError, match="the model has changed"):
         uptrain(str(other), str(target), settings(), resume=True)
     # The built-in text with one word more is another text.

@@ -5,7 +5,6 @@ The logits of a batch are by far its largest table, so they are never made as a 
 the head's parameters are whole only there.
 """
 
-import torch
 from torch import Tensor
 
 from rrtc.model.forward import outputs_of, run_base, run_exit, run_head
@@ -14,6 +13,7 @@ from rrtc.model.skeleton import decoder_layers
 from rrtc.plan import Visit, ends_of_loops
 from rrtc.recipe import UptrainRecipe
 from rrtc.uptrain.losses import chunked_losses, hidden_distance
+from rrtc.uptrain.teacher import LiveLesson
 
 EXIT_LOSSES = {"next_token": 1.0, "forward_kl": 1.0}  # paper appendix J: with self-distillation
 
@@ -51,7 +51,7 @@ class Student(RrtForCausalLM):
             distance = hidden_distance(states, lesson.states)
             means["objective"] = means["objective"] + recipe.losses["hidden"] * distance
             means["hidden"] = distance.detach()
-        own = _OwnLesson(self, hidden, recipe.temperature)
+        own = LiveLesson(self.stock, hidden, recipe.temperature)  # what it says in the end
         for loop, output in enumerate(outputs, 1):
             found = compare(run_exit(self.stock, input_ids, output, **kwargs), EXIT_LOSSES, own)
             weight = recipe.exit_weight / len(outputs)
@@ -63,17 +63,3 @@ class Student(RrtForCausalLM):
         """The layers after which there is an exit."""
         layers = decoder_layers(self.stock)
         return [layers[place] for place in ends_of_loops([Visit(**visit) for visit in self.config.visits])]
-
-
-class _OwnLesson:
-    """What the student itself says in the end, for its exits to learn: no gradient goes back through it."""
-
-    def __init__(self, student: Student, hidden: Tensor, temperature: float):
-        """hidden: (windows, context, width), what the head is given in the end."""
-        self._student, self._hidden, self._temperature = student, hidden.detach().flatten(0, 1), temperature
-
-    @torch.no_grad()
-    def log_q(self, part: slice, log_p: Tensor) -> Tensor:
-        """See rrtc.uptrain.losses.Lesson."""
-        logits = run_head(self._student.stock, self._hidden[part]).float()
-        return logits.div_(self._temperature).log_softmax(-1)

@@ -1,10 +1,11 @@
 """The model that a student learns from: what it says of each batch."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rrtc.model.forward import run_base, run_head
 
@@ -21,19 +22,23 @@ class LiveTeacher:
     @torch.no_grad()
     def __call__(self, ids: Tensor, **kwargs) -> "LiveLesson":
         """ids: (windows, context), int64. kwargs: what else the base model is given."""
-        return LiveLesson(self, *run_base(self.model, ids, self.keep_states, **kwargs))
+        hidden, states = run_base(self.model, ids, self.keep_states, **kwargs)
+        return LiveLesson(self.model, hidden, self.temperature, states)
 
 
 class LiveLesson:
-    """What a LiveTeacher says of one batch. `states`: (windows, context, width) after each layer, if they are kept."""
+    """What a model says of one batch, its own head at work. No gradient goes back through it."""
 
-    def __init__(self, teacher: LiveTeacher, hidden: Tensor, states: list[Tensor]):
-        self._teacher, self._hidden, self.states = teacher, hidden.flatten(0, 1), states
+    def __init__(self, model: PreTrainedModel, hidden: Tensor, temperature: float, states: Sequence[Tensor] = ()):
+        """hidden: what the head of `model` is given, (windows, context, width). states: the hidden states after each
+        layer, likewise, if they are kept."""
+        self._model, self._hidden, self._temperature = model, hidden.detach().flatten(0, 1), temperature
+        self.states = states
 
     @torch.no_grad()
     def log_q(self, part: slice, log_p: Tensor) -> Tensor:
         """See rrtc.uptrain.losses.Lesson."""
-        logits = run_head(self._teacher.model, self._hidden[part]).float()
-        if self._teacher.temperature != 1:
-            logits = logits / self._teacher.temperature
+        logits = run_head(self._model, self._hidden[part]).float()
+        if self._temperature != 1:
+            logits = logits / self._temperature
         return logits.log_softmax(-1)
