@@ -58,8 +58,8 @@ TITLES = {
 }
 FOR_THEIR_TIME = ("paper-64", "pissa-64")  # neither scored nor trained
 RANK = "64"
-TRAINING = {"batch_size": 2, "micro_batch": 2, "learning_rate": 1e-4, "losses": {"forward_kl": 1.0}}
-TRAINING_CONTEXT = 128  # at most; small steps, so that a few hundred of them are minutes on two cores
+TRAINING = {"batch_size": 4, "micro_batch": 4, "learning_rate": 1e-4, "losses": {"forward_kl": 1.0}}
+TRAINING_CONTEXT = 256  # at most; small steps, so that a few hundred of them are minutes on two cores
 HERE = Path(__file__).parent
 
 
@@ -123,7 +123,12 @@ def write_settings(args: argparse.Namespace) -> dict:
             "calibrate_tokens": args.calibrate_tokens,
             "measure_tokens": 0,
         },
-        "uptrain": TRAINING | {"data": args.train_on, "context": min(TRAINING_CONTEXT, args.context)},
+        "uptrain": TRAINING
+        | {
+            "data": args.train_on,
+            "context": min(TRAINING_CONTEXT, args.context),
+            "teacher_cache": str(args.work / "teacher"),  # which says the same of all rows
+        },
         "eval": {"text": args.score_on, "tokens": args.score_tokens, "context": args.context},
     }
     args.work.mkdir(parents=True, exist_ok=True)
