@@ -10,11 +10,10 @@ and exports like any other.
 import argparse
 from pathlib import Path
 
-import torch
-
-from rrtc.baselines import whitened_svd
-from rrtc.checkpoint import whole_folder
+from rrtc.baselines import low_rank_plan, write_low_rank
+from rrtc.checkpoint import whole_folder, write_provenance
 from rrtc.init.calibrate import calibration_windows
+from rrtc.init.dense import DenseModel
 from rrtc.model.skeleton import read_architecture
 from rrtc.recipe import load_recipe
 from rrtc.source import find_model, load_tokenizer
@@ -24,12 +23,15 @@ from rrtc.text import longest_context
 def main(recipe_file: str, output: Path) -> None:
     recipe = load_recipe(recipe_file)
     source = find_model(recipe.model)
-    architecture = read_architecture(source.config())
+    dense, architecture = DenseModel(source), read_architecture(source.config())
     context = longest_context(source.config(), recipe.eval.context)
     text = calibration_windows(recipe.init, load_tokenizer(source.folder), context)
-    target = int(recipe.init.budget * architecture.non_embedding)
+    plan = low_rank_plan(architecture, int(recipe.init.budget * architecture.non_embedding))
     with whole_folder(output) as folder:
-        plan = whitened_svd(source, target, text, recipe.init, folder, getattr(torch, source.weights().dtype))
+        write_low_rank(dense, plan, text, dense.weights.dtype, folder)
+        measured = {"params_total": plan.parameters, "params_non_embedding": plan.non_embedding}
+        kept = {"model": source.uri, "init": recipe.init.resolved()}
+        write_provenance(folder, "init", source.provenance(output), kept, {"init": measured}, [])
     print(f"{plan.non_embedding / architecture.non_embedding:.4f} of the parameters without embeddings")
 
 

@@ -5,18 +5,24 @@ import torch
 from pico import pico_config, save_pico
 from transformers import AutoModelForCausalLM
 
-from rrtc.baselines import block_influence, drop_layers, layers_left, make_baselines, plan_at, whitened_svd, with_layers
+from rrtc.baselines import (
+    layers_kept,
+    low_rank_plan,
+    make_baselines,
+    shorter_config,
+    write_low_rank,
+    write_shorter,
+)
 from rrtc.errors import RrtcError
 from rrtc.eval.stage import evaluate
 from rrtc.init.dense import DenseModel
 from rrtc.init.stage import init
 from rrtc.measure import load_for_scoring
 from rrtc.model.skeleton import decoder_layers, read_architecture, read_plan
-from rrtc.recipe import InitRecipe, Recipe
+from rrtc.recipe import Recipe
 from rrtc.source import find_model, read_config
 
 ARCHITECTURES = ("llama", "gemma3", "gpt2", "qwen3")
-SMALL = InitRecipe(calibrate_tokens=256)
 
 
 @pytest.fixture(scope="module")
@@ -25,9 +31,10 @@ def text() -> torch.Tensor:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_block_influence_is_that_of_whole_hidden_states(dense, text, architecture):
+def test_block_influence_is_that_of_whole_hidden_states(dense, text, tmp_path, architecture):
     folder = dense(architecture)
-    found = block_influence(DenseModel(find_model(str(folder))), text)
+    plan = low_rank_plan(read_architecture(read_config(folder)), 100_000)
+    found = write_low_rank(DenseModel(find_model(str(folder))), plan, text, "float32", tmp_path)
     model, states = AutoModelForCausalLM.from_pretrained(folder).eval(), []
     for layer in decoder_layers(model):
         layer.register_forward_pre_hook(lambda module, args, kwargs: states.append(args[0]), with_kwargs=True)
@@ -44,12 +51,10 @@ def test_block_influence_is_that_of_whole_hidden_states(dense, text, architectur
 def test_dropped_layers_are_skipped_and_the_rest_is_as_it_was(dense, text, tmp_path, architecture):
     source = find_model(str(dense(architecture)))
     counted = read_architecture(source.config())
-    target = int(0.6 * counted.non_embedding)
-    count = drop_layers(source, target, text, SMALL, tmp_path / "dropped", torch.float32)
-    left = layers_left(counted, block_influence(DenseModel(source), text), target)
-    assert len(left) == count == 3  # 3/6 fits, 4/6 does not
-    made = load_for_scoring(tmp_path / "dropped")
-    assert read_architecture(made.config).non_embedding <= target
+    left = [0, 3, 5]
+    write_shorter(DenseModel(source), left, "float32", tmp_path)
+    made = load_for_scoring(tmp_path)
+    assert read_architecture(made.config).non_embedding < 0.52 * counted.non_embedding
     model = AutoModelForCausalLM.from_pretrained(source.folder).eval()
     layers = decoder_layers(model)
     layers._modules = {str(n): layers[number] for n, number in enumerate(left)}
@@ -66,26 +71,29 @@ def test_dropped_layers_are_skipped_and_the_rest_is_as_it_was(dense, text, tmp_p
 
 
 def test_lists_of_layers_in_a_config_are_cut_down():
-    made = with_layers(pico_config("gemma3"), [0, 2, 5])
+    made = shorter_config(pico_config("gemma3", eos_token_id=[1, 3, 4, 5, 6, 7]), [0, 2, 5])
     assert made.num_hidden_layers == 3
+    assert made.eos_token_id == [1, 3, 4, 5, 6, 7]  # a list of that length by chance
     assert made.layer_types == ["sliding_attention", "sliding_attention", "full_attention"]
 
 
 def test_layers_go_by_influence_until_the_rest_fits(dense):
     counted = read_architecture(read_config(dense("llama")))
     influence = [0.5, 0.1, 0.4, 0.2, 0.6, 0.3]
-    assert layers_left(counted, influence, counted.non_embedding) == [0, 1, 2, 3, 4, 5]
-    assert layers_left(counted, influence, counted.non_embedding // 2 + 100) == [0, 2, 4]
-    with pytest.raises(RrtcError, match="Not one layer fits into 10 parameters"):
-        layers_left(counted, influence, 10)
+    assert layers_kept(counted, influence, counted.non_embedding) == [0, 1, 2, 3, 4, 5]
+    assert layers_kept(counted, influence, counted.non_embedding // 2 + 100) == [0, 2, 4]
+    with pytest.raises(RrtcError, match="Not one layer of the dense model fits into 10"):
+        layers_kept(counted, influence, 10)
 
 
 def test_whitened_svd_ties_nothing_and_loses_least_on_what_it_sees(dense, text, tmp_path):
     source = find_model(str(dense("llama")))
     counted = read_architecture(source.config())
     target = int(0.7 * counted.non_embedding)
-    plan = whitened_svd(source, target, text, SMALL, tmp_path / "svd", torch.float32)
-    assert plan == plan_at(counted, target) == read_plan(read_config(tmp_path / "svd"))
+    plan = low_rank_plan(counted, target)
+    (tmp_path / "svd").mkdir()
+    write_low_rank(DenseModel(source), plan, text, "float32", tmp_path / "svd")
+    assert plan == read_plan(read_config(tmp_path / "svd"))
     assert 0.98 * target < plan.non_embedding <= target
     assert len(plan.slots) == 6 and all(set(v.forms.values()) == {"low_rank"} for v in plan.visits)
     # The first q, which sees the same in both models: nothing of that rank comes closer to its outputs.
@@ -105,6 +113,23 @@ def test_whitened_svd_ties_nothing_and_loses_least_on_what_it_sees(dense, text, 
     plain = (seen[0] @ ((left[:, :rank] * kept[:rank]) @ right[:rank] - q.weight).T).square().sum()
     assert least < lost < 1.1 * least  # the moments of few tokens are damped
     assert lost < 0.9 * plain  # the SVD of the matrix alone
+
+
+def test_layers_that_depend_on_their_place_are_not_dropped(tmp_path):
+    source = find_model(str(save_pico(tmp_path / "dense", "gpt2", scale_attn_by_inverse_layer_idx=True)))
+    (tmp_path / "out").mkdir()
+    with pytest.raises(RrtcError, match="depends on its place"):
+        write_shorter(DenseModel(source), [0, 3, 5], "float32", tmp_path / "out")
+
+
+def test_a_size_that_cannot_be_is_refused(dense, tmp_path):
+    counted = read_architecture(read_config(dense("llama")))
+    with pytest.raises(RrtcError, match="with every matrix at rank 1"):
+        low_rank_plan(counted, 1000)
+    settings = {"init": {"rank": 64, "measure_tokens": 0}}  # more than the dense model has
+    init(str(dense("llama")), str(tmp_path / "large"), Recipe.model_validate(settings))
+    with pytest.raises(RrtcError, match="nothing that a baseline of its size would have to leave out"):
+        make_baselines(tmp_path / "large", tmp_path, 32)
 
 
 def test_an_evaluation_with_baselines_has_them_at_its_size(tmp_path):

@@ -24,8 +24,8 @@ def test_a_prompt_has_its_length_and_its_key_at_its_depth(tokenizer):
     for probe in probes:
         number = tokenizer.decode(probe.key).strip()
         prompt = tokenizer.decode(probe.ids)
-        assert len(probe.ids) == probe.length == 400 and len(number) == 5
-        assert prompt.count(number) == 2 and prompt.endswith("The pass key is")
+        assert 380 < len(probe.ids) <= probe.length == 400 and len(number) == 5
+        assert prompt.count(number) == 1 and prompt.endswith("\n\nThe pass key is")
         places.append(prompt.index(f"The pass key is {number}") / len(prompt))
     middles = [sum(places[start : start + 3]) / 3 for start in range(0, len(places), 3)]
     assert middles == sorted(middles) and middles[0] < 0.35 and middles[-1] > 0.6
@@ -45,13 +45,13 @@ def test_a_tokenizer_that_begins_every_text_begins_these(tokenizer):
         probe = make_probes(beginning, 400, 1, 0, LONG)[0]
     finally:
         tokenizer.backend_tokenizer.post_processor = before
-    assert probe.ids[0] == 0 and 0 not in probe.ids[1:] and 0 not in probe.key and len(probe.ids) == 400
+    assert probe.ids[0] == 0 and 0 not in probe.ids[1:] and 0 not in probe.key and len(probe.ids) <= 400
 
 
 def test_a_length_that_cannot_be_says_why(tokenizer):
     with pytest.raises(WrongUsage, match="The model sees 402 tokens"):
         make_probes(tokenizer, 400, 1, 0, 402)
-    with pytest.raises(WrongUsage, match="The question alone takes 1.. tokens"):
+    with pytest.raises(WrongUsage, match="takes 1.. tokens at least"):
         make_probes(tokenizer, 50, 1, 0, LONG)
 
 

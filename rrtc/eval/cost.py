@@ -68,10 +68,13 @@ def peak_memory(folder: Path, dtype: torch.dtype) -> int | None:
     RrtcError where it fails."""
     if not torch.accelerator.is_available() and not Path("/proc/self/clear_refs").exists():
         return None
-    command = [sys.executable, "-m", "rrtc.eval.footprint", str(folder), str(dtype).removeprefix("torch.")]
+    # -P, and the path of this process: what lies in the user's current folder is not to be imported.
+    command = [sys.executable, "-P", "-m", "rrtc.eval.footprint", str(folder), str(dtype).removeprefix("torch.")]
     alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    alone["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     child = subprocess.run(command, env=alone, capture_output=True, text=True, check=False)
     if child.returncode:
-        reason = (child.stderr.strip().splitlines() or [f"it ended with code {child.returncode}"])[-1][:300]
+        said = child.stderr.strip().splitlines() if child.returncode > 0 else []  # a killed one says nothing of use
+        reason = (said or [f"it ended with code {child.returncode}"])[-1][:300]
         raise RrtcError(f"The memory of {folder} could not be measured: {reason.rstrip('.')}.")
     return int(child.stdout.split()[-1])

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import rrtc.model  # noqa: F401 - registers the recursive model
 
-PROMPT, NEW = 64, 8  # tokens
+PROMPT, NEW = 24, 8  # tokens
 
 
 def main(folder: str, dtype: str) -> int:

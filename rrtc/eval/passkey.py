@@ -5,9 +5,11 @@ nothing else counts: the filler says nothing, and the number cannot be guessed. 
 Jaggi, arXiv 2305.16300.)
 """
 
+import os
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 
 import numpy
 import torch
@@ -16,16 +18,20 @@ from numpy.typing import NDArray
 from rrtc.errors import WrongUsage
 from rrtc.text import begin_and_end
 
-DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)  # where the key is hidden: 0 is the start of the text, 1 its end
-TASK = "One important number is hidden somewhere in the text below. Find it and remember it.\n\n"
-FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
-KEY = "The pass key is {key}. Remember it. {key} is the pass key. "
-QUESTION = "\n\nWhat is the pass key? The pass key is"
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)  # where the key is hidden: 0 is before all of the filler, 1 after it
+# The wording matters more to a small model than the distance: with the key said twice, or asked for by a question,
+# SmolLM2-135M itself fails where the key comes last (benchmarks/LOG.md).
+TASK = "A pass key is hidden in the text below. Find it and remember it.\n\n"
+FILLER = ("The grass is green.", "The sky is blue.", "The sun is yellow.", "Here we go.", "There and back again.")
+KEY = "The pass key is {number}. Remember it."
+QUESTION = "\n\nThe pass key is"
+FEWEST = len(DEPTHS) - 1  # sentences of filler: with fewer, two depths would be the same place
 
 
 @dataclass(frozen=True)
 class Probe:
-    """One hidden key. ids: the prompt's tokens, `length` or a few fewer; key: the tokens that are to follow."""
+    """One hidden key. ids: the prompt's tokens, `length` or, by less than a sentence, fewer; key: the tokens that are
+    to follow."""
 
     length: int
     depth: float
@@ -34,31 +40,44 @@ class Probe:
 
 
 def make_probes(tokenizer, length: int, trials: int, seed: int, longest: int) -> list[Probe]:
-    """`trials` probes of `length` tokens at each of DEPTHS, the same for every model with that tokenizer.
+    """`trials` probes of `length` tokens at each of DEPTHS, the same for every model with that tokenizer; each depends
+    on its own length, depth and trial and on the seed, not on what else is asked.
 
-    longest: tokens that the model can see, key included. Raises WrongUsage where the probes are longer, and where they
-    would have no room for any filler.
+    longest: tokens that the model can see, the key included. Raises WrongUsage for a length beyond that, or one that is
+    too short to hide anything in.
     """
+    begin, probes = begin_and_end(tokenizer)[0], []
 
     def tokens(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
+        return [*begin, *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
 
-    start, task, question = begin_and_end(tokenizer)[0], tokens(TASK), tokens(QUESTION)
-    filler = tokens(FILLER * (length // len(tokens(FILLER)) + 1))
-    draw, probes = random.Random(f"{seed} {length}"), []
+    sentence = len(tokens(" ".join(FILLER * 4))) / (4 * len(FILLER))  # tokens on average, for a first guess
     for depth in DEPTHS:
-        for _ in range(trials):
-            number = str(draw.randint(10_000, 99_999))
-            hidden, key = tokens(KEY.format(key=number)), tokens(f" {number}")
-            room = length - len(start) - len(task) - len(hidden) - len(question)
-            if length + len(key) > longest:
+        for trial in range(trials):
+            number = str(random.Random(f"{seed} {length} {depth} {trial}").randint(10_000, 99_999))
+            least = len(tokens(_prompt(FEWEST, depth, number)))
+            if length < least:
+                raise WrongUsage(f"To hide a pass key takes {least} tokens at least.")
+            sentences = FEWEST + int((length - least) / sentence)
+            while len(tokens(_prompt(sentences, depth, number))) > length:
+                sentences -= 1
+            while len(tokens(_prompt(sentences + 1, depth, number))) <= length:
+                sentences += 1
+            prompt = _prompt(sentences, depth, number)
+            asked, whole = tokens(prompt), tokens(f"{prompt} {number}")
+            # A tokenizer may join the prompt's end with what follows: then that token is the first of the key.
+            cut = len(os.path.commonprefix([asked, whole]))
+            if length + len(whole) - cut > longest:
                 raise WrongUsage(f"The model sees {longest} tokens, its answer included.")
-            if room <= 0:
-                raise WrongUsage(f"The question alone takes {length - room} tokens.")
-            before = round(depth * room)
-            ids = [*start, *task, *filler[:before], *hidden, *filler[before:room], *question]
-            probes.append(Probe(length, depth, tuple(ids), tuple(key)))
+            probes.append(Probe(length, depth, tuple(whole[:cut]), tuple(whole[cut:])))
     return probes
+
+
+def _prompt(sentences: int, depth: float, number: str) -> str:
+    """The text, with so many sentences of filler."""
+    text = list(islice(cycle(FILLER), sentences))
+    text.insert(round(depth * sentences), KEY.format(number=number))
+    return TASK + " ".join(text) + QUESTION
 
 
 @torch.inference_mode()

@@ -46,7 +46,7 @@ from rrtc.text import longest_context, scoring_texts
 
 CURVE_POINTS = 400  # of a training curve, in the report
 
-MakeBaselines = Callable[[Path, Path, str | None], dict[str, Path]]
+MakeBaselines = Callable[[Path, Path, int, str | None], tuple[dict[str, Path], list[dict]]]
 
 
 def evaluate(
@@ -60,8 +60,8 @@ def evaluate(
     it and its page into that new folder.
 
     against: the dense model to compare with, by default the one that was compressed. make_baselines(folder, work,
-    against) makes the models of the same size for `recipe.eval.baselines`. Raises RrtcError where the models do not
-    share a vocabulary, the dense model cannot be found, a text is too short, or there is no such task.
+    context, against) makes the models of the same size for `recipe.eval.baselines`. Raises RrtcError where the models
+    do not share a vocabulary, the dense model cannot be found, a text is too short, or there is no such task.
     """
     paths = [Path(folder) for folder in ([folders] if isinstance(folders, str) else folders)]
     if output is not None:
@@ -84,10 +84,9 @@ def evaluate(
 
     tokenizer = load_tokenizer(paths[0])
     config = read_config(paths[0])
-    texts = scoring_texts(
-        _held_out_of_their_training(recipe, paths, provenances), tokenizer,
-        longest_context(config, recipe.eval.context), recipe.eval.tokens,
-    )  # fmt: skip
+    context = longest_context(config, recipe.eval.context)
+    held_out = _held_out_of_their_training(recipe, paths, provenances)
+    texts = scoring_texts(held_out, tokenizer, context, recipe.eval.tokens)
     tasks, not_run = find_tasks(recipe.eval) if recipe.eval.tasks else ([], [])
     probes, too_long = _probes(recipe.eval, tokenizer, config)
     not_run += too_long
@@ -97,7 +96,8 @@ def evaluate(
         work = from_first_process(own)
         candidates = candidates_of(paths)
         if recipe.eval.baselines and make_baselines is not None:
-            made = on_first_process(lambda: make_baselines(paths[0], Path(work), against))
+            made, missing = on_first_process(lambda: make_baselines(paths[0], Path(work), context, against))
+            not_run += missing
             candidates += [Candidate(name, "baseline", folder) for name, folder in made.items()]
         rows, last, samples = _measure(dense_candidate(dense), candidates, questions, stored_dtype(paths[-1]))
     for entry in not_run:
@@ -161,7 +161,7 @@ def _held_out_of_their_training(recipe: Recipe, folders: Sequence[Path], provena
 def _probes(recipe: EvalRecipe, tokenizer, config) -> tuple[list[Probe], list[dict]]:
     """(the probes, those that this model or tokenizer cannot be given, for `not_run`)."""
     probes, not_run = [], []
-    for length in recipe.passkey_lengths if recipe.passkey_trials else []:
+    for length in dict.fromkeys(recipe.passkey_lengths) if recipe.passkey_trials else []:
         try:
             longest = longest_context(config, sys.maxsize)
             probes += make_probes(tokenizer, length, recipe.passkey_trials, recipe.seed, longest)
