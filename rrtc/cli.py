@@ -83,7 +83,7 @@ def _flag(name: str, field: Any, part: str) -> inspect.Parameter:
     declared = f"--{dashed}/--no-{dashed}" if kind is bool else f"--{dashed}"
     if isinstance(kind, types.UnionType):
         kind = str  # such as rank, which the recipe itself parses
-    shown = ", ".join(default) if isinstance(default, list) else default
+    shown = ", ".join(map(str, default)) if isinstance(default, list) else default
     if isinstance(default, dict):
         kind, shown = list[str], ", ".join(f"{key}={value:g}" for key, value in default.items())
     text = field.description if shown in (None, "") else rf"{field.description} \[default: {shown}]"

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rrtc.checkpoint import Weights
 from rrtc.model.forward import outputs_of, run_exit, run_head
 from rrtc.model.skeleton import decoder_layers
 from rrtc.text import Windows
@@ -48,7 +49,9 @@ def load_for_scoring(folder):
     import rrtc.model  # noqa: F401 - registers the recursive model
 
     dtype = torch.float32 if device().type == "cpu" else torch.bfloat16
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device()).eval()
+    Weights(folder)  # refuses what it holds besides safetensors, and paths in its index
+    safe = {"use_safetensors": True, "trust_remote_code": False}
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **safe).to(device()).eval()
 
 
 def score(model, windows: Windows, reference=None, advance=lambda: None) -> Scores:

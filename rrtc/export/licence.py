@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+from rrtc.trust import leads_outside
+
 # Words that open the well-known licence texts, and the hub's names of those licences.
 KNOWN_TEXTS = {
     r"apache license\s+version 2\.0": "apache-2.0",
@@ -24,7 +26,7 @@ def find_licence(folder: Path, base: Path | None) -> dict[str, str]:
         name = _in_card(inside / "README.md") or (_in_gguf(place) if place.is_file() else None)
         if name:
             return {"license": name}
-        for file in sorted(inside.glob("LICENSE*")):
+        for file in sorted(file for file in inside.glob("LICENSE*") if not leads_outside(file, inside)):
             name = _of_text(file.read_text(encoding="utf8", errors="replace"))
             return {"license": name} if name else {"license": "other", "license_link": file.name}
     return {}
@@ -33,7 +35,7 @@ def find_licence(folder: Path, base: Path | None) -> dict[str, str]:
 def _in_card(readme: Path) -> str | None:
     from huggingface_hub import ModelCard
 
-    if not readme.is_file():
+    if not readme.is_file() or leads_outside(readme, readme.parent):
         return None
     try:
         stated = ModelCard.load(readme, ignore_metadata_errors=True).data.license
