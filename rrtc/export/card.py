@@ -12,7 +12,7 @@ import yaml
 from rrtc import __version__
 from rrtc.console import count, size
 from rrtc.export.forms import stock_class
-from rrtc.export.licence import find_licence
+from rrtc.export.licence import find_licence, forbids_derivatives
 from rrtc.model import RrtConfig
 
 COLUMNS = {
@@ -234,5 +234,8 @@ def _licence(licence: dict, base: dict) -> str:
     uri = base.get("uri", "the base model")
     if not licence:
         return f"Not known: the files of {uri} state none. Ask its makers before passing this model on."
-    stated = licence["license"] if "license_link" not in licence else f"see {licence['license_link']}"
-    return f"That of the base model {uri}: {stated}."
+    stated = licence.get("license_name", licence["license"])
+    if "license_link" in licence:
+        stated = ("" if stated == "other" else f"{stated}, ") + f"see {licence['license_link']}"
+    forbidden = " It does not allow changed versions, such as this one, to be passed on."
+    return f"That of the base model {uri}: {stated}.{forbidden if forbids_derivatives(licence) else ''}"
