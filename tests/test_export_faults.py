@@ -1,5 +1,5 @@
-"""What happens to `rrtc export` from outside: kills, a full disk, a read-only place, a licence that forbids it. (Faults of
-the folder itself are in test_export.py, and folders that mean harm in test_malicious.py.)"""
+"""What happens to `rrtc export` from outside: kills, a full disk, a read-only place, a licence that forbids it. (Faults
+of the folder itself are in test_export.py, and folders that mean harm in test_malicious.py.)"""
 
 import os
 import re
@@ -31,7 +31,7 @@ print(sorted(kill.contents(target)))
 
 
 def run(*arguments, limit: int | None = None, prefix: tuple = ()) -> subprocess.CompletedProcess:
-    """The command line in a process of its own; limit: the bytes that a file may have, which is how a full disk looks."""
+    """The command line in a process of its own; limit: bytes that a file may have, which is how a full disk looks."""
     limited = f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))" if limit else "pass"
     code = f"import resource; {limited}; from rrtc.cli import main; main()"
     command = [*prefix, sys.executable, "-c", code, *map(str, arguments)]
@@ -109,7 +109,7 @@ def test_a_licence_that_forbids_derivatives_is_one_warning_and_a_word_in_the_car
     stage.export(str(source), str(tmp_path / "out"), Recipe())
     notes = [line for line in capfd.readouterr().err.splitlines() if line.startswith("Note: ")]
     assert notes == [
-        "Note: The licence of maker/model (acme-nc-nd-1.0) does not allow what you make of it to be passed on."
+        "Note: The licence of maker/model (acme-nc-nd-1.0) forbids passing on what is made of it."
     ]
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert (card.data.license, card.data.license_name) == ("other", "acme-nc-nd-1.0")

@@ -59,7 +59,7 @@ def export(folder: str, output: str, recipe: Recipe, report: str | None = None) 
     if forbids_derivatives(licence):
         stated = licence.get("license_name", licence["license"])
         warn(
-            f"The licence of {provenance['base']['uri']} ({stated}) does not allow what you make of it to be passed on."
+            f"The licence of {provenance['base']['uri']} ({stated}) forbids passing on what is made of it."
         )
 
     note("Computing logits to compare the export with")
