@@ -108,9 +108,7 @@ def test_a_licence_that_forbids_derivatives_is_one_warning_and_a_word_in_the_car
     (source / "rrtc.yaml").write_text(yaml.safe_dump(said))
     stage.export(str(source), str(tmp_path / "out"), Recipe())
     notes = [line for line in capfd.readouterr().err.splitlines() if line.startswith("Note: ")]
-    assert notes == [
-        "Note: The licence of maker/model (acme-nc-nd-1.0) forbids passing on what is made of it."
-    ]
+    assert notes == ["Note: The licence of maker/model (acme-nc-nd-1.0) forbids passing on what is made of it."]
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert (card.data.license, card.data.license_name) == ("other", "acme-nc-nd-1.0")
     assert "maker/model: acme-nc-nd-1.0, see https://acme.test/licence. It does not allow changed versions" in card.text

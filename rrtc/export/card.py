@@ -227,6 +227,21 @@ model = AutoModelForCausalLM.from_pretrained(folder{trust})
 {CHAT if chat else TEXT}
 output = model.generate(**inputs, max_new_tokens=40, do_sample=False)
 print(tokenizer.decode(output[0], skip_special_tokens=True))
+```{_adapting(config) if form == "recursive" else ""}"""
+
+
+def _adapting(config: RrtConfig) -> str:
+    """How to train an adapter on top: a regex that names the shared matrices, and neither containers nor norms."""
+    tied = {m: None for visit in config.visits for m in visit["ranks"] if visit["forms"].get(m, "tied") == "tied"}
+    if not tied:
+        return ""
+    names = "|".join(re.escape(name) for name in tied)
+    return f"""
+
+With PEFT, adapt the shared matrices; each adapter then works in all layers that share the matrix:
+
+```python
+LoraConfig(r=16, target_modules=r".*\\.shared\\.({names})", task_type="CAUSAL_LM")
 ```"""
 
 

@@ -58,9 +58,7 @@ def export(folder: str, output: str, recipe: Recipe, report: str | None = None) 
     licence = find_licence(source, Path(provenance["base"]["path"]))
     if forbids_derivatives(licence):
         stated = licence.get("license_name", licence["license"])
-        warn(
-            f"The licence of {provenance['base']['uri']} ({stated}) forbids passing on what is made of it."
-        )
+        warn(f"The licence of {provenance['base']['uri']} ({stated}) forbids passing on what is made of it.")
 
     note("Computing logits to compare the export with")
     expected = reference(source, form, cast)
