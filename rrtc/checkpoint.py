@@ -20,6 +20,7 @@ import yaml
 
 from rrtc import __version__
 from rrtc.errors import RrtcError, WrongUsage
+from rrtc.trust import check_folder, without_code
 
 PROVENANCE = "rrtc.yaml"
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
@@ -63,7 +64,7 @@ class Weights:
             try:
                 names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
                 outside = [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]
-            except (ValueError, KeyError, AttributeError, TypeError) as error:
+            except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
                 raise RrtcError(f"The index {index} is damaged.", "Download the model again.") from error
             if outside:
                 raise RrtcError(f"The index {index} points to {outside[0]}, which is no weights file in its folder.")
@@ -148,7 +149,7 @@ class Weights:
                 return torch.empty(entry["shape"], dtype=dtype)
             stored = numpy.memmap(file, numpy.uint8, "c", start, (end - start,))
             return torch.from_numpy(stored).view(dtype).view(entry["shape"])
-        except (LookupError, TypeError, ValueError, RuntimeError) as error:
+        except (LookupError, TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise _damaged(file) from error
 
 
@@ -167,9 +168,11 @@ def _header(file: Path) -> tuple[dict, int]:
             raise _damaged(file)
         try:
             header = json.loads(stream.read(header_length))
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-            whole = 8 + header_length + max(ends, default=0) == length
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            entries = [entry for name, entry in header.items() if name != "__metadata__"]
+            whole = 8 + header_length + max((e["data_offsets"][1] for e in entries), default=0) == length
+            whole &= all(0 <= e["data_offsets"][0] <= e["data_offsets"][1] for e in entries)
+            whole &= all(isinstance(e["dtype"], str) and all(size >= 0 for size in e["shape"]) for e in entries)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise _damaged(file) from error
     if not whole:
         raise _damaged(file)
@@ -354,11 +357,18 @@ def whole_folder(target: Path, keep_partial: bool = False):
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copies the tokenizer, generation defaults and licence files of one model folder into another."""
+    """Copies the tokenizer, generation defaults and licence files of one model folder into another; no code, and
+    nothing that asks for code."""
     for pattern in COMPANION_FILES:
         for file in Path(source).glob(pattern):
-            if file.is_file():
-                shutil.copyfile(file, Path(target) / file.name)
+            if not file.is_file() or file.suffix == ".py":
+                continue
+            shutil.copyfile(file, Path(target) / file.name)
+            if file.name == "tokenizer_config.json":
+                values = json.loads(file.read_text(encoding="utf8"))
+                if values != (kept := without_code(values)):
+                    text = json.dumps(kept, indent=2, ensure_ascii=False) + "\n"
+                    (Path(target) / file.name).write_text(text, encoding="utf8")
 
 
 def write_provenance(folder: Path, stage: str, base: dict, recipe: dict, measured: dict, history: list) -> dict:
@@ -386,19 +396,25 @@ def write_provenance(folder: Path, stage: str, base: dict, recipe: dict, measure
 
 
 def read_provenance(folder: Path) -> dict:
-    """What rrtc.yaml in `folder` says. Raises RrtcError where the folder is not one that rrtc wrote."""
+    """What rrtc.yaml in `folder` says. Raises RrtcError where the folder is not one that rrtc wrote, or is one that
+    `check_folder` refuses."""
     folder = Path(folder)
     if not folder.is_dir():
         raise RrtcError(f"There is no folder {folder}.")
     file = folder / PROVENANCE
     if not file.exists():
         raise RrtcError(f"{folder} was not written by rrtc: it has no {PROVENANCE}.", "Make one with 'rrtc init'.")
+    check_folder(folder)
+    damaged = RrtcError(f"The file {file} is damaged.")
     try:
         value = yaml.safe_load(file.read_text(encoding="utf8"))
-        for key in ("stage", "path", "made", "base", "recipe", "measured", "history"):
-            value[key]
-    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise RrtcError(f"The file {file} is damaged.") from error
+        texts = [entry[key] for entry in (value, *value["history"]) for key in ("stage", "path", "made")]
+        texts += [value["base"][key] for key in ("uri", "path", "relative_path", "sha256")]
+        parts = [value["recipe"], value["measured"]]
+    except (yaml.YAMLError, UnicodeDecodeError, LookupError, TypeError, RecursionError) as error:
+        raise damaged from error
+    if not all(isinstance(text, str) for text in texts) or not all(isinstance(part, dict) for part in parts):
+        raise damaged
     return value
 
 

@@ -12,6 +12,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
+from rrtc.checkpoint import Weights
 from rrtc.model.forward import outputs_of, run_exit, run_head
 from rrtc.model.skeleton import decoder_layers
 from rrtc.text import Windows
@@ -69,7 +70,9 @@ def load_for_scoring(folder):
 
     import rrtc.model  # noqa: F401 - registers the recursive model
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=scoring_dtype()).to(device()).eval()
+    Weights(folder)  # refuses what it holds besides safetensors, and paths in its index
+    safe = {"use_safetensors": True, "trust_remote_code": False}
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=scoring_dtype(), **safe).to(device()).eval()
 
 
 def score(model, windows: Windows, reference=None) -> Scores:

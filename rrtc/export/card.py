@@ -12,7 +12,7 @@ import yaml
 from rrtc import __version__
 from rrtc.console import count, size
 from rrtc.export.forms import stock_class
-from rrtc.export.licence import find_licence
+from rrtc.export.licence import find_licence, forbids_derivatives
 from rrtc.model import RrtConfig
 
 COLUMNS = {
@@ -248,6 +248,21 @@ model = AutoModelForCausalLM.from_pretrained(folder{trust})
 {CHAT if chat else TEXT}
 output = model.generate(**inputs, max_new_tokens=40, do_sample=False)
 print(tokenizer.decode(output[0], skip_special_tokens=True))
+```{_adapting(config) if form == "recursive" else ""}"""
+
+
+def _adapting(config: RrtConfig) -> str:
+    """How to train an adapter on top: a regex that names the shared matrices, and neither containers nor norms."""
+    tied = {m: None for visit in config.visits for m in visit["ranks"] if visit["forms"].get(m, "tied") == "tied"}
+    if not tied:
+        return ""
+    names = "|".join(re.escape(name) for name in tied)
+    return f"""
+
+With PEFT, adapt the shared matrices; each adapter then works in all layers that share the matrix:
+
+```python
+LoraConfig(r=16, target_modules=r".*\\.shared\\.({names})", task_type="CAUSAL_LM")
 ```"""
 
 
@@ -255,5 +270,8 @@ def _licence(licence: dict, base: dict) -> str:
     uri = base.get("uri", "the base model")
     if not licence:
         return f"Not known: the files of {uri} state none. Ask its makers before passing this model on."
-    stated = licence["license"] if "license_link" not in licence else f"see {licence['license_link']}"
-    return f"That of the base model {uri}: {stated}."
+    stated = licence.get("license_name", licence["license"])
+    if "license_link" in licence:
+        stated = ("" if stated == "other" else f"{stated}, ") + f"see {licence['license_link']}"
+    forbidden = " It does not allow changed versions, such as this one, to be passed on."
+    return f"That of the base model {uri}: {stated}.{forbidden if forbids_derivatives(licence) else ''}"

@@ -24,6 +24,7 @@ from rrtc.errors import RrtcError
 from rrtc.model import RrtConfig, configuration_rrt, modeling_rrt
 from rrtc.model.modeling_rrt import find_layers, matrices_of
 from rrtc.model.skeleton import read_architecture, stock_model
+from rrtc.trust import without_code
 
 # AutoModel is there for vLLM, which refuses remote code without it.
 AUTO_MAP = {
@@ -81,7 +82,7 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 def write_recursive_config(source: Path, folder: Path, dtype: torch.dtype) -> None:
     """Writes the config of the recursive form, with its three-key auto_map, and the two files of modelling code."""
-    config = json.loads((source / "config.json").read_text(encoding="utf8"))
+    config = without_code(json.loads((source / "config.json").read_text(encoding="utf8")))
     config |= {"architectures": ["RrtForCausalLM"], "auto_map": AUTO_MAP, "dtype": str(dtype).removeprefix("torch.")}
     config["base_config"].pop("_name_or_path", None)  # a place on the machine that made it
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf8")

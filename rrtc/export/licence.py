@@ -1,18 +1,23 @@
-"""The licence of the base model, as far as its own files state it."""
+"""The licence of the base model, as far as its own files state it, and whether it lets a changed model be passed on."""
 
 import re
 from pathlib import Path
+
+from rrtc.trust import leads_outside
 
 # Words that open the well-known licence texts, and the hub's names of those licences.
 KNOWN_TEXTS = {
     r"apache license\s+version 2\.0": "apache-2.0",
     r"mit license|permission is hereby granted, free of charge": "mit",
     r"gemma terms of use": "gemma",
+    r"attribution-noderivatives 4\.0": "cc-by-nd-4.0",
+    r"attribution-noncommercial-noderivatives 4\.0": "cc-by-nc-nd-4.0",
 }
 
 
 def find_licence(folder: Path, base: Path | None) -> dict[str, str]:
-    """The licence as model card metadata (`license`, and `license_link` where it has no name); {} where none is stated.
+    """The licence as model card metadata (`license`; where the hub has no name for it, that is "other", with
+    `license_name` and `license_link` as far as there are such); {} where none is stated.
 
     Looked for in the model card, the GGUF header and the licence file, first of the model in `folder`, then of its
     base (a folder or a GGUF file; None or absent where it is not known).
@@ -21,25 +26,35 @@ def find_licence(folder: Path, base: Path | None) -> dict[str, str]:
         if place is None or not place.exists():
             continue
         inside = place if place.is_dir() else place.parent
-        name = _in_card(inside / "README.md") or (_in_gguf(place) if place.is_file() else None)
-        if name:
+        if stated := _in_card(inside / "README.md"):
+            return stated
+        if place.is_file() and (name := _in_gguf(place)):
             return {"license": name}
-        for file in sorted(inside.glob("LICENSE*")):
+        for file in sorted(file for file in inside.glob("LICENSE*") if not leads_outside(file, inside)):
             name = _of_text(file.read_text(encoding="utf8", errors="replace"))
             return {"license": name} if name else {"license": "other", "license_link": file.name}
     return {}
 
 
-def _in_card(readme: Path) -> str | None:
+def forbids_derivatives(licence: dict[str, str]) -> bool:
+    """Whether the licence that `find_licence` has found lets nobody pass on a changed model, going by its name: "ND" is
+    how Creative Commons and those who follow it call that."""
+    words = re.split(r"\W+|_", f"{licence.get('license')} {licence.get('license_name')}".lower())
+    return "nd" in words or "noderivatives" in words
+
+
+def _in_card(readme: Path) -> dict[str, str]:
     from huggingface_hub import ModelCard
 
-    if not readme.is_file():
-        return None
+    if not readme.is_file() or leads_outside(readme, readme.parent):
+        return {}
     try:
-        stated = ModelCard.load(readme, ignore_metadata_errors=True).data.license
+        data = ModelCard.load(readme, ignore_metadata_errors=True).data
     except Exception:  # a README that is not a model card: any kind of broken YAML
-        return None
-    return stated if isinstance(stated, str) else None
+        return {}
+    stated = {key: data.get(key) for key in ("license", "license_name", "license_link")}
+    stated = {key: value for key, value in stated.items() if isinstance(value, str)}
+    return stated if "license" in stated else {}
 
 
 def _of_text(text: str) -> str | None:

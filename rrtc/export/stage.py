@@ -22,10 +22,11 @@ from rrtc.checkpoint import (
     whole_folder,
     write_provenance,
 )
-from rrtc.console import note, progress
+from rrtc.console import note, progress, warn
 from rrtc.errors import RrtcError
 from rrtc.export.card import write_card
 from rrtc.export.forms import dense_tensors, recursive_tensors, write_dense_config, write_recursive_config
+from rrtc.export.licence import find_licence, forbids_derivatives
 from rrtc.export.verify import reference, verify
 from rrtc.model import RrtConfig
 from rrtc.model.skeleton import stock_model
@@ -54,6 +55,10 @@ def export(folder: str, output: str, recipe: Recipe, report: str | None = None) 
     cast = None if form == "recursive" and recipe.export.dtype == "auto" else getattr(torch, dtype)
     shards = parse_size(recipe.export.max_shard_size)
     check_space(target, _size(form, weights, config, cast))
+    licence = find_licence(source, Path(provenance["base"]["path"]))
+    if forbids_derivatives(licence):
+        stated = licence.get("license_name", licence["license"])
+        warn(f"The licence of {provenance['base']['uri']} ({stated}) forbids passing on what is made of it.")
 
     note("Computing logits to compare the export with")
     expected = reference(source, form, cast)

@@ -50,6 +50,7 @@ class RrtConfig(PreTrainedConfig):
             # These say which class and which code load the dense model, and must not load this one.
             self.base_config.architectures = None
             vars(self.base_config).pop("auto_map", None)
+            vars(self.base_config).pop("custom_pipelines", None)
         self.visits = [{"forms": {}, "shapes": {}} | visit for visit in self.visits or []]
         super().__post_init__(**kwargs)
 

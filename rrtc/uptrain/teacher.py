@@ -15,7 +15,9 @@ class LiveTeacher:
 
     def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device, temperature: float, keep_states: bool):
         """keep_states: whether lessons hold the hidden states after every layer."""
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        self.model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        )
         self.model.requires_grad_(False).eval().to(device)
         self.temperature, self.keep_states = temperature, keep_states
 

@@ -39,7 +39,7 @@ class DistillationTrainer(Trainer):
     def __init__(self, job: Job, steps: int, output: Path, save: bool, callbacks: list):
         """steps: how many to take, of those the job has. save: whether to write checkpoints into `output`."""
         self.job = job
-        model = Student.from_pretrained(job.folder, dtype=torch.float32)
+        model = Student.from_pretrained(job.folder, dtype=torch.float32, use_safetensors=True)
         model.generation_config = GenerationConfig()  # a base model's own can be one that transformers will not save
         if job.recipe.activation_checkpointing:
             # The second is the name in older versions of transformers. Both are non-reentrant by default, which shared
