@@ -95,7 +95,8 @@ def find_tasks(recipe: EvalRecipe) -> tuple[list[Task], list[dict]]:
                 try:
                     loaded = manager.load([name])["tasks"]
                 except Exception as error:  # the harness, datasets and the code of a task raise what they like
-                    if _is_local(name, manager, folder):
+                    offline = not reachable and isinstance(error, ConnectionError)  # a local task can ask the hub too
+                    if _is_local(name, manager, folder) and not offline:
                         sentence = f"The task {name} of {recipe.tasks_dir} does not load: {_first_line(error)}"
                         raise RrtcError(sentence) from error
                     not_run.append({"task": name, "why": _why_not_loaded(error, reachable)})
