@@ -63,6 +63,7 @@ def evaluate(
     context, against) makes the models of the same size for `recipe.eval.baselines`. Raises RrtcError where the models
     do not share a vocabulary, the dense model cannot be found, a text is too short, or there is no such task.
     """
+    measure.process_group()  # before any model is loaded: it says which accelerator is this process's
     paths = [Path(folder) for folder in ([folders] if isinstance(folders, str) else folders)]
     if output is not None:
         for path in paths:
