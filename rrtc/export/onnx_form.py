@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from rrtc.checkpoint import Weights, copy_companions, disk_error
 from rrtc.errors import RrtcError
-from rrtc.export.forms import write_dense_config
+from rrtc.export.forms import recursive_tensors, write_dense_config
 from rrtc.export.verify import round_tensors
 from rrtc.model import RrtForCausalLM
 
@@ -49,9 +49,10 @@ def check_needed() -> None:
 def write_onnx(source: Path, folder: Path, dtype: torch.dtype) -> int:
     """Writes the rrtc model in `source` into the existing `folder`, without checking it; returns its parameter count.
 
-    dtype: the number format of the weights. The model is in memory twice. Raises RrtcError for a model that torch
-    cannot trace or ONNX cannot express.
+    dtype: the number format of the weights. The model is in memory twice. Raises RrtcError for a tensor that does not fit
+    `dtype`, and for a model that torch cannot trace or ONNX cannot express.
     """
+    parameters = sum(tensor.numel() for _, tensor in recursive_tensors(Weights(source), dtype))
     model = RrtForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     if dtype != torch.float32:
         round_tensors(model, dtype)
@@ -62,8 +63,7 @@ def write_onnx(source: Path, folder: Path, dtype: torch.dtype) -> int:
     config["transformers.js_config"] = TRANSFORMERS_JS
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf8")
     copy_companions(source, folder)
-    weights = Weights(source)
-    return sum(torch.Size(weights.shape(name)).numel() for name in weights)
+    return parameters
 
 
 def onnx_bytes(folder: Path) -> int:
@@ -122,7 +122,10 @@ def _trace(model: RrtForCausalLM):
                 output_names=["logits", *(f"present.{e}" for e in entries)],
             )  # fmt: skip
     except Exception as error:  # every architecture has its own way to be more than a graph of ONNX operations
-        reason = " ".join(str(error).split())[:200]
+        cause = error
+        while cause.__cause__ is not None:  # torch wraps what went wrong in pages of advice to its developers
+            cause = cause.__cause__
+        reason = " ".join(f"{type(cause).__name__} {cause}".split())[:200]
         raise RrtcError(
             f"This '{model.config.base_config.model_type}' model cannot be written as an ONNX graph: {reason}",
             "Export it with --format recursive or dense.",
