@@ -31,9 +31,9 @@ CHAT = """inputs = tokenizer.apply_chat_template(
 )"""
 TEXT = 'inputs = tokenizer("The sky is blue because", return_tensors="pt")'
 
-# How to load the ONNX form; name, needs and the tokenizer's call are filled in.
-ONNX_LOADING = """In a browser or in Node, with [transformers.js](https://huggingface.co/docs/transformers.js) (version 3 \
-or later); `{name}` is this folder below `localModelPath`, or its id on the hub:
+# How to load the ONNX form, whose folder is called {name}.
+ONNX_LOADING = """In a browser or in Node, with [transformers.js](https://huggingface.co/docs/transformers.js), from
+version 3 on; `{name}` is this folder below `localModelPath`, or its id on the hub:
 
 ```js
 import {{ env, pipeline }} from "@huggingface/transformers";

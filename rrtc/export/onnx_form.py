@@ -49,8 +49,8 @@ def check_needed() -> None:
 def write_onnx(source: Path, folder: Path, dtype: torch.dtype) -> int:
     """Writes the rrtc model in `source` into the existing `folder`, without checking it; returns its parameter count.
 
-    dtype: the number format of the weights. The model is in memory twice. Raises RrtcError for a tensor that does not fit
-    `dtype`, and for a model that torch cannot trace or ONNX cannot express.
+    dtype: the number format of the weights. The model is in memory twice, in float32. Raises RrtcError for a
+    tensor that does not fit `dtype`, and for a model that torch cannot trace or ONNX cannot express.
     """
     parameters = sum(tensor.numel() for _, tensor in recursive_tensors(Weights(source), dtype))
     model = RrtForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
@@ -125,7 +125,7 @@ def _trace(model: RrtForCausalLM):
         cause = error
         while cause.__cause__ is not None:  # torch wraps what went wrong in pages of advice to its developers
             cause = cause.__cause__
-        reason = " ".join(f"{type(cause).__name__} {cause}".split())[:200]
+        reason = f"{type(cause).__name__} {cause}".splitlines()[0][:200]
         raise RrtcError(
             f"This '{model.config.base_config.model_type}' model cannot be written as an ONNX graph: {reason}",
             "Export it with --format recursive or dense.",
