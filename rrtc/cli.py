@@ -135,7 +135,7 @@ def _needs_output(output: str | None) -> str:
 
 def _needs_one_process(command: str) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise WrongUsage(f"'rrtc {command}' runs in one process.", "Only 'rrtc uptrain' is for torchrun.")
+        raise WrongUsage(f"'rrtc {command}' runs in one process.", "'rrtc uptrain' and 'rrtc eval' are for torchrun.")
 
 
 def _quiet_libraries() -> None:
@@ -236,7 +236,10 @@ def uptrain_command(
 @_guarded
 @_with_fields(("eval", EvalRecipe))
 def eval_command(
-    folder: Folder,
+    folders: Annotated[
+        list[str],
+        typer.Argument(metavar="DIR…", help="A folder that rrtc wrote, or several to compare.", show_default=False),
+    ],
     against: Annotated[
         str | None, typer.Option("--against", metavar="MODEL", help="The dense original, where it has moved.")
     ] = None,
@@ -247,16 +250,18 @@ def eval_command(
     *,
     recipe: Recipe,
 ):
-    """Measure a compressed model beside its dense original, on the same tokens in the same run.
+    """Measure a compressed model beside its dense original, on the same items in the same run.
 
-    Example: rrtc eval healed --text book.txt -o report
+    Example: rrtc eval healed --text book.txt --tasks paper -o report. What was measured before is not measured again.
+    On several GPUs: torchrun --nproc-per-node 8 -m rrtc eval healed -o report
     """
-    _needs_one_process("eval")
     _quiet_libraries()
-    from rrtc.eval import stage
+    from rrtc.pipeline import measure
 
-    result = stage.evaluate(folder, recipe, against, output)
+    result = measure(folders, recipe, against, output)
     _print(show.report(result), json)
+    if output is not None:
+        _print(f"Pictures: {os.path.join(output, 'report.html')}", json)
     return result
 
 

@@ -1,6 +1,7 @@
-"""Scores of a language model on packed windows: loss, bits per byte, and closeness to a reference model.
+"""Scores of a language model on packed windows: loss, bits per byte, and closeness to a reference model; and the
+machine they are made on.
 
-Used by init for its closing figure and by eval for its table, so that both mean the same.
+`rrtc eval` takes the scores of single tokens, for intervals and for what depends on their place.
 """
 
 import math
@@ -8,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
 
 from rrtc.checkpoint import Weights
@@ -30,9 +32,24 @@ class Scores:
     top1_agreement: float | None = None
 
 
+@dataclass(frozen=True)
+class TokenScores:
+    """The same of every scored token, each (windows, context - 1), float32 on the CPU; kl and top1_agreement are None
+    without a reference model."""
+
+    loss: Tensor
+    kl: Tensor | None = None
+    top1_agreement: Tensor | None = None
+
+
 def device() -> torch.device:
     """The accelerator of this machine, or its CPU."""
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def process_group() -> PartialState:
+    """The processes that work together: those of torchrun, or this one alone."""
+    return PartialState(cpu=device().type == "cpu")  # without the flag, processes on CPUs would not see each other
 
 
 def fast_bfloat16() -> bool:
@@ -42,60 +59,65 @@ def fast_bfloat16() -> bool:
     return device().type == "cpu" and torch.cpu._is_amx_tile_supported()
 
 
+def scoring_dtype() -> torch.dtype:
+    """The number format that models are scored in: float32 on a CPU, bfloat16 on an accelerator."""
+    return torch.float32 if device().type == "cpu" else torch.bfloat16
+
+
 def load_for_scoring(folder):
-    """The causal language model in `folder`, ready to score: in float32 on a CPU, in bfloat16 on an accelerator."""
+    """The causal language model in `folder`, ready to score, in `scoring_dtype`."""
     from transformers import AutoModelForCausalLM
 
     import rrtc.model  # noqa: F401 - registers the recursive model
 
-    dtype = torch.float32 if device().type == "cpu" else torch.bfloat16
     Weights(folder)  # refuses what it holds besides safetensors, and paths in its index
     safe = {"use_safetensors": True, "trust_remote_code": False}
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **safe).to(device()).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=scoring_dtype(), **safe).to(device()).eval()
 
 
-def score(model, windows: Windows, reference=None, advance=lambda: None) -> Scores:
+def score(model, windows: Windows, reference=None) -> Scores:
     """Scores `model` on every token of `windows` but the first of each.
 
-    reference: a model with the same vocabulary, for KL(reference || model) and top-1 agreement. advance is called after
-    each window.
+    reference: a model with the same vocabulary, for KL(reference || model) and top-1 agreement.
     """
-    return score_with_exits(model, windows, (), reference, advance)[0]
+    found = score_tokens(model, windows, reference=reference)[0]
+    loss = found.loss.double().mean().item()
+    beside = () if reference is None else (t.double().mean().item() for t in (found.kl, found.top1_agreement))
+    return Scores(found.loss.numel(), loss, loss / math.log(2) / windows.bytes_per_token, *beside)
 
 
 @torch.inference_mode()
-def score_with_exits(
-    model, windows: Windows, exits: Sequence[int], reference=None, advance=lambda: None
-) -> list[Scores]:
-    """`score` of the model, and then of what it says if it is left after the layer at each of the places `exits`."""
-    sums = [[0.0, 0.0, 0.0] for _ in range(1 + len(exits))]  # of loss, kl and agreement
+def score_tokens(
+    model, windows: Windows, exits: Sequence[int] = (), reference=None, advance=lambda: None
+) -> list[TokenScores]:
+    """What `score` is the mean of: of the model, and then of what it says if it is left after the layer at each of the
+    places `exits`. advance is called after each window."""
+    rows: list[list[Tensor]] = [[] for _ in range(1 + len(exits))]  # of each window (1 or 3, tokens)
     for ids in windows.ids:
         ids = ids.unsqueeze(0).to(model.device)  # (1, context)
         targets = ids[0, 1:]
         reference_logits = None if reference is None else reference(ids, use_cache=False).logits[0, :-1]
         logits = _logits(model, ids, exits)
-        for total in sums:  # one table of logits at a time, so nothing here holds on to it
-            _add(total, next(logits), targets, reference_logits)
+        for row in rows:  # one table of logits at a time, so nothing here holds on to it
+            row.append(_scored(next(logits), targets, reference_logits))
         advance()
-    tokens = windows.ids.shape[0] * (windows.ids.shape[1] - 1)
-    scores = []
-    for loss, kl, agree in sums:
-        beside = () if reference is None else (kl / tokens, agree / tokens)
-        bits = loss / tokens / math.log(2) / windows.bytes_per_token
-        scores.append(Scores(tokens, loss / tokens, bits, *beside))
-    return scores
+    return [TokenScores(*torch.stack(row, 1)) for row in rows]
 
 
-def _add(sums: list[float], logits: Tensor, targets: Tensor, reference_logits: Tensor | None) -> None:
-    """Adds the loss, kl and agreement of `targets` (tokens,) to `sums`. Both logits: (tokens, vocabulary)."""
+def _scored(logits: Tensor, targets: Tensor, reference_logits: Tensor | None) -> Tensor:
+    """(1, tokens): the loss of each of `targets` (tokens,); with a reference (3, tokens): loss, kl and whether both
+    agree. Both logits: (tokens, vocabulary)."""
+    parts = []
     for start in range(0, len(targets), TOKENS_AT_ONCE):
         part = slice(start, start + TOKENS_AT_ONCE)
         log_p = logits[part].float().log_softmax(-1)
-        sums[0] -= log_p.gather(1, targets[part, None]).sum().item()
+        found = [-log_p.gather(1, targets[part, None])[:, 0]]
         if reference_logits is not None:
             log_q = reference_logits[part].float().log_softmax(-1)
-            sums[1] += (log_q.exp() * (log_q - log_p)).sum().item()
-            sums[2] += (log_q.argmax(-1) == log_p.argmax(-1)).sum().item()
+            found.append((log_q.exp() * (log_q - log_p)).sum(-1))
+            found.append((log_q.argmax(-1) == log_p.argmax(-1)).float())
+        parts.append(torch.stack(found))
+    return torch.cat(parts, 1).cpu()
 
 
 def _logits(model, ids: Tensor, exits: Sequence[int]) -> Iterator[Tensor]:

@@ -1,7 +1,10 @@
-"""`rrtc run`: the four stages of a recipe in a row, each into its own folder."""
+"""What takes more than one stage: `rrtc run`, the four of a recipe in a row, each into its own folder; and `rrtc eval`
+with models of the same size that other methods make."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from rrtc.baselines import make_baselines
 from rrtc.checkpoint import check_target, partial_of, read_provenance
 from rrtc.console import note
 from rrtc.errors import RrtcError, WrongUsage
@@ -40,7 +43,7 @@ def run(recipe: Recipe, output: str, resume: bool = False) -> dict:
         "uptrain": lambda: uptrain(
             str(folders["init"]), str(folders["uptrain"]), recipe, resume=bool(whole_checkpoints(checkpoints))
         ),
-        "eval": lambda: evaluate(str(folders["uptrain"]), recipe, output=str(folders["eval"])),
+        "eval": lambda: measure([str(folders["uptrain"])], recipe, output=str(folders["eval"])),
         "export": lambda: export(str(folders["uptrain"]), str(folders["export"]), recipe, str(folders["eval"])),
     }
     results = {}
@@ -54,6 +57,11 @@ def run(recipe: Recipe, output: str, resume: bool = False) -> dict:
             note(f"{number}/4 {stage} → {folders[stage]}")
             results[stage] = step()
     return results
+
+
+def measure(folders: Sequence[str], recipe: Recipe, against: str | None = None, output: str | None = None) -> dict:
+    """`evaluate`, with the baselines of the recipe where it asks for them."""
+    return evaluate(folders, recipe, against, output, make_baselines)
 
 
 def _check_inputs(recipe: Recipe) -> None:

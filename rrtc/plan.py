@@ -80,6 +80,17 @@ class Architecture:
         )
 
     @property
+    def parts(self) -> dict[str, int]:
+        """Parameters by part, as in Plan.parts."""
+        own = sum(matrix.size for layer in self.layers for matrix in layer.matrices)
+        rest = self.non_embedding - own
+        return {"embeddings": self.embedding, "head": self.head, "own": own, "norms_and_biases": rest}
+
+    def kv_bytes_per_token(self, width: int) -> int:
+        """Bytes that one token takes in the KV cache, at `width` bytes a number."""
+        return len(self.layers) * self.kv_width * width
+
+    @property
     def flops_per_token(self) -> int:
         """Floating-point operations of one token's forward pass, without attention over the context."""
         return 2 * (self.head_flops + sum(m.size for layer in self.layers for m in layer.matrices))
@@ -202,8 +213,8 @@ class Plan:
         return 2 * (self.architecture.head_flops + matrices)
 
     def kv_bytes_per_token(self, width: int) -> int:
-        """Bytes that one token takes in the KV cache, at `width` bytes a number: every visit has a place of its own."""
-        return len(self.visits) * self.architecture.kv_width * width
+        """As Architecture.kv_bytes_per_token: every visit has a place of its own, so looping saves none."""
+        return self.architecture.kv_bytes_per_token(width)
 
     def init_bytes(self, tokens: int, joint: bool) -> int:
         """An estimate of the peak memory of `init` in bytes, parts of files that it looks at included. tokens: that the

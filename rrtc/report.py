@@ -1,6 +1,6 @@
 """report.json, what `rrtc eval` writes and export, run, inspect and the report's page read. Schema 2:
 
-of             the folder that was measured: its stage, and when it was made
+of             the folder that was measured: its stage, and when it was made; null where several are compared
 against        the dense model's URI
 made_with      versions (name: version), device, dtype (of the arithmetic), seed, resamples (of the bootstrap)
 tokens         scored tokens of each text, by the text's name
@@ -20,13 +20,14 @@ models         a row a model, dense first, then the stages that the folder went 
                    task_average     score: the mean over these tasks
                    passkey          a list of {length (tokens), depth (share from 0, the start, to 1), items, and a
                                     score: the share of keys that were found}
-                   cost             kv_bytes_per_token, flops_per_token, peak_memory_bytes (of a process that loads the
-                                    model and generates)
+                   cost             kv_bytes_per_token, flops_per_token, peak_memory_bytes (of a process that has
+                                    loaded the model in made_with's dtype, while it generates; or null)
                where the last four are in the rows for which they were measured
 not_run        what was asked for and not measured: a list of {task, why}
 layers         a dict a layer of the compressed model: layer, slot, loop, tied (whether others share the slot), ranks
                (by matrix; null where a matrix is full), residual (share of the energy of the hidden states after this
-               layer that differs from the dense model's); [] where the folder holds a dense form
+               layer that differs from the dense model's; null where that has other layers). [] where the folder holds
+               a dense form, or several are compared
 speed          null, or the compressed model's speed over the dense one's, measured in turn: device, rounds,
                prompt_tokens, new_tokens, and for each of prefill and decode {ratio, low, high} (median and quartiles)
 training       the training curve of each stage that has one: stage, and points: [tokens, loss, kl or null]
@@ -45,6 +46,7 @@ from rrtc.errors import RrtcError
 
 SCHEMA = 2
 FILE = "report.json"
+PAGE = "report.html"
 KEYS = ("of", "against", "made_with", "tokens", "models", "not_run", "layers", "speed", "training", "source_bytes",
         "samples")  # fmt: skip
 

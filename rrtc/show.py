@@ -3,6 +3,7 @@
 from collections import defaultdict
 
 from rich.console import Group
+from rich.table import Table
 from rich.text import Text
 
 from rrtc.console import count, duration, size, table
@@ -111,30 +112,34 @@ def init(result: dict, folder: str) -> Group:
 
 
 def report(result: dict) -> Group:
-    """The table of `eval`, and one of the exits where there are any."""
+    """What `eval` found: a table of the models, and one of each kind of measurement that was made."""
+    models = result["models"]
     rows, exits = [], []
-    for row in result["table"]:
-        kl, agreement = row["kl"], row["top1_agreement"]
-        figures = [
-            f"{row['bits_per_byte']:.4f}",
-            "–" if kl is None else f"{kl:.4f}",
-            "–" if agreement is None else f"{agreement:.1%}",
-        ]
-        if row.get("layers_computed", 1) < 1:
+    for row in models:
+        figures = [_figure(row["scores"].get(key), form) for key, form in SHOWN.items()]
+        figures.insert(1, _difference(row["scores"]["bits_per_byte"]))
+        if row["kind"] == "exit":
             exits.append([row["model"], f"{row['layers_computed']:.0%}", *figures])
-            continue
-        sizes = [count(row["params_total"]), count(row["params_non_embedding"]), size(row["bytes"])]
-        rows.append([row["model"], *sizes, *figures])
-    columns = ["model", "params", "w/o emb.", "bytes", "bits/byte", "KL", "top-1"]
-    scored = ", ".join(f"{name} ({count(n)} tokens)" for name, n in result["tokens"].items())
-    lines = [table(f"Measured against {result['against']}", columns, rows)]
+        else:
+            sizes = [count(row["params_total"]), count(row["params_non_embedding"]), size(row["bytes"])]
+            rows.append([row["model"], *sizes, *figures])
+    figures = ["bits/byte", "against dense", "KL", "top-1"]
+    lines = [
+        table(f"Measured against {result['against']}", ["model", "params", "w/o emb.", "bytes", *figures], rows),
+    ]
     if exits:
-        columns = ["model, left early", "layers computed", "bits/byte", "KL", "top-1"]
-        lines.append(table("Exits of the last one", columns, exits))
+        lines.append(table("Left early", ["model", "layers computed", *figures], exits))
+    lines += [*_tasks(models), *_passkey(models)]
+    scored = ", ".join(f"{name} ({count(n)} tokens)" for name, n in result["tokens"].items())
     lines += [
-        _plain("KL: nats per token from the dense model. top-1: share of tokens on which both agree."),
+        _plain(
+            "KL: nats per token from the dense model. top-1: share of tokens on which both agree. In brackets: 95 %."
+        ),
         _plain(f"Scored on: {scored}"),
     ]
+    if result["speed"]:
+        ratios = (f"{what} {_ratio(result['speed'][what])}" for what in ("prefill", "decode"))
+        lines.append(_plain(f"Speed, as a multiple of the dense model's (quartiles): {', '.join(ratios)}"))
     if result["source_bytes"]:
         lines.append(
             _plain(
@@ -142,9 +147,61 @@ def report(result: dict) -> Group:
                 "it takes in the format of the compressed one."
             )
         )
+    for entry in result["not_run"]:
+        lines.append(_plain(f"Not run: {entry['task']}. {entry['why']}"))
     for said in result["samples"]:
         lines.append(Text.assemble((f"{said['model']}: ", "bold"), " ".join(said["text"].split()) or "(says nothing)"))
     return Group(*lines)
+
+
+SHOWN = {"bits_per_byte": "{:.4f}", "kl": "{:.4f}", "top1_agreement": "{:.1%}"}
+
+
+def _figure(score: dict | None, form: str) -> str:
+    return "–" if score is None else form.format(score["value"])
+
+
+def _difference(score: dict) -> str:
+    """How far from the dense model, with the interval: +0.084 [0.071, 0.098]."""
+    found = score["difference"]
+    if found is None:
+        return "–"
+    interval = "" if found["low"] is None else f" [{found['low']:.3f}, {found['high']:.3f}]"
+    return f"{found['value']:+.3f}{interval}"
+
+
+def _ratio(found: dict) -> str:
+    return f"{found['ratio']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
+
+
+def _tasks(models: list[dict]) -> list[Table]:
+    """A table of tasks with a column a model; [] where no task was run."""
+    asked = [row for row in models if "tasks" in row]
+    if not asked:
+        return []
+    rows = [
+        [f"{name} ({found['metric']}, {found['items']})", *(_share(row["tasks"][name]) for row in asked)]
+        for name, found in asked[0]["tasks"].items()
+    ]
+    rows.append(["average", *(_share(row["task_average"]) for row in asked)])
+    return [table("Tasks, in percent (± standard error)", ["task", *(row["model"] for row in asked)], rows)]
+
+
+def _share(score: dict) -> str:
+    stderr = "" if score["stderr"] is None else f" ± {100 * score['stderr']:.1f}"
+    return f"{100 * score['value']:.1f}{stderr}"
+
+
+def _passkey(models: list[dict]) -> list[Table]:
+    """A table of pass keys found with a row a length; [] where none was hidden."""
+    asked = [row for row in models if "passkey" in row]
+    if not asked:
+        return []
+    rows = []
+    for length in dict.fromkeys(one["length"] for one in asked[0]["passkey"]):
+        shares = [[one["value"] for one in row["passkey"] if one["length"] == length] for row in asked]
+        rows.append([f"{length} tokens", *(f"{sum(share) / len(share):.0%}" for share in shares)])
+    return [table("Pass keys found, over all depths", ["text", *(row["model"] for row in asked)], rows)]
 
 
 def estimate(result: dict) -> Group:

@@ -21,10 +21,12 @@ from rrtc.uptrain.stage import uptrain
 
 TEXTS = {"prose.txt": "It rained, and then it rained again. " * 60, "code.txt": "def f(x): return x * 0x1f\n" * 40}
 CONTEXT = 32
+TEXT_ALONE = {"passkey_trials": 0, "speed_rounds": 0, "context": CONTEXT}
+QUICK = {"tokens": 300, "sample_tokens": 4} | TEXT_ALONE
 
 
 def recipe(**sections) -> Recipe:
-    return Recipe.model_validate({"eval": {"context": CONTEXT, "tokens": 300, "sample_tokens": 4}} | sections)
+    return Recipe.model_validate({"eval": QUICK} | sections)
 
 
 @pytest.fixture(scope="module")
@@ -67,32 +69,39 @@ def scores_by_hand(folder: Path, dense: Path, text: str) -> dict:
 
 def test_the_scores_of_every_stage_and_text_are_right(stages):
     texts = [str(stages / name) for name in TEXTS]
-    report = evaluate(str(stages / "healed"), recipe(eval={"text": texts, "context": CONTEXT, "tokens": 300}))
-    assert [row["model"] for row in report["table"]] == ["dense", "after init", "after uptrain"]
-    for row, folder in zip(report["table"], ("dense", "tied", "healed"), strict=True):
+    report = evaluate(str(stages / "healed"), recipe(eval={"text": texts} | QUICK))
+    assert [row["model"] for row in report["models"]] == ["dense", "after init", "after uptrain"]
+    for row, folder in zip(report["models"], ("dense", "tied", "healed"), strict=True):
         for name, text in TEXTS.items():
             expected = scores_by_hand(stages / folder, stages / "dense", text)
             for key, value in expected.items():
-                if row["texts"][name][key] is not None:
-                    assert row["texts"][name][key] == pytest.approx(value, abs=1e-4), (folder, name, key)
-    healed = report["table"][2]
+                if key in row["texts"][name]:
+                    assert row["texts"][name][key]["value"] == pytest.approx(value, abs=1e-4), (folder, name, key)
+    assert report["models"][0]["texts"]["prose.txt"].keys() == {"loss", "bits_per_byte"}
+    dense, _, healed = report["models"]
     both = healed["texts"].values()
-    assert healed["loss"] == pytest.approx(sum(s["loss"] for s in both) / 2)  # as many tokens of each
-    low, high = sorted(s["bits_per_byte"] for s in both)
-    assert low < healed["bits_per_byte"] < high
+    whole = healed["scores"]["loss"]
+    assert whole["value"] == pytest.approx(sum(s["loss"]["value"] for s in both) / 2)  # as many tokens of each
+    assert whole["difference"]["value"] == pytest.approx(whole["value"] - dense["scores"]["loss"]["value"])
+    low, high = sorted(s["bits_per_byte"]["value"] for s in both)
+    assert low < healed["scores"]["bits_per_byte"]["value"] < high
+
+
+def bits(row: dict) -> float:
+    return row["scores"]["bits_per_byte"]["value"]
 
 
 def test_the_sizes_are_those_of_the_folders(stages):
     report = evaluate(str(stages / "stock"), recipe())
-    for row, folder in zip(report["table"], ("dense", "tied", "healed", "stock"), strict=True):
+    for row, folder in zip(report["models"], ("dense", "tied", "healed", "stock"), strict=True):
         weights = Weights(stages / folder)
         assert row["params_total"] == sum(math.prod(weights.shape(name)) for name in weights), folder
         assert row["params_non_embedding"] < row["params_total"]
         if folder != "dense":
             assert row["bytes"] == weights.bytes_on_disk
-    assert report["table"][0]["bytes"] == 4 * report["table"][0]["params_total"]
-    stock, healed = report["table"][3], report["table"][2]
-    assert stock["bits_per_byte"] == pytest.approx(healed["bits_per_byte"], abs=1e-5)
+    assert report["models"][0]["bytes"] == 4 * report["models"][0]["params_total"]
+    stock, healed = report["models"][3], report["models"][2]
+    assert bits(stock) == pytest.approx(bits(healed), abs=1e-5)
 
 
 def test_what_training_held_out_is_scored(stages):
@@ -100,7 +109,7 @@ def test_what_training_held_out_is_scored(stages):
     report = evaluate(str(stages / "healed"), recipe())
     text = TEXTS["prose.txt"]
     expected = scores_by_hand(stages / "healed", stages / "dense", text[len(text) - len(text) // 10 :])
-    assert report["table"][2]["loss"] == pytest.approx(expected["loss"], abs=1e-4)
+    assert report["models"][2]["scores"]["loss"]["value"] == pytest.approx(expected["loss"], abs=1e-4)
 
 
 def test_the_report_is_written_and_read_back(stages, tmp_path):
@@ -118,9 +127,9 @@ def test_a_report_is_only_for_the_model_it_measured(stages, tmp_path):
 
 
 def test_a_sample_stops_where_the_model_does(stages):
-    report = evaluate(str(stages / "tied"), recipe(eval={"context": CONTEXT, "tokens": 64, "sample_tokens": 1000}))
+    report = evaluate(str(stages / "tied"), recipe(eval=QUICK | {"tokens": 64, "sample_tokens": 1000}))
     assert len(report["samples"]) == 2
-    long = recipe(eval={"context": CONTEXT, "tokens": 64, "prompt": "Why? " * 400})
+    long = recipe(eval=QUICK | {"tokens": 64, "prompt": "Why? " * 400})
     assert "leaves no room" in evaluate(str(stages / "tied"), long)["samples"][0]["text"]
 
 
@@ -130,4 +139,4 @@ def test_another_dense_model_is_named(stages, tmp_path, capsys):
     assert "is not the model" in capsys.readouterr().err
     with safe_open(tmp_path / "other" / "model.safetensors", "pt") as weights:
         names = list(weights.keys())
-        assert report["table"][0]["params_total"] == sum(weights.get_tensor(name).numel() for name in names)
+        assert report["models"][0]["params_total"] == sum(weights.get_tensor(name).numel() for name in names)

@@ -22,7 +22,7 @@ from rrtc.eval.stage import evaluate
 from rrtc.export.stage import export
 from rrtc.init.stage import init
 from rrtc.model import RrtConfig, RrtForCausalLM
-from rrtc.model.forward import outputs_of, run_exit, run_head
+from rrtc.model.forward import left_after, outputs_of, run_exit, run_head
 from rrtc.model.modeling_rrt import Visit, find_layers
 from rrtc.model.skeleton import decoder_layers, read_architecture
 from rrtc.pipeline import run
@@ -115,10 +115,25 @@ def test_an_exit_says_what_the_model_cut_off_there_says(architecture, ids):
 def test_scores_at_the_exits_are_those_of_the_models_cut_off_there(ids):
     model, reference = recursive(RrtForCausalLM, loops=3), recursive(RrtForCausalLM, loops=2)
     windows = Windows(ids, 1.0)
-    found = measure.score_with_exits(model, windows, (1, 3), reference)
+    found = measure.score_tokens(model, windows, (1, 3), reference)
     expected = [measure.score(m, windows, reference) for m in (model, cut_off(model, 1), cut_off(model, 3))]
-    assert [asdict(scores) for scores in found] == [pytest.approx(asdict(scores)) for scores in expected]
-    assert len({scores.loss for scores in found}) == 3
+    for tokens, mean in zip(found, expected, strict=True):
+        assert tokens.loss.shape == (len(ids), ids.shape[1] - 1)
+        for key in ("loss", "kl", "top1_agreement"):
+            assert getattr(tokens, key).mean().item() == pytest.approx(getattr(mean, key))
+    assert len({scores.loss for scores in expected}) == 3
+
+
+def test_a_model_that_is_left_says_what_the_model_cut_off_there_says(ids):
+    model = recursive(RrtForCausalLM, loops=3)
+    final = model(ids).logits
+    for place in (1, 3):
+        with left_after(model, place):
+            left, said = model(ids).logits, model.generate(ids, max_new_tokens=4, do_sample=False)
+        shorter = cut_off(model, place)
+        torch.testing.assert_close(left, shorter(ids).logits, rtol=0, atol=0)
+        assert torch.equal(said, shorter.generate(ids, max_new_tokens=4, do_sample=False, use_cache=False))
+    torch.testing.assert_close(model(ids).logits, final, rtol=0, atol=0)
 
 
 # -- how it learns
@@ -198,9 +213,11 @@ def recipe(root: Path, **uptrain) -> Recipe:
         {
             "init": {"rank": 4, "measure_tokens": 0},
             "uptrain": learnt | uptrain,
-            "eval": {"context": CONTEXT, "tokens": 200, "sample_tokens": 4},
+            "eval": {
+                "context": CONTEXT, "tokens": 200, "sample_tokens": 4, "passkey_trials": 0, "speed_rounds": 0,
+            },
         }
-    )
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -310,7 +327,7 @@ def test_exits_are_for_a_healed_model(stages, tmp_path, capsys):
 
 def test_eval_reports_the_exit(stages, tmp_path):
     report = evaluate(str(stages / "exits"), recipe(stages), output=str(tmp_path / "report"))
-    rows = report["table"]
+    rows = report["models"]
     assert [row["model"] for row in rows] == [
         "dense", "after init", "after uptrain", "after uptrain 2", "exit after loop 1",
     ]  # fmt: skip
@@ -334,11 +351,12 @@ def test_eval_reports_the_exit(stages, tmp_path):
         p = model.get_output_embeddings()(model.model.norm(state))[:, :-1].double().softmax(-1)
         q = dense(windows).logits[:, :-1].double().softmax(-1)
     loss = -p.gather(2, windows[:, 1:, None]).log().mean().item()
-    assert rows[4]["loss"] == pytest.approx(loss, abs=1e-4)
-    assert rows[4]["kl"] == pytest.approx((q * (q / p).log()).sum(-1).mean().item(), abs=1e-4)
-    assert rows[4]["top1_agreement"] == pytest.approx((p.argmax(-1) == q.argmax(-1)).double().mean().item())
+    found = {key: score["value"] for key, score in rows[4]["scores"].items()}
+    assert found["loss"] == pytest.approx(loss, abs=1e-4)
+    assert found["kl"] == pytest.approx((q * (q / p).log()).sum(-1).mean().item(), abs=1e-4)
+    assert found["top1_agreement"] == pytest.approx((p.argmax(-1) == q.argmax(-1)).double().mean().item())
     bits = loss * (CONTEXT - 1) * count / math.log(2) / (letters * (CONTEXT - 1) / CONTEXT)
-    assert rows[4]["bits_per_byte"] == pytest.approx(bits, rel=1e-3)
+    assert found["bits_per_byte"] == pytest.approx(bits, rel=1e-3)
 
     shown = text_of(show.report(report))
     assert "exit after loop 1" in shown and "50%" in shown
@@ -347,10 +365,10 @@ def test_eval_reports_the_exit(stages, tmp_path):
     card = (tmp_path / "stock" / "README.md").read_text()
     assert "| exit after loop 1 | 50% |" in card and "layers computed" in card
     # A dense form is a stock model: nothing in it says where its loops were.
-    stock = evaluate(str(tmp_path / "stock"), recipe(stages))["table"]
+    stock = evaluate(str(tmp_path / "stock"), recipe(stages))["models"]
     assert not any("exit" in row["model"] or "layers_computed" in row for row in stock)
 
 
 def test_a_model_without_trained_exits_reports_none(stages):
     healed = evaluate(str(stages / "healed"), recipe(stages))
-    assert not any("exit" in row["model"] or "layers_computed" in row for row in healed["table"])
+    assert not any("exit" in row["model"] or "layers_computed" in row for row in healed["models"])

@@ -30,11 +30,16 @@ from rrtc.recipe import InitRecipe, Recipe
 IDS = (torch.arange(2 * 24) * 37 % 320).view(2, 24)
 SHARDS = 100_000  # bytes: several of them even for a pico model
 REPORT = {
-    "schema": 1,
+    "schema": 2,
     "of": {"stage": "init", "made": "long ago"},
     "against": "maker/model",
     "tokens": {"held out": 512},
-    "table": [],
+    "made_with": {},
+    "models": [],
+    "not_run": [{"task": "hellaswag", "why": "There is no network."}],
+    "layers": [],
+    "speed": None,
+    "training": [],
     "source_bytes": 1500,
     "samples": [{"model": "dense", "text": "a blue sky"}],
 }
@@ -158,12 +163,15 @@ def test_recursive_export_with_report_and_licence(tmp_path):
     (source / "tokenizer_config.json").unlink()  # old models have none that says much
     before, caches = digests(source), sorted(Path(HF_MODULES_CACHE).rglob("*"))
     size = checkpoint.read_provenance(source)["measured"]["init"]["params_total"]
-    table = [
-        {"model": "dense", "params_total": 999, "bytes": 4000, "bits_per_byte": 0.87654, "loss": 2.5, "kl": None},
-        {"model": "after init", "params_total": size, "bytes": 2000, "bits_per_byte": 1.98765, "loss": 4.5, "kl": 2.25},
+    scores = ({"bits_per_byte": 0.87654, "loss": 2.5}, {"bits_per_byte": 1.98765, "loss": 4.5, "kl": 2.25})
+    models = [
+        {"model": name, "params_total": params, "bytes": bytes_, "scores": {k: {"value": v} for k, v in found.items()}}
+        for name, params, bytes_, found in (("dense", 999, 4000, scores[0]), ("after init", size, 2000, scores[1]))
     ]
+    models[1]["tasks"] = {"piqa": {"metric": "acc_norm", "items": 500, "value": 0.6125, "stderr": 0.021}}
+    models[1]["task_average"] = {"value": 0.6125}
     made = read_provenance(source)["made"]
-    report = REPORT | {"table": table, "of": {"stage": "init", "made": made}}
+    report = REPORT | {"models": models, "of": {"stage": "init", "made": made}}
     (tmp_path / "report").mkdir()
     (tmp_path / "report/report.json").write_text(json.dumps(report))
 
@@ -188,10 +196,19 @@ def test_recursive_export_with_report_and_licence(tmp_path):
     )  # fmt: skip
     rows = [line for line in card.text.splitlines() if line.startswith("| ")]
     assert rows[2:] == [
-        "| dense | 999 | 4 kB | 0.8765 | 2.5000 | – |",
-        f"| after init | {size / 1000:.4g}k | 2 kB | 1.9876 | 4.5000 | 2.2500 |",
+        "| dense | 999 | 4 kB | 0.8765 | 2.5000 | – | – |",
+        f"| after init | {size / 1000:.4g}k | 2 kB | 1.9876 | 4.5000 | 2.2500 | 61.3% |",
+        "| task (metric, items) | after init |",
+        "| --- | ---: |",
+        "| piqa (acc_norm, 500) | 61.3% ± 2.1% |",
     ]
-    for words in ("512 tokens of 'held out'", "a blue sky", "`0 1 2 0 1 2`", "quantised file of 1.5 kB"):
+    for words in (
+        "Not measured: hellaswag. There is no network.",
+        "512 tokens of 'held out'",
+        "a blue sky",
+        "`0 1 2 0 1 2`",
+        "quantised file of 1.5 kB",
+    ):
         assert words in card.text
     assert yaml.safe_load(re.search(r"## Recipe\n\n```yaml\n(.*?)```", card.text, re.S)[1]) == provenance["recipe"]
     snippet = re.search(r"```python\n(.*?)```", card.text, re.S)[1]
@@ -286,8 +303,8 @@ def test_a_faulty_folder_is_one_sentence_and_no_output(tmp_path, words):
     [
         (None, "no evaluation report"),
         ("{", "is damaged"),
-        ('{"schema": 0}', "of another version"),
-        ('{"schema": 1}', "is damaged"),
+        ('{"schema": 1}', "of another version"),
+        ('{"schema": 2}', "is damaged"),
         (json.dumps(REPORT), "about another"),
     ],
 )

@@ -78,14 +78,18 @@ def quickstart(tmp_path_factory) -> Path:
 
 def test_the_quickstart_heals_a_real_model(quickstart):
     report = json.loads((quickstart / "eval" / "report.json").read_text())
-    rows = {row["model"]: row for row in report["table"]}
+    rows = {row["model"]: row for row in report["models"]}
     assert list(rows) == ["dense", "after init", "after uptrain"]
     dense, tied, healed = rows.values()
-    assert tied["bits_per_byte"] < 1.25 * dense["bits_per_byte"]  # with nothing trained
-    assert healed["bits_per_byte"] < tied["bits_per_byte"]
-    assert healed["kl"] < tied["kl"] and healed["top1_agreement"] > tied["top1_agreement"]
-    assert dense["kl"] is None and dense["top1_agreement"] is None  # it is what the others are compared with
-    assert dense["bits_per_byte"] < healed["bits_per_byte"]
+    bits, kl, agreement = (
+        [row["scores"][key]["value"] for row in (tied, healed)] for key in ("bits_per_byte", "kl", "top1_agreement")
+    )
+    alone = dense["scores"]["bits_per_byte"]["value"]
+    assert bits[0] < 1.25 * alone  # with nothing trained
+    assert alone < bits[1] < bits[0] and kl[1] < kl[0] and agreement[1] > agreement[0]
+    assert dense["scores"].keys() == {"loss", "bits_per_byte"}  # it is what the others are compared with
+    difference = healed["scores"]["bits_per_byte"]["difference"]
+    assert 0 < difference["low"] < difference["value"] == pytest.approx(bits[1] - alone) < difference["high"]
     assert tied["params_total"] < dense["params_total"] and tied["bytes"] < dense["bytes"]
     assert report["source_bytes"] == 98_362_432  # the 4-bit file, smaller than the 16-bit result
     assert [sample["model"] for sample in report["samples"]] == list(rows)
@@ -101,8 +105,8 @@ def test_the_quickstarts_export_is_the_model_that_was_measured(quickstart):
     assert all(torch.equal(healed[name], exported[name]) for name in healed)
     report = json.loads((quickstart / "eval" / "report.json").read_text())
     card = (quickstart / "export" / "README.md").read_text()
-    for row in report["table"]:
-        assert row["model"] in card and f"{row['bits_per_byte']:.4f}" in card
+    for row in report["models"]:
+        assert row["model"] in card and f"{row['scores']['bits_per_byte']['value']:.4f}" in card
     assert (quickstart / "uptrain" / "loss.png").stat().st_size > 5_000
 
 

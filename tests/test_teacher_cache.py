@@ -25,15 +25,17 @@ from uptraining import (
 
 from rrtc.checkpoint import read_provenance
 from rrtc.errors import RrtcError, WrongUsage
+from rrtc.measure import process_group
 from rrtc.recipe import DISTILLATIONS, UptrainRecipe, with_flags
 from rrtc.source import content_hash
 from rrtc.uptrain import losses, teacher_cache
+from rrtc.uptrain.data import given
 from rrtc.uptrain.estimate import estimate
-from rrtc.uptrain.job import prepare, process_group
+from rrtc.uptrain.job import prepare
 from rrtc.uptrain.losses import chunked_losses
 from rrtc.uptrain.stage import uptrain
 from rrtc.uptrain.teacher import LiveTeacher
-from rrtc.uptrain.teacher_cache import CachedLesson, CachedTeacher, TeacherCache, fill, given, key, pack
+from rrtc.uptrain.teacher_cache import CachedLesson, CachedTeacher, TeacherCache, fill, key, pack
 
 TOKENS, WIDTH, WORDS, TOP = 30, 12, 40, 7
 

@@ -16,10 +16,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from rrtc.console import is_first_process
+from rrtc.measure import process_group
 from rrtc.model.modeling_rrt import Slot
 from rrtc.recipe import Recipe, UptrainRecipe
 from rrtc.uptrain import losses
-from rrtc.uptrain.job import process_group
 from rrtc.uptrain.sharding import shard, whole_state
 from rrtc.uptrain.stage import uptrain
 from rrtc.uptrain.student import Student

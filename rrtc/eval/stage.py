@@ -1,163 +1,276 @@
-"""`rrtc eval`: the dense original, the compressed model, its exits and the stages it went through, on the same tokens.
+"""`rrtc eval`: the dense original, the compressed model, its exits and the stages it went through, on the same items.
 
 What it returns is described in rrtc/report.py.
 """
 
-import gc
-from dataclasses import asdict
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-from rrtc import measure
+from rrtc import __version__, measure
 from rrtc.checkpoint import (
-    Weights,
     base_seen_from,
     check_target,
-    earlier_stages,
     next_history,
     read_provenance,
     whole_folder,
     write_provenance,
 )
-from rrtc.console import progress, warn
-from rrtc.errors import RrtcError
-from rrtc.eval.sample import prompt_ids, sample
-from rrtc.measure import Scores
-from rrtc.model import RrtConfig
-from rrtc.model.skeleton import read_architecture, read_plan
-from rrtc.recipe import Recipe
-from rrtc.report import SCHEMA, write_report
+from rrtc.console import note, warn
+from rrtc.errors import RrtcError, WrongUsage
+from rrtc.eval.candidates import (
+    Candidate,
+    candidates_of,
+    check_holds_model,
+    dense_candidate,
+    stored_dtype,
+)
+from rrtc.eval.cost import peak_memory, speed
+from rrtc.eval.group import from_first_process, on_first_process
+from rrtc.eval.measurements import Examinee, Questions
+from rrtc.eval.page import write_page
+from rrtc.eval.passkey import Probe, make_probes
+from rrtc.eval.statistics import RESAMPLES
+from rrtc.eval.summary import scores_of
+from rrtc.eval.tasks import find_tasks
+from rrtc.plan import Plan
+from rrtc.recipe import EvalRecipe, Recipe
+from rrtc.report import PAGE, SCHEMA, write_report
 from rrtc.source import Source, content_hash, find_base, load_tokenizer, read_config
-from rrtc.text import Windows, longest_context, scoring_texts
+from rrtc.text import longest_context, scoring_texts
+
+CURVE_POINTS = 400  # of a training curve, in the report
+
+MakeBaselines = Callable[[Path, Path, int, str | None], tuple[dict[str, Path], list[dict]]]
 
 
-def evaluate(folder: str, recipe: Recipe, against: str | None = None, output: str | None = None) -> dict:
-    """Measures the rrtc model `folder`; returns the report and, with `output`, writes it into that new folder.
+def evaluate(
+    folders: str | Sequence[str],
+    recipe: Recipe,
+    against: str | None = None,
+    output: str | None = None,
+    make_baselines: MakeBaselines | None = None,
+) -> dict:
+    """Measures the rrtc model in one folder, or in several side by side; returns the report and, with `output`, writes
+    it and its page into that new folder.
 
-    against: the dense model to compare with, by default the one that was compressed. Raises RrtcError where the models
-    do not share a vocabulary, the dense model cannot be found, or a text is too short.
+    against: the dense model to compare with, by default the one that was compressed. make_baselines(folder, work,
+    context, against) makes the models of the same size for `recipe.eval.baselines`. Raises RrtcError where the models
+    do not share a vocabulary, the dense model cannot be found, a text is too short, or there is no such task.
     """
+    paths = [Path(folder) for folder in ([folders] if isinstance(folders, str) else folders)]
     if output is not None:
-        check_target(Path(output), Path(folder))
-    provenance = read_provenance(Path(folder))
-    if not (Path(folder) / "config.json").exists():
-        raise RrtcError(f"{folder} is a '{provenance['stage']}' folder and holds no model to measure.")
-    config = read_config(Path(folder))
-    tokenizer = load_tokenizer(Path(folder))
-    dense = find_base(Path(folder), against, "--against")
-    _check_vocabulary(dense, config)
-    if against is not None and content_hash(dense.file) != provenance["base"]["sha256"]:
-        warn(f"{against} is not the model that {folder} was made from.")
-    recipe = _held_out_of_its_training(recipe, provenance)
-    context = longest_context(config, recipe.eval.context)
-    texts = scoring_texts(recipe, tokenizer, context, recipe.eval.tokens)
+        for path in paths:
+            check_target(Path(output), path)
+    provenances = [check_holds_model(path) for path in paths]
+    dense = find_base(paths[0], against, "--against")
+    hashed = content_hash(dense.file)
+    for path, provenance in zip(paths, provenances, strict=True):
+        _check_vocabulary(dense, read_config(path), path)
+        if hashed != provenance["base"]["sha256"]:
+            if against is None:
+                raise WrongUsage(
+                    f"{paths[0]} and {path} were made from different models.",
+                    "Name the one to compare both with: --against MODEL.",
+                )
+            warn(f"{against} is not the model that {path} was made from.")
+    if recipe.eval.baselines and len(paths) > 1:
+        raise WrongUsage("Baselines are made for one folder.", "Leave out --baselines, or name one folder.")
 
-    stages = [*earlier_stages(Path(folder)), (provenance["stage"], Path(folder))]
-    table, samples = _measure(dense, stages, _trained_exits(provenance, config), texts, tokenizer, recipe)
+    tokenizer = load_tokenizer(paths[0])
+    config = read_config(paths[0])
+    context = longest_context(config, recipe.eval.context)
+    held_out = _held_out_of_their_training(recipe, paths, provenances)
+    texts = scoring_texts(held_out, tokenizer, context, recipe.eval.tokens)
+    tasks, not_run = find_tasks(recipe.eval) if recipe.eval.tasks else ([], [])
+    probes, too_long = _probes(recipe.eval, tokenizer, config)
+    not_run += too_long
+    questions = Questions(recipe.eval, tokenizer, texts, tasks, probes)
+
+    with tempfile.TemporaryDirectory(prefix="rrtc-baselines-") as own:
+        work = from_first_process(own)
+        candidates = candidates_of(paths)
+        if recipe.eval.baselines and make_baselines is not None:
+            made, missing = on_first_process(lambda: make_baselines(paths[0], Path(work), context, against))
+            not_run += missing
+            candidates += [Candidate(name, "baseline", folder) for name, folder in made.items()]
+        rows, last, samples = _measure(dense_candidate(dense), candidates, questions, stored_dtype(paths[-1]))
+    for entry in not_run:
+        warn(f"Not run: {entry['task']}. {entry['why']}")
     report = {
         "schema": SCHEMA,
-        "of": {"stage": provenance["stage"], "made": provenance["made"]},
+        "of": {key: provenances[0][key] for key in ("stage", "made")} if len(paths) == 1 else None,
         "against": dense.uri,
+        "made_with": _made_with(recipe),
         "tokens": {name: len(w.ids) * (w.ids.shape[1] - 1) for name, w in texts.items()},
-        "table": table,
+        "models": rows,
+        "not_run": not_run,
+        **last,
+        "training": [curve for path in dict.fromkeys(c.folder for c in candidates) if (curve := _curve(path))],
         "source_bytes": dense.bytes_on_disk if dense.is_gguf else None,
         "samples": samples,
     }
     if output is not None:
-        with whole_folder(Path(output)) as target:
-            write_report(target, report)
-            used = provenance["recipe"] | {"eval": recipe.eval.model_dump()}
-            measured = provenance["measured"] | {"eval": {row["model"]: row["bits_per_byte"] for row in table}}
-            base = base_seen_from(Path(output), Path(folder), provenance)
-            write_provenance(target, "eval", base, used, measured, next_history(provenance))
+        on_first_process(lambda: _write(report, Path(output), paths[0], recipe))
     return report
 
 
-def _check_vocabulary(dense: Source, config) -> None:
+def _write(report: dict, output: Path, folder: Path, recipe: Recipe) -> None:
+    """Writes the report and its page into the new folder `output`. folder: the (first) one that was measured."""
+    provenance = read_provenance(folder)
+    with whole_folder(output) as target:
+        write_report(target, report)
+        write_page(report, target / PAGE)
+        used = provenance["recipe"] | {"eval": recipe.eval.model_dump()}
+        bits = {row["model"]: row["scores"]["bits_per_byte"]["value"] for row in report["models"]}
+        base = base_seen_from(output, folder, provenance)
+        write_provenance(target, "eval", base, used, provenance["measured"] | {"eval": bits}, next_history(provenance))
+
+
+def _check_vocabulary(dense: Source, config, folder: Path) -> None:
     ours, theirs = config.get_text_config().vocab_size, dense.config().get_text_config().vocab_size
     if ours != theirs:
         raise RrtcError(
-            f"{dense.uri} has a vocabulary of {theirs} tokens and the compressed model one of {ours}, so they cannot "
-            "be compared token by token.",
+            f"{dense.uri} has a vocabulary of {theirs} tokens and {folder} one of {ours}, so they cannot be compared "
+            "token by token.",
             "Name the dense model that was compressed.",
         )
 
 
-def _held_out_of_its_training(recipe: Recipe, provenance: dict) -> Recipe:
-    """`recipe` with the data that the folder was trained on, so that what is scored is what that training held out."""
-    trained = provenance["recipe"].get("uptrain")
-    if trained is None:
+def _held_out_of_their_training(recipe: Recipe, folders: Sequence[Path], provenances: Sequence[dict]) -> Recipe:
+    """`recipe` with the data that the folders were trained on, so that what is scored is what that training held out.
+    Raises WrongUsage where they were trained on different data and no text is named."""
+    trained = [provenance["recipe"].get("uptrain") for provenance in provenances]
+    used = [data and {key: data[key] for key in ("data", "text_field")} for data in trained]
+    for folder, data in zip(folders, used, strict=True):
+        if data != used[0] and not recipe.eval.text:
+            raise WrongUsage(
+                f"{folders[0]} and {folder} were not trained on the same text, so there is none to compare them on.",
+                "Name one: --text FILE.",
+            )
+    if used[0] is None:
         return recipe
-    data = {key: trained[key] for key in ("data", "text_field")}
-    return recipe.model_copy(update={"uptrain": recipe.uptrain.model_copy(update=data)})
+    return recipe.model_copy(update={"uptrain": recipe.uptrain.model_copy(update=used[0])})
 
 
-def _trained_exits(provenance: dict, config) -> tuple[int, ...]:
-    """The places of the layers after which the model of `config` was trained to be left early; none in a dense form."""
-    trained = (provenance["recipe"].get("uptrain") or {}).get("exits", False)
-    return read_plan(config).exits if trained and isinstance(config, RrtConfig) else ()
+def _probes(recipe: EvalRecipe, tokenizer, config) -> tuple[list[Probe], list[dict]]:
+    """(the probes, those that this model or tokenizer cannot be given, for `not_run`)."""
+    probes, not_run = [], []
+    for length in dict.fromkeys(recipe.passkey_lengths) if recipe.passkey_trials else []:
+        try:
+            longest = longest_context(config, sys.maxsize)
+            probes += make_probes(tokenizer, length, recipe.passkey_trials, recipe.seed, longest)
+        except WrongUsage as error:
+            not_run.append({"task": f"pass keys in {length} tokens", "why": error.sentence})
+    return probes, not_run
 
 
-def _sizes(folder: Path) -> dict[str, int]:
-    """Parameters of the model in `folder`, from its config: in all, and without embeddings."""
-    config = read_config(folder)
-    counted = read_plan(config) if isinstance(config, RrtConfig) else read_architecture(config)
-    return {"params_total": counted.parameters, "params_non_embedding": counted.non_embedding}
+def _measure(
+    dense: Candidate, candidates: Sequence[Candidate], questions: Questions, dtype: torch.dtype
+) -> tuple[list, dict, list]:
+    """(rows of the report, its parts that are about one compressed model, samples). Besides the dense model, one model
+    at a time is in memory."""
+    rows, samples, reused, made = [], [], 0, 0
+    last: dict = {"layers": [], "speed": None}
+    stages = [candidate for candidate in candidates if candidate.kind == "stage" and candidate.throughout]
+    reference = Examinee(dense, questions)
+    theirs = reference.answers()[0]
+    everyone = [(dense, reference), *((c, Examinee(c, questions, reference)) for c in candidates)]
+    any_exits = any(candidate.exits for candidate in candidates)
+    for candidate, examinee in everyone:
+        every = [theirs] if examinee is reference else examinee.answers()
+        sizes = candidate.sizes(dtype.itemsize if examinee is reference else None)
+        cost = _cost(candidate, dtype, questions) if candidate.throughout else None
+        for number, answers in enumerate(every):
+            shares = [1.0, *(candidate.layers_computed(place) for place in candidate.exits)]
+            rows.append(
+                {
+                    "model": _name(candidate, number, len(stages)),
+                    "kind": "exit" if number else candidate.kind,
+                    **({"layers_computed": shares[number]} if any_exits else {}),
+                    **sizes,
+                    **scores_of(answers, None if examinee is reference else theirs, questions),
+                    **({"cost": cost} if cost and not number else {}),
+                }
+            )
+        if every[0].said is not None:
+            samples.append({"model": candidate.name, "text": every[0].said})
+        if [candidate] == stages:
+            last = {"layers": _layers(candidate, examinee), "speed": _speed(reference, examinee, questions)}
+        reused, made = reused + examinee.reused, made + examinee.made
+        if examinee is not reference:
+            examinee.leave()
+    if reused:
+        note(f"{reused} of {reused + made} measurements had been made before and were not made again.")
+    return rows, last, samples
 
 
-def _measure(dense: Source, stages: list, exits: tuple[int, ...], texts: dict[str, Windows], tokenizer, recipe: Recipe):
-    """(rows of the table, samples). Besides the dense model, one model at a time is in memory. The dense model's bytes
-    are what it takes in the number format of the last stage. exits: of the last stage."""
-    reference = measure.load_for_scoring(dense.folder)
-    sizes = _sizes(dense.folder)
-    width = getattr(torch, Weights(stages[-1][1]).dtype).itemsize
-    rows = [("dense", sizes, width * sizes["params_total"])]
-    for number, (stage, path) in enumerate(stages):
-        before = [earlier for earlier, _ in stages[:number]].count(stage)
-        name = f"after {stage} {before + 1}" if before else f"after {stage}"
-        rows.append((name, _sizes(path), Weights(path).bytes_on_disk))
-    windows = sum(len(w.ids) for w in texts.values())
-    ids = prompt_ids(tokenizer, recipe.eval.prompt) if recipe.eval.sample_tokens else None
-    table, samples = [], []
-    with progress("Measuring", windows * len(rows)) as advance:
-        for (name, counts, size), path in zip(rows, [None, *(path for _, path in stages)], strict=True):
-            model = reference if path is None else measure.load_for_scoring(path)
-            beside = None if path is None else reference
-            left_at = exits if path == stages[-1][1] else ()
-            scores = {text: measure.score_with_exits(model, w, left_at, beside, advance) for text, w in texts.items()}
-            names = [name, *(f"exit after loop {loop}" for loop in range(1, len(left_at) + 1))]
-            computed = [1.0, *((place + 1) / model.config.num_hidden_layers for place in left_at)]
-            for number, (shown, share) in enumerate(zip(names, computed, strict=True)):
-                here = {text: found[number] for text, found in scores.items()}
-                table.append(
-                    {
-                        "model": shown,
-                        **({"layers_computed": share} if exits else {}),
-                        "params_total": counts["params_total"],
-                        "params_non_embedding": counts["params_non_embedding"],
-                        "bytes": size,
-                        **_overall(here, texts),
-                        "texts": {text: asdict(s) for text, s in here.items()},
-                    }
-                )
-            if ids is not None:
-                length = longest_context(model.config, ids.shape[1] + recipe.eval.sample_tokens) - ids.shape[1]
-                said = sample(model, tokenizer, ids, length) if length > 0 else "(the prompt leaves no room)"
-                samples.append({"model": name, "text": said})
-            del model
-            gc.collect()
-    return table, samples
+def _name(candidate: Candidate, number: int, compared: int) -> str:
+    if number == 0:
+        return candidate.name
+    return f"exit after loop {number}" if compared == 1 else f"{candidate.name}, exit after loop {number}"
 
 
-def _overall(scores: dict[str, Scores], texts: dict[str, Windows]) -> dict[str, float | None]:
-    """The scores over all texts together: means over tokens, and bits over bytes."""
-    tokens = {name: s.tokens for name, s in scores.items()}
-    total = sum(tokens.values())
-    means: dict[str, float | None] = {}
-    for key in ("loss", "kl", "top1_agreement"):
-        values = {name: getattr(s, key) for name, s in scores.items()}
-        means[key] = None if None in values.values() else sum(v * tokens[n] for n, v in values.items()) / total
-    size = {name: tokens[name] * texts[name].bytes_per_token for name in texts}
-    means["bits_per_byte"] = sum(s.bits_per_byte * size[name] for name, s in scores.items()) / sum(size.values())
-    return means
+def _cost(candidate: Candidate, dtype: torch.dtype, questions: Questions) -> dict:
+    counted = candidate.counted
+    peak = None
+    if questions.recipe.speed_rounds:
+        peak = on_first_process(lambda: peak_memory(candidate.folder, measure.scoring_dtype()))
+    return {
+        "kv_bytes_per_token": counted.kv_bytes_per_token(dtype.itemsize),
+        "flops_per_token": counted.flops_per_token,
+        "peak_memory_bytes": peak,
+    }
+
+
+def _speed(dense: Examinee, examinee: Examinee, questions: Questions) -> dict | None:
+    rounds = questions.recipe.speed_rounds
+    return on_first_process(lambda: speed(dense.model, examinee.model, rounds)) if rounds else None
+
+
+def _layers(candidate: Candidate, examinee: Examinee) -> list[dict]:
+    plan = candidate.counted
+    if not isinstance(plan, Plan):
+        return []
+    uses = {slot: len(visits) for slot, visits in enumerate(plan.slots)}
+    return [
+        {
+            "layer": visit.layer,
+            "slot": visit.slot,
+            "loop": visit.loop,
+            "tied": uses[visit.slot] > 1,
+            "ranks": {
+                m.name: None if visit.form(m) == "own" or (uses[visit.slot] == 1 and visit.form(m) == "tied")
+                else visit.ranks[m.name]
+                for m in plan.matrices(visit)
+            },
+            "residual": residual,
+        }
+        for visit, residual in zip(plan.visits, examinee.residuals(), strict=True)
+    ]  # fmt: skip
+
+
+def _curve(folder: Path) -> dict | None:
+    """The training curve in `folder`, thinned; None where it has none."""
+    file = folder / "metrics.jsonl"
+    if not file.exists():
+        return None
+    steps = [json.loads(line) for line in file.read_text(encoding="utf8").splitlines()]
+    thinned = steps[:: -(-len(steps) // CURVE_POINTS)]
+    return {"stage": folder.name, "points": [[step["tokens"], step["loss"], step.get("kl")] for step in thinned]}
+
+
+def _made_with(recipe: Recipe) -> dict:
+    names = ["torch", "transformers", *(["lm_eval"] if recipe.eval.tasks else [])]
+    return {
+        "versions": {"rrtc": __version__, **{name: version(name) for name in names}},
+        "device": measure.device().type,
+        "dtype": str(measure.scoring_dtype()).removeprefix("torch."),
+        "seed": recipe.eval.seed,
+        "resamples": RESAMPLES,
+    }

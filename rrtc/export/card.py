@@ -24,6 +24,7 @@ COLUMNS = {
     "loss": ("loss", "{:.4f}".format),
     "kl": ("KL to dense", "{:.4f}".format),
     "top1_agreement": ("top-1 agreement", "{:.1%}".format),
+    "task_average": ("tasks, average", "{:.1%}".format),
 }
 
 CHAT = """inputs = tokenizer.apply_chat_template(
@@ -167,7 +168,10 @@ def _measured(provenance: dict, exported: dict, report: dict | None) -> str:
         on = f", on {texts or f'{tokens} tokens'}" if tokens else ""
         sizes = " Compressed sizes are those of the recursive form." if exported["format"] == "dense" else ""
         parts.append(f"By `rrtc eval`{against}{on}; loss and KL in nats per token.{sizes}")
-        parts.append(_table(report["table"]))
+        parts.append(_table([_flat(row) for row in report["models"]]))
+        if any("tasks" in row for row in report["models"]):
+            parts.append(_tasks([row for row in report["models"] if "tasks" in row]))
+        parts += [f"Not measured: {entry['task']}. {entry['why']}" for entry in report["not_run"]]
         if report.get("source_bytes"):
             parts.append(f"The dense model was read from a quantised file of {size(report['source_bytes'])}.")
         for sample in report.get("samples", []):
@@ -192,6 +196,23 @@ def _measured(provenance: dict, exported: dict, report: dict | None) -> str:
         f"{exported['max_logit_difference']:.2g}, where the largest logit was {exported['largest_logit']:.3g}.{cast}"
     )
     return "\n\n".join(parts)
+
+
+def _flat(row: dict) -> dict:
+    """A row of the report with its scores beside its sizes."""
+    scores = {name: score["value"] for name, score in row["scores"].items()}
+    average = {"task_average": row["task_average"]["value"]} if "task_average" in row else {}
+    return row | scores | average
+
+
+def _tasks(rows: list[dict]) -> str:
+    """The tasks as a Markdown table, with standard errors; a column a model."""
+    lines = [["task (metric, items)", *(row["model"] for row in rows)], ["---", *["---:"] * len(rows)]]
+    for name, found in rows[0]["tasks"].items():
+        scores = [row["tasks"][name] for row in rows]
+        shown = ["–" if s["stderr"] is None else f"{s['value']:.1%} ± {s['stderr']:.1%}" for s in scores]
+        lines.append([f"{name} ({found['metric']}, {found['items']})", *shown])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _table(rows: list[dict]) -> str:

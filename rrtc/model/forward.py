@@ -61,6 +61,18 @@ def run_exit(model: PreTrainedModel, ids: Tensor, output, **kwargs) -> Tensor:
         layers._modules = children
 
 
+@contextmanager
+def left_after(model: PreTrainedModel, place: int) -> Iterator[None]:
+    """`model` without the layers behind the one at `place`: what it says and computes if it is left there."""
+    layers = decoder_layers(model)
+    children = layers._modules
+    layers._modules = dict(list(children.items())[: place + 1])
+    try:
+        yield
+    finally:
+        layers._modules = children
+
+
 class _Known(nn.Module):
     """Stands in for a base model whose hidden states are known."""
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy
 import torch
 from accelerate import PartialState
+from torch import Tensor
 
 from rrtc.errors import RrtcError
 from rrtc.recipe import OWN_TEXT, UptrainRecipe
@@ -20,6 +21,11 @@ from rrtc.text import begin_and_end
 from rrtc.uptrain.shards import Shard, own_shard, text_shard
 
 LEAST = 2_000_000  # tokens to choose from, where a source has them: the first pages of a text do not stand for it
+
+
+def given(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a base model is given of training inputs, whose last dimension is the context: all but the last token."""
+    return {name: value[..., :-1] for name, value in inputs.items()}
 
 
 class Packed:

@@ -20,9 +20,10 @@ from transformers.integrations import get_reporting_integration_callbacks
 from rrtc.checkpoint import Weights
 from rrtc.console import is_first_process
 from rrtc.errors import RrtcError
+from rrtc.measure import process_group
 from rrtc.source import load_tokenizer
 from rrtc.uptrain.curve import draw, line, step_of, steps_of, write_metrics
-from rrtc.uptrain.job import Job, process_group
+from rrtc.uptrain.job import Job
 from rrtc.uptrain.sharding import whole_state
 from rrtc.uptrain.trainer import remove, whole_checkpoints
 

@@ -7,13 +7,12 @@ short, a batch that cannot be divided.
 from dataclasses import dataclass
 from pathlib import Path
 
-from accelerate import PartialState
 from transformers.integrations import integration_utils
 
 from rrtc.checkpoint import Weights, read_provenance
 from rrtc.console import note, warn
 from rrtc.errors import RrtcError, WrongUsage
-from rrtc.measure import device, fast_bfloat16
+from rrtc.measure import fast_bfloat16, process_group
 from rrtc.model import RrtConfig
 from rrtc.model.skeleton import read_architecture, read_plan
 from rrtc.plan import Plan
@@ -146,7 +145,7 @@ def prepare(folder: Path, recipe: UptrainRecipe, most_steps: int | None = None) 
             has = f"The text {source.name} has {source.shard.tokens} tokens"
             note(f"{has}: training goes through it {epochs:.3g} times.")
     if cache is not None and not cache.holds(Stream(text, windows)):
-        teacher = _teacher(folder, recipe, config, tokenizer)
+        teacher = writer or _teacher(folder, recipe, config, tokenizer)
     return Job(
         folder=folder,
         recipe=recipe,
@@ -172,11 +171,6 @@ def _check_exits(folder: Path, plan: Plan, provenance: dict) -> None:
         )
     if "uptrain" not in [provenance["stage"], *(entry["stage"] for entry in provenance["history"])]:
         warn("This model was not healed yet. Exits that learn along with it cost quality: heal it first.")
-
-
-def process_group() -> PartialState:
-    """The processes that train together: those of torchrun, or this one alone."""
-    return PartialState(cpu=device().type == "cpu")  # without the flag, processes on CPUs would not see each other
 
 
 def check_processes(recipe: UptrainRecipe) -> None:

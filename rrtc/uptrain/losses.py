@@ -120,24 +120,24 @@ def chunked_losses(
 
     hidden: (tokens, width). head: reads `parameters` and makes `vocabulary` logits of a token. targets: (tokens,).
     """
-    objective, means = _ChunkedLosses.apply(
-        hidden, head, vocabulary, targets, weights, temperature, lesson, *parameters
-    )
     names = ["loss"]
     if lesson is not None:
         names += ["kl", *(name for name in OTHERS if weights.get(name))]
+    objective, means = _ChunkedLosses.apply(
+        hidden, head, vocabulary, targets, weights, temperature, lesson, names, *parameters
+    )
     return {"objective": objective} | dict(zip(names, means, strict=True))
 
 
 class _ChunkedLosses(torch.autograd.Function):
-    """(objective, the sums of `losses_and_slope` as means, in their order).
+    """(objective, the means of what `losses_and_slope` sums up, (names,)).
 
     The logits of LOGITS_AT_ONCE numbers are made, compared and turned into gradients of the hidden states and of the
     head's parameters before the next ones are made. Autograd would keep several tables of (tokens, vocabulary).
     """
 
     @staticmethod
-    def forward(ctx, hidden, head, vocabulary, targets, weights, temperature, lesson, *parameters):
+    def forward(ctx, hidden, head, vocabulary, targets, weights, temperature, lesson, names, *parameters):
         tokens, learns = len(targets), ctx.needs_input_grad[0]
         wanted = [parameter for parameter in parameters if parameter.requires_grad] if learns else []
         hidden_slope, slopes = torch.empty_like(hidden), []
@@ -162,7 +162,7 @@ class _ChunkedLosses(torch.autograd.Function):
                 objective = objective + weights[name] * temperature**2 * means[REPORTED.get(name, name)]
         ctx.save_for_backward(hidden_slope, *slopes)
         ctx.places = [learns and parameter.requires_grad for parameter in parameters]
-        means = torch.stack(list(means.values()))
+        means = torch.stack([means[name] for name in names])
         ctx.mark_non_differentiable(means)
         return objective, means
 
@@ -170,7 +170,7 @@ class _ChunkedLosses(torch.autograd.Function):
     def backward(ctx, scale, _):
         hidden_slope, *slopes = (slope.mul_(scale) for slope in ctx.saved_tensors)  # in place: large, and used once
         left = iter(slopes)
-        return hidden_slope, *(None,) * 6, *(next(left) if place else None for place in ctx.places)
+        return hidden_slope, *(None,) * 7, *(next(left) if place else None for place in ctx.places)
 
 
 def chunks(tokens: int, vocabulary: int) -> Iterator[slice]:

@@ -30,13 +30,14 @@ from rrtc.checkpoint import (
 )
 from rrtc.console import is_first_process, note
 from rrtc.errors import RrtcError
+from rrtc.measure import process_group
 from rrtc.recipe import Recipe, parse_size
 from rrtc.resume import check_incomplete, check_unchanged
 from rrtc.uptrain.curve import draw, steps_of, summary, write_metrics
 from rrtc.uptrain.data import Stream
 from rrtc.uptrain.display import Display
 from rrtc.uptrain.guards import Checkpoints, Course, LossGuard, Stopped, Termination, reporters
-from rrtc.uptrain.job import Job, prepare, process_group
+from rrtc.uptrain.job import Job, prepare
 from rrtc.uptrain.sharding import whole_state
 from rrtc.uptrain.teacher_cache import fill
 from rrtc.uptrain.trainer import DistillationTrainer, remove, whole_checkpoints

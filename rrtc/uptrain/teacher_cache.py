@@ -35,6 +35,7 @@ from rrtc.checkpoint import check_space
 from rrtc.console import progress
 from rrtc.errors import RrtcError
 from rrtc.resume import whole_file
+from rrtc.uptrain.data import given
 from rrtc.uptrain.losses import chunks
 from rrtc.uptrain.teacher import LiveTeacher
 
@@ -55,11 +56,6 @@ SCHEMA = pyarrow.schema(
 DAMAGE = (pyarrow.ArrowException, OSError, ValueError)  # what pyarrow raises of a file that is not as it should be
 
 Packed = tuple[Tensor, Tensor, Tensor]  # see `pack`
-
-
-def given(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What a base model is given of training inputs, whose last dimension is the context: all but the last token."""
-    return {name: value[..., :-1] for name, value in inputs.items()}
 
 
 def key(window: dict[str, Tensor]) -> bytes:

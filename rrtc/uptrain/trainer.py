@@ -16,12 +16,12 @@ from transformers import GenerationConfig, PrinterCallback, Trainer, TrainingArg
 
 from rrtc.checkpoint import disk_error
 from rrtc.errors import RrtcError
-from rrtc.measure import device
+from rrtc.measure import device, process_group
 from rrtc.model.modeling_rrt import Slot
 from rrtc.model.skeleton import quiet_warnings
 from rrtc.recipe import UptrainRecipe
-from rrtc.uptrain.data import Stream
-from rrtc.uptrain.job import Job, process_group
+from rrtc.uptrain.data import Stream, given
+from rrtc.uptrain.job import Job
 from rrtc.uptrain.optimiser import make_optimiser
 from rrtc.uptrain.sharding import save_whole, shard, whole_state
 from rrtc.uptrain.student import Student
@@ -70,9 +70,9 @@ class DistillationTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The objective on inputs["input_ids"] (windows, context), a mean over their tokens but the first of each."""
         self._step_began = self._step_began or time.perf_counter()
-        ids, targets = inputs["input_ids"][:, :-1], inputs["input_ids"][:, 1:]
-        # Without position_ids, they are counted from the start of the window.
-        others = {name: value[:, :-1] for name, value in inputs.items() if name != "input_ids"}
+        targets = inputs["input_ids"][:, 1:]
+        others = given(inputs)  # without position_ids, they are counted from the start of the window
+        ids = others.pop("input_ids")
         lesson = self.teacher(ids, **others) if self.teacher else None
         with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.job.bfloat16):
             means = model(input_ids=ids, targets=targets, recipe=self.job.recipe, lesson=lesson, **others)

@@ -1,0 +1,49 @@
+"""Measurements that were made before: each is kept under a fingerprint of all that it depends on.
+
+So an evaluation that was interrupted goes on where it stopped, a second one with other tasks measures only these, and
+the dense model is measured once for all models that are compared with it. They lie in $RRTC_CACHE/eval; who wants them
+made again deletes that folder.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+
+from numpy.typing import NDArray
+
+from rrtc.console import is_first_process
+from rrtc.eval.group import from_first_process
+from rrtc.resume import whole_file
+from rrtc.source import cache_folder
+
+VERSION = 1  # of what is measured and how; old measurements are not found under another
+
+Measurement = dict[str, NDArray]  # figures of single items by what they are
+
+
+def remembered(made_from: dict, measure: Callable[[], Measurement]) -> tuple[Measurement, bool]:
+    """What `measure` returns, and whether it was there before and did not have to run.
+
+    made_from: plain data that the measurement depends on. Of several processes the first one reads and writes, and all
+    of them call `measure` or none does.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file, save_file
+
+    key = hashlib.sha256(json.dumps({"version": VERSION, **made_from}, sort_keys=True).encode()).hexdigest()
+    file = cache_folder() / "eval" / f"{key}.safetensors"
+    found = None
+    if is_first_process and file.exists():
+        try:
+            found = load_file(file)
+        except (OSError, SafetensorError):  # damaged: measured again
+            found = None
+    found = from_first_process(found)
+    if found is not None:
+        return found, True
+    made = measure()
+    if is_first_process:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(file) as temporary:
+            save_file(made, temporary)
+    return made, False

@@ -1,0 +1,96 @@
+"""The models that an evaluation measures: the dense one, the stages of a folder or several folders, and their exits."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from rrtc.checkpoint import Weights, earlier_stages, read_provenance
+from rrtc.errors import RrtcError, WrongUsage
+from rrtc.model import RrtConfig
+from rrtc.model.skeleton import read_architecture, read_plan
+from rrtc.source import Source, content_hash, read_config
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One model folder. exits: the places of the layers after which it is measured as well. throughout: whether by
+    everything, and not by text alone, as the stages on the way to it are."""
+
+    name: str
+    kind: str
+    folder: Path
+    exits: tuple[int, ...] = ()
+    throughout: bool = True
+
+    @property
+    def counted(self):
+        """What it is made of: the Plan of a recursive model, the Architecture of a stock one."""
+        config = read_config(self.folder)
+        return read_plan(config) if isinstance(config, RrtConfig) else read_architecture(config)
+
+    def fingerprint(self) -> str:
+        return content_hash(self.folder)
+
+    def sizes(self, width: int | None = None) -> dict:
+        """The sizes of rrtc/report.py. width: bytes a parameter; by default those that the folder has on disk."""
+        counted = self.counted
+        return {
+            "params_total": counted.parameters,
+            "params_non_embedding": counted.non_embedding,
+            "bytes": Weights(self.folder).bytes_on_disk if width is None else width * counted.parameters,
+            "parts": counted.parts,
+        }
+
+    def layers_computed(self, place: int) -> float:
+        """The share of its layers that has run when it is left after the one at `place`."""
+        return (place + 1) / read_config(self.folder).get_text_config().num_hidden_layers
+
+
+def dense_candidate(dense: Source) -> Candidate:
+    return Candidate("dense", "dense", dense.folder)
+
+
+def candidates_of(folders: Sequence[Path]) -> list[Candidate]:
+    """Of one folder the stages it went through, as far as they are still there, and the folder itself as the last; of
+    several these folders, by their names."""
+    if len(folders) > 1:
+        return [Candidate(name, "stage", path, trained_exits(path)) for name, path in _named(folders).items()]
+    (folder,) = folders
+    stages = [*earlier_stages(folder), (read_provenance(folder)["stage"], folder)]
+    found = []
+    for number, (stage, path) in enumerate(stages):
+        before = [earlier for earlier, _ in stages[:number]].count(stage)
+        name = f"after {stage} {before + 1}" if before else f"after {stage}"
+        last = path == folder
+        found.append(Candidate(name, "stage", path, trained_exits(path) if last else (), throughout=last))
+    return found
+
+
+def _named(folders: Sequence[Path]) -> dict[str, Path]:
+    """The folders by as much of their paths as tells them apart. Raises WrongUsage where one is there twice."""
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise WrongUsage("A folder is named twice.", "Name each model once.")
+    short = {folder.name: folder for folder in folders}
+    return short if len(short) == len(folders) else {str(folder): folder for folder in folders}
+
+
+def check_holds_model(folder: Path) -> dict:
+    """What rrtc.yaml in `folder` says. Raises RrtcError where rrtc did not write it, or no model is in it."""
+    provenance = read_provenance(folder)
+    if not (folder / "config.json").exists():
+        raise RrtcError(f"{folder} is a '{provenance['stage']}' folder and holds no model to measure.")
+    return provenance
+
+
+def trained_exits(folder: Path) -> tuple[int, ...]:
+    """The places of the layers after which the model was trained to be left early; none in a dense form."""
+    trained = (read_provenance(folder)["recipe"].get("uptrain") or {}).get("exits", False)
+    config = read_config(folder)
+    return read_plan(config).exits if trained and isinstance(config, RrtConfig) else ()
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The number format that the weights in `folder` have."""
+    return getattr(torch, Weights(folder).dtype)

@@ -1,0 +1,163 @@
+"""report.html: report.json to look at, in one file that needs nothing else."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rrtc.console import count, size
+
+TEMPLATE = Path(__file__).with_name("page.html")
+PARTS = {
+    "embeddings": "embeddings", "head": "head", "shared": "shared", "own": "own", "lora": "LoRA",
+    "low_rank": "low rank", "norms_and_biases": "norms, biases",
+}  # fmt: skip
+LOOPS = (
+    "Using layers several times saves memory and disk. It saves neither arithmetic nor KV cache: every use computes, "
+    "and has a place of its own in the cache."
+)
+
+
+@dataclass(frozen=True)
+class Table:
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+    note: str = ""
+
+
+def write_page(report: dict, file: Path) -> None:
+    """Writes the page of `report` (see rrtc/report.py) into `file`. What was not measured has no section."""
+    from jinja2 import Environment
+
+    from rrtc.eval.plots import pictures
+
+    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
+        TEMPLATE.read_text(encoding="utf8")
+    )
+    made = report["of"] and f"made {report['of']['made'][:10]}"
+    page = template.render(
+        report=report,
+        title=f"Measured against {report['against']}" + (f", {made}" if made else ""),
+        verdict=_verdict(report),
+        scored=", ".join(f"{name} ({count(n)} tokens)" for name, n in report["tokens"].items()),
+        tables=[table for table in (_models(report), _tasks(report), _parts(report), _cost(report)) if table.rows],
+        pictures=pictures(report),
+        made_with=_made_with(report["made_with"]),
+    )
+    file.write_text(page, encoding="utf8")
+
+
+def _verdict(report: dict) -> str:
+    """What it comes to, in one sentence a model that was asked about."""
+    dense, sentences = report["models"][0], []
+    stages = [row for row in report["models"] if row["kind"] == "stage"]
+    for row in stages if report["of"] is None else stages[-1:]:
+        share = row["params_non_embedding"] / dense["params_non_embedding"]
+        score = row["scores"]["bits_per_byte"]
+        sentence = (
+            f"{row['model']}: {share:.3f} of the parameters without embeddings, "
+            f"{row['params_total'] / dense['params_total']:.3f} of all; {score['value']:.4f} bits per byte, "
+            f"{_difference(score, '{:+.4f}')} from the dense model's {dense['scores']['bits_per_byte']['value']:.4f}"
+        )
+        if "task_average" in row:
+            points = _difference(row["task_average"], "{:+.1f}", 100)
+            sentence += f"; tasks {100 * row['task_average']['value']:.1f} % on average, {points}"
+        sentences.append(sentence + ".")
+    return " ".join(sentences)
+
+
+def _models(report: dict) -> Table:
+    rows = []
+    for row in report["models"]:
+        scores = row["scores"]
+        rows.append(
+            [
+                row["model"],
+                f"{row['layers_computed']:.0%}" if "layers_computed" in row else "",
+                count(row["params_total"]),
+                count(row["params_non_embedding"]),
+                size(row["bytes"]),
+                _score(scores["bits_per_byte"], "{:.4f}"),
+                _difference(scores["bits_per_byte"], "{:+.4f}"),
+                _score(scores.get("kl"), "{:.4f}"),
+                _score(scores.get("top1_agreement"), "{:.1f} %", 100),
+            ]
+        )
+    columns = ["model", "layers computed", "parameters", "w/o embeddings", "bytes", "bits per byte", "from dense",
+               "KL (nats)", "top-1 agreement"]  # fmt: skip
+    note = (
+        "KL: per token, from the dense model's distribution. Top-1: tokens of which both find the same most probable."
+    )
+    if not any(row[1] for row in rows):
+        columns, rows = [c for c in columns if c != "layers computed"], [[row[0], *row[2:]] for row in rows]
+    return Table("Models", columns, rows, note)
+
+
+def _tasks(report: dict) -> Table:
+    asked = [row for row in report["models"] if "tasks" in row]
+    rows = []
+    for name, found in asked[0]["tasks"].items() if asked else ():
+        rows.append([f"{name} ({found['metric']}, {found['items']} items)", *_with_differences(asked, name)])
+    if asked:
+        rows.append(["average", *_with_differences(asked, None)])
+    return Table("Tasks, in percent", ["task", *(row["model"] for row in asked)], rows)
+
+
+def _with_differences(rows: list[dict], task: str | None) -> list[str]:
+    cells = []
+    for row in rows:
+        score = row["task_average"] if task is None else row["tasks"][task]
+        difference = "" if score["difference"] is None else f" ({_difference(score, '{:+.1f}', 100)})"
+        cells.append(_score(score, "{:.1f}", 100) + difference)
+    return cells
+
+
+def _parts(report: dict) -> Table:
+    rows = [row for row in report["models"] if row["kind"] != "exit"]
+    used = [part for part in PARTS if any(row["parts"].get(part) for row in rows)]
+    cells = [[row["model"], *(count(row["parts"].get(part, 0)) for part in used)] for row in rows]
+    return Table("Parameters by part", ["model", *(PARTS[part] for part in used)], cells)
+
+
+def _cost(report: dict) -> Table:
+    rows = []
+    for row in report["models"]:
+        if "cost" in row:
+            cost = row["cost"]
+            peak = "–" if cost["peak_memory_bytes"] is None else size(cost["peak_memory_bytes"])
+            kv = size(cost["kv_bytes_per_token"])
+            rows.append([row["model"], kv, count(cost["flops_per_token"]), peak])
+    note = LOOPS
+    if speed := report["speed"]:
+        ratios = (
+            f"{what} {speed[name]['ratio']:.2f} [{speed[name]['low']:.2f}, {speed[name]['high']:.2f}]"
+            for what, name in (("reading a prompt", "prefill"), ("generating", "decode"))
+        )
+        note += (
+            f" Speed as a multiple of the dense model's, in turn on the same machine ({speed['device']}, "
+            f"{speed['rounds']} rounds, median and quartiles): {', '.join(ratios)}."
+        )
+    return Table("Cost", ["model", "KV cache a token", "FLOPs a token", "peak memory"], rows, note)
+
+
+def _score(score: dict | None, form: str, scale: float = 1) -> str:
+    if score is None:
+        return "–"
+    digits = form.partition(".")[2][0]
+    stderr = "" if score["stderr"] is None else f" ± {scale * score['stderr']:.{digits}f}"
+    return form.format(scale * score["value"]) + stderr
+
+
+def _difference(score: dict, form: str, scale: float = 1) -> str:
+    found = score["difference"]
+    if found is None:
+        return "–"
+    value, low, high = (None if found[key] is None else form.format(scale * found[key]) for key in found)
+    return value if low is None else f"{value} [{low}, {high}]"
+
+
+def _made_with(made: dict) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
+    return (
+        f"Made with {versions}; computed on {made['device']} in {made['dtype']}; seed {made['seed']}, "
+        f"{made['resamples']} bootstrap samples."
+    )

@@ -1,0 +1,242 @@
+"""The pictures of an evaluation report, each an SVG for an <img>: (title, what it shows, the picture as a data URI).
+
+They are narrow, so that their letters can be read on a phone, and drawn on white, so that they can be read anywhere.
+The same report gives the same bytes.
+"""
+
+import base64
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import matplotlib
+import numpy
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, PercentFormatter
+
+WIDTH, HEIGHT = 4.4, 3.2  # inches: 422 pixels wide, about what a phone shows
+# Okabe and Ito's colours, which the colour-blind can tell apart; the dense model is always the first.
+COLOURS = ("#444444", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8B5A2B")
+STYLE = {
+    "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3,
+    "svg.hashsalt": "rrtc", "legend.frameon": False, "legend.fontsize": 8, "axes.titlesize": 9,
+}  # fmt: skip
+MOST_LABELS = 12  # of layers on an axis
+
+
+@dataclass(frozen=True)
+class Picture:
+    """alt: what is to be seen, in words, for who cannot see it."""
+
+    title: str
+    alt: str
+    source: str
+
+
+def pictures(report: dict) -> list[Picture]:
+    """Those that the report has figures for."""
+    makers = (_quality_and_size, _position, _tasks, _passkey, _ranks, _residuals, _exits, _training)
+    with matplotlib.rc_context(STYLE):
+        return [picture for maker in makers if (picture := maker(report)) is not None]
+
+
+def _colour(number: int) -> str:
+    return COLOURS[number % len(COLOURS)]
+
+
+def _picture(title: str, alt: str, draw: Callable[[Figure], None], height: float = HEIGHT) -> Picture:
+    figure = Figure(figsize=(WIDTH, height), layout="constrained", facecolor="white")
+    draw(figure)
+    file = io.BytesIO()
+    figure.savefig(file, format="svg", metadata={"Date": None})
+    return Picture(title, alt, "data:image/svg+xml;base64," + base64.b64encode(file.getvalue()).decode())
+
+
+def _legend(figure: Figure, names: int) -> None:
+    figure.legend(loc="outside lower center", ncols=1 if names > 4 else 2)
+
+
+def _quality_and_size(report: dict) -> Picture:
+    rows = report["models"]
+
+    def draw(figure):
+        axis = figure.subplots()
+        for number, row in enumerate(rows):
+            score = row["scores"]["bits_per_byte"]
+            axis.errorbar(
+                row["params_total"], score["value"], yerr=score["stderr"] or 0, color=_colour(number), capsize=3,
+                fmt={"exit": "^", "baseline": "s"}.get(row["kind"], "o"), label=row["model"],
+            )  # fmt: skip
+        axis.set(xlabel="Parameters", ylabel="Bits per byte")
+        axis.margins(x=0.15)
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+        _legend(figure, len(rows))
+
+    height = HEIGHT + 0.13 * len(rows)
+    return _picture("Quality against size", "Bits per byte of each model over its parameters", draw, height)
+
+
+def _position(report: dict) -> Picture | None:
+    rows = [(number, row) for number, row in enumerate(report["models"]) if row["kind"] != "dense"]
+    if not rows:
+        return None
+
+    def draw(figure):
+        axis = figure.subplots()
+        for number, row in rows:
+            middle = [(one["from"] * one["to"]) ** 0.5 for one in row["by_position"]]
+            found = [one["loss"]["difference"] for one in row["by_position"]]
+            axis.plot(middle, [one["value"] for one in found], "o-", markersize=3, color=_colour(number),
+                      label=row["model"])  # fmt: skip
+            if all(one["low"] is not None for one in found):
+                low, high = ([one[end] for one in found] for end in ("low", "high"))
+                axis.fill_between(middle, low, high, color=_colour(number), alpha=0.15, linewidth=0)
+        axis.axhline(0, color=COLOURS[0], linewidth=1)
+        axis.set(xscale="log", xlabel="Tokens before it in the context", ylabel="Loss above the dense model's (nats)")
+        ends = [one["from"] for one in rows[0][1]["by_position"]]
+        axis.set_xticks(ends, [str(end) for end in ends])
+        axis.minorticks_off()
+        _legend(figure, len(rows))
+
+    alt = "How much more each model loses than the dense one, by the position of the token in its context"
+    return _picture("Loss by position", alt, draw, HEIGHT + 0.13 * len(rows))
+
+
+def _tasks(report: dict) -> Picture | None:
+    rows = [row for row in report["models"] if "tasks" in row]
+    if not rows:
+        return None
+    names = list(rows[0]["tasks"])
+    gap = 0.7 / max(1, len(rows) - 1)
+
+    def draw(figure):
+        axis = figure.subplots()
+        for number, row in enumerate(rows):
+            scores = [row["tasks"][name] for name in names]
+            places = numpy.arange(len(names)) + number * gap - 0.35 * (len(rows) > 1)
+            axis.errorbar(
+                [score["value"] for score in scores], places, xerr=[score["stderr"] or 0 for score in scores],
+                fmt="o", markersize=4, capsize=2, color=_colour(report["models"].index(row)), label=row["model"],
+            )  # fmt: skip
+        axis.set_yticks(range(len(names)), names)
+        axis.invert_yaxis()
+        axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axis.set(xlabel="Score (± standard error)")
+        _legend(figure, len(rows))
+
+    height = 1.2 + 0.16 * len(rows) + len(names) * max(0.3, 0.13 * len(rows))
+    return _picture("Tasks", "Score of each model on each task, with its standard error", draw, height)
+
+
+def _passkey(report: dict) -> Picture | None:
+    rows = [row for row in report["models"] if "passkey" in row]
+    if not rows:
+        return None
+    lengths, depths = (sorted({one[key] for one in rows[0]["passkey"]}) for key in ("length", "depth"))
+
+    def draw(figure):
+        axes = figure.subplots(len(rows), 1, sharex=True, squeeze=False)[:, 0]
+        for axis, row in zip(axes, rows, strict=True):
+            found = {(one["length"], one["depth"]): one["value"] for one in row["passkey"]}
+            table = numpy.array([[found[length, depth] for depth in depths] for length in lengths])
+            axis.imshow(table, vmin=0, vmax=1, cmap="cividis", aspect="auto")
+            for (y, x), value in numpy.ndenumerate(table):
+                axis.text(x, y, f"{value:.0%}", ha="center", va="center", color="white" if value < 0.6 else "black")
+            axis.set_title(row["model"], loc="left")
+            axis.set_yticks(range(len(lengths)), [f"{length}" for length in lengths])
+            axis.set_xticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+            axis.set_ylabel("Tokens")
+            axis.grid(False)
+        axes[-1].set_xlabel("Where the key is hidden, from the start to the end")
+
+    height = 0.6 + len(rows) * (0.45 + 0.3 * len(lengths))
+    return _picture("Pass keys found", "Share of hidden keys that each model finds, by length and depth", draw, height)
+
+
+def _ranks(report: dict) -> Picture | None:
+    layers = report["layers"]
+    if not layers:
+        return None
+    names = list(layers[0]["ranks"])
+    table = numpy.array([[numpy.nan if r is None else r for r in one["ranks"].values()] for one in layers]).T
+
+    def draw(figure):
+        axis = figure.subplots()
+        shown = axis.imshow(table, aspect="auto", cmap="viridis", vmin=0)
+        axis.set_facecolor("#d8d8d8")  # where a matrix is full
+        axis.set_yticks(range(len(names)), [name.rpartition(".")[2] for name in names])
+        _number_layers(axis, layers)
+        figure.colorbar(shown, label="rank", shrink=0.8)
+        axis.grid(False)
+
+    alt = "Rank of each matrix in each layer; grey where the matrix is full and the layer's own"
+    return _picture("Rank by layer (grey: a full matrix of its own)", alt, draw, 1.2 + 0.25 * len(names))
+
+
+def _number_layers(axis, layers: list[dict]) -> None:
+    """The layers' numbers below; those that share their slot are marked."""
+    step = -(-len(layers) // MOST_LABELS)
+    places = range(0, len(layers), step)
+    axis.set_xticks(places, [f"{layers[place]['layer']}" for place in places])
+    tied = any(one["tied"] for one in layers)
+    axis.set_xlabel("Layer (▪: shares its weights)" if tied else "Layer")
+    shared = [place for place, one in enumerate(layers) if one["tied"]]
+    axis.plot(shared, [1.03] * len(shared), "s", markersize=2.5, color=COLOURS[0], clip_on=False,
+              transform=axis.get_xaxis_transform())  # fmt: skip
+
+
+def _residuals(report: dict) -> Picture | None:
+    layers = report["layers"]
+    if not layers or layers[0]["residual"] is None:
+        return None
+
+    def draw(figure):
+        axis = figure.subplots()
+        axis.plot([one["residual"] for one in layers], "o-", markersize=3, color=_colour(1))
+        axis.yaxis.set_major_formatter(PercentFormatter(1))
+        axis.set(ylabel="Energy that differs", ylim=(0, None))
+        _number_layers(axis, layers)
+
+    alt = "Share of the energy of the hidden states after each layer in which they differ from the dense model's"
+    return _picture("What is lost, by layer", alt, draw)
+
+
+def _exits(report: dict) -> Picture | None:
+    if not any(row["kind"] == "exit" for row in report["models"]):
+        return None
+    rows = [row for row in report["models"] if row["kind"] in ("dense", "exit")]
+    rows.append(next(row for row in reversed(report["models"]) if row["kind"] == "stage"))
+
+    def draw(figure):
+        axis = figure.subplots()
+        for row in rows:
+            score = row["scores"]["bits_per_byte"]
+            number = report["models"].index(row)
+            axis.errorbar(
+                row["layers_computed"], score["value"], yerr=score["stderr"] or 0, color=_colour(number), capsize=3,
+                fmt="^" if row["kind"] == "exit" else "o", label=row["model"],
+            )  # fmt: skip
+        axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axis.set(xlabel="Layers computed", ylabel="Bits per byte", xlim=(0, 1.08))
+        _legend(figure, len(rows))
+
+    return _picture("Exits", "Bits per byte of the model when it is left early, over the layers computed", draw)
+
+
+def _training(report: dict) -> Picture | None:
+    if not report["training"]:
+        return None
+
+    def draw(figure):
+        axis = figure.subplots()
+        for number, stage in enumerate(report["training"], 1):
+            for column, what, line in ((1, "loss", "-"), (2, "KL to the teacher", "--")):
+                points = [(point[0], point[column]) for point in stage["points"] if point[column] is not None]
+                if points:
+                    label = f"{stage['stage']}: {what}"
+                    axis.plot(*zip(*points, strict=True), line, color=_colour(number), linewidth=1, label=label)
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axis.set(xlabel="Training tokens", ylabel="Nats per token", ylim=(0, None))
+        _legend(figure, 2 * len(report["training"]))
+
+    return _picture("Training", "Loss and KL on the training text over the tokens seen", draw)

@@ -1,0 +1,76 @@
+"""How sure a score is: bootstrap standard errors, and differences from the dense model on the same items.
+
+An item is what could have been another one: a window of text, a question, a hidden key. The bootstrap draws as many
+items as there are, with replacement, many times over; what a score does meanwhile is its uncertainty. For a difference
+both models are looked at on the same drawn items, so that what makes items hard for both does not count.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy
+from numpy.typing import NDArray
+
+RESAMPLES = 1000
+INTERVAL = (2.5, 97.5)  # percentiles
+AT_ONCE = 50  # resamples: bounds the memory for tasks of many items
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A ratio of sums over items, and what it was in each of RESAMPLES bootstrap samples (None for a single item);
+    the same for its difference from the dense model's, None where there is nothing to compare with."""
+
+    value: float
+    resampled: NDArray | None
+    difference: float | None = None
+    difference_resampled: NDArray | None = None
+
+    def as_score(self) -> dict:
+        """The score, in the form in which rrtc/report.py describes it."""
+        stderr = None if self.resampled is None else float(self.resampled.std(ddof=1))
+        difference = None
+        if self.difference is not None:
+            low, high = (
+                (None, None)
+                if self.difference_resampled is None
+                else (float(end) for end in numpy.percentile(self.difference_resampled, INTERVAL))
+            )
+            difference = {"value": self.difference, "low": low, "high": high}
+        return {"value": self.value, "stderr": stderr, "difference": difference}
+
+
+def estimate(values: NDArray, sizes: NDArray | None, dense: NDArray | None, seed: Sequence[int]) -> Estimate:
+    """The sum of `values` over the sum of `sizes`, all (items,); without sizes the mean. dense: the values of the dense
+    model on the same items. seed: of the bootstrap; items that have nothing to do with each other need other ones."""
+    from scipy.stats import bootstrap
+
+    values = numpy.asarray(values, float)
+    sizes = numpy.ones(len(values)) if sizes is None else numpy.asarray(sizes, float)
+
+    def ratio(ours, sizes, axis=-1):
+        return ours.sum(axis=axis) / sizes.sum(axis=axis)
+
+    def resampled(ours):
+        if len(ours) == 1:
+            return None
+        drawn = bootstrap(
+            (ours, sizes), ratio, paired=True, vectorized=True, n_resamples=RESAMPLES, batch=AT_ONCE,
+            method="percentile", rng=numpy.random.default_rng(seed),
+        )  # fmt: skip
+        return drawn.bootstrap_distribution
+
+    if dense is None:
+        return Estimate(float(ratio(values, sizes)), resampled(values))
+    beside = values - numpy.asarray(dense, float)
+    return Estimate(float(ratio(values, sizes)), resampled(values), float(ratio(beside, sizes)), resampled(beside))
+
+
+def average(estimates: Sequence[Estimate]) -> Estimate:
+    """The mean of estimates whose items have nothing to do with each other, such as those of several tasks."""
+
+    def mean(parts):
+        return None if any(part is None for part in parts) else sum(parts) / len(parts)
+
+    names = ("value", "resampled", "difference", "difference_resampled")
+    return Estimate(**{name: mean([getattr(estimate, name) for estimate in estimates]) for name in names})

@@ -1,0 +1,222 @@
+"""A whole evaluation: everything that is asked, of every model, once, and on two processes with the same result."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from pico import pico_tokenizer, save_pico
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+from uptraining import on_two_processes
+
+from rrtc import measure
+from rrtc.cli import app
+from rrtc.errors import RrtcError, WrongUsage
+from rrtc.eval.stage import evaluate
+from rrtc.init.stage import init
+from rrtc.model.skeleton import read_plan
+from rrtc.recipe import Recipe
+from rrtc.report import read_report
+from rrtc.source import read_config
+from rrtc.uptrain.stage import uptrain
+
+CONTEXT = 64
+TEXT = "It rained, and then it rained again. def f(x): return x * 0x1f\n" * 60
+ASKED = {
+    "context": CONTEXT, "tokens": 6 * CONTEXT, "sample_tokens": 4, "passkey_lengths": [300], "passkey_trials": 2,
+    "speed_rounds": 0,
+}  # fmt: skip
+
+
+def recipe(**asked) -> Recipe:
+    return Recipe.model_validate({"eval": ASKED | asked})
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    """A folder with a dense model, two tied ones of different ranks, one of them with exits, and a text."""
+    root = tmp_path_factory.mktemp("evaluation")
+    save_pico(root / "dense", max_position_embeddings=512)
+    (root / "text.txt").write_text(TEXT)
+    for name, rank in (("small", 2), ("large", 8)):
+        settings = {"init": {"rank": rank, "measure_tokens": 0}}
+        init(str(root / "dense"), str(root / name), Recipe.model_validate(settings))
+    learnt = {"data": [str(root / "text.txt")], "context": 32, "tokens": 256, "exits": True}
+    uptrain(str(root / "large"), str(root / "exits"), Recipe.model_validate({"uptrain": learnt}))
+    return root
+
+
+@pytest.fixture()
+def own_cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("RRTC_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "eval"
+
+
+@pytest.fixture()
+def loaded(monkeypatch) -> list:
+    """The folders of the models that are loaded to be measured."""
+    folders, load = [], measure.load_for_scoring
+    monkeypatch.setattr(measure, "load_for_scoring", lambda folder: folders.append(Path(folder).name) or load(folder))
+    return folders
+
+
+def text_of(models: Path) -> dict:
+    return {"text": [str(models / "text.txt")]}
+
+
+def test_every_model_and_exit_is_asked_everything(models):
+    report = evaluate(str(models / "exits"), recipe(**text_of(models)))
+    rows = {row["model"]: row for row in report["models"]}
+    assert list(rows) == ["dense", "after init", "after uptrain", "exit after loop 1"]
+    assert [row["kind"] for row in rows.values()] == ["dense", "stage", "stage", "exit"]
+    for name in ("dense", "after uptrain", "exit after loop 1"):
+        assert [(one["length"], one["items"]) for one in rows[name]["passkey"]] == [(300, 2)] * 5
+    assert "passkey" not in rows["after init"]
+    assert rows["dense"]["passkey"][0]["difference"] is None is not rows["after uptrain"]["passkey"][0]["difference"]
+    for row in rows.values():
+        assert sum(row["parts"].values()) == row["params_total"]
+    assert "cost" in rows["dense"] and "cost" in rows["after uptrain"] and "cost" not in rows["after init"]
+    cost = rows["after uptrain"]["cost"]
+    assert cost["kv_bytes_per_token"] == rows["dense"]["cost"]["kv_bytes_per_token"]  # looping saves none
+    assert cost["flops_per_token"] > rows["dense"]["cost"]["flops_per_token"]  # LoRA comes on top
+    assert report["of"]["stage"] == "uptrain" and report["speed"] is None and not report["not_run"]
+    (curve,) = report["training"]
+    assert curve["stage"] == "exits" and curve["points"][-1][0] == 256
+
+
+def test_the_loss_by_position_is_that_of_the_tokens_there(models):
+    report = evaluate(str(models / "small"), recipe(**text_of(models)))
+    model = AutoModelForCausalLM.from_pretrained(models / "small").eval()
+    tokenizer = pico_tokenizer()
+    ids = torch.tensor(tokenizer(TEXT)["input_ids"][: 6 * CONTEXT]).view(6, CONTEXT)
+    with torch.no_grad():
+        log_p = model(ids).logits[:, :-1].log_softmax(-1)
+    loss = -log_p.gather(2, ids[:, 1:, None])[..., 0].mean(0)  # of the token with 1, 2, … before it
+    found = report["models"][-1]["by_position"]
+    assert [(one["from"], one["to"]) for one in found] == [(1, 16), (16, 32), (32, 64)]
+    for one in found:
+        assert one["loss"]["value"] == pytest.approx(loss[one["from"] - 1 : one["to"] - 1].mean().item(), abs=1e-4)
+
+
+def test_layers_have_their_ranks_and_what_is_lost_after_them(models):
+    report = evaluate(str(models / "small"), recipe(**text_of(models)))
+    plan = read_plan(read_config(models / "small"))
+    assert [(one["layer"], one["slot"], one["loop"]) for one in report["layers"]] == [
+        (visit.layer, visit.slot, visit.loop) for visit in plan.visits
+    ]
+    assert all(one["tied"] and set(one["ranks"].values()) == {2} for one in report["layers"])
+    ours, theirs = (AutoModelForCausalLM.from_pretrained(models / name).eval() for name in ("small", "dense"))
+    ids = torch.tensor(pico_tokenizer()(TEXT)["input_ids"][: 4 * CONTEXT]).view(4, CONTEXT)
+    with torch.no_grad():
+        states = [model(ids, output_hidden_states=True).hidden_states[1:-1] for model in (ours, theirs)]
+    for one, h, g in zip(report["layers"], *states, strict=False):  # the last state is behind the final norm
+        share = ((h - g).square().sum(-1) / g.square().sum(-1)).mean().item()
+        assert one["residual"] == pytest.approx(share, rel=1e-3)
+    kept = Recipe.model_validate({"init": {"rank": 2, "keep": 1, "measure_tokens": 0}})
+    init(str(models / "dense"), str(models / "kept"), kept)
+    first, second, *_ = evaluate(str(models / "kept"), recipe(**text_of(models)))["layers"]
+    assert not first["tied"] and set(first["ranks"].values()) == {None} and second["tied"]
+
+
+def test_nothing_is_measured_twice(models, own_cache, loaded, capsys):
+    first = evaluate(str(models / "small"), recipe(**text_of(models)))
+    assert loaded == ["dense", "small"]
+    again = evaluate(str(models / "small"), recipe(**text_of(models)))
+    assert again == first and len(loaded) == 2
+    assert "measurements had been made before" in capsys.readouterr().err
+    evaluate(str(models / "large"), recipe(**text_of(models)))  # the dense model is needed for its KL
+    assert loaded[2:] == ["dense", "large"]
+    more = evaluate(str(models / "small"), recipe(passkey_lengths=[320], **text_of(models)))
+    assert more["models"][0]["scores"] == first["models"][0]["scores"]
+    assert more["models"][0]["passkey"] != first["models"][0]["passkey"]
+    # Measured anew, every number is the same.
+    for file in own_cache.iterdir():
+        file.unlink()
+    assert evaluate(str(models / "small"), recipe(**text_of(models))) == first
+
+
+def test_an_interrupted_evaluation_goes_on(models, own_cache, loaded, monkeypatch, tmp_path):
+    from rrtc.eval import measurements
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(measurements, "found", killed)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(str(models / "small"), recipe(**text_of(models)), output=str(tmp_path / "report"))
+    assert not (tmp_path / "report").exists() and loaded == ["dense"]
+    kept = {file.name for file in own_cache.iterdir()}
+    assert len(kept) == 1  # the text, scored by the dense model
+    (own_cache / next(iter(kept))).write_bytes(b"half")  # and what is damaged is measured again
+    evaluate(str(models / "small"), recipe(**text_of(models)), output=str(tmp_path / "report"))
+    assert read_report(tmp_path / "report")["models"] and kept < {file.name for file in own_cache.iterdir()}
+
+
+def test_several_folders_are_compared_in_one_table(models, tmp_path):
+    folders = [str(models / name) for name in ("small", "large", "exits")]
+    result = CliRunner().invoke(
+        app,
+        ["eval", *folders, "-o", str(tmp_path / "report"), "--text", str(models / "text.txt"), "--context", "64"]
+        + ["--tokens", "384", "--passkey-trials", "0", "--speed-rounds", "0", "--sample-tokens", "0"],
+    )
+    assert result.exit_code == 0, result.stderr
+    report = read_report(tmp_path / "report")
+    names = ["dense", "small", "large", "exits", "exits, exit after loop 1"]
+    assert [row["model"] for row in report["models"]] == names and report["of"] is None
+    assert all(name in result.stdout for name in names)
+    alone = evaluate(folders[1], recipe(passkey_trials=0, **text_of(models)))
+    assert report["models"][2]["scores"] == alone["models"][-1]["scores"]
+    assert (tmp_path / "report" / "report.html").exists()
+
+
+def test_what_cannot_be_compared_is_refused(models, tmp_path):
+    small, exits = str(models / "small"), str(models / "exits")
+    with pytest.raises(WrongUsage, match="named twice"):
+        evaluate([small, small + "/"], recipe(**text_of(models)))
+    with pytest.raises(WrongUsage, match="not trained on the same text.*none to compare them on"):
+        evaluate([small, exits], recipe())
+    save_pico(tmp_path / "other", "gpt2")
+    init(str(tmp_path / "other"), str(tmp_path / "tied"), Recipe.model_validate({"init": {"measure_tokens": 0}}))
+    with pytest.raises(WrongUsage, match="were made from different models"):
+        evaluate([small, str(tmp_path / "tied")], recipe(**text_of(models)))
+    with pytest.raises(WrongUsage, match="for one folder"):
+        evaluate([small, exits], recipe(baselines=True, **text_of(models)))
+    with pytest.raises(RrtcError, match="fewer than one context of 64"):
+        (tmp_path / "short.txt").write_text("Too short.")
+        evaluate(small, recipe(text=[str(tmp_path / "short.txt")]))
+
+
+def test_a_report_of_another_version_is_refused(models, tmp_path):
+    evaluate(str(models / "small"), recipe(**text_of(models)), output=str(tmp_path / "report"))
+    file = tmp_path / "report" / "report.json"
+    report = json.loads(file.read_text())
+    for changed, words in ((report | {"schema": 1}, "another version"), ({"schema": 2}, "damaged")):
+        file.write_text(json.dumps(changed))
+        with pytest.raises(RrtcError, match=words):
+            read_report(tmp_path / "report")
+
+
+def test_two_processes_find_what_one_does(models, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import json, sys\nfrom rrtc.eval.stage import evaluate\nfrom rrtc.recipe import Recipe\n"
+        "report = evaluate(sys.argv[1], Recipe.model_validate_json(sys.argv[2]), output=sys.argv[3])\n"
+    )
+    asked = recipe(tokens=5 * CONTEXT, **text_of(models))  # an odd number of windows
+    run = on_two_processes(script, models / "exits", asked.model_dump_json(), tmp_path / "report")
+    assert run.returncode == 0, run.stderr
+    theirs, ours = read_report(tmp_path / "report"), evaluate(str(models / "exits"), asked)
+    theirs, ours = (_rounded(copy.deepcopy(report)) for report in (theirs, ours))
+    assert theirs == ours
+
+
+def _rounded(value):
+    """Sums may be taken in another order."""
+    if isinstance(value, dict):
+        return {key: _rounded(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_rounded(one) for one in value]
+    return pytest.approx(value, abs=1e-5) if isinstance(value, float) else value
