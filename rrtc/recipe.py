@@ -377,11 +377,13 @@ class EvalRecipe(Section):
 class ExportRecipe(Section):
     """The form in which the model leaves."""
 
-    format: Literal["recursive", "dense"] = Field(
-        "recursive", description="recursive: small, shared weights stored once; dense: the stock architecture."
+    format: Literal["recursive", "dense", "onnx"] = Field(
+        "recursive",
+        description="recursive: small, shared weights stored once; dense: the stock architecture; onnx: small, for "
+        "ONNX Runtime and transformers.js.",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Number format of the weights written; auto: as they are."
+        "auto", description="Number format of the weights written; auto: as they are, or float32 for onnx."
     )
     max_shard_size: str = Field("4GB", description="Largest size of one weights file.")
 

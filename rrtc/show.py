@@ -112,29 +112,25 @@ def init(result: dict, folder: str) -> Group:
 
 
 def report(result: dict) -> Group:
-    """What `eval` found: a table of the models, and one of each kind of measurement that was made."""
+    """What `eval` found: tables of the models' sizes and scores, and one of each other kind of measurement."""
     models = result["models"]
-    rows, exits = [], []
-    for row in models:
-        figures = [_figure(row["scores"].get(key), form) for key, form in SHOWN.items()]
-        figures.insert(1, _difference(row["scores"]["bits_per_byte"]))
-        if row["kind"] == "exit":
-            exits.append([row["model"], f"{row['layers_computed']:.0%}", *figures])
-        else:
-            sizes = [count(row["params_total"]), count(row["params_non_embedding"]), size(row["bytes"])]
-            rows.append([row["model"], *sizes, *figures])
-    figures = ["bits/byte", "against dense", "KL", "top-1"]
+    whole, exits = ([row for row in models if (row["kind"] == "exit") == left] for left in (False, True))
+    sizes = [
+        [row["model"], count(row["params_total"]), count(row["params_non_embedding"]), size(row["bytes"])]
+        for row in whole
+    ]
+    scores = ["bits/byte", "against dense", "KL", "top-1"]
     lines = [
-        table(f"Measured against {result['against']}", ["model", "params", "w/o emb.", "bytes", *figures], rows),
+        table(f"Measured against {result['against']}", ["model", "params", "w/o emb.", "bytes"], sizes),
+        table("Scores", ["model", *scores], [[row["model"], *_scores(row)] for row in whole]),
     ]
     if exits:
-        lines.append(table("Left early", ["model", "layers computed", *figures], exits))
+        rows = [[row["model"], f"{row['layers_computed']:.0%}", *_scores(row)] for row in exits]
+        lines.append(table("Left early", ["model", "layers computed", *scores], rows))
     lines += [*_tasks(models), *_passkey(models)]
     scored = ", ".join(f"{name} ({count(n)} tokens)" for name, n in result["tokens"].items())
     lines += [
-        _plain(
-            "KL: nats per token from the dense model. top-1: share of tokens on which both agree. In brackets: 95 %."
-        ),
+        _plain("KL: nats per token from the dense model. top-1: share of tokens on which both agree. [95 % interval]"),
         _plain(f"Scored on: {scored}"),
     ]
     if result["speed"]:
@@ -157,8 +153,10 @@ def report(result: dict) -> Group:
 SHOWN = {"bits_per_byte": "{:.4f}", "kl": "{:.4f}", "top1_agreement": "{:.1%}"}
 
 
-def _figure(score: dict | None, form: str) -> str:
-    return "–" if score is None else form.format(score["value"])
+def _scores(row: dict) -> list[str]:
+    scores = row["scores"]
+    shown = ["–" if key not in scores else form.format(scores[key]["value"]) for key, form in SHOWN.items()]
+    return [shown[0], _difference(scores["bits_per_byte"]), *shown[1:]]
 
 
 def _difference(score: dict) -> str:

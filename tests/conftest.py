@@ -6,6 +6,13 @@ from pathlib import Path
 import pytest
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", CUBLAS_WORKSPACE_CONFIG=":4096:8")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as many workers as cores share them
+
+
+def pytest_collection_modifyitems(items):
+    """The quickstart takes longest, so it begins first."""
+    items.sort(key=lambda item: item.path.name != "test_recipes.py")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -61,8 +61,11 @@ def report() -> dict:
                       "resamples": 1000},
         "tokens": {"held out": 4080},
         "models": [
-            row("dense", "dense", 1.1837, None), row("after init", "stage", 1.3765),
-            row("after uptrain", "stage", 1.2677), row("exit after loop 1", "exit", 1.9, share=0.5), row("whitened SVD", "baseline", 1.7),
+            row("dense", "dense", 1.1837, None),
+            row("after init", "stage", 1.3765),
+            row("after uptrain", "stage", 1.2677),
+            row("exit after loop 1", "exit", 1.9, share=0.5),
+            row("whitened SVD", "baseline", 1.7),
         ],
         "not_run": [{"task": "hellaswag", "why": "There is no network."}], "layers": layers,
         "speed": {"device": "cpu", "rounds": 5, "prompt_tokens": 256, "new_tokens": 32,

@@ -21,7 +21,7 @@ from rrtc.checkpoint import (
     whole_folder,
     write_provenance,
 )
-from rrtc.console import note, warn
+from rrtc.console import note, progress, warn
 from rrtc.errors import RrtcError, WrongUsage
 from rrtc.eval.candidates import (
     Candidate,
@@ -63,6 +63,7 @@ def evaluate(
     context, against) makes the models of the same size for `recipe.eval.baselines`. Raises RrtcError where the models
     do not share a vocabulary, the dense model cannot be found, a text is too short, or there is no such task.
     """
+    measure.process_group()  # before any model is loaded: it says which accelerator is this process's
     paths = [Path(folder) for folder in ([folders] if isinstance(folders, str) else folders)]
     if output is not None:
         for path in paths:
@@ -100,8 +101,6 @@ def evaluate(
             not_run += missing
             candidates += [Candidate(name, "baseline", folder) for name, folder in made.items()]
         rows, last, samples = _measure(dense_candidate(dense), candidates, questions, stored_dtype(paths[-1]))
-    for entry in not_run:
-        warn(f"Not run: {entry['task']}. {entry['why']}")
     report = {
         "schema": SCHEMA,
         "of": {key: provenances[0][key] for key in ("stage", "made")} if len(paths) == 1 else None,
@@ -230,7 +229,10 @@ def _cost(candidate: Candidate, dtype: torch.dtype, questions: Questions) -> dic
 
 def _speed(dense: Examinee, examinee: Examinee, questions: Questions) -> dict | None:
     rounds = questions.recipe.speed_rounds
-    return on_first_process(lambda: speed(dense.model, examinee.model, rounds)) if rounds else None
+    if not rounds:
+        return None
+    with progress("Timing dense and compressed in turn", 1 + rounds) as advance:
+        return on_first_process(lambda: speed(dense.model, examinee.model, rounds, advance))
 
 
 def _layers(candidate: Candidate, examinee: Examinee) -> list[dict]:

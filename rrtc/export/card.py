@@ -32,12 +32,54 @@ CHAT = """inputs = tokenizer.apply_chat_template(
 )"""
 TEXT = 'inputs = tokenizer("The sky is blue because", return_tensors="pt")'
 
+# How to load the ONNX form, whose folder is called {name}.
+ONNX_LOADING = """In a browser or in Node, with [transformers.js](https://huggingface.co/docs/transformers.js), from
+version 3 on; `{name}` is this folder below `localModelPath`, or its id on the hub:
+
+```js
+import {{ env, pipeline }} from "@huggingface/transformers";
+
+env.localModelPath = "./";
+env.allowLocalModels = true;
+const generator = await pipeline("text-generation", "{name}");
+console.log(await generator("The sky is blue because", {{ max_new_tokens: 40, do_sample: false }}));
+```
+
+In Python, with `onnxruntime` and, for the tokenizer, `transformers`:
+
+```python
+import numpy
+import onnxruntime
+from transformers import AutoTokenizer
+
+folder = "{name}"  # where this folder is
+tokenizer = AutoTokenizer.from_pretrained(folder)
+session = onnxruntime.InferenceSession(folder + "/onnx/model.onnx")
+caches = [value for value in session.get_inputs() if value.name.startswith("past")]
+past = {{value.name: numpy.zeros((1, value.shape[1], 0, value.shape[3]), "float32") for value in caches}}
+tokens, done = list(tokenizer("The sky is blue because")["input_ids"]), 0
+for _ in range(40):
+    given = {{
+        "input_ids": numpy.array([tokens[done:]]),
+        "attention_mask": numpy.ones((1, len(tokens)), "int64"),
+        "position_ids": numpy.arange(done, len(tokens))[None],
+    }}
+    logits, *present = session.run(None, given | past)
+    past, done = dict(zip(past, present)), len(tokens)
+    tokens.append(int(logits[0, -1].argmax()))
+print(tokenizer.decode(tokens, skip_special_tokens=True))
+```"""
+
 LIMITS = {
     "recursive": """- Tying saves memory and disk. It saves no arithmetic: a token still passes through {depth} layers.
 - It does not save KV cache either: each of the {depth} layers keeps a place of its own in it.
 - It is not the base model: what tying cost is above, as far as it was measured.""",
     "dense": """- This form has the size of the original: what was saved is in the recursive form, not here.
 - It computes what the recursive form does: what tying cost is above, as far as it was measured.""",
+    "onnx": """- Tying saves download and disk. It saves no arithmetic: a token still passes through {depth} layers.
+- It does not save KV cache either: each of the {depth} layers has its own, which keeps every position.
+- ONNX Runtime may lay out a shared matrix once for each layer that uses it, and then takes more memory than disk.
+- It is not the base model: what tying cost is above, as far as it was measured.""",
 }
 
 
@@ -95,9 +137,9 @@ def _metadata(form: str, name: str, config: RrtConfig, base: dict, licence: dict
     results = _eval_results(report) if report is not None else []
     measured = {"model_name": name, "eval_results": results} if results else {}
     return ModelCardData(
-        library_name="transformers",
+        library_name="transformers.js" if form == "onnx" else "transformers",
         pipeline_tag="text-generation",
-        tags=[*tags, "custom_code"] if form == "recursive" else tags,
+        tags=tags + {"recursive": ["custom_code"], "onnx": ["onnx"]}.get(form, []),
         **licence,
         **relation,
         **measured,
@@ -137,6 +179,8 @@ def _summary(form: str, config: RrtConfig, base: dict) -> str:
     start += "."
     if form == "recursive":
         return f"{start} The shared weights are stored once."
+    if form == "onnx":
+        return f"{start} This is an ONNX graph, in which the shared weights are stored once."
     return (
         f"{start} Here both are multiplied out into ordinary weights for every layer: this is a stock"
         f" `{stock_class(config)}`, for whatever reads that architecture."
@@ -188,7 +232,7 @@ def _measured(provenance: dict, exported: dict, report: dict | None) -> str:
         tokens = report.get("tokens", {})
         texts = ", ".join(f"{n} tokens of '{text}'" for text, n in tokens.items()) if isinstance(tokens, dict) else ""
         on = f", on {texts or f'{tokens} tokens'}" if tokens else ""
-        sizes = " Compressed sizes are those of the recursive form." if exported["format"] == "dense" else ""
+        sizes = " Compressed sizes are those of the recursive form." if exported["format"] != "recursive" else ""
         parts.append(f"By `rrtc eval`{against}{on}; loss and KL in nats per token.{sizes}")
         parts.append(_table([_flat(row) for row in report["models"]]))
         if any("tasks" in row for row in report["models"]):
@@ -248,6 +292,8 @@ def _table(rows: list[dict]) -> str:
 
 
 def _loading(form: str, name: str, config: RrtConfig, chat: bool) -> str:
+    if form == "onnx":
+        return ONNX_LOADING.format(name=name)
     needs = "Needs `transformers` (5.16 or later) and `torch`."
     trust = ""
     if form == "recursive":

@@ -27,6 +27,7 @@ from rrtc.errors import RrtcError
 from rrtc.export.card import write_card
 from rrtc.export.forms import dense_tensors, recursive_tensors, write_dense_config, write_recursive_config
 from rrtc.export.licence import find_licence, forbids_derivatives
+from rrtc.export.onnx_form import check_needed, onnx_bytes, write_onnx
 from rrtc.export.verify import reference, verify
 from rrtc.model import RrtConfig
 from rrtc.model.skeleton import stock_model
@@ -50,7 +51,11 @@ def export(folder: str, output: str, recipe: Recipe, report: str | None = None) 
     evaluation = _report_about(report, provenance)
     chat = load_tokenizer(source).chat_template is not None
     form = recipe.export.format
-    dtype = weights.dtype if recipe.export.dtype == "auto" else recipe.export.dtype
+    dtype = recipe.export.dtype
+    if form == "onnx":
+        check_needed()
+        dtype = "float32" if dtype == "auto" else dtype  # what every device computes in
+    dtype = weights.dtype if dtype == "auto" else dtype
     # The recursive form is copied as it is unless asked otherwise. The dense form has one format: its matrices are new.
     cast = None if form == "recursive" and recipe.export.dtype == "auto" else getattr(torch, dtype)
     shards = parse_size(recipe.export.max_shard_size)
@@ -70,12 +75,12 @@ def export(folder: str, output: str, recipe: Recipe, report: str | None = None) 
         measured = {
             "format": form,
             "dtype": dtype,
-            "bytes": Weights(partial).bytes_on_disk,
+            "bytes": onnx_bytes(partial) if form == "onnx" else Weights(partial).bytes_on_disk,
             "parameters": parameters,
             "max_logit_difference": difference,
             "largest_logit": expected.logits.abs().max().item(),
             "rounding_logit_difference": expected.rounding,
-            "files": sorted([file.name for file in partial.iterdir()] + ["README.md", "rrtc.yaml"]),
+            "files": sorted([*_files(partial), "README.md", "rrtc.yaml"]),
             "seconds": round(time.monotonic() - started, 1),
         }
         value = write_provenance(
@@ -88,6 +93,10 @@ def export(folder: str, output: str, recipe: Recipe, report: str | None = None) 
         )
         write_card(partial, target.name, config, value, measured, evaluation, source, chat)
     return measured
+
+
+def _files(folder: Path) -> list[str]:
+    return [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
 
 
 def _recursive_config(folder: Path) -> RrtConfig:
@@ -127,8 +136,10 @@ def write(source: Path, folder: Path, form: str, dtype: torch.dtype | None, shar
     """Writes the rrtc model in `source` into the existing `folder`, without checking it; returns its parameter count.
 
     dtype: the number format of the weights; None, for the recursive form alone: as they are. One tensor at a time is
-    in memory.
+    in memory, except for the ONNX form. shard_bytes: of no meaning to the ONNX form, whose weights are one file.
     """
+    if form == "onnx":
+        return write_onnx(source, folder, dtype)
     config, weights = _recursive_config(source), Weights(source)
     if form == "dense":
         tensors, total = dense_tensors(weights, config, dtype), len(stock_model(config.base_config).state_dict())

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from rrtc.errors import RrtcError
 from rrtc.model import RrtForCausalLM
@@ -27,6 +28,7 @@ from rrtc.text import longest_context
 
 TEXT = "The quick brown fox jumps over the lazy dog, 1234567890 times."
 ROWS, TOKENS = 2, 48
+PROMPT, NEW_TOKENS = 8, 16  # of greedy generation
 # Largest difference of a logit, as a part of the largest logit. In 16 bits a last digit of a product W' + B·A can round
 # the other way when its sum is taken in another order.
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 1e-3, torch.float16: 1e-3}
@@ -37,12 +39,15 @@ class Reference:
     """What the exported model must compute for `ids` (rows, tokens): `logits` (rows, tokens, vocabulary), float32.
 
     rounding: how far the written number format alone moves a logit at most. text_ids: the token ids of TEXT.
+    greedy: for the ONNX form, the tokens that transformers' greedy generation adds to PROMPT tokens of the first row,
+    and beside each by how much its logit surpassed the second largest.
     """
 
     ids: Tensor
     logits: Tensor
     rounding: float
     text_ids: list[int]
+    greedy: list[tuple[int, float]] = ()
 
 
 def reference(folder: Path, form: str, dtype: torch.dtype | None) -> Reference:
@@ -60,11 +65,12 @@ def reference(folder: Path, form: str, dtype: torch.dtype | None) -> Reference:
     logits = logits_of(model.eval(), ids)
     if not torch.isfinite(logits).all():
         raise RrtcError(f"The model in {folder} computes NaN or infinity.", "Its weights are damaged.")
-    if dtype in (None, torch.float32):
-        return Reference(ids, logits, 0.0, text_ids)
-    (round_products if form == "dense" else round_tensors)(model, dtype)
-    rounded = logits_of(model, ids)
-    return Reference(ids, rounded, (rounded - logits).abs().max().item(), text_ids)
+    rounded = logits
+    if dtype not in (None, torch.float32):
+        (round_products if form == "dense" else round_tensors)(model, dtype)
+        rounded = logits_of(model, ids)
+    greedy = greedy_of(model, ids[:1, :PROMPT]) if form == "onnx" else ()
+    return Reference(ids, rounded, (rounded - logits).abs().max().item(), text_ids, greedy)
 
 
 def fixed_ids(config) -> Tensor:
@@ -77,6 +83,19 @@ def fixed_ids(config) -> Tensor:
 def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
     """(rows, tokens, vocabulary), float32."""
     return model(ids, use_cache=False).logits.float()
+
+
+def greedy_of(model: nn.Module, prompt: Tensor) -> list[tuple[int, float]]:
+    """The tokens that greedy generation adds to `prompt` (1, tokens), at most NEW_TOKENS of them, and the lead of each
+    one's logit over the second largest. What the model's own generation defaults ask for is left aside."""
+    model.generation_config = GenerationConfig()
+    new = min(NEW_TOKENS, model.config.get_text_config().max_position_embeddings - prompt.shape[1])
+    output = model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new, do_sample=False, output_logits=True,
+        return_dict_in_generate=True,
+    )  # fmt: skip
+    best = torch.stack(output.logits)[:, 0].float().topk(2).values
+    return list(zip(output.sequences[0, prompt.shape[1] :].tolist(), (best[:, 0] - best[:, 1]).tolist(), strict=True))
 
 
 @torch.no_grad()
@@ -113,9 +132,10 @@ def verify(folder: Path, form: str, expected: Reference, dtype: torch.dtype) -> 
     """Loads the export in `folder` in a fresh process and returns the largest difference of a logit.
 
     dtype: the number format most of it is written in. Raises RrtcError where the folder does not load, where a tensor
-    is missing or left over, where the tokenizer is another one, or where a logit differs by more than TOLERANCE.
+    is missing or left over, where the tokenizer is another one, where a logit differs by more than TOLERANCE, or where
+    greedy generation, if it is compared, takes another token that is not as good up to that.
     """
-    report, logits = _reload(folder, form, expected.ids)
+    report, logits = _reload(folder, form, expected)
     failed = "The export was written, but it is not the model it was made from: "
     hint = "This is a fault in rrtc: please report it with the model's config."
     if report["problems"]:
@@ -128,24 +148,33 @@ def verify(folder: Path, form: str, expected: Reference, dtype: torch.dtype) -> 
     difference = (logits - expected.logits).abs().max().item()
     if not difference <= TOLERANCE[dtype] * scale:  # a NaN is a failure too
         raise RrtcError(f"{failed}a logit differs by {difference:.3g}, and the largest is {scale:.3g}.", hint)
+    for number, (token, lead) in enumerate(expected.greedy):
+        if report["greedy"][number] != token:
+            if lead > TOLERANCE[dtype] * scale:
+                raise RrtcError(f"{failed}greedy generation differs from token {number + 1} on.", hint)
+            break  # the two best were equal up to rounding, and from here on the texts are different ones
     return difference
 
 
-def _reload(folder: Path, form: str, ids: Tensor) -> tuple[dict, Tensor]:
-    """(what reload.py reports, the logits it computed). Remote code is unpacked in a temporary folder, and goes."""
+def _reload(folder: Path, form: str, expected: Reference) -> tuple[dict, Tensor]:
+    """(what the fresh process reports, the logits it computed). Remote code is unpacked in a temporary folder, and
+    goes."""
+    ids, program = expected.ids, "reload_onnx.py" if form == "onnx" else "reload.py"
     with tempfile.TemporaryDirectory(prefix="rrtc-verify-") as scratch:
         job = {
             "folder": str(Path(folder).absolute()),
             "trust_remote_code": form == "recursive",
             "ids": ids.tolist(),
             "text": TEXT,
+            "prompt": ids[0, :PROMPT].tolist(),
+            "new_tokens": len(expected.greedy),
             "logits": f"{scratch}/logits.safetensors",
             "report": f"{scratch}/report.json",
         }
         Path(scratch, "job.json").write_text(json.dumps(job))
         offline = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": f"{scratch}/modules"}
         child = subprocess.run(
-            [sys.executable, "-P", str(Path(__file__).with_name("reload.py")), f"{scratch}/job.json"],
+            [sys.executable, "-P", str(Path(__file__).with_name(program)), f"{scratch}/job.json"],
             cwd=scratch, env=os.environ | offline, stdin=subprocess.DEVNULL,  # transformers must ask nobody anything
             capture_output=True, text=True, check=False,
         )  # fmt: skip

@@ -1,0 +1,182 @@
+"""The ONNX form: the model it was made from, with any lengths, padding and cache, and shared weights stored once."""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from test_export import IDS, LAST_NORM, change_tensors, make_rrt, recipe, run_python
+from transformers import GenerationConfig
+
+from rrtc import checkpoint
+from rrtc.errors import RrtcError
+from rrtc.export import onnx_form, stage, verify
+from rrtc.model import RrtForCausalLM
+
+onnxruntime = pytest.importorskip("onnxruntime", reason="needs rrtc[onnx]")
+ir = pytest.importorskip("onnx_ir", reason="needs rrtc[onnx]")
+
+LAYERS = {"num_hidden_layers": 2}  # one slot, visited twice
+HYBRID = LAYERS | {"layer_types": ["sliding_attention", "full_attention"]}
+GRAPH_BYTES = 60_000  # the graph itself, of two layers
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> tuple[Path, Path, dict]:
+    """(an rrtc folder, its ONNX form, what export returned); tests must not change them."""
+    folder = tmp_path_factory.mktemp("onnx")
+    source = make_rrt(folder / "rrt", **LAYERS)
+    return source, folder / "out", stage.export(str(source), str(folder / "out"), recipe(format="onnx"))
+
+
+def graph_of(folder: Path):
+    return ir.load(folder / onnx_form.GRAPH)
+
+
+def padded_greedy(folder: Path, ids: torch.Tensor, mask: torch.Tensor, new_tokens: int) -> tuple:
+    """(tokens, logits of each step) of greedy generation with the graph in `folder`, in a batch with padding."""
+    session = onnxruntime.InferenceSession(folder / onnx_form.GRAPH)
+    caches = [value for value in session.get_inputs() if value.name.startswith("past_key_values.")]
+    past = {value.name: numpy.zeros((len(ids), value.shape[1], 0, value.shape[3]), "float32") for value in caches}
+    sequence, mask, given, steps = ids.numpy(), mask.numpy(), ids.numpy(), []
+    for _ in range(new_tokens):
+        positions = numpy.maximum(mask.cumsum(1) - 1, 0)[:, -given.shape[1] :]
+        feed = {"input_ids": given, "attention_mask": mask, "position_ids": positions} | past
+        logits, *present = session.run(None, feed)
+        past = dict(zip(past, present, strict=True))
+        steps.append(logits[:, -1])
+        given = logits[:, -1:].argmax(-1)
+        sequence, mask = numpy.append(sequence, given, 1), numpy.append(mask, numpy.ones_like(given), 1)
+    return torch.tensor(sequence), torch.tensor(numpy.stack(steps))
+
+
+def compare_padded_greedy(source: Path, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Asserts that both generate the same, for rows of different lengths and past a sliding window of 8 tokens; the
+    weights in `folder` are rounded to `dtype`."""
+    model = RrtForCausalLM.from_pretrained(source).eval()
+    verify.round_tensors(model, dtype)
+    model.generation_config = GenerationConfig(pad_token_id=2)
+    ids, mask = IDS[:, :11], torch.ones_like(IDS[:, :11])
+    mask[1, :4] = 0
+    expected = model.generate(
+        ids, attention_mask=mask, max_new_tokens=8, do_sample=False, output_logits=True, return_dict_in_generate=True
+    )
+    tokens, logits = padded_greedy(folder, ids, mask, 8)
+    assert torch.equal(tokens, expected.sequences)
+    torch.testing.assert_close(logits, torch.stack(expected.logits), atol=1e-5, rtol=0)
+
+
+def check_stored_once(graph, source: Path) -> None:
+    """Asserts that the matrices in `graph` are those of the recursive model, each as often as there."""
+    weights = checkpoint.Weights(source)
+    shapes = sorted(sorted(weights.shape(name)) for name in weights if len(weights.shape(name)) == 2)
+    found = [list(value.shape) for value in graph.graph.initializers.values() if len(value.shape) == 2]
+    assert sorted(map(sorted, found)) == shapes
+    uses = [len(value.uses()) for value in graph.graph.initializers.values() if len(value.shape) == 2]
+    assert max(uses) == 2  # a shared one is read by both visits
+
+
+def test_the_export_is_small_verified_and_says_so(made, tmp_path):
+    source, target, result = made
+    recursive = (source / "model.safetensors").stat().st_size
+    assert result["files"] == sorted(
+        file.relative_to(target).as_posix() for file in target.rglob("*") if file.is_file()
+    )
+    assert {"onnx/model.onnx", "onnx/model.onnx_data", "tokenizer.json"} < set(result["files"])
+    assert "model.safetensors" not in result["files"]
+    assert (target / onnx_form.DATA).stat().st_size <= recursive
+    assert result["bytes"] < recursive + GRAPH_BYTES
+    check_stored_once(graph_of(target), source)
+    assert (result["format"], result["dtype"]) == ("onnx", "float32")
+    assert result["parameters"] == checkpoint.read_provenance(source)["measured"]["init"]["params_total"]
+    assert 0 < result["max_logit_difference"] < 1e-5 < result["largest_logit"]
+    assert checkpoint.read_provenance(target)["measured"]["export"] == result
+
+    config = json.loads((target / "config.json").read_text())
+    assert (config["model_type"], config["num_hidden_layers"], config["head_dim"]) == ("llama", 2, 12)
+    assert config["transformers.js_config"] == {"dtype": "fp32", "use_external_data_format": {"model.onnx": 1}}
+    cache = graph_of(target).graph.inputs[3]
+    assert (cache.name, [str(length) for length in cache.shape]) == (
+        "past_key_values.0.key", ["batch_size", "2", "past_sequence_length", "12"],
+    )  # fmt: skip
+
+    card = ModelCard.load(target / "README.md")
+    assert (card.data.library_name, "onnx" in card.data.tags) == ("transformers.js", True)
+    written = yaml.safe_load(re.search(r"## Recipe\n\n```yaml\n(.*?)```", card.text, re.S)[1])
+    assert written["export"]["format"] == "onnx"
+    snippet = re.search(r"```python\n(.*?)```", card.text, re.S)[1]
+    assert run_python("import sys; sys.modules['rrtc'] = None\n" + snippet, cwd=target.parent).strip()
+
+
+def test_padding_cache_and_any_length(made):
+    compare_padded_greedy(*made[:2])
+
+
+def test_sliding_windows_and_shared_norms(tmp_path):
+    source, target = make_rrt(tmp_path / "rrt", "gemma3", "shared", **HYBRID), tmp_path / "out"
+    target.mkdir()
+    stage.write(source, target, "onnx", torch.float32, 0)
+    assert (target / onnx_form.DATA).stat().st_size <= (source / "model.safetensors").stat().st_size
+    compare_padded_greedy(source, target)
+
+
+def test_sixteen_bits_take_half_the_space_and_compute_the_rounded_model(tmp_path):
+    source, target = make_rrt(tmp_path / "rrt", "gpt2", **LAYERS), tmp_path / "out"
+    result = stage.export(str(source), str(target), recipe(format="onnx", dtype="float16"))
+    assert result["max_logit_difference"] < 1e-5 < result["rounding_logit_difference"]
+    assert (target / onnx_form.DATA).stat().st_size < 0.55 * (source / "model.safetensors").stat().st_size
+    matrices = [value for value in graph_of(target).graph.initializers.values() if len(value.shape) == 2]
+    assert {value.dtype for value in matrices} == {ir.DataType.FLOAT16}
+    compare_padded_greedy(source, target, torch.float16)
+
+
+def test_a_wrong_graph_leaves_no_folder(made, tmp_path, monkeypatch):
+    def damaged(model):
+        graph = graph_of(made[1])
+        value = max(graph.graph.initializers.values(), key=lambda value: value.const_value.size)
+        value.const_value = ir.tensor(value.const_value.numpy()[::-1].copy(), name=value.name)
+        return graph
+
+    monkeypatch.setattr(onnx_form, "_trace", damaged)
+    with pytest.raises(RrtcError, match="a logit differs by"):
+        stage.export(str(made[0]), str(tmp_path / "out"), recipe(format="onnx"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_tokens_are_a_failure_unless_two_were_equally_good(made):
+    source, target, _ = made
+    expected = verify.reference(source, "onnx", None)
+    assert len(expected.greedy) == verify.NEW_TOKENS
+    (token, lead), *others = expected.greedy
+    expected.greedy[:] = [(token + 1, 0.0), *others]
+    verify.verify(target, "onnx", expected, torch.float32)
+    expected.greedy[:] = [(token + 1, lead), *others]
+    with pytest.raises(RrtcError, match="greedy generation differs from token 1 on"):
+        verify.verify(target, "onnx", expected, torch.float32)
+
+
+def test_what_cannot_be_exported_is_one_sentence(made, tmp_path, monkeypatch):
+    source, output = make_rrt(tmp_path / "rrt", **LAYERS), tmp_path / "out"
+
+    def untraceable(self, input_ids, attention_mask, position_ids, past):
+        raise NotImplementedError("no such operation\nand much advice")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(onnx_form._Cached, "forward", untraceable)
+        with pytest.raises(RrtcError, match="ONNX graph: NotImplementedError no such operation$"):
+            stage.export(str(source), str(output), recipe(format="onnx"))
+    with monkeypatch.context() as patched:
+        known = importlib.util.find_spec
+        patched.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else known(name))
+        with pytest.raises(RrtcError, match="needs onnxscript, which is not installed") as error:
+            stage.export(str(source), str(output), recipe(format="onnx"))
+        assert "pip install rrtc[onnx]" in error.value.hint
+    change_tensors(source, lambda tensors: tensors[LAST_NORM].fill_(1e6))
+    with pytest.raises(RrtcError, match="does not fit float16"):
+        stage.export(str(source), str(output), recipe(format="onnx", dtype="float16"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rrt"]
