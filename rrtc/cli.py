@@ -275,6 +275,11 @@ def export_command(
         str | None,
         typer.Option("--report", metavar="REPORT_DIR", help="What 'rrtc eval -o' wrote, for the model card."),
     ] = None,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option("--push-to-hub", metavar="USER/NAME", help="Upload the verified export into a new repository."),
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make that repository a private one.")] = False,
     json: Json = None,
     *,
     recipe: Recipe,
@@ -284,12 +289,20 @@ def export_command(
     Example: rrtc export healed -o release --format dense
     """
     target = _needs_output(output)
+    if private and push_to_hub is None:
+        raise WrongUsage("Only what is pushed can be private.", "Add --push-to-hub USER/NAME, or leave out --private.")
     _needs_one_process("export")
     _quiet_libraries()
     from rrtc.export import stage
+    from rrtc.export.push import check_push, push
 
+    if push_to_hub is not None:
+        check_push(push_to_hub)
     result = stage.export(folder, target, recipe, report)
     _print(show.export(result, target), json)
+    if push_to_hub is not None:
+        result = result | {"pushed_to": push(target, push_to_hub, private)}
+        _print(f"Pushed to {result['pushed_to']}.", json)
     return result
 
 

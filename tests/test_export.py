@@ -165,8 +165,17 @@ def test_recursive_export_with_report_and_licence(tmp_path):
     size = checkpoint.read_provenance(source)["measured"]["init"]["params_total"]
     scores = ({"bits_per_byte": 0.87654, "loss": 2.5}, {"bits_per_byte": 1.98765, "loss": 4.5, "kl": 2.25})
     models = [
-        {"model": name, "params_total": params, "bytes": bytes_, "scores": {k: {"value": v} for k, v in found.items()}}
-        for name, params, bytes_, found in (("dense", 999, 4000, scores[0]), ("after init", size, 2000, scores[1]))
+        {
+            "model": name,
+            "kind": kind,
+            "params_total": params,
+            "bytes": bytes_,
+            "scores": {k: {"value": v} for k, v in found.items()},
+        }
+        for name, kind, params, bytes_, found in (
+            ("dense", "dense", 999, 4000, scores[0]),
+            ("after init", "stage", size, 2000, scores[1]),
+        )
     ]
     models[1]["tasks"] = {"piqa": {"metric": "acc_norm", "items": 500, "value": 0.6125, "stderr": 0.021}}
     models[1]["task_average"] = {"value": 0.6125}
@@ -194,6 +203,12 @@ def test_recursive_export_with_report_and_licence(tmp_path):
     assert (card.data.license, card.data.base_model, card.data.library_name) == (
         "apache-2.0", "maker/model", "transformers",
     )  # fmt: skip
+    assert (card.data.base_model_relation, card.data.model_name) == ("finetune", "out")
+    assert [(r.dataset_name, r.metric_type, r.metric_value) for r in card.data.eval_results] == [
+        ("held out", "bits_per_byte", 1.9876), ("held out", "loss", 4.5), ("held out", "kl", 2.25),
+        ("piqa", "acc_norm", 0.6125),
+    ]  # fmt: skip
+    assert card.data.eval_results[-1].metric_name == "acc_norm of 500 items"
     rows = [line for line in card.text.splitlines() if line.startswith("| ")]
     assert rows[2:] == [
         "| dense | 999 | 4 kB | 0.8765 | 2.5000 | – | – |",

@@ -117,7 +117,7 @@ def write_card(
         "## Recipe",
         f"```yaml\n{yaml.safe_dump(provenance['recipe'], sort_keys=False, allow_unicode=True)}```",
     ]
-    text = f"---\n{_metadata(form, config, base, licence)}\n---\n\n" + "\n\n".join(sections) + "\n"
+    text = f"---\n{_metadata(form, name, config, base, licence, report)}\n---\n\n" + "\n\n".join(sections) + "\n"
     (folder / "README.md").write_text(text, encoding="utf8")
 
 
@@ -128,18 +128,40 @@ def hub_id(base: dict) -> str | None:
     return uri if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", uri) and not uri.endswith(".gguf") and not is_local else None
 
 
-def _metadata(form: str, config: RrtConfig, base: dict, licence: dict) -> str:
+def _metadata(form: str, name: str, config: RrtConfig, base: dict, licence: dict, report: dict | None) -> str:
     from huggingface_hub import ModelCardData
 
     tags = ["rrtc", "recursive-transformer", "compression", config.base_config.model_type, "arxiv:2410.20672"]
+    # Of the hub's relations (adapter, merge, quantized, finetune), the one for weights that were changed by training.
     relation = {"base_model": hub_id(base), "base_model_relation": "finetune"} if hub_id(base) else {}
+    results = _eval_results(report) if report is not None else []
+    measured = {"model_name": name, "eval_results": results} if results else {}
     return ModelCardData(
         library_name="transformers.js" if form == "onnx" else "transformers",
         pipeline_tag="text-generation",
         tags=tags + {"recursive": ["custom_code"], "onnx": ["onnx"]}.get(form, []),
         **licence,
         **relation,
+        **measured,
     ).to_yaml()
+
+
+def _eval_results(report: dict) -> list:
+    """The scores of the model that was evaluated, the last stage of `report`, as huggingface_hub.EvalResult."""
+    from huggingface_hub import EvalResult
+
+    stages = [row for row in report["models"] if row["kind"] == "stage"]
+    if not stages:
+        return []
+    text = {"dataset_type": "text", "dataset_name": ", ".join(report["tokens"])}
+    found = [(text, name, COLUMNS[name][0], score["value"]) for name, score in stages[-1]["scores"].items()]
+    for task, score in stages[-1].get("tasks", {}).items():
+        about = {"dataset_type": task, "dataset_name": task}
+        found.append((about, score["metric"], f"{score['metric']} of {score['items']} items", score["value"]))
+    return [
+        EvalResult("text-generation", **about, metric_type=metric, metric_name=called, metric_value=round(value, 4))
+        for about, metric, called, value in found
+    ]
 
 
 def _summary(form: str, config: RrtConfig, base: dict) -> str:

@@ -47,6 +47,7 @@ class RrtConfig(PreTrainedConfig):
             # the dense model that the caller may be using.
             self.base_config = copy.deepcopy(base)
         if base is not None:
+            self.base_config._attn_implementation = None  # what the caller's model runs is no choice for this one
             # These say which class and which code load the dense model, and must not load this one.
             self.base_config.architectures = None
             vars(self.base_config).pop("auto_map", None)

@@ -241,7 +241,10 @@ class RrtPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: RrtConfig):
         base = config.base_config
-        base._attn_implementation = config._attn_implementation  # where none is asked for, the stock model chooses
+        if (
+            config._attn_implementation is not None
+        ):  # vLLM asks the dense config; where nobody asks, the stock model chooses
+            base._attn_implementation = config._attn_implementation
         super().__init__(config)
         stock = self._stock_classes[type(base)](base)
         graft(stock, config.visits, config.norms)
