@@ -35,9 +35,12 @@ class Scores:
 @dataclass(frozen=True)
 class TokenScores:
     """The same of every scored token, each (windows, context - 1), float32 on the CPU; kl and top1_agreement are None
-    without a reference model."""
+    without a reference model. confidence: the probability of the most probable token; correct: 1 where that is the
+    token, else 0."""
 
     loss: Tensor
+    confidence: Tensor
+    correct: Tensor
     kl: Tensor | None = None
     top1_agreement: Tensor | None = None
 
@@ -92,7 +95,7 @@ def score_tokens(
 ) -> list[TokenScores]:
     """What `score` is the mean of: of the model, and then of what it says if it is left after the layer at each of the
     places `exits`. advance is called after each window."""
-    rows: list[list[Tensor]] = [[] for _ in range(1 + len(exits))]  # of each window (1 or 3, tokens)
+    rows: list[list[Tensor]] = [[] for _ in range(1 + len(exits))]  # of each window (3 or 5, tokens)
     for ids in windows.ids:
         ids = ids.unsqueeze(0).to(model.device)  # (1, context)
         targets = ids[0, 1:]
@@ -105,17 +108,18 @@ def score_tokens(
 
 
 def _scored(logits: Tensor, targets: Tensor, reference_logits: Tensor | None) -> Tensor:
-    """(1, tokens): the loss of each of `targets` (tokens,); with a reference (3, tokens): loss, kl and whether both
-    agree. Both logits: (tokens, vocabulary)."""
+    """The fields of TokenScores for each of `targets` (tokens,), all five with a reference: (3 or 5, tokens). Both
+    logits: (tokens, vocabulary)."""
     parts = []
     for start in range(0, len(targets), TOKENS_AT_ONCE):
         part = slice(start, start + TOKENS_AT_ONCE)
         log_p = logits[part].float().log_softmax(-1)
-        found = [-log_p.gather(1, targets[part, None])[:, 0]]
+        highest, best = log_p.max(-1)
+        found = [-log_p.gather(1, targets[part, None])[:, 0], highest.exp(), (best == targets[part]).float()]
         if reference_logits is not None:
             log_q = reference_logits[part].float().log_softmax(-1)
             found.append((log_q.exp() * (log_q - log_p)).sum(-1))
-            found.append((log_q.argmax(-1) == log_p.argmax(-1)).float())
+            found.append((log_q.argmax(-1) == best).float())
         parts.append(torch.stack(found))
     return torch.cat(parts, 1).cpu()
 

@@ -11,9 +11,11 @@ models         a row a model, dense first, then the stages that the folder went 
                    layers_computed  share from 0 to 1; in all rows where exits were trained, else in none
                    params_total, params_non_embedding, bytes (as stored; the dense model's in the same number format),
                    parts            parameters by part: embeddings, head, shared, own, lora, low_rank, norms_and_biases
-                   scores           loss (nats per token), bits_per_byte, kl (nats per token, from the dense model) and
-                                    top1_agreement (share from 0 to 1), over all texts; the last two not for dense
-                   texts            the same four by the text's name
+                   scores           loss (nats per token), bits_per_byte, calibration_error (share from 0 to 1: how far
+                                    the probability of the most probable token is from how often it is right), kl
+                                    (nats per token, from the dense model) and top1_agreement (share from 0 to 1), over
+                                    all texts; the last two not for dense
+                   texts            the same five by the text's name
                    by_position      loss over the tokens that have so many before them in their window: a list of
                                     {from, to (not included), and a score}
                    tasks            by name: {metric, items, and a score, a share from 0 to 1}

@@ -77,7 +77,7 @@ def test_the_scores_of_every_stage_and_text_are_right(stages):
             for key, value in expected.items():
                 if key in row["texts"][name]:
                     assert row["texts"][name][key]["value"] == pytest.approx(value, abs=1e-4), (folder, name, key)
-    assert report["models"][0]["texts"]["prose.txt"].keys() == {"loss", "bits_per_byte"}
+    assert report["models"][0]["texts"]["prose.txt"].keys() == {"loss", "bits_per_byte", "calibration_error"}
     dense, _, healed = report["models"]
     both = healed["texts"].values()
     whole = healed["scores"]["loss"]

@@ -5,7 +5,7 @@ import math
 import numpy
 import pytest
 
-from rrtc.eval.statistics import average, estimate
+from rrtc.eval.statistics import average, calibration_error, estimate
 
 ITEMS = numpy.random.default_rng(1).normal(2.0, 3.0, 400)
 
@@ -60,6 +60,26 @@ def test_an_average_has_the_error_of_independent_parts():
     assert score["difference"]["value"] == pytest.approx(single["difference"]["value"])
     width, whole = (s["difference"]["high"] - s["difference"]["low"] for s in (score, single))
     assert width == pytest.approx(whole / 2, rel=0.15)
+
+
+def test_a_model_that_is_as_often_right_as_it_says_is_calibrated():
+    draw = numpy.random.default_rng(5)
+    confidence = draw.uniform(0.05, 1, (40, 500))
+    right = (draw.random(confidence.shape) < confidence).astype(float)
+    honest = calibration_error(confidence, right, None, [0]).as_score()
+    assert honest["value"] < 0.015 and honest["stderr"] < 0.005
+    boasting = calibration_error(numpy.minimum(confidence + 0.2, 1), right, (confidence, right), [0]).as_score()
+    expected = (numpy.minimum(confidence + 0.2, 1) - confidence).mean()
+    assert boasting["value"] == pytest.approx(expected, abs=0.01)
+    assert boasting["difference"]["value"] == pytest.approx(boasting["value"] - honest["value"])
+    assert boasting["difference"]["low"] < boasting["difference"]["value"] < boasting["difference"]["high"]
+
+
+def test_calibration_is_counted_by_the_bin():
+    confidence = numpy.array([[0.05, 0.06, 0.95], [1.0, 0.5, 0.52]])
+    right = numpy.array([[0.0, 1.0, 1.0], [1.0, 0.0, 1.0]])
+    # Bins of 1/15: {0.05, 0.06}, {0.95, 1.0}, {0.5, 0.52}: |0.11 - 1|, |1.95 - 2|, |1.02 - 1|
+    assert calibration_error(confidence, right, None, [0]).value == pytest.approx((0.89 + 0.05 + 0.02) / 6)
 
 
 def test_a_single_item_has_no_error():

@@ -16,7 +16,7 @@ from rrtc.eval.group import from_first_process
 from rrtc.resume import whole_file
 from rrtc.source import cache_folder
 
-VERSION = 1  # of what is measured and how; old measurements are not found under another
+VERSION = 2  # of what is measured and how; old measurements are not found under another
 
 Measurement = dict[str, NDArray]  # figures of single items by what they are
 

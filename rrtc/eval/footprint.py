@@ -21,7 +21,9 @@ PROMPT, NEW = 24, 8  # tokens
 
 def main(folder: str, dtype: str) -> int:
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(accelerator or "cpu").eval()
+    safe = {"use_safetensors": True, "trust_remote_code": False}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), **safe)
+    model.to(accelerator or "cpu").eval()
     gc.collect()
     reset_peak(accelerator)
     ids = (torch.arange(PROMPT, device=model.device) % model.config.get_text_config().vocab_size)[None]

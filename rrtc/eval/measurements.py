@@ -83,7 +83,7 @@ class Examinee:
         return every
 
     def _text(self, name: str, windows: Windows) -> list[Measurement]:
-        exits, fields = self.candidate.exits, ("loss", "kl", "top1_agreement")
+        exits, fields = self.candidate.exits, ("loss", "confidence", "correct", "kl", "top1_agreement")
         reference = None if self._dense is None else self._dense._fingerprint
         ids = hashlib.sha256(windows.ids.numpy().tobytes()).hexdigest()
 
@@ -98,7 +98,7 @@ class Examinee:
                     return torch.stack(kept, 1).numpy()  # (windows, rows x fields, tokens)
 
                 found = spread(len(windows.ids), of)
-            used = fields if self._dense is not None else fields[:1]
+            used = fields if self._dense is not None else fields[:3]
             names = [f"{row}.{key}" for row in range(1 + len(exits)) for key in used]
             return {key: numpy.ascontiguousarray(found[:, number]) for number, key in enumerate(names)}
 

@@ -78,12 +78,13 @@ def _models(report: dict) -> Table:
                 size(row["bytes"]),
                 _score(scores["bits_per_byte"], "{:.4f}"),
                 _difference(scores["bits_per_byte"], "{:+.4f}"),
+                _score(scores.get("calibration_error"), "{:.1f} %", 100),
                 _score(scores.get("kl"), "{:.4f}"),
                 _score(scores.get("top1_agreement"), "{:.1f} %", 100),
             ]
         )
     columns = ["model", "layers computed", "parameters", "w/o embeddings", "bytes", "bits per byte", "from dense",
-               "KL (nats)", "top-1 agreement"]  # fmt: skip
+               "calibration error", "KL (nats)", "top-1 agreement"]  # fmt: skip
     note = (
         "KL: per token, from the dense model's distribution. Top-1: tokens of which both find the same most probable."
     )

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 RESAMPLES = 1000
 INTERVAL = (2.5, 97.5)  # percentiles
+BINS = 15  # of probabilities, equally wide
 AT_ONCE = 50  # resamples: bounds the memory for tasks of many items
 
 
@@ -64,6 +65,35 @@ def estimate(values: NDArray, sizes: NDArray | None, dense: NDArray | None, seed
         return Estimate(float(ratio(values, sizes)), resampled(values))
     beside = values - numpy.asarray(dense, float)
     return Estimate(float(ratio(values, sizes)), resampled(values), float(ratio(beside, sizes)), resampled(beside))
+
+
+def calibration_error(
+    confidence: NDArray, correct: NDArray, dense: tuple[NDArray, NDArray] | None, seed: Sequence[int]
+) -> Estimate:
+    """By how much the probability of a model's most probable token differs from how often that token is right: the mean
+    over tokens, where those of like probability count together (BINS; Guo et al., arXiv 1706.04599, equation 3).
+
+    confidence, correct: (windows, tokens), with 1 where the token was right. dense: the same two of the dense model.
+    """
+    windows, tokens = confidence.shape
+
+    def gaps(confidence, correct):  # (windows, BINS): how far the sums are apart
+        places = numpy.minimum((confidence * BINS).astype(int), BINS - 1) + BINS * numpy.arange(windows)[:, None]
+        found = numpy.bincount(places.ravel(), (confidence.astype(float) - correct).ravel(), windows * BINS)
+        return found.reshape(windows, BINS)
+
+    def errors(gaps, drawn):  # drawn: how often each window was, (samples, windows)
+        return numpy.abs(drawn @ gaps).sum(-1) / (windows * tokens)
+
+    once = numpy.ones((1, windows))
+    drawn = numpy.random.default_rng(seed).multinomial(windows, numpy.full(windows, 1 / windows), RESAMPLES)
+    ours = gaps(confidence, correct)
+    value, resampled = float(errors(ours, once)[0]), errors(ours, drawn) if windows > 1 else None
+    if dense is None:
+        return Estimate(value, resampled)
+    theirs = gaps(*dense)
+    difference = None if resampled is None else resampled - errors(theirs, drawn)
+    return Estimate(value, resampled, value - float(errors(theirs, once)[0]), difference)
 
 
 def average(estimates: Sequence[Estimate]) -> Estimate:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from rrtc.eval.cache import Measurement
 from rrtc.eval.measurements import Answers, Questions
 from rrtc.eval.passkey import Probe
-from rrtc.eval.statistics import Estimate, average, estimate
+from rrtc.eval.statistics import Estimate, average, calibration_error, estimate
 from rrtc.eval.tasks import Task
 
 TEXT_SCORES = ("loss", "bits_per_byte", "kl", "top1_agreement")
@@ -38,10 +38,13 @@ def scores_of(answers: Answers, dense: Answers | None, questions: Questions) -> 
 
 
 def _text_scores(names: Sequence[str], answers: Answers, dense: Answers | None, questions: Questions) -> dict:
-    """The four scores over the texts of these names; a window is an item."""
+    """The scores over the texts of these names; a window is an item."""
 
     def sums(of: Answers, key: str) -> NDArray:
         return numpy.concatenate([of.texts[name][key].sum(1, dtype=float) for name in names])
+
+    def whole(of: Answers) -> tuple[NDArray, NDArray]:
+        return tuple(numpy.concatenate([of.texts[name][key] for name in names]) for key in ("confidence", "correct"))
 
     tokens = numpy.concatenate([numpy.full(*_windows(answers.texts[name])) for name in names])
     per_token = numpy.repeat(
@@ -56,7 +59,9 @@ def _text_scores(names: Sequence[str], answers: Answers, dense: Answers | None, 
             beside = sums(dense, key) if dense is not None and key == "loss" else None
             seed = _seed(questions.recipe.seed, *names)
             found[score] = estimate(sums(answers, key), sizes.get(score, tokens), beside, seed).as_score()
-    return found
+    theirs = None if dense is None else whole(dense)
+    error = calibration_error(*whole(answers), theirs, _seed(questions.recipe.seed, *names))
+    return found | {"calibration_error": error.as_score()}
 
 
 def _windows(scores: Measurement) -> tuple[int, float]:

@@ -22,6 +22,7 @@ COLUMNS = {
     "bytes": ("on disk", size),
     "bits_per_byte": ("bits per byte", "{:.4f}".format),
     "loss": ("loss", "{:.4f}".format),
+    "calibration_error": ("calibration error", "{:.1%}".format),
     "kl": ("KL to dense", "{:.4f}".format),
     "top1_agreement": ("top-1 agreement", "{:.1%}".format),
     "task_average": ("tasks, average", "{:.1%}".format),
