@@ -86,7 +86,7 @@ def test_the_backend_finds_one_attention_module_for_each_visit(architecture, nor
     assert {"input_ids", "inputs_embeds", "position_ids"} <= inspect.signature(RrtModel.forward).parameters.keys()
     found = []
     for module in model.modules():
-        source = inspect.getsource(type(module).forward) if hasattr(type(module), "layer_idx") is False else ""
+        source = inspect.getsource(type(module).forward)
         if "= ALL_ATTENTION_FUNCTIONS" in source:
             assert source.count(" attention_interface(") == 1
             assert module.config._attn_implementation == "vllm"

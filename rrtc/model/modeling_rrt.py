@@ -241,7 +241,8 @@ class RrtPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: RrtConfig):
         base = config.base_config
-        if config._attn_implementation is not None:  # where nobody asks, the dense config or the stock model chooses
+        # vLLM asks for its kernel in the dense config. Where nobody asks for one, the stock model chooses.
+        if config._attn_implementation is not None:
             base._attn_implementation = config._attn_implementation
         super().__init__(config)
         stock = self._stock_classes[type(base)](base)
