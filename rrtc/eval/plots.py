@@ -119,7 +119,7 @@ def _tasks(report: dict) -> Picture | None:
                 fmt="o", markersize=4, capsize=2, color=_colour(report["models"].index(row)), label=row["model"],
             )  # fmt: skip
         axis.set_yticks(range(len(names)), names)
-        axis.invert_yaxis()
+        axis.set_ylim(len(names) - 0.5, -0.5)  # the first task on top
         axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axis.set(xlabel="Score (± standard error)")
         _legend(figure, len(rows))
