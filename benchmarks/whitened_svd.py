@@ -11,8 +11,8 @@ import argparse
 from pathlib import Path
 
 from rrtc.baselines import low_rank_plan, write_low_rank
+from rrtc.calibration_text import calibration_windows
 from rrtc.checkpoint import whole_folder, write_provenance
-from rrtc.init.calibrate import calibration_windows
 from rrtc.init.dense import DenseModel
 from rrtc.model.skeleton import read_architecture
 from rrtc.recipe import load_recipe

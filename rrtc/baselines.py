@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from rrtc.calibration_text import calibration_windows, own_windows
 from rrtc.checkpoint import ShardWriter, Weights, check_space, copy_companions, read_provenance, whole_folder
 from rrtc.console import progress
 from rrtc.errors import RrtcError
-from rrtc.init.calibrate import calibration_windows, own_windows
 from rrtc.init.dense import DenseModel
 from rrtc.init.moments import DiagonalMoment, Moment
 from rrtc.init.slots import joint_slot

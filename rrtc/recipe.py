@@ -386,6 +386,32 @@ class ExportRecipe(Section):
         "auto", description="Number format of the weights written; auto: as they are, or float32 for onnx."
     )
     max_shard_size: str = Field("4GB", description="Largest size of one weights file.")
+    quantize: Literal["none", "int8", "int4"] = Field(
+        "none",
+        description="Matrices in 8 or 4 bits (compressed-tensors, which transformers and vLLM read), rounded by what "
+        "all their uses see; LoRA stays in 16 bits and is chosen anew.",
+    )
+    calibrate_on: list[str] = Field(
+        [],
+        description="Text that quantising learns from, as uptrain's data. By default what the model was trained on, or "
+        "calibrated on.",
+    )
+    calibrate_tokens: int = Field(16_384, ge=1, description="Tokens of that text in all.")
+    text_field: str = Field("text", description="The field that holds the text in jsonl, parquet and datasets.")
+    seed: int = Field(0, description="Which pieces of that text are taken.")
+
+    @model_validator(mode="after")
+    def _check_quantize(self) -> "ExportRecipe":
+        if self.quantize != "none" and self.format not in ("recursive", "dense"):
+            raise ValueError(f"quantize is for the recursive and the dense form, not for {self.format}")
+        if self.quantize != "none" and OWN_TEXT in self.calibrate_on:
+            raise ValueError(f"quantising learns from text that there is, so calibrate_on cannot be {OWN_TEXT}")
+        return self
+
+    @field_validator("calibrate_on", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
 
 
 class Recipe(Section):

@@ -243,12 +243,17 @@ def uptrain(result: dict, folder: str) -> Group:
 
 def export(result: dict, folder: str) -> Group:
     """What `export` made."""
-    return Group(
-        _plain(
-            f"Wrote {folder}: {result['format']}, {count(result['parameters'])} parameters, {size(result['bytes'])}. "
-            f"Reloaded in a fresh process: largest logit difference {result['max_logit_difference']:.1e}."
+    lines = [
+        f"Wrote {folder}: {result['format']}, {count(result['parameters'])} parameters, {size(result['bytes'])}. "
+        f"Reloaded in a fresh process: largest logit difference {result['max_logit_difference']:.1e}."
+    ]
+    if "quantize" in result:
+        number, found = result["quantize"], result["bits_per_byte"]
+        lines.append(
+            f"Bits per byte on held-out text: {found['plain']:.4f} before, {found['calibrated']:.4f} in {number} "
+            f"(every weight rounded to its nearest {number}: {found['nearest']:.4f})."
         )
-    )
+    return Group(*map(_plain, lines))
 
 
 def description(result: dict) -> Group:

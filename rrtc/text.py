@@ -10,7 +10,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -294,7 +294,11 @@ def scoring_texts(recipe: Recipe, tokenizer, context: int, limit: int) -> dict[s
             name if short.count(name) == 1 else source: pack(beginning(source, field, limit), tokenizer, context, limit)
             for name, source in zip(short, recipe.eval.text, strict=True)
         }
-    field = recipe.uptrain.text_field
-    sources = [source for source in recipe.uptrain.data if source != OWN_TEXT] or [BUILT_IN_TEXT]
-    held_out = [d for source in sources for d in split(beginning(source, field, HELD_OUT_OF * limit))[1]]
-    return {"held out": pack(held_out, tokenizer, context, limit)}
+    return {"held out": held_out_windows(recipe.uptrain.data, recipe.uptrain.text_field, tokenizer, context, limit)}
+
+
+def held_out_windows(sources: Sequence[str], text_field: str, tokenizer, context: int, limit: int) -> Windows:
+    """`limit` tokens at most of what is held out of `sources`, or of the built-in text where they name no text."""
+    named = [source for source in sources if source != OWN_TEXT] or [BUILT_IN_TEXT]
+    held_out = [d for source in named for d in split(beginning(source, text_field, HELD_OUT_OF * limit))[1]]
+    return pack(held_out, tokenizer, context, limit)

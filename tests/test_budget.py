@@ -11,11 +11,12 @@ from safetensors.torch import load_file
 from test_init import logits, recipe
 from transformers import AutoModelForCausalLM
 
+from rrtc.calibration_text import calibration_windows
 from rrtc.checkpoint import read_provenance
 from rrtc.errors import RrtcError, WrongUsage
 from rrtc.init.allocate import allocate, alone, choose, together, visits_of
 from rrtc.init.budget import measure_groups
-from rrtc.init.calibrate import Calibration, calibrate, calibration_windows
+from rrtc.init.calibrate import Calibration, calibrate
 from rrtc.init.dense import DenseModel
 from rrtc.init.joint import joint_costs
 from rrtc.init.neurons import find_neurons

@@ -110,7 +110,7 @@ def write_card(
         "## What was measured",
         _measured(provenance, exported, report),
         "## How to load it",
-        _loading(form, name, config, chat),
+        _loading(form, name, config, chat, "quantize" in exported),
         "## Limits",
         LIMITS[form].format(depth=len(config.visits)),
         "## Licence",
@@ -118,7 +118,7 @@ def write_card(
         "## Recipe",
         f"```yaml\n{yaml.safe_dump(provenance['recipe'], sort_keys=False, allow_unicode=True)}```",
     ]
-    text = f"---\n{_metadata(form, name, config, base, licence, report)}\n---\n\n" + "\n\n".join(sections) + "\n"
+    text = f"---\n{_metadata(exported, name, config, base, licence, report)}\n---\n\n" + "\n\n".join(sections) + "\n"
     (folder / "README.md").write_text(text, encoding="utf8")
 
 
@@ -129,9 +129,10 @@ def hub_id(base: dict) -> str | None:
     return uri if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", uri) and not uri.endswith(".gguf") and not is_local else None
 
 
-def _metadata(form: str, name: str, config: RrtConfig, base: dict, licence: dict, report: dict | None) -> str:
+def _metadata(exported: dict, name: str, config: RrtConfig, base: dict, licence: dict, report: dict | None) -> str:
     from huggingface_hub import ModelCardData
 
+    form, quantised = exported["format"], ["compressed-tensors", exported["quantize"]] if "quantize" in exported else []
     tags = ["rrtc", "recursive-transformer", "compression", config.base_config.model_type, "arxiv:2410.20672"]
     # Of the hub's relations (adapter, merge, quantized, finetune), the one for weights that were changed by training.
     relation = {"base_model": hub_id(base), "base_model_relation": "finetune"} if hub_id(base) else {}
@@ -140,7 +141,7 @@ def _metadata(form: str, name: str, config: RrtConfig, base: dict, licence: dict
     return ModelCardData(
         library_name="transformers.js" if form == "onnx" else "transformers",
         pipeline_tag="text-generation",
-        tags=tags + {"recursive": ["custom_code"], "onnx": ["onnx"]}.get(form, []),
+        tags=tags + {"recursive": ["custom_code"], "onnx": ["onnx"]}.get(form, []) + quantised,
         **licence,
         **relation,
         **measured,
@@ -250,19 +251,32 @@ def _measured(provenance: dict, exported: dict, report: dict | None) -> str:
         parts.append(f"```yaml\n{yaml.safe_dump(stages, sort_keys=False, allow_unicode=True)}```")
     elif report is None:
         parts.append("Its quality was not measured.")
-    cast = ""
-    if exported["rounding_logit_difference"]:
+    cast, numbers = "", f"mostly {exported['dtype']}"
+    if "quantize" in exported:
+        parts.append(_quantised(exported))
+        numbers = f"{exported['quantize']} and {exported['dtype']}"
+    elif exported["rounding_logit_difference"]:
         cast = (
             f" Rounding to {exported['dtype']} alone moved a logit by at most "
             f"{exported['rounding_logit_difference']:.2g}, which no figure above contains."
         )
     parts.append(
-        f"This export: {count(exported['parameters'])} parameters, {size(exported['bytes'])} of weights, mostly "
-        f"{exported['dtype']}. It was loaded again in a fresh process without rrtc; the largest difference of a logit "
+        f"This export: {count(exported['parameters'])} parameters, {size(exported['bytes'])} of weights, {numbers}. "
+        f"It was loaded again in a fresh process without rrtc; the largest difference of a logit "
         f"from the model it was made from, in float32 arithmetic and rounded alike, was "
         f"{exported['max_logit_difference']:.2g}, where the largest logit was {exported['largest_logit']:.3g}.{cast}"
     )
     return "\n\n".join(parts)
+
+
+def _quantised(exported: dict) -> str:
+    """What quantising cost, on the held-out text it was measured on."""
+    number, cost = exported["quantize"], exported["bits_per_byte"]
+    return (
+        f"The matrices of the layers are in {number}, everything else is in {exported['dtype']}. Bits per byte on text "
+        f"held out of the calibration: {cost['plain']:.4f} before, {cost['calibrated']:.4f} as it is here; with every "
+        f"weight rounded to the nearest {number} it would be {cost['nearest']:.4f}. The figures above are from before."
+    )
 
 
 def _flat(row: dict) -> dict:
@@ -292,10 +306,10 @@ def _table(rows: list[dict]) -> str:
     return "\n".join(f"| {line} |" for line in lines)
 
 
-def _loading(form: str, name: str, config: RrtConfig, chat: bool) -> str:
+def _loading(form: str, name: str, config: RrtConfig, chat: bool, quantised: bool) -> str:
     if form == "onnx":
         return ONNX_LOADING.format(name=name)
-    needs = "Needs `transformers` (5.16 or later) and `torch`."
+    needs = f"Needs `transformers` (5.16 or later) and `torch`{' and `compressed-tensors`' if quantised else ''}."
     trust = ""
     if form == "recursive":
         trust = ", trust_remote_code=True"

@@ -6,10 +6,13 @@ from that folder in a fresh process; the model card. Only then does the folder g
 
 import gc
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from rrtc.calibration_text import calibration_windows
 from rrtc.checkpoint import (
     ShardWriter,
     Weights,
@@ -22,24 +25,29 @@ from rrtc.checkpoint import (
     whole_folder,
     write_provenance,
 )
-from rrtc.console import note, progress, warn
+from rrtc.console import note, progress, size, warn
 from rrtc.errors import RrtcError
 from rrtc.export.card import write_card
 from rrtc.export.forms import dense_tensors, recursive_tensors, write_dense_config, write_recursive_config
 from rrtc.export.licence import find_licence, forbids_derivatives
 from rrtc.export.onnx_form import check_needed, onnx_bytes, write_onnx
+from rrtc.export.quantised_form import BITS, check_can_quantise, quantise
 from rrtc.export.verify import reference, verify
 from rrtc.model import RrtConfig
-from rrtc.model.skeleton import stock_model
-from rrtc.recipe import Recipe, parse_size
+from rrtc.model.skeleton import read_architecture, stock_model
+from rrtc.recipe import BUILT_IN_TEXT, OWN_TEXT, Recipe, parse_size
 from rrtc.report import read_report
 from rrtc.source import load_tokenizer, read_config
+from rrtc.text import Windows, held_out_windows, longest_context
+
+MEASURED_TOKENS = 4096  # of held-out text, on which the bits per byte of a quantised model are measured
 
 
 def export(folder: str, output: str, recipe: Recipe, report: str | None = None) -> dict:
     """Writes the rrtc model in `folder` into the new folder `output`; returns what was measured (rrtc.yaml has it too).
 
-    report: a folder with the report.json of `rrtc eval`, for the model card. Returned: format, dtype, bytes (of the
+    report: a folder with the report.json of `rrtc eval`, for the model card. Returned: format, dtype, where it was
+    quantised quantize and bits_per_byte (plain, nearest, calibrated; see quantised_form.py), bytes (of the
     weights files), parameters (shared ones once), max_logit_difference (of the export, loaded in a fresh process, from
     the model in memory with the same rounding), largest_logit, rounding_logit_difference (what that rounding costs by
     itself), files and seconds. Raises RrtcError, and leaves no folder, where the export is not the same model.
@@ -59,7 +67,12 @@ def export(folder: str, output: str, recipe: Recipe, report: str | None = None) 
     # The recursive form is copied as it is unless asked otherwise. The dense form has one format: its matrices are new.
     cast = None if form == "recursive" and recipe.export.dtype == "auto" else getattr(torch, dtype)
     shards = parse_size(recipe.export.max_shard_size)
-    check_space(target, _size(form, weights, config, cast))
+    bits = BITS.get(recipe.export.quantize)
+    if bits is not None:
+        check_can_quantise(form, config)
+        texts = _texts_to_quantise_by(recipe, provenance, source, config)
+    # The quantised tensors are written while the others are still there.
+    check_space(target, _size(form, weights, config, cast) * (1 if bits is None else 2))
     licence = find_licence(source, Path(provenance["base"]["path"]))
     if forbids_derivatives(licence):
         stated = licence.get("license_name", licence["license"])
@@ -70,11 +83,21 @@ def export(folder: str, output: str, recipe: Recipe, report: str | None = None) 
     gc.collect()  # the model, which the fresh process needs the memory of
     with whole_folder(target) as partial:
         parameters = write(source, partial, form, cast, shards)
+        quantised = {}
+        if bits is not None:
+            note(f"Rounding to {bits} bits")
+            found = quantise(partial, bits, *texts, shards)
+            expected = replace(expected, logits=found.logits, rounding=found.rounding)
+            quantised = {"quantize": recipe.export.quantize, "bits_per_byte": found.bits_per_byte}
+            dense = _quantised_dense_bytes(config, bits, cast or getattr(torch, dtype))
+            if form == "recursive" and dense < Weights(partial).bytes_on_disk:
+                note(f"The dense form would take about {size(dense)}: here all LoRA is beside it, in {dtype}.")
         note("Loading the export in a fresh process")
         difference = verify(partial, form, expected, getattr(torch, dtype))
         measured = {
             "format": form,
             "dtype": dtype,
+            **quantised,
             "bytes": onnx_bytes(partial) if form == "onnx" else Weights(partial).bytes_on_disk,
             "parameters": parameters,
             "max_logit_difference": difference,
@@ -93,6 +116,21 @@ def export(folder: str, output: str, recipe: Recipe, report: str | None = None) 
         )
         write_card(partial, target.name, config, value, measured, evaluation, source, chat)
     return measured
+
+
+def _texts_to_quantise_by(recipe: Recipe, provenance: dict, source: Path, config: RrtConfig) -> tuple[Tensor, Windows]:
+    """(token ids (windows, context) to calibrate by, windows to measure on), from the recipe's text, or from what the
+    model in `source` was trained or calibrated on."""
+    wanted, made = recipe.export, provenance["recipe"]
+    if not wanted.calibrate_on:
+        trained = provenance["stage"] == "uptrain"
+        named = made["uptrain"]["data"] if trained else made["init"]["calibrate_on"]
+        field = made["uptrain" if trained else "init"]["text_field"]
+        texts = [text for text in named if text != OWN_TEXT] or [BUILT_IN_TEXT]
+        wanted = wanted.model_copy(update={"calibrate_on": texts, "text_field": field})
+    tokenizer, context = load_tokenizer(source), longest_context(config.base_config, recipe.eval.context)
+    held_out = held_out_windows(wanted.calibrate_on, wanted.text_field, tokenizer, context, MEASURED_TOKENS)
+    return calibration_windows(wanted, tokenizer, context), held_out
 
 
 def _files(folder: Path) -> list[str]:
@@ -124,12 +162,24 @@ def _report_about(folder: str | None, provenance: dict) -> dict | None:
 
 
 def _size(form: str, weights: Weights, config: RrtConfig, dtype: torch.dtype | None) -> int:
-    """About how many bytes of weights will be written (tied embeddings are counted twice for the dense form)."""
+    """About how many bytes of weights will be written."""
     if form == "dense":
-        return sum(parameter.numel() for parameter in stock_model(config.base_config).parameters()) * dtype.itemsize
+        return _stock_parameters(config) * dtype.itemsize
     if dtype is None:
         return weights.bytes_on_disk
     return _parameters(weights) * dtype.itemsize
+
+
+def _stock_parameters(config: RrtConfig) -> int:
+    """Parameters of the dense form."""
+    return sum(parameter.numel() for parameter in stock_model(config.base_config).parameters())
+
+
+def _quantised_dense_bytes(config: RrtConfig, bits: int, dtype: torch.dtype) -> int:
+    """About what the dense form would take with its layers' matrices in `bits` and the rest in `dtype`."""
+    matrices = [matrix for layer in read_architecture(config.base_config).layers for matrix in layer.matrices]
+    inside = sum(matrix.inputs * matrix.outputs for matrix in matrices)
+    return inside * bits // 8 + (_stock_parameters(config) - inside) * dtype.itemsize
 
 
 def write(source: Path, folder: Path, form: str, dtype: torch.dtype | None, shard_bytes: int) -> int:

@@ -26,9 +26,10 @@ import yaml
 from torch import Tensor
 
 from rrtc import __version__, measure
+from rrtc.calibration_text import calibration_windows, own_windows
 from rrtc.checkpoint import ShardWriter, Weights, check_target, partial_of
 from rrtc.console import note, warn
-from rrtc.init.calibrate import bytes_on_disk, calibration_windows, own_windows
+from rrtc.init.calibrate import bytes_on_disk
 from rrtc.init.dense import DenseModel
 from rrtc.init.norms import Fold, find_folds
 from rrtc.model.skeleton import read_architecture

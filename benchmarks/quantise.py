@@ -1,0 +1,75 @@
+"""What quantising costs a recursive model beside its dense original, in one table.
+
+    python benchmarks/quantise.py RRTC_FOLDER --dense FOLDER --calibrate-on TEXT... --score-on TEXT... --work DIR
+
+Both models are written plain in bfloat16 and then quantised by the same code, the one of `rrtc export --quantize`, to 8
+and to 4 bits, by the same calibration text; nothing else of them changes. Bits per byte are those of all texts to score
+on together: of the plain model, with every weight rounded to its nearest number, and as rrtc writes it. The last column
+is what the written model loses beside the plain one of its own row. DIR is made, and holds the quantised models.
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+
+import torch
+from rich.table import Table
+
+from rrtc import console
+from rrtc.calibration_text import calibration_windows
+from rrtc.checkpoint import Weights
+from rrtc.export import stage
+from rrtc.export.quantised_form import BITS, quantise
+from rrtc.recipe import ExportRecipe
+from rrtc.source import load_tokenizer
+from rrtc.text import Windows, beginning, pack
+
+CONTEXT = 512
+SHARD = 4_000_000_000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="what 'rrtc init' or 'rrtc uptrain' wrote")
+    parser.add_argument("--dense", required=True, type=Path, help="the folder of the dense model")
+    parser.add_argument("--calibrate-on", required=True, nargs="+", metavar="TEXT")
+    parser.add_argument("--score-on", required=True, nargs="+", metavar="TEXT")
+    parser.add_argument("--score-tokens", type=int, default=4096, help="of each text")
+    parser.add_argument("--work", required=True, type=Path)
+    args = parser.parse_args()
+    if set(args.score_on) & set(args.calibrate_on):
+        parser.error("a text to score on is also calibrated on")
+    tokenizer = load_tokenizer(args.dense)
+    calibration = calibration_windows(ExportRecipe(calibrate_on=args.calibrate_on), tokenizer, CONTEXT)
+    texts = [pack(beginning(t, "text", args.score_tokens), tokenizer, CONTEXT, args.score_tokens) for t in args.score_on]
+    scored = Windows(torch.cat([t.ids for t in texts]), sum(t.bytes_per_token for t in texts) / len(texts))
+
+    table = Table("model", "size", "plain", "rounded to nearest", "as written", "size", "lost")
+    for name in ("dense", "recursive"):
+        for number, bits in BITS.items():
+            folder = args.work / f"{name}-{number}"
+            folder.mkdir(parents=True)
+            if name == "dense":
+                write_bfloat16(args.dense, folder)
+            else:
+                stage.write(args.folder, folder, name, torch.bfloat16, SHARD)
+            before = Weights(folder).bytes_on_disk
+            found = quantise(folder, bits, calibration, scored, SHARD).bits_per_byte
+            table.add_row(
+                f"{name}, {number}", console.size(before), *(f"{found[key]:.4f}" for key in found),
+                console.size(Weights(folder).bytes_on_disk), f"{found['calibrated'] - found['plain']:+.4f}",
+            )  # fmt: skip
+    console.notes.print(table)
+
+
+def write_bfloat16(source: Path, folder: Path) -> None:
+    """The dense model in `source` in `folder`, in bfloat16."""
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).save_pretrained(folder)
+    for file in source.glob("tokenizer*"):
+        shutil.copy(file, folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,232 @@
+"""Quantised exports: the rounding against brute force, and the folders that others load."""
+
+import importlib.util
+import json
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_export import IDS, STRANGER, logits_of, make_rrt, run_python
+from test_forms import save_mixed
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from rrtc import checkpoint
+from rrtc.cli import app
+from rrtc.errors import RrtcError, WrongUsage
+from rrtc.export import quantised_form, rounding, stage
+from rrtc.recipe import Recipe, load_recipe
+from rrtc.text import Windows
+
+BITS = {"int8": 8, "int4": 4}
+
+
+def spoiled(*shape: int) -> torch.Tensor:
+    """Second moments of inputs that depend on each other."""
+    x = torch.randn(4 * shape[0], shape[0]) @ torch.randn(shape[0], shape[0])
+    return x.T @ x / len(x)
+
+
+def lost(change: torch.Tensor, moments: torch.Tensor) -> float:
+    return (change @ moments @ change.T).trace().item()
+
+
+def recipe(**export) -> Recipe:
+    return Recipe(export={"calibrate_tokens": 1024} | export)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_every_rounded_weight_is_a_multiple_of_its_scale_that_fits(bits):
+    torch.manual_seed(0)
+    weight, moments = torch.randn(24, 64), spoiled(64)
+    weight[3, 16:32] = 0  # a group that has no largest weight
+    for scale in (rounding.widest_scales(weight, bits, 16), rounding.best_scales(weight, bits, 16, moments.diagonal())):
+        assert scale.shape == (24, 4)
+        for found in (rounding.round_to_nearest(weight, scale, bits), rounding.gptq(weight, moments, scale, bits)):
+            whole = found / scale.repeat_interleave(16, 1)
+            torch.testing.assert_close(whole, whole.round(), atol=1e-4, rtol=0)
+            assert whole.min() >= -(2 ** (bits - 1)) - 1e-4
+            assert whole.max() <= 2 ** (bits - 1) - 1 + 1e-4
+    nearest = rounding.round_to_nearest(weight, rounding.widest_scales(weight, bits, 16), bits)
+    assert (
+        (nearest - weight).abs() <= rounding.widest_scales(weight, bits, 16).repeat_interleave(16, 1) / 2 + 1e-6
+    ).all()
+
+
+def test_gptq_rounds_to_the_nearest_where_inputs_do_not_depend_on_each_other():
+    torch.manual_seed(1)
+    weight = torch.randn(16, 200)
+    scale = rounding.widest_scales(weight, 4, 8)
+    found = rounding.gptq(weight, torch.diag(torch.rand(200) + 0.1), scale, 4)
+    torch.testing.assert_close(found, rounding.round_to_nearest(weight, scale, 4), atol=1e-6, rtol=0)
+
+
+def test_gptq_is_the_greedy_choice_that_least_squares_gives():
+    """Input by input: round, then choose all that are still to come anew by least squares."""
+    torch.manual_seed(2)
+    weight, moments = torch.randn(3, 12), spoiled(12)
+    scale = rounding.widest_scales(weight, 4, 4)
+    damped = rounding._damped(moments).float()
+    left, fixed = weight.clone(), torch.zeros_like(weight)
+    for i in range(12):
+        fixed[:, i] = rounding._nearest(left[:, i], scale[:, i // 4], 4)
+        error = (weight - fixed)[:, : i + 1]  # of what is fixed; the rest makes up for it
+        rest = torch.linalg.solve(damped[i + 1 :, i + 1 :], damped[i + 1 :, : i + 1] @ error.T).T
+        left[:, i + 1 :] = weight[:, i + 1 :] + rest
+    torch.testing.assert_close(rounding.gptq(weight, moments, scale, 4), fixed, atol=1e-4, rtol=0)
+
+
+def test_what_is_counted_loses_less_than_what_is_not():
+    torch.manual_seed(3)
+    weight, moments = torch.randn(32, 96), spoiled(96)
+    weight[:, ::7] *= 6  # some that make a whole group coarse
+    widest, best = rounding.widest_scales(weight, 4, 16), rounding.best_scales(weight, 4, 16, moments.diagonal())
+    costs = [lost(weight - rounding.round_to_nearest(weight, scale, 4), moments) for scale in (widest, best)]
+    costs.append(lost(weight - rounding.gptq(weight, moments, best, 4), moments))
+    diagonal = torch.diag(moments.diagonal())
+    by_scale = [lost(weight - rounding.round_to_nearest(weight, scale, 4), diagonal) for scale in (widest, best)]
+    assert by_scale[1] < by_scale[0]
+    assert costs[2] < 0.8 * min(costs[:2])
+
+
+@pytest.mark.parametrize("shape", [(20, 36), (36, 20)])
+def test_factors_lose_what_a_truncation_must(shape):
+    torch.manual_seed(4)
+    wanted, moments = torch.randn(*shape), rounding._damped(spoiled(shape[1])).float()
+    b, a = rounding.best_factors(wanted, moments, 5)
+    assert b.shape == (shape[0], 5)
+    assert a.shape == (5, shape[1])
+    values, vectors = torch.linalg.eigh(rounding._damped(moments))
+    root = vectors * values.sqrt()
+    tail = torch.linalg.svdvals(wanted.double() @ root)[5:].square().sum().item()
+    assert lost((wanted - b @ a).double(), rounding._damped(moments)) == pytest.approx(tail, rel=1e-4)
+
+
+def test_a_shared_matrix_is_rounded_by_what_all_its_visits_see(tmp_path):
+    source = make_rrt(tmp_path / "rrt")
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    matrices = quantised_form._matrices(model)
+    assert len(matrices) == 3 * 7
+    assert {len(matrix.readers) for matrix in matrices} == {2}
+    inputs: dict[torch.nn.Module, list] = {}
+
+    def keep(module, args):
+        inputs.setdefault(module, []).append(args[0].flatten(0, 1))
+
+    hooks = [reader.register_forward_pre_hook(keep) for matrix in matrices for reader in matrix.readers]
+    with torch.no_grad():
+        for ids in IDS:
+            model(ids[None])
+    for hook in hooks:
+        hook.remove()
+    found = quantised_form._moments(model, matrices, IDS, lambda: None)
+    for module, seen in inputs.items():
+        x = torch.cat(seen)
+        torch.testing.assert_close(found[module], x.T @ x / len(x), atol=1e-5, rtol=1e-4)
+    queries, keys = (m for m in matrices if m.name.startswith("model.slots.0.") and re.search("[qk]_proj", m.name))
+    assert found[queries.readers[0]] is found[keys.readers[0]]
+
+
+@pytest.mark.parametrize(("form", "number"), [("recursive", "int4"), ("dense", "int8")])
+def test_a_quantised_export_loads_where_rrtc_is_not(tmp_path, monkeypatch, form, number):
+    monkeypatch.setattr(quantised_form, "MOMENTS_AT_ONCE", 100_000)  # several readings, even of a pico model
+    source, target, plain = save_mixed(tmp_path / "rrt", "llama"), tmp_path / "out", tmp_path / "plain"
+    result = stage.export(str(source), str(target), recipe(format=form, quantize=number, max_shard_size="60KB"))
+    plain.mkdir()
+    stage.write(source, plain, form, torch.float32, 10**9)
+    assert result["max_logit_difference"] <= 1e-4 * result["largest_logit"]
+    before, files = checkpoint.Weights(plain), checkpoint.Weights(target)
+    assert len(files.files) > 1
+    assert result["bytes"] == files.bytes_on_disk < before.bytes_on_disk * (0.65 if number == "int4" else 0.75)
+    packed = {name.removesuffix("_packed") for name in files if name.endswith("_packed")}
+    assert {name for name in before if name not in files} == packed
+    for name in files:
+        if name in before and not name.endswith((".A", ".B")):
+            assert torch.equal(files.raw(name), before.raw(name)), name
+    for name in packed:
+        outputs, inputs = before.shape(name)
+        assert files.raw(f"{name}_shape").tolist() == [outputs, inputs]
+        assert files.shape(f"{name}_packed") == [outputs, -(-inputs * BITS[number] // 32)]
+    run_python(STRANGER, json.dumps(IDS.tolist()), "out.safetensors", str(target), cwd=tmp_path)
+    found = load_file(tmp_path / "out.safetensors")
+    torch.testing.assert_close(found[f"{target}:hidden"], found[f"{target}:expected_hidden"], atol=1e-6, rtol=0)
+    written = AutoModelForCausalLM.from_pretrained(target)
+    torch.testing.assert_close(found[f"{target}:logits"], logits_of(written), atol=1e-6, rtol=0)
+    plain_logits = logits_of(AutoModelForCausalLM.from_pretrained(plain))
+    error = (logits_of(written) - plain_logits).std() / plain_logits.std()
+    assert error < (0.1 if number == "int8" else 0.5)
+    card = (target / "README.md").read_text()
+    assert f"The matrices of the layers are in {number}, everything else is in float32." in card
+    assert "`compressed-tensors`" in card
+
+
+def test_calibrated_rounding_moves_the_model_less_than_rounding_to_the_nearest(tmp_path):
+    source, target = make_rrt(tmp_path / "rrt"), tmp_path / "out"
+    target.mkdir()
+    stage.write(source, target, "recursive", torch.float32, 10**9)
+    plain = logits_of(AutoModelForCausalLM.from_pretrained(target))
+    nearest = AutoModelForCausalLM.from_pretrained(target)
+    for matrix in quantised_form._matrices(nearest):
+        scale = rounding.widest_scales(matrix.linear.weight.data, 4, matrix.group)
+        matrix.linear.weight.data = rounding.round_to_nearest(matrix.linear.weight.data, scale, 4)
+    found = quantised_form.quantise(target, 4, IDS.repeat(4, 1), Windows(IDS, 1.0), 10**9)
+    written = logits_of(AutoModelForCausalLM.from_pretrained(target))
+    assert (written - plain).square().mean() < 0.5 * (logits_of(nearest) - plain).square().mean()
+    assert found.bits_per_byte.keys() == {"plain", "nearest", "calibrated"}
+    assert len(set(found.bits_per_byte.values())) == 3
+
+
+def test_the_text_is_by_default_what_the_model_was_made_with(tmp_path):
+    source, text = make_rrt(tmp_path / "rrt"), tmp_path / "own.txt"
+    text.write_text("\n\n\n".join(f"Sentence number {n} of a text of its own. " * 9 for n in range(300)))
+    provenance = checkpoint.read_provenance(source)
+    provenance["recipe"]["init"]["calibrate_on"] = [str(text)]
+    config = stage._recursive_config(source)
+    default, named, built_in = (
+        stage._texts_to_quantise_by(recipe(calibrate_tokens=512, calibrate_on=on), provenance, source, config)
+        for on in ([], str(text), "pydoc")
+    )
+    assert torch.equal(default[0], named[0])
+    assert torch.equal(default[1].ids, named[1].ids)
+    assert not torch.equal(default[0], built_in[0])
+
+
+@pytest.mark.parametrize(
+    ("export", "words"),
+    [
+        ({"format": "onnx", "quantize": "int4"}, "quantize is for the recursive and the dense form, not for onnx"),
+        ({"quantize": "int4", "calibrate_on": ["self"]}, "calibrate_on cannot be self"),
+    ],
+)
+def test_what_cannot_be_quantised_is_wrong_usage(tmp_path, export, words):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(json.dumps({"export": export}))
+    with pytest.raises(WrongUsage, match=words):
+        load_recipe(str(file))
+
+
+def test_a_dense_gpt2_cannot_be_quantised(tmp_path):
+    source = make_rrt(tmp_path / "rrt", "gpt2")
+    with pytest.raises(RrtcError, match="A dense 'gpt2' model keeps its matrices transposed"):
+        stage.export(str(source), str(tmp_path / "out"), recipe(format="dense", quantize="int4"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["rrt"]
+
+
+def test_without_the_package_it_says_how_to_get_it(tmp_path, monkeypatch):
+    source, find = make_rrt(tmp_path / "rrt"), importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "compressed_tensors" else find(name))
+    with pytest.raises(RrtcError, match="compressed-tensors, which is not installed") as raised:
+        stage.export(str(source), str(tmp_path / "out"), recipe(quantize="int8"))
+    assert raised.value.hint == "Install it with 'pip install rrtc[quantize]'."
+
+
+def test_the_command_shows_what_it_cost(tmp_path):
+    source, target = make_rrt(tmp_path / "rrt"), tmp_path / "out"
+    command = ["export", str(source), "-o", str(target), "--quantize", "int4", "--calibrate-tokens", "512"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    cost = checkpoint.read_provenance(target)["measured"]["export"]["bits_per_byte"]
+    shown = " ".join(done.output.split())
+    assert f"{cost['plain']:.4f} before, {cost['calibrated']:.4f} in int4" in shown
+    assert f"rounded to its nearest int4: {cost['nearest']:.4f}" in shown
