@@ -41,7 +41,9 @@ def main() -> None:
         parser.error("a text to score on is also calibrated on")
     tokenizer = load_tokenizer(args.dense)
     calibration = calibration_windows(ExportRecipe(calibrate_on=args.calibrate_on), tokenizer, CONTEXT)
-    texts = [pack(beginning(t, "text", args.score_tokens), tokenizer, CONTEXT, args.score_tokens) for t in args.score_on]
+    texts = [
+        pack(beginning(t, "text", args.score_tokens), tokenizer, CONTEXT, args.score_tokens) for t in args.score_on
+    ]
     scored = Windows(torch.cat([t.ids for t in texts]), sum(t.bytes_per_token for t in texts) / len(texts))
 
     table = Table("model", "size", "plain", "rounded to nearest", "as written", "size", "lost")

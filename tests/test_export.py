@@ -21,7 +21,7 @@ from transformers.dynamic_module_utils import HF_MODULES_CACHE
 from rrtc import checkpoint
 from rrtc.checkpoint import read_provenance
 from rrtc.errors import RrtcError, WrongUsage
-from rrtc.export import licence, stage
+from rrtc.export import licence, stage, verify
 from rrtc.model import RrtConfig, RrtForCausalLM
 from rrtc.model.skeleton import read_architecture
 from rrtc.plan import make_plan
@@ -365,3 +365,37 @@ def test_licences_are_found_and_not_guessed(tmp_path):
     writer.write_kv_data_to_file()
     writer.close()
     assert licence.find_licence(tmp_path, tmp_path / "none/model.gguf") == {"license": "apache-2.0"}
+
+
+@pytest.mark.parametrize(("architecture", "norms"), CHOSEN)
+def test_a_model_on_disk_is_rounded_and_checked_as_one_in_memory(tmp_path, architecture, norms):
+    source = make_rrt(tmp_path / "rrt", architecture, norms)
+    for form, dtype in (("recursive", None), ("recursive", torch.bfloat16), ("dense", torch.bfloat16)):
+        inside, outside = (verify.reference(source, form, dtype, from_disk) for from_disk in (False, True))
+        assert torch.equal(inside.logits, outside.logits)
+        assert inside.rounding == outside.rounding
+        assert (inside.rounding > 0) is (dtype is not None)
+
+
+def test_a_model_larger_than_memory_is_checked_from_disk(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(verify, "SHARE", 0)
+    source, asked = make_rrt(tmp_path / "rrt"), recipe(dtype="bfloat16", max_shard_size="100KB")
+    result = stage.export(str(source), str(tmp_path / "out"), asked)
+    assert "read from disk, matrix by matrix" in " ".join(capsys.readouterr().err.split())
+    assert result["max_logit_difference"] <= 1e-3 * result["largest_logit"]
+
+
+def test_a_wrong_matrix_of_a_model_larger_than_memory_is_found(tmp_path, monkeypatch):
+    def write_wrong(source, folder, *args, write=stage.write):
+        parameters = write(source, folder, *args)
+        tensors = load_file(folder / "model.safetensors")
+        tensors["model.layers.1.mlp.up_proj.weight"] *= 1.5
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return parameters
+
+    monkeypatch.setattr(verify, "SHARE", 0)
+    monkeypatch.setattr(stage, "write", write_wrong)
+    source = make_rrt(tmp_path / "rrt")
+    with pytest.raises(RrtcError, match="it is not the model it was made from: a logit differs"):
+        stage.export(str(source), str(tmp_path / "out"), recipe(format="dense", dtype="bfloat16"))
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["rrt"]

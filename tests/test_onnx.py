@@ -59,7 +59,7 @@ def compare_padded_greedy(source: Path, folder: Path, dtype: torch.dtype = torch
     """Asserts that both generate the same, for rows of different lengths and past a sliding window of 8 tokens; the
     weights in `folder` are rounded to `dtype`."""
     model = RrtForCausalLM.from_pretrained(source).eval()
-    verify.round_tensors(model, dtype)
+    onnx_form.round_tensors(model, dtype)
     model.generation_config = GenerationConfig(pad_token_id=2)
     ids, mask = IDS[:, :11], torch.ones_like(IDS[:, :11])
     mask[1, :4] = 0

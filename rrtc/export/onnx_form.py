@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from rrtc.checkpoint import Weights, copy_companions, disk_error
 from rrtc.errors import RrtcError
 from rrtc.export.forms import recursive_tensors, write_dense_config
-from rrtc.export.verify import round_tensors
 from rrtc.model import RrtForCausalLM
 
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
@@ -92,6 +91,14 @@ class _Cached(nn.Module):
 
 def _entries(cache) -> list[tuple[Tensor, Tensor]]:
     return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+@torch.no_grad()
+def round_tensors(model: nn.Module, dtype: torch.dtype) -> None:
+    """Rounds every tensor of a float32 model in place to what `dtype` can hold."""
+    for tensor in model.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.copy_(tensor.to(dtype))
 
 
 def _trace(model: RrtForCausalLM):

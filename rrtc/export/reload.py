@@ -2,8 +2,9 @@
 
     python -P reload.py JOB.json
 
-JOB.json: folder, trust_remote_code, ids (rows of token ids), text, and the files to write: `logits`, safetensors with
-one tensor (rows, tokens, vocabulary), computed in float32, and `report`, JSON with
+JOB.json: folder, trust_remote_code, from_disk (a folder that accelerate may use, where the model must not be in memory
+whole, or null), ids (rows of token ids), text, and the files to write: `logits`, safetensors with one tensor (rows,
+tokens, vocabulary), computed in float32, and `report`, JSON with
 
     problems             the keys that were missing, unexpected or of the wrong shape on loading
     token_ids            of the text
@@ -45,8 +46,13 @@ def main(job: dict) -> dict:
 
 def load(auto_class, job: dict):
     """(the model in `job["folder"]`, what was wrong on loading as "missing NAME", "unexpected NAME" and so on)."""
+    placed = {"device_map": {"": "disk"}, "offload_folder": job["from_disk"]} if job["from_disk"] else {}
     model, info = auto_class.from_pretrained(
-        job["folder"], dtype=torch.float32, trust_remote_code=job["trust_remote_code"], output_loading_info=True
+        job["folder"],
+        dtype=torch.float32,
+        trust_remote_code=job["trust_remote_code"],
+        output_loading_info=True,
+        **placed,
     )
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
     problems = [f"{kind.removesuffix('_keys')} {key}" for kind in kinds for key in sorted(map(str, info[kind]))]

@@ -32,7 +32,7 @@ from rrtc.export.forms import dense_tensors, recursive_tensors, write_dense_conf
 from rrtc.export.licence import find_licence, forbids_derivatives
 from rrtc.export.onnx_form import check_needed, onnx_bytes, write_onnx
 from rrtc.export.quantised_form import BITS, check_can_quantise, quantise
-from rrtc.export.verify import reference, verify
+from rrtc.export.verify import is_too_large, reference, verify
 from rrtc.model import RrtConfig
 from rrtc.model.skeleton import read_architecture, stock_model
 from rrtc.recipe import BUILT_IN_TEXT, OWN_TEXT, Recipe, parse_size
@@ -78,8 +78,11 @@ def export(folder: str, output: str, recipe: Recipe, report: str | None = None) 
         stated = licence.get("license_name", licence["license"])
         warn(f"The licence of {provenance['base']['uri']} ({stated}) forbids passing on what is made of it.")
 
+    from_disk = form != "onnx" and bits is None and is_too_large(max(_parameters(weights), _stock_parameters(config)))
+    if from_disk:
+        note("The model does not fit into memory: it is read from disk, matrix by matrix, to be checked")
     note("Computing logits to compare the export with")
-    expected = reference(source, form, cast)
+    expected = reference(source, form, cast, from_disk)
     gc.collect()  # the model, which the fresh process needs the memory of
     with whole_folder(target) as partial:
         parameters = write(source, partial, form, cast, shards)
@@ -93,7 +96,7 @@ def export(folder: str, output: str, recipe: Recipe, report: str | None = None) 
             if form == "recursive" and dense < Weights(partial).bytes_on_disk:
                 note(f"The dense form would take about {size(dense)}: here all LoRA is beside it, in {dtype}.")
         note("Loading the export in a fresh process")
-        difference = verify(partial, form, expected, getattr(torch, dtype))
+        difference = verify(partial, form, expected, getattr(torch, dtype), from_disk)
         measured = {
             "format": form,
             "dtype": dtype,

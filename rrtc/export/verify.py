@@ -4,9 +4,11 @@ compared with those of the model in memory.
 Where the export is rounded to 16 bits, the model in memory is given the same rounding (each tensor; for the dense form
 each W' + B·A, not its parts), so that the two must agree up to float32 arithmetic, and the tolerance can be tight
 enough to catch one damaged matrix. What the rounding itself costs is measured beside it. Only one model is in memory at
-a time, here or there.
+a time, here or there; one that is too large for that is read from its files layer by layer, in both places, as it is
+computed with.
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -15,7 +17,9 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
+from accelerate.utils import align_module_device
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import GenerationConfig
@@ -34,6 +38,14 @@ PROMPT, NEW_TOKENS = 8, 16  # of greedy generation
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 1e-3, torch.float16: 1e-3}
 
 
+SHARE = 0.7  # of the free memory that a model may take in float32; the rest is for what it computes
+
+
+def is_too_large(parameters: int) -> bool:
+    """Whether a model of so many parameters does not fit into the memory that is free now, in float32."""
+    return 4 * parameters > SHARE * psutil.virtual_memory().available
+
+
 @dataclass(frozen=True)
 class Reference:
     """What the exported model must compute for `ids` (rows, tokens): `logits` (rows, tokens, vocabulary), float32.
@@ -50,13 +62,19 @@ class Reference:
     greedy: list[tuple[int, float]] = ()
 
 
-def reference(folder: Path, form: str, dtype: torch.dtype | None) -> Reference:
+def reference(folder: Path, form: str, dtype: torch.dtype | None, from_disk: bool = False) -> Reference:
     """Runs the recursive model in `folder`, with the rounding that `form` has in `dtype` (None: as the folder has it).
 
-    Raises RrtcError for a folder whose weights are not those its config tells of, or whose model computes no numbers.
+    from_disk: no more of it is in memory than the matrix that computes. Raises RrtcError for a folder whose weights are
+    not those its config tells of, or whose model computes no numbers.
     """
     text_ids = load_tokenizer(folder)(TEXT)["input_ids"]
-    model, info = RrtForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    with _placed(from_disk) as placed:
+        return _reference(folder, form, dtype, text_ids, placed)
+
+
+def _reference(folder: Path, form: str, dtype: torch.dtype | None, text_ids: list[int], placed: dict) -> Reference:
+    model, info = RrtForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **placed)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
             name = sorted(map(str, info[kind]))[0]
@@ -67,7 +85,7 @@ def reference(folder: Path, form: str, dtype: torch.dtype | None) -> Reference:
         raise RrtcError(f"The model in {folder} computes NaN or infinity.", "Its weights are damaged.")
     rounded = logits
     if dtype not in (None, torch.float32):
-        (round_products if form == "dense" else round_tensors)(model, dtype)
+        _round_when_run(model, dtype, products=form == "dense")
         rounded = logits_of(model, ids)
     greedy = greedy_of(model, ids[:1, :PROMPT]) if form == "onnx" else ()
     return Reference(ids, rounded, (rounded - logits).abs().max().item(), text_ids, greedy)
@@ -98,23 +116,26 @@ def greedy_of(model: nn.Module, prompt: Tensor) -> list[tuple[int, float]]:
     return list(zip(output.sequences[0, prompt.shape[1] :].tolist(), (best[:, 0] - best[:, 1]).tolist(), strict=True))
 
 
-@torch.no_grad()
-def round_tensors(model: nn.Module, dtype: torch.dtype, but: tuple[Tensor, ...] = ()) -> None:
-    """Rounds every tensor of a float32 model in place to what `dtype` can hold, except those in `but`."""
-    kept = {tensor.data_ptr() for tensor in but}
-    for tensor in model.state_dict().values():
-        if tensor.data_ptr() not in kept and tensor.is_floating_point():
-            tensor.copy_(tensor.to(dtype))
+def _round_when_run(model: nn.Module, dtype: torch.dtype, products: bool) -> None:
+    """Has each module of a float32 model round its own parameters to what `dtype` can hold before it computes: later
+    may be the first time that they are in memory. products: as the dense form is rounded, each W' + B A, not its
+    parts."""
+    for module in model.modules():
+        # accelerate's hook, which reads the parameters from disk, comes first.
+        name = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
+        if isinstance(module, RelaxedLinear) and products:
+            setattr(module, name, _product_forward(module, dtype))
+        elif list(module.parameters(recurse=False)):
+            setattr(module, name, _rounded_forward(module, getattr(module, name), dtype))
 
 
-def round_products(model: nn.Module, dtype: torch.dtype) -> None:
-    """Rounds a float32 recursive model as its dense form is: each W' + B·A, made anew in every call, and the rest."""
-    relaxed = [module for module in model.modules() if isinstance(module, RelaxedLinear)]
-    factors = [factor for module in relaxed if module.rank for factor in (module.A, module.B)]
-    shared = [module.shared().weight for module in relaxed if module.shared is not None]
-    round_tensors(model, dtype, but=(*factors, *shared))
-    for module in relaxed:
-        module.forward = _product_forward(module, dtype)
+def _rounded_forward(module: nn.Module, forward, dtype: torch.dtype):
+    def rounded(*args, **kwargs):
+        for parameter in module.parameters(recurse=False):
+            parameter.copy_(parameter.to(dtype))
+        return forward(*args, **kwargs)
+
+    return rounded
 
 
 def _product_forward(module: RelaxedLinear, dtype: torch.dtype):
@@ -122,20 +143,31 @@ def _product_forward(module: RelaxedLinear, dtype: torch.dtype):
         weight, bias = module.B @ module.A if module.rank else 0, module.bias
         if module.shared is not None:
             shared = module.shared()
-            weight, bias = shared.weight + weight, shared.bias if bias is None else bias
+            with align_module_device(shared):
+                weight, bias = shared.weight + weight, shared.bias if bias is None else bias
+        bias = None if bias is None else bias.to(dtype).float()
         return nn.functional.linear(x, weight.to(dtype).float(), bias)
 
     return forward
 
 
-def verify(folder: Path, form: str, expected: Reference, dtype: torch.dtype) -> float:
+@contextlib.contextmanager
+def _placed(from_disk: bool):
+    """What from_pretrained is told so that the model stays in its files, where it should."""
+    with tempfile.TemporaryDirectory(prefix="rrtc-verify-") as scratch:
+        # accelerate asks for the folder, and writes nothing into it where the weights are safetensors already.
+        yield {"device_map": {"": "disk"}, "offload_folder": scratch} if from_disk else {}
+
+
+def verify(folder: Path, form: str, expected: Reference, dtype: torch.dtype, from_disk: bool = False) -> float:
     """Loads the export in `folder` in a fresh process and returns the largest difference of a logit.
 
-    dtype: the number format most of it is written in. Raises RrtcError where the folder does not load, where a tensor
-    is missing or left over, where the tokenizer is another one, where a logit differs by more than TOLERANCE, or where
-    greedy generation, if it is compared, takes another token that is not as good up to that.
+    dtype: the number format most of it is written in. from_disk: as in `reference`. Raises RrtcError where the folder
+    does not load, where a tensor is missing or left over, where the tokenizer is another one, where a logit differs by
+    more than TOLERANCE, or where greedy generation, if it is compared, takes another token that is not as good up to
+    that.
     """
-    report, logits = _reload(folder, form, expected)
+    report, logits = _reload(folder, form, expected, from_disk)
     failed = "The export was written, but it is not the model it was made from: "
     hint = "This is a fault in rrtc: please report it with the model's config."
     if report["problems"]:
@@ -156,7 +188,7 @@ def verify(folder: Path, form: str, expected: Reference, dtype: torch.dtype) -> 
     return difference
 
 
-def _reload(folder: Path, form: str, expected: Reference) -> tuple[dict, Tensor]:
+def _reload(folder: Path, form: str, expected: Reference, from_disk: bool) -> tuple[dict, Tensor]:
     """(what the fresh process reports, the logits it computed). Remote code is unpacked in a temporary folder, and
     goes."""
     ids, program = expected.ids, "reload_onnx.py" if form == "onnx" else "reload.py"
@@ -164,6 +196,7 @@ def _reload(folder: Path, form: str, expected: Reference) -> tuple[dict, Tensor]
         job = {
             "folder": str(Path(folder).absolute()),
             "trust_remote_code": form == "recursive",
+            "from_disk": f"{scratch}/offloaded" if from_disk else None,
             "ids": ids.tolist(),
             "text": TEXT,
             "prompt": ids[0, :PROMPT].tolist(),
