@@ -25,11 +25,14 @@ from rrtc.trust import check_folder, without_code
 PROVENANCE = "rrtc.yaml"
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 COPIED_AT_ONCE = 16_000_000  # bytes
+HEADER_ROOM = 1 << 20  # bytes
+LARGE_SHARD = 100 * HEADER_ROOM
 # The number formats of safetensors as torch calls them, widest first.
 DTYPES = {
     "F64": "float64", "I64": "int64", "F32": "float32", "I32": "int32", "BF16": "bfloat16", "F16": "float16",
     "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
+FORMAT_BYTES = {code: 1 if code == "BOOL" else int(code.lstrip("BFIU")) // 8 for code in DTYPES}
 # What goes along with the weights: the tokenizer, the generation defaults, the licence.
 COMPANION_FILES = (
     "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*",
@@ -187,13 +190,14 @@ class ShardWriter:
     """Writes tensors into safetensors files of at most `max_bytes` each, holding no more than one of them in memory.
 
     `add` tensors in any order, then `finish`: files get their final names and, where there are several, an index. The
-    header of a safetensors file comes first and lists all tensors, so each waits in a file of its own for its shard.
+    header of a safetensors file comes first and lists all tensors, so room is left for it. A large shard keeps that
+    room, filled up with spaces; a small one is copied, into the order in which safetensors itself writes.
     """
 
     def __init__(self, folder: Path, max_bytes: int):
         self.folder, self.max_bytes = Path(folder), max_bytes
-        self._waiting: dict[str, tuple[Path, dict]] = {}  # name -> file, the tensor's entry in the header
-        self._waiting_bytes = 0
+        self._entries: dict[str, dict] = {}  # of the shard that is being written: its header
+        self._end = 0  # of its data, in bytes
         self._shards: list[list[str]] = []
         self.total_bytes = 0
 
@@ -205,48 +209,69 @@ class ShardWriter:
         """Adds a tensor in blocks of its rows, of which one is in memory at a time. Raises as `add` does."""
         import torch
 
-        file, size, shapes = self.folder / f"{len(self._shards)}-{len(self._waiting)}.tmp", 0, []
+        file, size, shapes = self._file(), 0, []
         try:
-            with open(file, "wb") as stream:
+            with open(file, "r+b" if self._entries else "w+b") as stream:
+                stream.seek(HEADER_ROOM + self._end)
                 for block in blocks:
                     dtype = str(block.dtype).removeprefix("torch.")
                     check_fits(name, block)
                     size += stream.write(block.contiguous().flatten().view(torch.uint8).numpy())
                     shapes.append(list(block.shape))
+                if self._entries and self._end + size > self.max_bytes:
+                    self._move_to_next(stream)
         except OSError as error:
             raise disk_error(file, error) from error
         shape = [sum(rows for rows, *_ in shapes), *shapes[0][1:]] if shapes[0] else []
-        if self._waiting and self._waiting_bytes + size > self.max_bytes:
-            self._flush()
         code = next(code for code, called in DTYPES.items() if called == dtype)
-        self._waiting[name] = file, {"dtype": code, "shape": shape, "data_offsets": [0, size]}
-        self._waiting_bytes += size
+        offsets = [self._end, self._end + size]
+        self._entries[name] = {"dtype": code, "shape": shape, "data_offsets": offsets}
+        self._end += size
         self.total_bytes += size
 
+    def _file(self) -> Path:
+        return self.folder / f"shard-{len(self._shards)}.tmp"
+
+    def _move_to_next(self, stream) -> None:
+        """Ends this shard before the tensor that was written last, which begins the next one."""
+        stream.seek(HEADER_ROOM + self._end)
+        with open(self.folder / f"shard-{len(self._shards) + 1}.tmp", "wb") as following:
+            following.seek(HEADER_ROOM)
+            shutil.copyfileobj(stream, following, COPIED_AT_ONCE)
+        stream.truncate(HEADER_ROOM + self._end)
+        stream.flush()
+        self._flush()
+
     def _flush(self) -> None:
-        """Makes a shard of the tensors that wait, in safetensors' order: widest first, so that all are aligned."""
-        formats = list(DTYPES)
-        names = sorted(self._waiting, key=lambda name: (formats.index(self._waiting[name][1]["dtype"]), name))
-        header, end = {"__metadata__": {"format": "pt"}}, 0  # transformers wants the format named
-        for name in names:
-            entry = self._waiting[name][1]
-            start, end = end, end + entry["data_offsets"][1]
-            header[name] = entry | {"data_offsets": [start, end]}
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        shard = self.folder / f"shard-{len(self._shards)}.tmp"
+        """Makes a shard of the tensors that wait."""
+        formats, shard = list(DTYPES), self._file()
+        places = [(entry["data_offsets"][0], FORMAT_BYTES[entry["dtype"]]) for entry in self._entries.values()]
+        in_place = _header_bytes(self._entries, HEADER_ROOM)
+        is_aligned = all(start % size == 0 for start, size in places)
         try:
-            with open(shard, "wb") as stream:
-                stream.write(len(text).to_bytes(8, "little") + text)
+            if self._end >= LARGE_SHARD and is_aligned and len(in_place) == HEADER_ROOM:
+                with open(shard, "r+b") as stream:
+                    stream.write(in_place)
+            else:
+                # Widest first, so that all are aligned.
+                names = sorted(self._entries, key=lambda name: (formats.index(self._entries[name]["dtype"]), name))
+                header, end, copied = {}, 0, shard.with_suffix(".copy")
                 for name in names:
-                    file = self._waiting[name][0]
-                    with open(file, "rb") as waiting:
-                        shutil.copyfileobj(waiting, stream, COPIED_AT_ONCE)
-                    file.unlink()
+                    start, stop = self._entries[name]["data_offsets"]
+                    header[name] = self._entries[name] | {"data_offsets": [end, end + stop - start]}
+                    end += stop - start
+                with open(shard, "rb") as stream, open(copied, "wb") as ordered:
+                    ordered.write(_header_bytes(header))
+                    for name in names:
+                        start, stop = self._entries[name]["data_offsets"]
+                        stream.seek(HEADER_ROOM + start)
+                        for left in range(stop - start, 0, -COPIED_AT_ONCE):
+                            ordered.write(stream.read(min(left, COPIED_AT_ONCE)))
+                copied.replace(shard)
         except OSError as error:
             raise disk_error(shard, error) from error
-        self._shards.append(names)
-        self._waiting, self._waiting_bytes = {}, 0
+        self._shards.append(list(self._entries))
+        self._entries, self._end = {}, 0
 
     def finish(self) -> None:
         self._flush()
@@ -260,6 +285,13 @@ class ShardWriter:
             weight_map = {tensor: name for name, tensors in zip(names, self._shards, strict=True) for tensor in tensors}
             index = {"metadata": {"total_size": self.total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
             (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _header_bytes(entries: dict[str, dict], room: int = 0) -> bytes:
+    """The header of a safetensors file, its length first, with spaces up to `room` bytes or a multiple of 8."""
+    text = json.dumps({"__metadata__": {"format": "pt"}} | entries, separators=(",", ":")).encode()  # for transformers
+    text = text.ljust(max(room - 8, -(-len(text) // 8) * 8))
+    return len(text).to_bytes(8, "little") + text
 
 
 def check_fits(name: str, tensor) -> None:

@@ -14,7 +14,7 @@ from pico import pico_model, save_pico
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from rrtc import __version__
+from rrtc import __version__, checkpoint
 from rrtc.checkpoint import (
     PROVENANCE,
     ShardWriter,
@@ -256,6 +256,24 @@ def test_shards_of_several_number_formats_are_laid_out_as_safetensors_does(tmp_p
     for name, tensor in tensors.items():
         assert ours[name].dtype == tensor.dtype and torch.equal(ours[name], tensor)
         assert torch.equal(Weights(tmp_path / "ours").raw(name), tensor)
+
+
+def test_a_large_shard_keeps_the_room_for_its_header(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "HEADER_ROOM", 4096)
+    monkeypatch.setattr(checkpoint, "LARGE_SHARD", 3000)
+    writer = ShardWriter(tmp_path, 4000)
+    tensors = {name: torch.randn(250) for name in "dcba"}  # of 1000 bytes, and then some that do not fit the shard
+    tensors |= {"odd": torch.ones(3, dtype=torch.int8), "after": torch.randn(900)}
+    for name, tensor in tensors.items():
+        writer.add(name, tensor)
+    writer.finish()
+    first, second = sorted(tmp_path.glob("*.safetensors"))
+    assert first.stat().st_size == 4096 + 4000
+    assert second.stat().st_size < 4096 + 3603  # after three bytes nothing is aligned, so it was copied
+    assert list(load_file(first)) == ["a", "b", "c", "d"] and list(load_file(second)) == ["after", "odd"]
+    for name, tensor in tensors.items():
+        assert torch.equal(Weights(tmp_path).raw(name), tensor)
+        assert torch.equal((load_file(first) | load_file(second))[name], tensor)
 
 
 STREAM_A_LOT = """
