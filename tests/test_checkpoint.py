@@ -270,7 +270,7 @@ def test_a_large_shard_keeps_the_room_for_its_header(tmp_path, monkeypatch):
     first, second = sorted(tmp_path.glob("*.safetensors"))
     assert first.stat().st_size == 4096 + 4000
     assert second.stat().st_size < 4096 + 3603  # after three bytes nothing is aligned, so it was copied
-    assert list(load_file(first)) == ["a", "b", "c", "d"] and list(load_file(second)) == ["after", "odd"]
+    assert set(load_file(first)) == set("abcd") and set(load_file(second)) == {"after", "odd"}
     for name, tensor in tensors.items():
         assert torch.equal(Weights(tmp_path).raw(name), tensor)
         assert torch.equal((load_file(first) | load_file(second))[name], tensor)
