@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import psutil
 import torch
 from accelerate import PartialState
 from torch import Tensor
@@ -17,6 +18,7 @@ from rrtc.model.forward import outputs_of, run_exit, run_head
 from rrtc.model.skeleton import decoder_layers
 from rrtc.text import Windows
 
+MODEL_SHARE = 0.7  # of the free memory that a model may take; the rest is for what it computes
 TOKENS_AT_ONCE = 128  # distributions of so many tokens are compared at a time, to bound memory
 
 
@@ -65,6 +67,11 @@ def fast_bfloat16() -> bool:
 def scoring_dtype() -> torch.dtype:
     """The number format that models are scored in: float32 on a CPU, bfloat16 on an accelerator."""
     return torch.float32 if device().type == "cpu" else torch.bfloat16
+
+
+def is_too_large(parameters: int, dtype: torch.dtype) -> bool:
+    """Whether a model of so many parameters does not fit into the memory that is free now, in `dtype`."""
+    return parameters * dtype.itemsize > MODEL_SHARE * psutil.virtual_memory().available
 
 
 def load_for_scoring(folder):

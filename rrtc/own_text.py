@@ -13,7 +13,9 @@ from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria
 
 from rrtc import measure
+from rrtc.console import size
 from rrtc.errors import RrtcError
+from rrtc.recipe import OWN_TEXT
 
 AT_ONCE = 32  # windows
 
@@ -27,6 +29,17 @@ class _Steps(StoppingCriteria):
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
         self._advance(len(input_ids))
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def check_writer_fits(parameters: int) -> None:
+    """Raises RrtcError where a model of so many parameters does not fit into memory, as it must to write text."""
+    dtype = measure.scoring_dtype()
+    if measure.is_too_large(parameters, dtype):
+        raise RrtcError(
+            "To write text, the whole model has to be in memory, and its "
+            f"{size(parameters * dtype.itemsize)} do not fit.",
+            f"Name a text in place of '{OWN_TEXT}': what is read is streamed.",
+        )
 
 
 def own_text(

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from test_init import logits, recipe
 from transformers import AutoModelForCausalLM
 
+from rrtc import measure
 from rrtc.calibration_text import calibration_windows
 from rrtc.checkpoint import read_provenance
 from rrtc.errors import RrtcError, WrongUsage
@@ -270,6 +271,13 @@ def test_a_model_writes_as_it_would_say(dense):
     seen = torch.bincount(ids[:, 1], minlength=len(expected)) / 600
     # Of 600 draws, the squared distance from the distribution is about (1 - sum p^2) / 600.
     assert (seen - expected).square().sum() < 2 * (1 - expected.square().sum()) / 600
+
+
+def test_a_model_larger_than_memory_cannot_write_text(dense, tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "MODEL_SHARE", 0)
+    with pytest.raises(RrtcError, match="To write text, the whole model has to be in memory, and its .*B do not fit."):
+        init(str(dense("llama")), str(tmp_path / "out"), small(budget=0.7, calibrate_on=["self"]))
+    assert not list(tmp_path.iterdir())
 
 
 def test_calibration_on_the_models_own_text(dense, tmp_path):

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.dynamic_module_utils import HF_MODULES_CACHE
 
-from rrtc import checkpoint
+from rrtc import checkpoint, measure
 from rrtc.checkpoint import read_provenance
 from rrtc.errors import RrtcError, WrongUsage
 from rrtc.export import licence, stage, verify
@@ -378,7 +378,7 @@ def test_a_model_on_disk_is_rounded_and_checked_as_one_in_memory(tmp_path, archi
 
 
 def test_a_model_larger_than_memory_is_checked_from_disk(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(verify, "SHARE", 0)
+    monkeypatch.setattr(measure, "MODEL_SHARE", 0)
     source, asked = make_rrt(tmp_path / "rrt"), recipe(dtype="bfloat16", max_shard_size="100KB")
     result = stage.export(str(source), str(tmp_path / "out"), asked)
     assert "read from disk, matrix by matrix" in " ".join(capsys.readouterr().err.split())
@@ -393,7 +393,7 @@ def test_a_wrong_matrix_of_a_model_larger_than_memory_is_found(tmp_path, monkeyp
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         return parameters
 
-    monkeypatch.setattr(verify, "SHARE", 0)
+    monkeypatch.setattr(measure, "MODEL_SHARE", 0)
     monkeypatch.setattr(stage, "write", write_wrong)
     source = make_rrt(tmp_path / "rrt")
     with pytest.raises(RrtcError, match="it is not the model it was made from: a logit differs"):

@@ -12,7 +12,7 @@ from pico import save_pico
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from rrtc.checkpoint import check_not_interrupted
+from rrtc.checkpoint import HEADER_ROOM, check_not_interrupted
 from rrtc.cli import app
 from rrtc.errors import RrtcError
 from rrtc.init.job import can_resume
@@ -189,7 +189,8 @@ def test_killed_before_anything_is_finished_it_starts_over(dense, whole, tmp_pat
 
 def test_a_full_disk_leaves_what_can_be_resumed(dense, whole, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, hard))  # more than a slot, less than the model
+    room = HEADER_ROOM + 300_000  # more than a slot, less than the model
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
     try:
         with pytest.raises(RrtcError, match="Writing shard-0.tmp failed"):
             init(str(dense("llama")), str(tmp_path / "out"), asked(**PAPER))

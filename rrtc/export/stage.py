@@ -32,7 +32,8 @@ from rrtc.export.forms import dense_tensors, recursive_tensors, write_dense_conf
 from rrtc.export.licence import find_licence, forbids_derivatives
 from rrtc.export.onnx_form import check_needed, onnx_bytes, write_onnx
 from rrtc.export.quantised_form import BITS, check_can_quantise, quantise
-from rrtc.export.verify import is_too_large, reference, verify
+from rrtc.export.verify import reference, verify
+from rrtc.measure import is_too_large
 from rrtc.model import RrtConfig
 from rrtc.model.skeleton import read_architecture, stock_model
 from rrtc.recipe import BUILT_IN_TEXT, OWN_TEXT, Recipe, parse_size
@@ -78,7 +79,11 @@ def export(folder: str, output: str, recipe: Recipe, report: str | None = None) 
         stated = licence.get("license_name", licence["license"])
         warn(f"The licence of {provenance['base']['uri']} ({stated}) forbids passing on what is made of it.")
 
-    from_disk = form != "onnx" and bits is None and is_too_large(max(_parameters(weights), _stock_parameters(config)))
+    from_disk = (
+        form != "onnx"
+        and bits is None
+        and is_too_large(max(_parameters(weights), _stock_parameters(config)), torch.float32)
+    )
     if from_disk:
         note("The model does not fit into memory: it is read from disk, matrix by matrix, to be checked")
     note("Computing logits to compare the export with")

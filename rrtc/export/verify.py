@@ -17,7 +17,6 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 from accelerate.utils import align_module_device
 from safetensors.torch import load_file
@@ -36,14 +35,6 @@ PROMPT, NEW_TOKENS = 8, 16  # of greedy generation
 # Largest difference of a logit, as a part of the largest logit. In 16 bits a last digit of a product W' + B·A can round
 # the other way when its sum is taken in another order.
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 1e-3, torch.float16: 1e-3}
-
-
-SHARE = 0.7  # of the free memory that a model may take in float32; the rest is for what it computes
-
-
-def is_too_large(parameters: int) -> bool:
-    """Whether a model of so many parameters does not fit into the memory that is free now, in float32."""
-    return 4 * parameters > SHARE * psutil.virtual_memory().available
 
 
 @dataclass(frozen=True)

@@ -33,12 +33,14 @@ from rrtc.init.calibrate import bytes_on_disk
 from rrtc.init.dense import DenseModel
 from rrtc.init.norms import Fold, find_folds
 from rrtc.model.skeleton import read_architecture
+from rrtc.own_text import check_writer_fits
 from rrtc.plan import Plan, make_plan
 from rrtc.recipe import Recipe
 from rrtc.resume import check_unchanged, whole_file
 from rrtc.source import Source, find_model, load_tokenizer
 from rrtc.text import Windows, longest_context, scoring_texts
 
+OWN_TEXT_FILE = "own-text.safetensors"  # in the work
 WORK = "work"
 NUMBER_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # What may change between the start of a run and its continuation: it matters only once every slot is finished.
@@ -148,8 +150,10 @@ def prepare(model: str, target: Path, recipe: Recipe) -> Job:
         scoring = next(iter(scoring_texts(recipe, tokenizer, context, recipe.init.measure_tokens).values()))
     if recipe.init.start == "joint":
         calibration = calibration_windows(recipe.init, tokenizer, context)
-    own = own_windows(recipe.init, context)
-    return Job(source, recipe, plan, dense, dtype, calibration, own, scoring, partial_of(target) / WORK)
+    own, work = own_windows(recipe.init, context), partial_of(target) / WORK
+    if own and calibration is not None and not (work / OWN_TEXT_FILE).exists():
+        check_writer_fits(architecture.parameters)
+    return Job(source, recipe, plan, dense, dtype, calibration, own, scoring, work)
 
 
 def stored_dtype(source: Source, recipe: Recipe, has_weights: bool) -> str:

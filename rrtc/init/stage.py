@@ -32,7 +32,7 @@ from rrtc.errors import RrtcError, WrongUsage
 from rrtc.init.budget import explain, measure_groups, plan_under_budget
 from rrtc.init.calibrate import calibrate, layers_done
 from rrtc.init.dense import DenseModel
-from rrtc.init.job import NUMBER_BYTES, WORK, Job, can_resume, prepare, remove, stored_dtype
+from rrtc.init.job import NUMBER_BYTES, OWN_TEXT_FILE, WORK, Job, can_resume, prepare, remove, stored_dtype
 from rrtc.init.memory import return_freed_memory
 from rrtc.init.neurons import find_neurons
 from rrtc.init.slots import joint_slot, paper_slot
@@ -194,7 +194,7 @@ def _tie_jointly(job: Job) -> tuple[Plan, dict]:
 
 def _own_text(job: Job) -> Tensor:
     """What the model writes to be calibrated on, ids (windows, context)."""
-    file, context = job.work / "own-text.safetensors", job.calibration.shape[1]
+    file, context = job.work / OWN_TEXT_FILE, job.calibration.shape[1]
     if not file.exists():
         tokenizer, tokens = load_tokenizer(job.source.folder), job.own_windows * (context - 1)
         with progress("Writing text to calibrate on", tokens) as advance:
