@@ -473,3 +473,13 @@ def earlier_stages(folder: Path) -> list[tuple[str, Path]]:
                 found.append((entry["stage"], path))
                 break
     return found
+
+
+def without_places(value):
+    """`value`, plain data such as a provenance, with the last part alone of every absolute path: what others may see of
+    where things are on this machine."""
+    if isinstance(value, dict):
+        return {key: without_places(inside) for key, inside in value.items()}
+    if isinstance(value, list):
+        return [without_places(inside) for inside in value]
+    return Path(value).name if isinstance(value, str) and os.path.isabs(value) else value

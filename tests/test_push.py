@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from rrtc.cli import app
@@ -149,7 +150,12 @@ def test_a_verified_export_is_pushed_whole_and_what_was_asked_comes_before_the_w
     arguments = ["export", rrt, "-o", out, "--push-to-hub", "me/new", "--private", "--max-shard-size", "100KB"]
     done = python(RUN, *arguments, "--json", tmp_path / "result.json", env=hub.environment(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
-    assert hub.files == {file.name: file.read_bytes() for file in out.iterdir()} and len(hub.blobs) > 2
+    written = {file.name: file.read_bytes() for file in out.iterdir()}
+    assert hub.files | {"rrtc.yaml": b""} == written | {"rrtc.yaml": b""} and len(hub.blobs) > 2
+    here = str(rrt.parent).encode()
+    assert here in written["rrtc.yaml"] and not any(here in content for content in hub.files.values())
+    said, public = yaml.safe_load(written["rrtc.yaml"]), yaml.safe_load(hub.files["rrtc.yaml"])
+    assert public["measured"] == said["measured"] and public["base"]["path"] == Path(said["base"]["path"]).name
     assert [(made["name"], made.get("visibility") or made.get("private")) for made in hub.made] in (
         [("new", "private")], [("new", True)],
     )  # fmt: skip

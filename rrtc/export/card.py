@@ -10,6 +10,7 @@ from pathlib import Path
 import yaml
 
 from rrtc import __version__
+from rrtc.checkpoint import without_places
 from rrtc.console import count, size
 from rrtc.export.forms import stock_class
 from rrtc.export.licence import find_licence, forbids_derivatives
@@ -102,6 +103,11 @@ def write_card(
     """
     form, base = exported["format"], provenance["base"]
     licence = find_licence(source, Path(base["path"]) if "path" in base else None)
+    named = hub_id(base)
+    provenance = without_places(provenance)
+    base = provenance["base"]
+    if report is not None and "against" in report:
+        report = report | {"against": without_places(report["against"])}
     sections = [
         f"# {name}",
         _summary(form, config, base),
@@ -118,7 +124,7 @@ def write_card(
         "## Recipe",
         f"```yaml\n{yaml.safe_dump(provenance['recipe'], sort_keys=False, allow_unicode=True)}```",
     ]
-    text = f"---\n{_metadata(exported, name, config, base, licence, report)}\n---\n\n" + "\n\n".join(sections) + "\n"
+    text = f"---\n{_metadata(exported, name, config, named, licence, report)}\n---\n\n" + "\n\n".join(sections) + "\n"
     (folder / "README.md").write_text(text, encoding="utf8")
 
 
@@ -129,13 +135,15 @@ def hub_id(base: dict) -> str | None:
     return uri if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", uri) and not uri.endswith(".gguf") and not is_local else None
 
 
-def _metadata(exported: dict, name: str, config: RrtConfig, base: dict, licence: dict, report: dict | None) -> str:
+def _metadata(
+    exported: dict, name: str, config: RrtConfig, base_id: str | None, licence: dict, report: dict | None
+) -> str:
     from huggingface_hub import ModelCardData
 
     form, quantised = exported["format"], ["compressed-tensors", exported["quantize"]] if "quantize" in exported else []
     tags = ["rrtc", "recursive-transformer", "compression", config.base_config.model_type, "arxiv:2410.20672"]
     # Of the hub's relations (adapter, merge, quantized, finetune), the one for weights that were changed by training.
-    relation = {"base_model": hub_id(base), "base_model_relation": "finetune"} if hub_id(base) else {}
+    relation = {"base_model": base_id, "base_model_relation": "finetune"} if base_id else {}
     results = _eval_results(report) if report is not None else []
     measured = {"model_name": name, "eval_results": results} if results else {}
     return ModelCardData(

@@ -4,9 +4,15 @@ huggingface_hub does all of it. The endpoint and the token are those of its own 
 file that 'hf auth login' writes).
 """
 
+import os
+import shutil
+import tempfile
 from pathlib import Path
 
+import yaml
+
 from rrtc import __version__
+from rrtc.checkpoint import PROVENANCE, read_provenance, without_places
 from rrtc.errors import RrtcError, WrongUsage
 
 MADE_WITH_THE_REPOSITORY = {".gitattributes", "README.md"}
@@ -46,7 +52,8 @@ def check_push(repo_id: str) -> None:
 
 
 def push(folder: Path, repo_id: str, private: bool) -> str:
-    """Uploads the export in `folder` into the repository, which is made where there is none; returns its URL.
+    """Uploads the export in `folder` into the repository, which is made where there is none; returns its URL. What is
+    uploaded does not say where on this machine anything is.
 
     private: make it so that nobody else sees it (otherwise as the owner's settings have it, usually public). Raises
     RrtcError where that fails; the folder stays.
@@ -56,13 +63,25 @@ def push(folder: Path, repo_id: str, private: bool) -> str:
     api = HfApi(library_name="rrtc", library_version=__version__)
     try:
         url = api.create_repo(repo_id, private=private or None, exist_ok=True)
-        api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message=f"Exported by rrtc {__version__}")
+        with tempfile.TemporaryDirectory(prefix="rrtc-push-") as scratch:
+            public = _public(Path(folder), Path(scratch) / "public")
+            api.upload_folder(repo_id=url.repo_id, folder_path=public, commit_message=f"Exported by rrtc {__version__}")
     except Exception as error:  # as above
         raise RrtcError(
             f"The export in {folder} is whole, but was not pushed to {repo_id}: {_reason(error)}.",
             f"Push it with: hf upload {repo_id} {folder}",
         ) from error
     return str(url)
+
+
+def _public(folder: Path, place: Path) -> Path:
+    """`place`, made a folder of links to the files of `folder`, with another rrtc.yaml."""
+    shutil.copytree(folder, place, copy_function=lambda file, link: os.symlink(os.path.abspath(file), link))
+    provenance = without_places(read_provenance(folder))
+    provenance["base"]["relative_path"] = provenance["base"]["path"]
+    (place / PROVENANCE).unlink()
+    (place / PROVENANCE).write_text(yaml.safe_dump(provenance, sort_keys=False, allow_unicode=True), encoding="utf8")
+    return place
 
 
 def _reason(error: Exception) -> str:
