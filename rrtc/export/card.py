@@ -71,12 +71,31 @@ for _ in range(40):
 print(tokenizer.decode(tokens, skip_special_tokens=True))
 ```"""
 
+# How to run the GGUF form.
+GGUF_LOADING = """With [llama.cpp](https://github.com/ggml-org/llama.cpp):
+
+```sh
+llama-cli -m {file} -p "The sky is blue because" -n 40{flag}
+```
+
+`llama-quantize {file} {name}-Q8_0.gguf Q8_0` makes a smaller file of it. In Python, with `llama-cpp-python`:
+
+```python
+from llama_cpp import Llama
+
+model = Llama("{name}/{file}", n_ctx=2048, verbose=False)  # where this folder is
+print(model("The sky is blue because", max_tokens=40, temperature=0)["choices"][0]["text"])
+```"""
+
 LIMITS = {
     "recursive": """- Tying saves memory and disk. It saves no arithmetic: a token still passes through {depth} layers.
 - It does not save KV cache either: each of the {depth} layers keeps a place of its own in it.
 - It is not the base model: what tying cost is above, as far as it was measured.""",
     "dense": """- This form has the size of the original: what was saved is in the recursive form, not here.
 - It computes what the recursive form does: what tying cost is above, as far as it was measured.""",
+    "gguf": """- This form has the size of the original: what was saved is in the recursive form, not here.
+- It computes what the recursive form does: what tying cost is above, as far as it was measured.
+- Quantising it further costs quality, which was not measured here.""",
     "onnx": """- Tying saves download and disk. It saves no arithmetic: a token still passes through {depth} layers.
 - It does not save KV cache either: each of the {depth} layers has its own, which keeps every position.
 - ONNX Runtime may lay out a shared matrix once for each layer that uses it, and then takes more memory than disk.
@@ -110,7 +129,7 @@ def write_card(
         "## What was measured",
         _measured(provenance, exported, report),
         "## How to load it",
-        _loading(form, name, config, chat),
+        _loading(exported, name, config, chat),
         "## Limits",
         LIMITS[form].format(depth=len(config.visits)),
         "## Licence",
@@ -138,9 +157,9 @@ def _metadata(form: str, name: str, config: RrtConfig, base: dict, licence: dict
     results = _eval_results(report) if report is not None else []
     measured = {"model_name": name, "eval_results": results} if results else {}
     return ModelCardData(
-        library_name="transformers.js" if form == "onnx" else "transformers",
+        library_name={"onnx": "transformers.js", "gguf": "llama.cpp"}.get(form, "transformers"),
         pipeline_tag="text-generation",
-        tags=tags + {"recursive": ["custom_code"], "onnx": ["onnx"]}.get(form, []),
+        tags=tags + {"recursive": ["custom_code"], "onnx": ["onnx"], "gguf": ["gguf"]}.get(form, []),
         **licence,
         **relation,
         **measured,
@@ -182,6 +201,11 @@ def _summary(form: str, config: RrtConfig, base: dict) -> str:
         return f"{start} The shared weights are stored once."
     if form == "onnx":
         return f"{start} This is an ONNX graph, in which the shared weights are stored once."
+    if form == "gguf":
+        return (
+            f"{start} Here both are multiplied out into ordinary weights for every layer, in one GGUF file for"
+            f" llama.cpp: to it, this is a stock `{stock_class(config)}`."
+        )
     return (
         f"{start} Here both are multiplied out into ordinary weights for every layer: this is a stock"
         f" `{stock_class(config)}`, for whatever reads that architecture."
@@ -256,13 +280,29 @@ def _measured(provenance: dict, exported: dict, report: dict | None) -> str:
             f" Rounding to {exported['dtype']} alone moved a logit by at most "
             f"{exported['rounding_logit_difference']:.2g}, which no figure above contains."
         )
+    again = {"transformers": "read back by transformers", "llama_cpp": "run in llama.cpp"}.get(
+        exported.get("read_by"), "loaded again"
+    )
     parts.append(
         f"This export: {count(exported['parameters'])} parameters, {size(exported['bytes'])} of weights, mostly "
-        f"{exported['dtype']}. It was loaded again in a fresh process without rrtc; the largest difference of a logit "
+        f"{exported['dtype']}. It was {again} in a fresh process without rrtc; the largest difference of a logit "
         f"from the model it was made from, in float32 arithmetic and rounded alike, was "
         f"{exported['max_logit_difference']:.2g}, where the largest logit was {exported['largest_logit']:.3g}.{cast}"
     )
+    if exported["format"] == "gguf":
+        parts.append(_run(exported["llama_cpp"]))
     return "\n\n".join(parts)
+
+
+def _run(run: dict | None) -> str:
+    """What came of running a GGUF file in llama.cpp; `run` as gguf_form.verify_gguf returns it."""
+    if run is None:
+        return "It was not run in llama.cpp."
+    return (
+        f"llama.cpp (llama-cpp-python {run['version']}) ran it: {run['equal_tokens']} of {run['tokens']} greedy tokens "
+        f"were those of transformers before two were equally good, and the largest difference of a logit was "
+        f"{run['max_logit_difference']:.2g}."
+    )
 
 
 def _flat(row: dict) -> dict:
@@ -292,7 +332,11 @@ def _table(rows: list[dict]) -> str:
     return "\n".join(f"| {line} |" for line in lines)
 
 
-def _loading(form: str, name: str, config: RrtConfig, chat: bool) -> str:
+def _loading(exported: dict, name: str, config: RrtConfig, chat: bool) -> str:
+    form = exported["format"]
+    if form == "gguf":
+        file = next(file for file in exported["files"] if file.endswith(".gguf"))
+        return GGUF_LOADING.format(name=name, file=file, flag="" if chat else " -no-cnv")
     if form == "onnx":
         return ONNX_LOADING.format(name=name)
     needs = "Needs `transformers` (5.16 or later) and `torch`."

@@ -5,6 +5,7 @@ from that folder in a fresh process; the model card. Only then does the folder g
 """
 
 import gc
+import tempfile
 import time
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from rrtc.console import note, progress, warn
 from rrtc.errors import RrtcError
 from rrtc.export.card import write_card
 from rrtc.export.forms import dense_tensors, recursive_tensors, write_dense_config, write_recursive_config
+from rrtc.export.gguf_form import convert, find_converter, gguf_file, verify_gguf
 from rrtc.export.licence import find_licence, forbids_derivatives
 from rrtc.export.onnx_form import check_needed, onnx_bytes, write_onnx
 from rrtc.export.verify import reference, verify
@@ -42,7 +44,7 @@ def export(folder: str, output: str, recipe: Recipe, report: str | None = None) 
     report: a folder with the report.json of `rrtc eval`, for the model card. Returned: format, dtype, bytes (of the
     weights files), parameters (shared ones once), max_logit_difference (of the export, loaded in a fresh process, from
     the model in memory with the same rounding), largest_logit, rounding_logit_difference (what that rounding costs by
-    itself), files and seconds. Raises RrtcError, and leaves no folder, where the export is not the same model.
+    itself), files and seconds; for the GGUF form, read_by and llama_cpp too. Raises RrtcError, and leaves no folder, where the export is not the same model.
     """
     started = time.monotonic()
     source, target = Path(folder), Path(output)
@@ -55,6 +57,8 @@ def export(folder: str, output: str, recipe: Recipe, report: str | None = None) 
     if form == "onnx":
         check_needed()
         dtype = "float32" if dtype == "auto" else dtype  # what every device computes in
+    if form == "gguf":
+        find_converter()
     dtype = weights.dtype if dtype == "auto" else dtype
     # The recursive form is copied as it is unless asked otherwise. The dense form has one format: its matrices are new.
     cast = None if form == "recursive" and recipe.export.dtype == "auto" else getattr(torch, dtype)
@@ -71,15 +75,20 @@ def export(folder: str, output: str, recipe: Recipe, report: str | None = None) 
     with whole_folder(target) as partial:
         parameters = write(source, partial, form, cast, shards)
         note("Loading the export in a fresh process")
-        difference = verify(partial, form, expected, getattr(torch, dtype))
+        checked = {}
+        if form == "gguf":
+            difference, checked = verify_gguf(partial, expected, getattr(torch, dtype))
+        else:
+            difference = verify(partial, form, expected, getattr(torch, dtype))
         measured = {
             "format": form,
             "dtype": dtype,
-            "bytes": onnx_bytes(partial) if form == "onnx" else Weights(partial).bytes_on_disk,
+            "bytes": _bytes(partial, form),
             "parameters": parameters,
             "max_logit_difference": difference,
             "largest_logit": expected.logits.abs().max().item(),
             "rounding_logit_difference": expected.rounding,
+            **checked,
             "files": sorted([*_files(partial), "README.md", "rrtc.yaml"]),
             "seconds": round(time.monotonic() - started, 1),
         }
@@ -93,6 +102,13 @@ def export(folder: str, output: str, recipe: Recipe, report: str | None = None) 
         )
         write_card(partial, target.name, config, value, measured, evaluation, source, chat)
     return measured
+
+
+def _bytes(folder: Path, form: str) -> int:
+    """The size of the weights files in `folder`."""
+    if form == "gguf":
+        return gguf_file(folder).stat().st_size
+    return onnx_bytes(folder) if form == "onnx" else Weights(folder).bytes_on_disk
 
 
 def _files(folder: Path) -> list[str]:
@@ -124,9 +140,12 @@ def _report_about(folder: str | None, provenance: dict) -> dict | None:
 
 
 def _size(form: str, weights: Weights, config: RrtConfig, dtype: torch.dtype | None) -> int:
-    """About how many bytes of weights will be written (tied embeddings are counted twice for the dense form)."""
-    if form == "dense":
-        return sum(parameter.numel() for parameter in stock_model(config.base_config).parameters()) * dtype.itemsize
+    """About how many bytes of weights will be written (tied embeddings are counted twice for the dense form). The GGUF form is made of a dense form,
+    which is there beside it for a while."""
+    if form in ("dense", "gguf"):
+        copies = 2 if form == "gguf" else 1
+        numbers = sum(parameter.numel() for parameter in stock_model(config.base_config).parameters())
+        return copies * numbers * dtype.itemsize
     if dtype is None:
         return weights.bytes_on_disk
     return _parameters(weights) * dtype.itemsize
@@ -136,8 +155,14 @@ def write(source: Path, folder: Path, form: str, dtype: torch.dtype | None, shar
     """Writes the rrtc model in `source` into the existing `folder`, without checking it; returns its parameter count.
 
     dtype: the number format of the weights; None, for the recursive form alone: as they are. One tensor at a time is
-    in memory, except for the ONNX form. shard_bytes: of no meaning to the ONNX form, whose weights are one file.
+    in memory, except for the ONNX form. shard_bytes: of no meaning to the ONNX and GGUF forms, each one weights file.
     """
+    if form == "gguf":
+        with tempfile.TemporaryDirectory(dir=folder, prefix="dense-") as dense:
+            parameters = write(source, Path(dense), "dense", dtype, shard_bytes)
+            note("Converting it with llama.cpp's converter")
+            convert(Path(dense), folder, dtype)
+        return parameters
     if form == "onnx":
         return write_onnx(source, folder, dtype)
     config, weights = _recursive_config(source), Weights(source)
