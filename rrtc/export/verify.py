@@ -30,6 +30,10 @@ TEXT = "The quick brown fox jumps over the lazy dog, 1234567890 times."
 ROWS, TOKENS = 2, 48
 PROMPT, NEW_TOKENS = 8, 32  # of greedy generation
 PROGRAMS = {"onnx": "reload_onnx.py", "gguf": "reload_gguf.py"}  # what loads the form; others: reload.py
+HINTS = {  # where a difference is more likely somebody else's fault
+    "gguf": "Try a newer llama.cpp in RRTC_LLAMA_CPP. Where the base model has a tokenizer.model, copy that into the "
+    "folder you export: without it, the converter may guess at the tokenizer.",
+}
 # Largest difference of a logit, as a part of the largest logit. In 16 bits a last digit of a product W' + B·A can round
 # the other way when its sum is taken in another order.
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 1e-3, torch.float16: 1e-3}
@@ -40,8 +44,8 @@ class Reference:
     """What the exported model must compute for `ids` (rows, tokens): `logits` (rows, tokens, vocabulary), float32.
 
     rounding: how far the written number format alone moves a logit at most. text_ids: the token ids of TEXT.
-    greedy: for the ONNX and GGUF forms, the tokens that transformers' greedy generation adds to PROMPT tokens of the first row,
-    and beside each by how much its logit surpassed the second largest.
+    greedy: for the ONNX and GGUF forms, the tokens that transformers' greedy generation adds to PROMPT tokens of the
+    first row, and beside each by how much its logit surpassed the second largest.
     """
 
     ids: Tensor
@@ -138,7 +142,7 @@ def verify(folder: Path, form: str, expected: Reference, dtype: torch.dtype) -> 
     """
     report, logits = _reload(folder, form, expected)
     failed = "The export was written, but it is not the model it was made from: "
-    hint = "This is a fault in rrtc: please report it with the model's config."
+    hint = HINTS.get(form, "This is a fault in rrtc: please report it with the model's config.")
     if report["problems"]:
         raise RrtcError(f"{failed}on loading, {', '.join(report['problems'][:3])}.", hint)
     if report["token_ids"] != expected.text_ids:
