@@ -51,8 +51,8 @@ def find_converter() -> Path:
 
 
 def convert(dense: Path, folder: Path, dtype: torch.dtype) -> None:
-    """Writes the dense form in the folder `dense`, whose tensors were rounded to `dtype`, as a GGUF file into `folder`, and
-    beside it the licence files. Raises RrtcError where the converter fails."""
+    """Writes the dense form in the folder `dense`, whose tensors were rounded to `dtype`, as a GGUF file into `folder`,
+    and beside it the licence files. Raises RrtcError where the converter fails."""
     script, name = find_converter().absolute(), folder.name.removesuffix(".partial")
     file = folder.absolute() / f"{name}-{TYPES[dtype]}.gguf"
     # Nothing is asked of the hub, and nothing written into a folder that is not ours.

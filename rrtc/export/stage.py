@@ -175,6 +175,7 @@ def write(
             convert(Path(dense), folder, dtype)
         return parameters
     if form == "onnx":
+        note("Tracing the model")
         return write_onnx(source, folder, dtype)
     config, weights = _recursive_config(source), Weights(source)
     if form == "dense":
