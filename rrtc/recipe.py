@@ -377,10 +377,10 @@ class EvalRecipe(Section):
 class ExportRecipe(Section):
     """The form in which the model leaves."""
 
-    format: Literal["recursive", "dense", "onnx"] = Field(
+    format: Literal["recursive", "dense", "onnx", "gguf"] = Field(
         "recursive",
         description="recursive: small, shared weights stored once; dense: the stock architecture; onnx: small, for "
-        "ONNX Runtime and transformers.js.",
+        "ONNX Runtime and transformers.js; gguf: dense, for llama.cpp, whose folder RRTC_LLAMA_CPP names.",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Number format of the weights written; auto: as they are, or float32 for onnx."

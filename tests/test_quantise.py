@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from rrtc import checkpoint
 from rrtc.cli import app
 from rrtc.errors import RrtcError, WrongUsage
-from rrtc.export import quantised_form, rounding, stage
+from rrtc.export import quantised_form, rounding, stage, writing
 from rrtc.recipe import Recipe, load_recipe
 from rrtc.text import Windows
 
@@ -182,7 +182,7 @@ def test_the_text_is_by_default_what_the_model_was_made_with(tmp_path):
     text.write_text("\n\n\n".join(f"Sentence number {n} of a text of its own. " * 9 for n in range(300)))
     provenance = checkpoint.read_provenance(source)
     provenance["recipe"]["init"]["calibrate_on"] = [str(text)]
-    config = stage._recursive_config(source)
+    config = writing.recursive_config(source)
     default, named, built_in = (
         stage._texts_to_quantise_by(recipe(calibrate_tokens=512, calibrate_on=on), provenance, source, config)
         for on in ([], str(text), "pydoc")

@@ -166,7 +166,7 @@ def test_flags_override_the_file_and_those_not_given_do_not(tmp_path):
 def test_flags_are_checked_as_the_file_is():
     with pytest.raises(WrongUsage, match="In the command line, 'rank' is wrong: .* not 'x'."):
         with_flags(InitRecipe(), {"rank": "q=64,kv=x"})
-    with pytest.raises(WrongUsage, match="it should be 'recursive', 'dense' or 'onnx'"):
+    with pytest.raises(WrongUsage, match="it should be 'recursive', 'dense', 'onnx' or 'gguf'"):
         with_flags(ExportRecipe(), {"format": "pickle"})
     with pytest.raises(WrongUsage, match="keeps one layer at each end, but keep is 3"):
         with_flags(InitRecipe(keep=3), {"sharing": "middle_cycle"})

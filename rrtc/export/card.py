@@ -12,6 +12,7 @@ import yaml
 from rrtc import __version__
 from rrtc.checkpoint import without_places
 from rrtc.console import count, size
+from rrtc.export.card_loading import how_to_load
 from rrtc.export.forms import stock_class
 from rrtc.export.licence import find_licence, forbids_derivatives
 from rrtc.model import RrtConfig
@@ -29,55 +30,15 @@ COLUMNS = {
     "task_average": ("tasks, average", "{:.1%}".format),
 }
 
-CHAT = """inputs = tokenizer.apply_chat_template(
-    [{"role": "user", "content": "Why is the sky blue?"}], add_generation_prompt=True, return_tensors="pt"
-)"""
-TEXT = 'inputs = tokenizer("The sky is blue because", return_tensors="pt")'
-
-# How to load the ONNX form, whose folder is called {name}.
-ONNX_LOADING = """In a browser or in Node, with [transformers.js](https://huggingface.co/docs/transformers.js), from
-version 3 on; `{name}` is this folder below `localModelPath`, or its id on the hub:
-
-```js
-import {{ env, pipeline }} from "@huggingface/transformers";
-
-env.localModelPath = "./";
-env.allowLocalModels = true;
-const generator = await pipeline("text-generation", "{name}");
-console.log(await generator("The sky is blue because", {{ max_new_tokens: 40, do_sample: false }}));
-```
-
-In Python, with `onnxruntime` and, for the tokenizer, `transformers`:
-
-```python
-import numpy
-import onnxruntime
-from transformers import AutoTokenizer
-
-folder = "{name}"  # where this folder is
-tokenizer = AutoTokenizer.from_pretrained(folder)
-session = onnxruntime.InferenceSession(folder + "/onnx/model.onnx")
-caches = [value for value in session.get_inputs() if value.name.startswith("past")]
-past = {{value.name: numpy.zeros((1, value.shape[1], 0, value.shape[3]), "float32") for value in caches}}
-tokens, done = list(tokenizer("The sky is blue because")["input_ids"]), 0
-for _ in range(40):
-    given = {{
-        "input_ids": numpy.array([tokens[done:]]),
-        "attention_mask": numpy.ones((1, len(tokens)), "int64"),
-        "position_ids": numpy.arange(done, len(tokens))[None],
-    }}
-    logits, *present = session.run(None, given | past)
-    past, done = dict(zip(past, present)), len(tokens)
-    tokens.append(int(logits[0, -1].argmax()))
-print(tokenizer.decode(tokens, skip_special_tokens=True))
-```"""
-
 LIMITS = {
     "recursive": """- Tying saves memory and disk. It saves no arithmetic: a token still passes through {depth} layers.
 - It does not save KV cache either: each of the {depth} layers keeps a place of its own in it.
 - It is not the base model: what tying cost is above, as far as it was measured.""",
     "dense": """- This form has the size of the original: what was saved is in the recursive form, not here.
 - It computes what the recursive form does: what tying cost is above, as far as it was measured.""",
+    "gguf": """- This form has the size of the original: what was saved is in the recursive form, not here.
+- It computes what the recursive form does: what tying cost is above, as far as it was measured.
+- Quantising it further costs quality, which was not measured here.""",
     "onnx": """- Tying saves download and disk. It saves no arithmetic: a token still passes through {depth} layers.
 - It does not save KV cache either: each of the {depth} layers has its own, which keeps every position.
 - ONNX Runtime may lay out a shared matrix once for each layer that uses it, and then takes more memory than disk.
@@ -116,7 +77,7 @@ def write_card(
         "## What was measured",
         _measured(provenance, exported, report),
         "## How to load it",
-        _loading(form, name, config, chat, "quantize" in exported),
+        how_to_load(exported, name, config, chat),
         "## Limits",
         LIMITS[form].format(depth=len(config.visits)),
         "## Licence",
@@ -147,9 +108,9 @@ def _metadata(
     results = _eval_results(report) if report is not None else []
     measured = {"model_name": name, "eval_results": results} if results else {}
     return ModelCardData(
-        library_name="transformers.js" if form == "onnx" else "transformers",
+        library_name={"onnx": "transformers.js", "gguf": "llama.cpp"}.get(form, "transformers"),
         pipeline_tag="text-generation",
-        tags=tags + {"recursive": ["custom_code"], "onnx": ["onnx"]}.get(form, []) + quantised,
+        tags=tags + {"recursive": ["custom_code"], "onnx": ["onnx"], "gguf": ["gguf"]}.get(form, []) + quantised,
         **licence,
         **relation,
         **measured,
@@ -191,6 +152,11 @@ def _summary(form: str, config: RrtConfig, base: dict) -> str:
         return f"{start} The shared weights are stored once."
     if form == "onnx":
         return f"{start} This is an ONNX graph, in which the shared weights are stored once."
+    if form == "gguf":
+        return (
+            f"{start} Here both are multiplied out into ordinary weights for every layer, in one GGUF file for"
+            f" llama.cpp: to it, this is a stock `{stock_class(config)}`."
+        )
     return (
         f"{start} Here both are multiplied out into ordinary weights for every layer: this is a stock"
         f" `{stock_class(config)}`, for whatever reads that architecture."
@@ -268,12 +234,17 @@ def _measured(provenance: dict, exported: dict, report: dict | None) -> str:
             f" Rounding to {exported['dtype']} alone moved a logit by at most "
             f"{exported['rounding_logit_difference']:.2g}, which no figure above contains."
         )
+    again = {"transformers": "read back by transformers", "llama_cpp": "run in llama.cpp"}.get(
+        exported.get("read_by"), "loaded again"
+    )
     parts.append(
         f"This export: {count(exported['parameters'])} parameters, {size(exported['bytes'])} of weights, {numbers}. "
-        f"It was loaded again in a fresh process without rrtc; the largest difference of a logit "
+        f"It was {again} in a fresh process without rrtc; the largest difference of a logit "
         f"from the model it was made from, in float32 arithmetic and rounded alike, was "
         f"{exported['max_logit_difference']:.2g}, where the largest logit was {exported['largest_logit']:.3g}.{cast}"
     )
+    if exported["format"] == "gguf":
+        parts.append(_run(exported["llama_cpp"]))
     return "\n\n".join(parts)
 
 
@@ -284,6 +255,17 @@ def _quantised(exported: dict) -> str:
         f"The matrices of the layers are in {number}, everything else is in {exported['dtype']}. Bits per byte on text "
         f"held out of the calibration: {cost['plain']:.4f} before, {cost['calibrated']:.4f} as it is here; with every "
         f"weight rounded to the nearest {number} it would be {cost['nearest']:.4f}. The figures above are from before."
+    )
+
+
+def _run(run: dict | None) -> str:
+    """What came of running a GGUF file in llama.cpp; `run` as gguf_form.verify_gguf returns it."""
+    if run is None:
+        return "It was not run in llama.cpp."
+    return (
+        f"llama.cpp (llama-cpp-python {run['version']}) ran it: {run['equal_tokens']} of {run['tokens']} greedy tokens "
+        f"were those of transformers before two were equally good, and the largest difference of a logit was "
+        f"{run['max_logit_difference']:.2g}."
     )
 
 
@@ -312,49 +294,6 @@ def _table(rows: list[dict]) -> str:
         cells = ["–" if row.get(key) is None else COLUMNS[key][1](row[key]) for key in keys]
         lines.append(" | ".join([str(row.get("model", "–")), *cells]))
     return "\n".join(f"| {line} |" for line in lines)
-
-
-def _loading(form: str, name: str, config: RrtConfig, chat: bool, quantised: bool) -> str:
-    if form == "onnx":
-        return ONNX_LOADING.format(name=name)
-    needs = f"Needs `transformers` (5.16 or later) and `torch`{' and `compressed-tensors`' if quantised else ''}."
-    trust = ""
-    if form == "recursive":
-        trust = ", trust_remote_code=True"
-        needs += (
-            " `trust_remote_code` runs the two Python files of this folder, which import nothing but torch and "
-            "transformers (the tokenizer's class reads the config, so it has to be told too). Where rrtc is installed, "
-            "`import rrtc.model` makes it unnecessary."
-        )
-    else:
-        needs += f" Nothing else: this is a stock `{stock_class(config)}`."
-    return f"""{needs}
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-folder = "{name}"  # where this folder is
-tokenizer = AutoTokenizer.from_pretrained(folder{trust})
-model = AutoModelForCausalLM.from_pretrained(folder{trust})
-{CHAT if chat else TEXT}
-output = model.generate(**inputs, max_new_tokens=40, do_sample=False)
-print(tokenizer.decode(output[0], skip_special_tokens=True))
-```{_adapting(config) if form == "recursive" else ""}"""
-
-
-def _adapting(config: RrtConfig) -> str:
-    """How to train an adapter on top: a regex that names the shared matrices, and neither containers nor norms."""
-    tied = {m: None for visit in config.visits for m in visit["ranks"] if visit["forms"].get(m, "tied") == "tied"}
-    if not tied:
-        return ""
-    names = "|".join(re.escape(name) for name in tied)
-    return f"""
-
-With PEFT, adapt the shared matrices; each adapter then works in all layers that share the matrix:
-
-```python
-LoraConfig(r=16, target_modules=r".*\\.shared\\.({names})", task_type="CAUSAL_LM")
-```"""
 
 
 def _licence(licence: dict, base: dict) -> str:

@@ -1,0 +1,91 @@
+"""Writing each form of an export, without checking it; and how many bytes that will be."""
+
+import tempfile
+from pathlib import Path
+
+import torch
+
+from rrtc.checkpoint import ShardWriter, Weights, copy_companions
+from rrtc.console import note, progress
+from rrtc.errors import RrtcError
+from rrtc.export.forms import dense_tensors, recursive_tensors, write_dense_config, write_recursive_config
+from rrtc.export.gguf_form import STORED, convert
+from rrtc.export.onnx_form import write_onnx
+from rrtc.model import RrtConfig
+from rrtc.model.skeleton import read_architecture, stock_model
+from rrtc.source import read_config
+
+
+def recursive_config(folder: Path) -> RrtConfig:
+    """The config of the rrtc model in `folder`. Raises RrtcError where that is another model."""
+    config = read_config(folder)
+    if not isinstance(config, RrtConfig):
+        raise RrtcError(
+            f"{folder} holds a '{config.model_type}' model, not a recursive one.",
+            "Export the folder that 'rrtc init' or 'rrtc uptrain' wrote.",
+        )
+    return config
+
+
+def stored_parameters(weights: Weights) -> int:
+    """How many numbers `weights` hold."""
+    return sum(torch.Size(weights.shape(name)).numel() for name in weights)
+
+
+def bytes_written(form: str, weights: Weights, config: RrtConfig, dtype: torch.dtype | None) -> int:
+    """About how many bytes of weights will be written. The GGUF form is made of a dense form, which is there beside it
+    for a while."""
+    if form in ("dense", "gguf"):
+        beside = STORED.get(dtype, dtype).itemsize if form == "gguf" else 0
+        return read_architecture(config.base_config).parameters * (dtype.itemsize + beside)
+    if dtype is None:
+        return weights.bytes_on_disk
+    return stored_parameters(weights) * dtype.itemsize
+
+
+def quantised_dense_bytes(config: RrtConfig, bits: int, dtype: torch.dtype) -> int:
+    """About what the dense form would take with its layers' matrices in `bits` and the rest in `dtype`."""
+    architecture = read_architecture(config.base_config)
+    inside = sum(matrix.size for layer in architecture.layers for matrix in layer.matrices)
+    return inside * bits // 8 + (architecture.parameters - inside) * dtype.itemsize
+
+
+def write(
+    source: Path,
+    folder: Path,
+    form: str,
+    dtype: torch.dtype | None,
+    shard_bytes: int,
+    stored: torch.dtype | None = None,
+) -> int:
+    """Writes the rrtc model in `source` into the existing `folder`, without checking it; returns its parameter count.
+
+    dtype: the number format of the weights; None, for the recursive form alone: as they are. One tensor at a time is
+    in memory, except for the ONNX form. shard_bytes: of no meaning to the ONNX and GGUF forms, each one weights file.
+    stored: for the dense form, a wider number format in which to write what was rounded to `dtype`.
+    """
+    if form == "gguf":
+        with tempfile.TemporaryDirectory(dir=folder, prefix="dense-") as dense:
+            parameters = write(source, Path(dense), "dense", dtype, shard_bytes, STORED.get(dtype))
+            note("Converting it with llama.cpp's converter")
+            convert(Path(dense), folder, dtype)
+        return parameters
+    if form == "onnx":
+        note("Tracing the model")
+        return write_onnx(source, folder, dtype)
+    config, weights = recursive_config(source), Weights(source)
+    if form == "dense":
+        tensors, total = dense_tensors(weights, config, dtype), len(stock_model(config.base_config).state_dict())
+        write_dense_config(config, folder, dtype)
+    else:
+        tensors, total = recursive_tensors(weights, dtype), len(list(weights))
+        write_recursive_config(source, folder, dtype or getattr(torch, weights.dtype))
+    writer, parameters = ShardWriter(folder, shard_bytes), 0
+    with progress("Writing weights", total) as advance:
+        for name, tensor in tensors:
+            writer.add(name, tensor if stored is None else tensor.to(stored))
+            parameters += tensor.numel()
+            advance()
+        writer.finish()
+    copy_companions(source, folder)
+    return parameters
