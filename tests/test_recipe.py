@@ -48,7 +48,7 @@ def test_a_number_may_have_an_exponent(tmp_path):
         ("init: {share_init: lower}", "'init.share_init'", "Did you mean 'shared_init'?"),
         ("uptrain: {learningrate: 1}", "'uptrain.learningrate'", "Did you mean 'learning_rate'?"),
         ("eval: {promt: Hello}", "'eval.promt'", "Did you mean 'prompt'?"),
-        ("export: {xyz: 1}", "'export.xyz'", "Valid: format, dtype, max_shard_size."),
+        ("export: {xyz: 1}", "'export.xyz'", "Valid: format, dtype, max_shard_size, quantize, calibrate_on, calibrate_tokens, text_field, seed."),
         ("loops: 3", "'loops'", "Valid: model, init, uptrain, eval, export."),
     ],
 )
