@@ -3,7 +3,16 @@
 import pytest
 
 from rrtc.errors import WrongUsage, nearest
-from rrtc.recipe import MATRIX_GROUPS, ExportRecipe, InitRecipe, Recipe, UptrainRecipe, load_recipe, with_flags
+from rrtc.recipe import (
+    MATRIX_GROUPS,
+    EvalRecipe,
+    ExportRecipe,
+    InitRecipe,
+    Recipe,
+    UptrainRecipe,
+    load_recipe,
+    with_flags,
+)
 
 
 def load(tmp_path, text: str) -> Recipe:
@@ -48,7 +57,7 @@ def test_a_number_may_have_an_exponent(tmp_path):
         ("init: {share_init: lower}", "'init.share_init'", "Did you mean 'shared_init'?"),
         ("uptrain: {learningrate: 1}", "'uptrain.learningrate'", "Did you mean 'learning_rate'?"),
         ("eval: {promt: Hello}", "'eval.promt'", "Did you mean 'prompt'?"),
-        ("export: {xyz: 1}", "'export.xyz'", "Valid: format, dtype, max_shard_size, quantize, calibrate_on, calibrate_tokens, text_field, seed."),
+        ("eval: {xyz: 1}", "'eval.xyz'", f"Valid: {', '.join(EvalRecipe.model_fields)}."),
         ("loops: 3", "'loops'", "Valid: model, init, uptrain, eval, export."),
     ],
 )

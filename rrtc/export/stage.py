@@ -52,12 +52,12 @@ MEASURED_TOKENS = 4096  # of held-out text, on which the bits per byte of a quan
 def export(folder: str, output: str, recipe: Recipe, report: str | None = None) -> dict:
     """Writes the rrtc model in `folder` into the new folder `output`; returns what was measured (rrtc.yaml has it too).
 
-    report: a folder with the report.json of `rrtc eval`, for the model card. Returned: format, dtype, where it was
-    quantised quantize and bits_per_byte (plain, nearest, calibrated; see quantised_form.py), bytes (of the
+    report: a folder with the report.json of `rrtc eval`, for the model card. Returned: format, dtype, bytes (of the
     weights files), parameters (shared ones once), max_logit_difference (of the export, loaded in a fresh process, from
     the model in memory with the same rounding), largest_logit, rounding_logit_difference (what that rounding costs by
-    itself), files and seconds; for the GGUF form also read_by and llama_cpp, as `verify_gguf` has them. Raises
-    RrtcError, and leaves no folder, where the export is not the same model.
+    itself), files and seconds; where it was quantised also quantize and bits_per_byte, as `Quantised` has them; for the
+    GGUF form also read_by and llama_cpp, as `verify_gguf` has them. Raises RrtcError, and leaves no folder, where the
+    export is not the same model.
     """
     started = time.monotonic()
     source, target = Path(folder), Path(output)
@@ -96,31 +96,29 @@ def export(folder: str, output: str, recipe: Recipe, report: str | None = None) 
     gc.collect()  # the model, which the fresh process needs the memory of
     with whole_folder(target) as partial:
         parameters = write(source, partial, form, cast, shards)
-        quantised = {}
+        beside = {}  # what only some forms have measured
         if bits is not None:
             note(f"Rounding to {bits} bits")
             found = quantise(partial, bits, *texts, shards)
             expected = replace(expected, logits=found.logits, rounding=found.rounding)
-            quantised = {"quantize": recipe.export.quantize, "bits_per_byte": found.bits_per_byte}
-            dense = quantised_dense_bytes(config, bits, cast or getattr(torch, dtype))
+            beside = {"quantize": recipe.export.quantize, "bits_per_byte": found.bits_per_byte}
+            dense = quantised_dense_bytes(config, bits, getattr(torch, dtype))
             if form == "recursive" and dense < Weights(partial).bytes_on_disk:
                 note(f"The dense form would take about {size(dense)}: here all LoRA is beside it, in {dtype}.")
         note("Loading the export in a fresh process")
-        checked = {}
         if form == "gguf":
-            difference, checked = verify_gguf(partial, expected, getattr(torch, dtype))
+            difference, beside = verify_gguf(partial, expected, getattr(torch, dtype))
         else:
             difference = verify(partial, form, expected, getattr(torch, dtype), from_disk)
         measured = {
             "format": form,
             "dtype": dtype,
-            **quantised,
             "bytes": _bytes(partial, form),
             "parameters": parameters,
             "max_logit_difference": difference,
             "largest_logit": expected.logits.abs().max().item(),
             "rounding_logit_difference": expected.rounding,
-            **checked,
+            **beside,
             "files": sorted([*_files(partial), "README.md", "rrtc.yaml"]),
             "seconds": round(time.monotonic() - started, 1),
         }
