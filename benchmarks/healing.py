@@ -46,7 +46,7 @@ def main() -> None:
         title, folder, flags = (part.strip() for part in row.split("|"))
         curves[title] = trained(asked, title, folder, shlex.split(asked.flags) + shlex.split(flags))
         draw(curves, asked.work / "kl.png")
-        Console().print(table(curves))
+        Console(width=120).print(table(curves))
 
 
 def trained(asked: argparse.Namespace, title: str, folder: str, flags: list[str]) -> list[tuple[int, float]]:

@@ -13,6 +13,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from rich.console import Console
 from rich.table import Table
 
 from rrtc import console
@@ -61,7 +62,7 @@ def main() -> None:
                 f"{name}, {number}", console.size(before), *(f"{found[key]:.4f}" for key in found),
                 console.size(Weights(folder).bytes_on_disk), f"{found['calibrated'] - found['plain']:+.4f}",
             )  # fmt: skip
-    console.notes.print(table)
+    Console(width=120).print(table)
 
 
 def write_bfloat16(source: Path, folder: Path) -> None:

@@ -187,11 +187,12 @@ def _damaged(file: Path) -> RrtcError:
 
 
 class ShardWriter:
-    """Writes tensors into safetensors files of at most `max_bytes` each, holding no more than one of them in memory.
+    """Writes tensors into safetensors files with at most `max_bytes` of them each, holding no more than one in memory.
 
     `add` tensors in any order, then `finish`: files get their final names and, where there are several, an index. The
     header of a safetensors file comes first and lists all tensors, so room is left for it. A large shard keeps that
-    room, filled up with spaces; a small one is copied, into the order in which safetensors itself writes.
+    room, filled up with spaces. A small one is copied, into the order in which safetensors itself writes; so is one
+    whose header is larger, or where formats of several widths came in an order that does not keep them aligned.
     """
 
     def __init__(self, folder: Path, max_bytes: int):
@@ -450,6 +451,16 @@ def read_provenance(folder: Path) -> dict:
     return value
 
 
+def check_not_quantised(folder: Path) -> None:
+    """Raises RrtcError where the model in `folder` is quantised, so that it can be used but not worked on."""
+    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf8"))
+    if "quantization_config" in config:
+        raise RrtcError(
+            f"The model in {folder} is quantised, and what was rounded away is gone.",
+            "Take the folder that it was made from.",
+        )
+
+
 def next_history(provenance: dict) -> list:
     """The history of a folder that is made from the one `provenance` describes."""
     return [*provenance["history"], {key: provenance[key] for key in ("stage", "path", "made")}]
@@ -479,7 +490,14 @@ def without_places(value):
     """`value`, plain data such as a provenance, with the last part alone of every absolute path: what others may see of
     where things are on this machine."""
     if isinstance(value, dict):
-        return {key: without_places(inside) for key, inside in value.items()}
+        found = {}
+        for key, inside in value.items():
+            name, copies = without_places(key), 1
+            while name in found:  # two files of one name
+                copies += 1
+                name = f"{without_places(key)} ({copies})"
+            found[name] = without_places(inside)
+        return found
     if isinstance(value, list):
         return [without_places(inside) for inside in value]
     return Path(value).name if isinstance(value, str) and os.path.isabs(value) else value

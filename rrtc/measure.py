@@ -14,6 +14,8 @@ from accelerate import PartialState
 from torch import Tensor
 
 from rrtc.checkpoint import Weights
+from rrtc.console import size
+from rrtc.errors import RrtcError
 from rrtc.model.forward import outputs_of, run_exit, run_head
 from rrtc.model.skeleton import decoder_layers
 from rrtc.text import Windows
@@ -72,6 +74,13 @@ def scoring_dtype() -> torch.dtype:
 def is_too_large(parameters: int, dtype: torch.dtype) -> bool:
     """Whether a model of so many parameters does not fit into the memory that is free now, in `dtype`."""
     return parameters * dtype.itemsize > MODEL_SHARE * psutil.virtual_memory().available
+
+
+def too_large(why: str, parameters: int, dtype: torch.dtype, hint: str) -> RrtcError:
+    """What to raise where the model `is_too_large` for what has to be done with it whole."""
+    return RrtcError(
+        f"{why}, the whole model has to be in memory, and its {size(parameters * dtype.itemsize)} do not fit.", hint
+    )
 
 
 def load_for_scoring(folder):

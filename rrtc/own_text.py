@@ -13,7 +13,6 @@ from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria
 
 from rrtc import measure
-from rrtc.console import size
 from rrtc.errors import RrtcError
 from rrtc.recipe import OWN_TEXT
 
@@ -35,11 +34,8 @@ def check_writer_fits(parameters: int) -> None:
     """Raises RrtcError where a model of so many parameters does not fit into memory, as it must to write text."""
     dtype = measure.scoring_dtype()
     if measure.is_too_large(parameters, dtype):
-        raise RrtcError(
-            "To write text, the whole model has to be in memory, and its "
-            f"{size(parameters * dtype.itemsize)} do not fit.",
-            f"Name a text in place of '{OWN_TEXT}': what is read is streamed.",
-        )
+        hint = f"Name a text in place of '{OWN_TEXT}': what is read is streamed."
+        raise measure.too_large("To write text", parameters, dtype, hint)
 
 
 def own_text(

@@ -389,16 +389,16 @@ class ExportRecipe(Section):
     quantize: Literal["none", "int8", "int4"] = Field(
         "none",
         description="Matrices in 8 or 4 bits (compressed-tensors, which transformers and vLLM read), rounded by what "
-        "all their uses see; LoRA stays in 16 bits and is chosen anew.",
+        "all their uses see; LoRA is not quantised, and chosen anew.",
     )
     calibrate_on: list[str] = Field(
         [],
-        description="Text that quantising learns from, as uptrain's data. By default what the model was trained on, or "
+        description="For quantize: text to learn from, as uptrain's data. By default what the model was trained on, or "
         "calibrated on.",
     )
-    calibrate_tokens: int = Field(16_384, ge=1, description="Tokens of that text in all.")
-    text_field: str = Field("text", description="The field that holds the text in jsonl, parquet and datasets.")
-    seed: int = Field(0, description="Which pieces of that text are taken.")
+    calibrate_tokens: int = Field(16_384, ge=1, description="For quantize: tokens of that text in all.")
+    text_field: str = Field("text", description="The field that holds it in jsonl, parquet and datasets.")
+    seed: int = Field(0, description="For quantize: which pieces of that text are taken.")
 
     @model_validator(mode="after")
     def _check_quantize(self) -> "ExportRecipe":

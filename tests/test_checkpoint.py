@@ -28,6 +28,7 @@ from rrtc.checkpoint import (
     partial_of,
     read_provenance,
     whole_folder,
+    without_places,
     write_provenance,
 )
 from rrtc.errors import RrtcError, WrongUsage
@@ -274,6 +275,11 @@ def test_a_large_shard_keeps_the_room_for_its_header(tmp_path, monkeypatch):
     for name, tensor in tensors.items():
         assert torch.equal(Weights(tmp_path).raw(name), tensor)
         assert torch.equal((load_file(first) | load_file(second))[name], tensor)
+
+
+def test_no_places_are_told():
+    told = {"on": ["/home/me/a.txt", "b/c.txt", 3], "/home/me/a.txt": 1, "/home/you/a.txt": {"at": None}}
+    assert without_places(told) == {"on": ["a.txt", "b/c.txt", 3], "a.txt": 1, "a.txt (2)": {"at": None}}
 
 
 STREAM_A_LOT = """

@@ -12,12 +12,13 @@ from test_forms import save_mixed
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from rrtc import checkpoint
+from rrtc import checkpoint, measure
 from rrtc.cli import app
 from rrtc.errors import RrtcError, WrongUsage
 from rrtc.export import quantised_form, rounding, stage, writing
 from rrtc.recipe import Recipe, load_recipe
 from rrtc.text import Windows
+from rrtc.uptrain.stage import uptrain
 
 BITS = {"int8": 8, "int4": 4}
 
@@ -158,7 +159,8 @@ def test_a_quantised_export_loads_where_rrtc_is_not(tmp_path, monkeypatch, form,
     assert error < (0.1 if number == "int8" else 0.5)
     card = (target / "README.md").read_text()
     assert f"The matrices of the layers are in {number}, everything else is in float32." in card
-    assert "`compressed-tensors`" in card
+    assert "`compressed-tensors`" in card and "LoraConfig" not in card
+    assert ("as it would the original" in card) is (form == "dense")
 
 
 def test_calibrated_rounding_moves_the_model_less_than_rounding_to_the_nearest(tmp_path):
@@ -175,6 +177,44 @@ def test_calibrated_rounding_moves_the_model_less_than_rounding_to_the_nearest(t
     assert (written - plain).square().mean() < 0.5 * (logits_of(nearest) - plain).square().mean()
     assert found.bits_per_byte.keys() == {"plain", "nearest", "calibrated"}
     assert len(set(found.bits_per_byte.values())) == 3
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_weights_too_small_for_a_stored_scale_become_zero(bits):
+    torch.manual_seed(5)
+    weight, moments = torch.randn(8, 32), spoiled(32)
+    weight[2] = 1e-8 * torch.randn(32)
+    weight[2, 5] = 0
+    for scale in (rounding.widest_scales(weight, bits, 16), rounding.best_scales(weight, bits, 16, moments.diagonal())):
+        stored = quantised_form._stored_scale(scale, torch.float16)
+        for found in (rounding.round_to_nearest(weight, stored, bits), rounding.gptq(weight, moments, stored, bits)):
+            assert found.isfinite().all() and not found[2].any() and found[3].any()
+
+
+def test_where_inputs_were_never_seen_the_whole_range_is_kept():
+    weight, importance = torch.randn(4, 32), torch.ones(32)
+    importance[:16] = 0
+    widest, best = rounding.widest_scales(weight, 4, 16), rounding.best_scales(weight, 4, 16, importance)
+    assert torch.equal(best[:, 0], widest[:, 0])
+
+
+def test_a_quantised_export_is_not_worked_on(tmp_path):
+    source = make_rrt(tmp_path / "rrt")
+    config = json.loads((source / "config.json").read_text()) | {"quantization_config": {}}
+    (source / "config.json").write_text(json.dumps(config))
+    for work in (
+        lambda: stage.export(str(source), str(tmp_path / "out"), recipe(format="dense")),
+        lambda: uptrain(str(source), str(tmp_path / "out"), Recipe()),
+    ):
+        with pytest.raises(RrtcError, match="is quantised, and what was rounded away is gone"):
+            work()
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["rrt"]
+
+
+def test_a_model_larger_than_memory_is_not_quantised(tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "MODEL_SHARE", 0)
+    with pytest.raises(RrtcError, match="To be quantised, the whole model has to be in memory, and its .* do not fit"):
+        stage.export(str(make_rrt(tmp_path / "rrt")), str(tmp_path / "out"), recipe(quantize="int4"))
 
 
 def test_the_text_is_by_default_what_the_model_was_made_with(tmp_path):

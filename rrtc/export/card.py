@@ -46,6 +46,12 @@ LIMITS = {
 }
 
 
+QUANTISED_LIMITS = """\
+- Quantising makes this form small, as it would the original: what tying saves is in the recursive form.
+- It computes what the quantised recursive form does only nearly: each is rounded for itself.
+- It is not the base model: what tying cost is above, as far as it was measured."""
+
+
 def write_card(
     folder: Path,
     name: str,
@@ -67,8 +73,8 @@ def write_card(
     named = hub_id(base)
     provenance = without_places(provenance)
     base = provenance["base"]
-    if report is not None and "against" in report:
-        report = report | {"against": without_places(report["against"])}
+    if report is not None:
+        report = without_places(report) | {"samples": report.get("samples", [])}  # which may begin with a slash
     sections = [
         f"# {name}",
         _summary(form, config, base),
@@ -79,7 +85,7 @@ def write_card(
         "## How to load it",
         how_to_load(exported, name, config, chat),
         "## Limits",
-        LIMITS[form].format(depth=len(config.visits)),
+        _limits(exported, config),
         "## Licence",
         _licence(licence, base),
         "## Recipe",
@@ -87,6 +93,12 @@ def write_card(
     ]
     text = f"---\n{_metadata(exported, name, config, named, licence, report)}\n---\n\n" + "\n\n".join(sections) + "\n"
     (folder / "README.md").write_text(text, encoding="utf8")
+
+
+def _limits(exported: dict, config: RrtConfig) -> str:
+    if exported["format"] == "dense" and "quantize" in exported:
+        return QUANTISED_LIMITS
+    return LIMITS[exported["format"]].format(depth=len(config.visits))
 
 
 def hub_id(base: dict) -> str | None:

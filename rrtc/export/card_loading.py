@@ -98,7 +98,7 @@ model = AutoModelForCausalLM.from_pretrained(folder{trust})
 {CHAT if chat else TEXT}
 output = model.generate(**inputs, max_new_tokens=40, do_sample=False)
 print(tokenizer.decode(output[0], skip_special_tokens=True))
-```{_adapting(config) if form == "recursive" else ""}"""
+```{_adapting(config) if form == "recursive" and "quantize" not in exported else ""}"""
 
 
 def _adapting(config: RrtConfig) -> str:

@@ -69,7 +69,7 @@ def push(folder: Path, repo_id: str, private: bool) -> str:
     except Exception as error:  # as above
         raise RrtcError(
             f"The export in {folder} is whole, but was not pushed to {repo_id}: {_reason(error)}.",
-            f"Push it with: hf upload {repo_id} {folder}",
+            f"Push it with: hf upload {repo_id} {folder} --exclude {PROVENANCE} (which says where things are here).",
         ) from error
     return str(url)
 

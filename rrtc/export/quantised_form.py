@@ -1,7 +1,7 @@
 """The quantised forms: the recursive or the dense one with the matrices of its layers in 8 or 4 bits.
 
 The file format is `pack-quantized` of compressed-tensors, which transformers and vLLM read: weights packed into int32,
-and beside them a 16-bit scale for each group of inputs. Embeddings, the output projection, norms and every LoRA or
+and beside them a scale for each group of inputs. Embeddings, the output projection, norms and every LoRA or
 low-rank factor stay as they are: they are small, or rounding them costs more than it saves.
 
 What is rounded, and how, is in rounding.py. Here the plain form, already written, is loaded, run over the calibration
@@ -85,7 +85,7 @@ def check_can_quantise(form: str, config: RrtConfig) -> None:
     forms = {visit["forms"].get(name, "tied") for visit in config.visits for name in visit["ranks"]}
     if form == "recursive" and forms == {"low_rank"}:
         raise RrtcError(
-            "Every matrix of this model is a low-rank product, and those stay in 16 bits.",
+            "Every matrix of this model is a low-rank product, and those are not quantised.",
             "Add --format dense to multiply them out.",
         )
 
@@ -94,7 +94,7 @@ def quantise(folder: Path, bits: int, calibration: Tensor, held_out: Windows, sh
     """Rounds the matrices of the recursive or dense model in `folder`, just written, in its files; the rest stays.
 
     calibration: token ids (windows, context). The model is in memory once, in float32, with at most MOMENTS_AT_ONCE or
-    the moments of one matrix.
+    the moments of one matrix, and a few more of the largest of these in float64.
     """
     weights = Weights(folder)
     dtype = getattr(torch, weights.dtype)
@@ -106,7 +106,7 @@ def quantise(folder: Path, bits: int, calibration: Tensor, held_out: Windows, sh
     ids = fixed_ids(model.config).to(place)
     plain, found = logits_of(model, ids), {"plain": score(model, held_out).bits_per_byte}
     for matrix in matrices:
-        scale = _stored(widest_scales(matrix.linear.weight.data, bits, matrix.group), dtype)
+        scale = _stored_scale(widest_scales(matrix.linear.weight.data, bits, matrix.group), dtype)
         matrix.linear.weight.data = round_to_nearest(matrix.linear.weight.data, scale, bits)
     found["nearest"] = score(model, held_out).bits_per_byte
     for matrix in matrices:
@@ -185,7 +185,7 @@ def _round(matrix: Matrix, moments: Mapping[nn.Module, Tensor], bits: int, dtype
     in `dtype`, as they will be stored."""
     pooled = sum(moments[reader] for reader in matrix.readers)
     weight = matrix.linear.weight.data
-    scale = _stored(best_scales(weight, bits, matrix.group, pooled.diagonal()), dtype)
+    scale = _stored_scale(best_scales(weight, bits, matrix.group, pooled.diagonal()), dtype)
     matrix.linear.weight.data = gptq(weight, pooled, scale, bits)
     lost = weight - matrix.linear.weight.data
     for reader in matrix.readers:
@@ -201,20 +201,28 @@ def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype).to(tensor.dtype)
 
 
+def _stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """`scale` as it is stored; one that is too small for `dtype` becomes 1, which rounds its weights to 0."""
+    stored = _stored(scale, dtype)
+    return torch.where(stored > 0, stored, 1.0)
+
+
 def _write(
     folder: Path, weights: Weights, model: PreTrainedModel, scales: dict[str, Tensor], bits: int, dtype: torch.dtype,
     shard_bytes: int,
 ) -> None:  # fmt: skip
-    """Writes the tensors of `model` in place of the files of `weights`: those with `scales` packed, the others in
-    `dtype`."""
+    """Writes the tensors of `model` in place of the files of `weights`: those with `scales` packed, LoRA factors in
+    `dtype`, the others as they are."""
     state, writer = model.state_dict(), ShardWriter(folder, shard_bytes)
+    relaxed = [name for name, module in model.named_modules() if isinstance(module, RelaxedLinear)]
+    factors = {f"{name}.{factor}" for name in relaxed for factor in "AB"}
     with progress("Writing weights", len(list(weights))) as advance:
         for name in weights:
-            tensor, scale = state[name].cpu(), scales.get(name.removesuffix(".weight"))
+            scale = scales.get(name.removesuffix(".weight"))
             if scale is None:
-                writer.add(name, tensor.to(dtype))
+                writer.add(name, state[name].to(dtype).cpu() if name in factors else weights.raw(name))
             else:
-                for part, packed in _packed(tensor, scale.cpu(), bits).items():
+                for part, packed in _packed(state[name].cpu(), scale.cpu(), bits).items():
                     writer.add(f"{name.removesuffix('.weight')}.{part}", packed)
             advance()
     for file in [*weights.files, folder / "model.safetensors.index.json"]:

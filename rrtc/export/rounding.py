@@ -5,9 +5,9 @@ inputs of an output. On inputs with the second moments H = E[x x^T] that loses t
 weight to its nearest multiple of s ignores H; GPTQ (Frantar et al., arXiv 2210.17323) goes through the inputs one by
 one, and makes up for the error of each with those that are still to come.
 
-A shared matrix is read in every loop: its error is made once, and felt in all of them (LoopQ: paper.md, section 3). So
-the H it is rounded by is the sum over its visits. And what is then left, each visit's LoRA can take up as far as its
-rank goes, for that stays in 16 bit: B A is chosen anew for W' + B A - Q, by what this visit sees.
+A shared matrix is read in every loop: its error is made once, and felt in all of them (LoopQ, arXiv 2605.16343). So the
+H it is rounded by is the sum over its visits. And what is then left, each visit's LoRA can take up as far as its rank
+goes, for that is not rounded: B A is chosen anew for W' + B A - Q, by what this visit sees.
 """
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 DAMPING = 0.01  # of the mean of the moments' diagonal, as in GPTQ
 BLOCK = 128  # inputs after which an error reaches all that are still to come: one product in place of many small ones
-CLIPS = torch.linspace(0.6, 1.0, 17).tolist()  # of the largest weight in a group: a smaller range has finer steps
+CLIPS = torch.linspace(1.0, 0.6, 17).tolist()  # of the largest weight in a group: a smaller range has finer steps
 
 
 def widest_scales(weight: Tensor, bits: int, group: int) -> Tensor:
@@ -26,7 +26,7 @@ def widest_scales(weight: Tensor, bits: int, group: int) -> Tensor:
 
 
 def best_scales(weight: Tensor, bits: int, group: int, importance: Tensor) -> Tensor:
-    """The same, where each may be smaller than that, down to the first of CLIPS: the one whose rounding loses least,
+    """The same, where each may be smaller than that, down to the last of CLIPS: the one whose rounding loses least,
     each input counted by `importance` (inputs,), E[x²]."""
     parts, matters = weight.unflatten(1, (-1, group)), importance.view(-1, group)
     widest = widest_scales(weight, bits, group)

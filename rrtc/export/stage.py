@@ -38,7 +38,7 @@ from rrtc.export.writing import (
     stored_parameters,
     write,
 )
-from rrtc.measure import is_too_large
+from rrtc.measure import is_too_large, too_large
 from rrtc.model import RrtConfig
 from rrtc.model.skeleton import read_architecture
 from rrtc.recipe import BUILT_IN_TEXT, OWN_TEXT, Recipe, parse_size
@@ -88,7 +88,12 @@ def export(folder: str, output: str, recipe: Recipe, report: str | None = None) 
         warn(f"The licence of {provenance['base']['uri']} ({stated}) forbids passing on what is made of it.")
 
     largest = max(stored_parameters(weights), read_architecture(config.base_config).parameters)
-    from_disk = form in ("recursive", "dense") and bits is None and is_too_large(largest, torch.float32)
+    from_disk = is_too_large(largest, torch.float32)
+    if from_disk and (form not in ("recursive", "dense") or bits is not None):
+        raise too_large(
+            "To be quantised" if bits is not None else "For this form", largest, torch.float32,
+            "The recursive and the dense form in 16 bits are made and checked from disk.",
+        )  # fmt: skip
     if from_disk:
         note("The model does not fit into memory: it is read from disk, matrix by matrix, to be checked")
     note("Computing logits to compare the export with")
@@ -139,7 +144,7 @@ def _texts_to_quantise_by(recipe: Recipe, provenance: dict, source: Path, config
     model in `source` was trained or calibrated on."""
     wanted, made = recipe.export, provenance["recipe"]
     if not wanted.calibrate_on:
-        trained = provenance["stage"] == "uptrain"
+        trained = "uptrain" in made
         named = made["uptrain"]["data"] if trained else made["init"]["calibrate_on"]
         field = made["uptrain" if trained else "init"]["text_field"]
         texts = [text for text in named if text != OWN_TEXT] or [BUILT_IN_TEXT]

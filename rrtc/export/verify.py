@@ -4,7 +4,7 @@ compared with those of the model in memory.
 Where the export is rounded to 16 bits, the model in memory is given the same rounding (each tensor; for the dense form
 each W' + B·A, not its parts), so that the two must agree up to float32 arithmetic, and the tolerance can be tight
 enough to catch one damaged matrix. What the rounding itself costs is measured beside it. Only one model is in memory at
-a time, here or there; one that is too large for that is read from its files layer by layer, in both places, as it is
+a time, here or there; one that is too large for that is read from its files matrix by matrix, in both places, as it is
 computed with.
 """
 
@@ -103,7 +103,7 @@ def greedy_of(model: nn.Module, prompt: Tensor) -> list[tuple[int, float]]:
     """The tokens that greedy generation adds to `prompt` (1, tokens), at most NEW_TOKENS of them, and the lead of each
     one's logit over the second largest. What the model's own generation defaults ask for is left aside."""
     model.generation_config = GenerationConfig()
-    new = min(NEW_TOKENS, model.config.get_text_config().max_position_embeddings - prompt.shape[1])
+    new = longest_context(model.config, prompt.shape[1] + NEW_TOKENS) - prompt.shape[1]
     output = model.generate(
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new, do_sample=False, output_logits=True,
         return_dict_in_generate=True,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from rrtc.checkpoint import ShardWriter, Weights, copy_companions
+from rrtc.checkpoint import ShardWriter, Weights, check_not_quantised, copy_companions
 from rrtc.console import note, progress
 from rrtc.errors import RrtcError
 from rrtc.export.forms import dense_tensors, recursive_tensors, write_dense_config, write_recursive_config
@@ -24,6 +24,7 @@ def recursive_config(folder: Path) -> RrtConfig:
             f"{folder} holds a '{config.model_type}' model, not a recursive one.",
             "Export the folder that 'rrtc init' or 'rrtc uptrain' wrote.",
         )
+    check_not_quantised(folder)
     return config
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transformers.integrations import integration_utils
 
-from rrtc.checkpoint import Weights, read_provenance
+from rrtc.checkpoint import Weights, check_not_quantised, read_provenance
 from rrtc.console import note, warn
 from rrtc.errors import RrtcError, WrongUsage
 from rrtc.measure import fast_bfloat16, process_group
@@ -103,6 +103,7 @@ def prepare(folder: Path, recipe: UptrainRecipe, most_steps: int | None = None) 
     config = read_config(folder)
     if not isinstance(config, RrtConfig):
         raise RrtcError(f"{folder} holds a dense '{config.model_type}' model.", "Compress it first, with 'rrtc init'.")
+    check_not_quantised(folder)
     plan = read_plan(config)
     if recipe.exits:
         _check_exits(folder, plan, provenance)
