@@ -299,7 +299,7 @@ def test_ctrl_c_leaves_nothing_under_the_final_name(dense, tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
     assert rrtc("init", dense, "-o", tmp_path / "tied", *SMALL).exit_code == 0
     command = [
-        *(sys.executable, "-m", "rrtc", "uptrain", tmp_path / "tied", "-o", tmp_path / "out"),
+        *(sys.executable, "-X", "faulthandler", "-m", "rrtc", "uptrain", tmp_path / "tied", "-o", tmp_path / "out"),
         *("--data", tmp_path / "text.txt", "--context", "32", "--tokens", "10000000", "--save-every", "5"),
     ]
     running = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
@@ -308,7 +308,11 @@ def test_ctrl_c_leaves_nothing_under_the_final_name(dense, tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.1)
     running.send_signal(signal.SIGINT)
-    _, errors = running.communicate(timeout=60)
+    try:
+        _, errors = running.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        running.send_signal(signal.SIGABRT)  # has every thread say where it is
+        pytest.fail(f"It goes on after Ctrl-C: {running.communicate()[1]}")
     assert running.returncode == 1 and "Interrupted" in errors and "Traceback" not in errors
     assert not (tmp_path / "out").exists() and (tmp_path / "out.partial").exists()
 
