@@ -9,7 +9,6 @@ is what the written model loses beside the plain one of its own row. DIR is made
 """
 
 import argparse
-import shutil
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ from rich.table import Table
 
 from rrtc import console
 from rrtc.calibration_text import calibration_windows
-from rrtc.checkpoint import Weights
+from rrtc.checkpoint import Weights, copy_companions
 from rrtc.export import stage
 from rrtc.export.quantised_form import BITS, quantise
 from rrtc.recipe import ExportRecipe
@@ -70,8 +69,7 @@ def write_bfloat16(source: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).save_pretrained(folder)
-    for file in source.glob("tokenizer*"):
-        shutil.copy(file, folder)
+    copy_companions(source, folder)
 
 
 if __name__ == "__main__":

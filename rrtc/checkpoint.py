@@ -32,7 +32,6 @@ DTYPES = {
     "F64": "float64", "I64": "int64", "F32": "float32", "I32": "int32", "BF16": "bfloat16", "F16": "float16",
     "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
-FORMAT_BYTES = {code: 1 if code == "BOOL" else int(code.lstrip("BFIU")) // 8 for code in DTYPES}
 # What goes along with the weights: the tokenizer, the generation defaults, the licence.
 COMPANION_FILES = (
     "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*",
@@ -245,10 +244,14 @@ class ShardWriter:
 
     def _flush(self) -> None:
         """Makes a shard of the tensors that wait."""
+        import torch
+
         formats, shard = list(DTYPES), self._file()
-        places = [(entry["data_offsets"][0], FORMAT_BYTES[entry["dtype"]]) for entry in self._entries.values()]
         in_place = _header_bytes(self._entries, HEADER_ROOM)
-        is_aligned = all(start % size == 0 for start, size in places)
+        is_aligned = all(
+            entry["data_offsets"][0] % getattr(torch, DTYPES[entry["dtype"]]).itemsize == 0
+            for entry in self._entries.values()
+        )
         try:
             if self._end >= LARGE_SHARD and is_aligned and len(in_place) == HEADER_ROOM:
                 with open(shard, "r+b") as stream:
@@ -451,10 +454,10 @@ def read_provenance(folder: Path) -> dict:
     return value
 
 
-def check_not_quantised(folder: Path) -> None:
-    """Raises RrtcError where the model in `folder` is quantised, so that it can be used but not worked on."""
-    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf8"))
-    if "quantization_config" in config:
+def check_not_quantised(folder: Path, config) -> None:
+    """Raises RrtcError where the model in `folder` is quantised, by its transformers `config`, so that it can be used
+    but not worked on."""
+    if hasattr(config, "quantization_config"):
         raise RrtcError(
             f"The model in {folder} is quantised, and what was rounded away is gone.",
             "Take the folder that it was made from.",

@@ -297,8 +297,12 @@ def scoring_texts(recipe: Recipe, tokenizer, context: int, limit: int) -> dict[s
     return {"held out": held_out_windows(recipe.uptrain.data, recipe.uptrain.text_field, tokenizer, context, limit)}
 
 
+def readable(sources: Sequence[str]) -> list[str]:
+    """`sources` but the text that the teacher writes, or the built-in text where there is no other."""
+    return [source for source in sources if source != OWN_TEXT] or [BUILT_IN_TEXT]
+
+
 def held_out_windows(sources: Sequence[str], text_field: str, tokenizer, context: int, limit: int) -> Windows:
-    """`limit` tokens at most of what is held out of `sources`, or of the built-in text where they name no text."""
-    named = [source for source in sources if source != OWN_TEXT] or [BUILT_IN_TEXT]
-    held_out = [d for source in named for d in split(beginning(source, text_field, HELD_OUT_OF * limit))[1]]
+    """`limit` tokens at most of what is held out of the `readable` ones of `sources`."""
+    held_out = [d for source in readable(sources) for d in split(beginning(source, text_field, HELD_OUT_OF * limit))[1]]
     return pack(held_out, tokenizer, context, limit)

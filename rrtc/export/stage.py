@@ -41,10 +41,10 @@ from rrtc.export.writing import (
 from rrtc.measure import is_too_large, too_large
 from rrtc.model import RrtConfig
 from rrtc.model.skeleton import read_architecture
-from rrtc.recipe import BUILT_IN_TEXT, OWN_TEXT, Recipe, parse_size
+from rrtc.recipe import Recipe, parse_size
 from rrtc.report import read_report
 from rrtc.source import load_tokenizer
-from rrtc.text import Windows, held_out_windows, longest_context
+from rrtc.text import Windows, held_out_windows, longest_context, readable
 
 MEASURED_TOKENS = 4096  # of held-out text, on which the bits per byte of a quantised model are measured
 
@@ -77,6 +77,13 @@ def export(folder: str, output: str, recipe: Recipe, report: str | None = None) 
     cast = None if form == "recursive" and recipe.export.dtype == "auto" else getattr(torch, dtype)
     shards = parse_size(recipe.export.max_shard_size)
     bits = BITS.get(recipe.export.quantize)
+    largest = max(stored_parameters(weights), read_architecture(config.base_config).parameters)
+    from_disk = is_too_large(largest, torch.float32)
+    if from_disk and (form not in ("recursive", "dense") or bits is not None):
+        raise too_large(
+            "To be quantised" if bits is not None else "For this form", largest, torch.float32,
+            "The recursive and the dense form, not quantised, are made and checked from disk.",
+        )  # fmt: skip
     if bits is not None:
         check_can_quantise(form, config)
         texts = _texts_to_quantise_by(recipe, provenance, source, config)
@@ -87,13 +94,6 @@ def export(folder: str, output: str, recipe: Recipe, report: str | None = None) 
         stated = licence.get("license_name", licence["license"])
         warn(f"The licence of {provenance['base']['uri']} ({stated}) forbids passing on what is made of it.")
 
-    largest = max(stored_parameters(weights), read_architecture(config.base_config).parameters)
-    from_disk = is_too_large(largest, torch.float32)
-    if from_disk and (form not in ("recursive", "dense") or bits is not None):
-        raise too_large(
-            "To be quantised" if bits is not None else "For this form", largest, torch.float32,
-            "The recursive and the dense form in 16 bits are made and checked from disk.",
-        )  # fmt: skip
     if from_disk:
         note("The model does not fit into memory: it is read from disk, matrix by matrix, to be checked")
     note("Computing logits to compare the export with")
@@ -147,8 +147,7 @@ def _texts_to_quantise_by(recipe: Recipe, provenance: dict, source: Path, config
         trained = "uptrain" in made
         named = made["uptrain"]["data"] if trained else made["init"]["calibrate_on"]
         field = made["uptrain" if trained else "init"]["text_field"]
-        texts = [text for text in named if text != OWN_TEXT] or [BUILT_IN_TEXT]
-        wanted = wanted.model_copy(update={"calibrate_on": texts, "text_field": field})
+        wanted = wanted.model_copy(update={"calibrate_on": readable(named), "text_field": field})
     tokenizer, context = load_tokenizer(source), longest_context(config.base_config, recipe.eval.context)
     held_out = held_out_windows(wanted.calibrate_on, wanted.text_field, tokenizer, context, MEASURED_TOKENS)
     return calibration_windows(wanted, tokenizer, context), held_out

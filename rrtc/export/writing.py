@@ -24,7 +24,7 @@ def recursive_config(folder: Path) -> RrtConfig:
             f"{folder} holds a '{config.model_type}' model, not a recursive one.",
             "Export the folder that 'rrtc init' or 'rrtc uptrain' wrote.",
         )
-    check_not_quantised(folder)
+    check_not_quantised(folder, config)
     return config
 
 

@@ -103,7 +103,7 @@ def prepare(folder: Path, recipe: UptrainRecipe, most_steps: int | None = None) 
     config = read_config(folder)
     if not isinstance(config, RrtConfig):
         raise RrtcError(f"{folder} holds a dense '{config.model_type}' model.", "Compress it first, with 'rrtc init'.")
-    check_not_quantised(folder)
+    check_not_quantised(folder, config)
     plan = read_plan(config)
     if recipe.exits:
         _check_exits(folder, plan, provenance)
