@@ -9,20 +9,17 @@ by llama.cpp where llama-cpp-python is installed.
 """
 
 import importlib.util
-import json
 import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 from rrtc.console import note
 from rrtc.errors import RrtcError
-from rrtc.export.verify import PROMPT, TEXT, TOLERANCE, Reference, verify
+from rrtc.export.verify import TOLERANCE, Reference, equal_tokens, in_fresh_process, verify
 
 VARIABLE, SCRIPT = "RRTC_LLAMA_CPP", "convert_hf_to_gguf.py"
 WHERE = (
@@ -132,39 +129,17 @@ def _run(folder: Path, expected: Reference, dtype: torch.dtype) -> dict:
     """Runs the file in llama.cpp in a fresh process. Raises RrtcError where it is another model there."""
     failed = "The GGUF file was written, but in llama.cpp it is not the model it was made from: "
     hint = "llama-cpp-python and the converter may be too far apart: update both."
-    with tempfile.TemporaryDirectory(prefix="rrtc-verify-") as scratch:
-        job = {
-            "file": str(gguf_file(folder).absolute()),
-            "ids": expected.ids.tolist(),
-            "text": TEXT,
-            "prompt": expected.ids[0, :PROMPT].tolist(),
-            "new_tokens": len(expected.greedy),
-            "logits": f"{scratch}/logits.safetensors",
-            "report": f"{scratch}/report.json",
-        }
-        Path(scratch, "job.json").write_text(json.dumps(job))
-        child = subprocess.run(
-            [sys.executable, "-P", str(Path(__file__).with_name("run_gguf.py")), f"{scratch}/job.json"],
-            cwd=scratch, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False,
-        )  # fmt: skip
-        if child.returncode:
-            last = (child.stderr.strip().splitlines() or [f"it ended with code {child.returncode}"])[-1][:300]
-            raise RrtcError(f"The GGUF file was written, but llama.cpp cannot run it: {last.rstrip('.')}.", hint)
-        report = json.loads(Path(job["report"]).read_text())
-        logits = load_file(job["logits"])["logits"]
+    about = {"file": str(gguf_file(folder).absolute())}
+    not_run = "The GGUF file was written, but llama.cpp cannot run it: "
+    report, logits = in_fresh_process("run_gguf.py", about, expected, not_run, hint)
     if report["token_ids"] != expected.text_ids:
         raise RrtcError(f"{failed}its tokenizer gives other tokens.", hint)
     difference, scale = (logits - expected.logits).abs().max().item(), expected.logits.abs().max().item()
     if not difference <= RUN_TOLERANCE * scale:
         raise RrtcError(f"{failed}a logit differs by {difference:.3g}, and the largest is {scale:.3g}.", hint)
-    same = 0
-    for (token, lead), found in zip(expected.greedy, report["greedy"], strict=True):
-        if token != found:
-            # Two logits that both moved by the largest difference can have changed places.
-            if lead > max(2 * difference, TOLERANCE[dtype] * scale):
-                raise RrtcError(f"{failed}greedy generation differs from token {same + 1} on.", hint)
-            break
-        same += 1
+    # Two logits that both moved by the largest difference can have changed places.
+    within = max(2 * difference, TOLERANCE[dtype] * scale)
+    same = equal_tokens(expected, report["greedy"], within, failed, hint)
     return {
         "version": report["version"],
         "max_logit_difference": difference,

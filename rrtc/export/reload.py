@@ -2,9 +2,9 @@
 
     python -P reload.py JOB.json
 
-JOB.json: folder, trust_remote_code, from_disk (a folder that accelerate may use, where the model must not be in memory
-whole, or null), ids (rows of token ids), text, and the files to write: `logits`, safetensors with one tensor (rows,
-tokens, vocabulary), computed in float32, and `report`, JSON with
+JOB.json: folder, trust_remote_code, from_disk (whether the model must not be in memory whole), scratch (a folder that
+accelerate may then use), ids (rows of token ids), text, and the files to write: `logits`, safetensors with one tensor
+(rows, tokens, vocabulary), computed in float32, and `report`, JSON with
 
     problems             the keys that were missing, unexpected or of the wrong shape on loading
     token_ids            of the text
@@ -46,7 +46,7 @@ def main(job: dict) -> dict:
 
 def load(auto_class, job: dict):
     """(the model in `job["folder"]`, what was wrong on loading as "missing NAME", "unexpected NAME" and so on)."""
-    placed = {"device_map": {"": "disk"}, "offload_folder": job["from_disk"]} if job["from_disk"] else {}
+    placed = {"device_map": {"": "disk"}, "offload_folder": job["scratch"]} if job["from_disk"] else {}
     model, info = auto_class.from_pretrained(
         job["folder"],
         dtype=torch.float32,

@@ -176,27 +176,47 @@ def verify(folder: Path, form: str, expected: Reference, dtype: torch.dtype, fro
     difference = (logits - expected.logits).abs().max().item()
     if not difference <= TOLERANCE[dtype] * scale:  # a NaN is a failure too
         raise RrtcError(f"{failed}a logit differs by {difference:.3g}, and the largest is {scale:.3g}.", hint)
-    for number, (token, lead) in enumerate(expected.greedy if "greedy" in report else ()):
-        if report["greedy"][number] != token:
-            if lead > TOLERANCE[dtype] * scale:
-                raise RrtcError(f"{failed}greedy generation differs from token {number + 1} on.", hint)
-            break  # the two best were equal up to rounding, and from here on the texts are different ones
+    if "greedy" in report:
+        equal_tokens(expected, report["greedy"], TOLERANCE[dtype] * scale, failed, hint)
     return difference
+
+
+def equal_tokens(expected: Reference, found: list[int], within: float, failed: str, hint: str) -> int:
+    """How many of the greedy tokens are also `found`, up to the first that is not. Raises RrtcError, which begins with
+    `failed`, where that one's lead over the second best was more than `within`: a logit's rounding. Otherwise the two
+    were equally good, and from there on the texts are different ones."""
+    for number, ((token, lead), other) in enumerate(zip(expected.greedy, found, strict=True)):
+        if token != other:
+            if lead > within:
+                raise RrtcError(f"{failed}greedy generation differs from token {number + 1} on.", hint)
+            return number
+    return len(found)
 
 
 def _reload(folder: Path, form: str, expected: Reference, from_disk: bool) -> tuple[dict, Tensor]:
     """(what the fresh process reports, the logits it computed). Remote code is unpacked in a temporary folder, and
     goes."""
-    ids, program = expected.ids, PROGRAMS.get(form, "reload.py")
+    about = {"folder": str(Path(folder).absolute()), "trust_remote_code": form == "recursive", "from_disk": from_disk}
+    return in_fresh_process(
+        PROGRAMS.get(form, "reload.py"),
+        about,
+        expected,
+        "The export was written, but does not load in a fresh process: ",
+        "Where memory ran out, free some; otherwise this is a fault in rrtc: please report it.",
+    )
+
+
+def in_fresh_process(program: str, about: dict, expected: Reference, failed: str, hint: str) -> tuple[dict, Tensor]:
+    """(what `program`, one of the files beside this one, reports; the logits it computed) on a job of `about` and the
+    inputs of `expected`. It asks nobody on the network, and works in a temporary folder, which goes. Raises RrtcError,
+    which begins with `failed`, where it ends with an error."""
     with tempfile.TemporaryDirectory(prefix="rrtc-verify-") as scratch:
-        job = {
-            "folder": str(Path(folder).absolute()),
-            "trust_remote_code": form == "recursive",
-            "from_disk": f"{scratch}/offloaded" if from_disk else None,
-            "ids": ids.tolist(),
+        job = about | {
+            "ids": expected.ids.tolist(),
             "text": TEXT,
-            "prompt": ids[0, :PROMPT].tolist(),
+            "prompt": expected.ids[0, :PROMPT].tolist(),
             "new_tokens": len(expected.greedy),
+            "scratch": f"{scratch}/offloaded",
             "logits": f"{scratch}/logits.safetensors",
             "report": f"{scratch}/report.json",
         }
@@ -204,13 +224,10 @@ def _reload(folder: Path, form: str, expected: Reference, from_disk: bool) -> tu
         offline = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": f"{scratch}/modules"}
         child = subprocess.run(
             [sys.executable, "-P", str(Path(__file__).with_name(program)), f"{scratch}/job.json"],
-            cwd=scratch, env=os.environ | offline, stdin=subprocess.DEVNULL,  # transformers must ask nobody anything
-            capture_output=True, text=True, check=False,
+            cwd=scratch, env=os.environ | offline, stdin=subprocess.DEVNULL,
+            capture_output=True, text=True, errors="replace", check=False,
         )  # fmt: skip
         if child.returncode:
             reason = (child.stderr.strip().splitlines() or [f"it ended with code {child.returncode}"])[-1][:300]
-            raise RrtcError(
-                f"The export was written, but does not load in a fresh process: {reason.rstrip('.')}.",
-                "Where memory ran out, free some; otherwise this is a fault in rrtc: please report it.",
-            )
+            raise RrtcError(f"{failed}{reason.rstrip('.')}.", hint)
         return json.loads(Path(job["report"]).read_text()), load_file(job["logits"])["logits"]
