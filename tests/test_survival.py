@@ -149,6 +149,28 @@ def test_sigterm_lets_the_step_be_finished(rrt, tmp_path, monkeypatch, micro_bat
     assert [entry["step"] for entry in metrics(target)] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_ctrl_c_at_a_moment_when_python_drops_it_ends_the_run_after_the_step(rrt, tmp_path, monkeypatch):
+    class Dying:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)  # and what a destructor raises goes nowhere
+
+    def dying(self, *args, original=DistillationTrainer.compute_loss, **kwargs):
+        if self.state.global_step == 2:
+            Dying()
+        return original(self, *args, **kwargs)
+
+    target = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr(DistillationTrainer, "compute_loss", dying)
+        with pytest.raises(KeyboardInterrupt):
+            uptrain(str(rrt), str(target), settings())
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert not target.exists() and [entry["step"] for entry in metrics(tmp_path / "out.partial")] == [1, 2]
+    uptrain(str(rrt), str(target), settings(), resume=True)
+    assert [entry["step"] for entry in metrics(target)] == [1, 2, 3, 4, 5, 6]
+
+
 def test_all_processes_stop_at_the_same_step(rrt, tmp_path):
     """SIGTERM reaches only one of two, in the middle of step 3, in which the other one is told at its end."""
     script = tmp_path / "script.py"

@@ -2,7 +2,7 @@
 
 - LossGuard stops a run whose loss is lost, and keeps the last checkpoint from before that.
 - Checkpoints writes one after step 1 too and reads it back, so that a run cannot fail only at its end.
-- Termination finishes the step when SIGTERM comes, and leaves with a checkpoint.
+- Termination finishes the step when SIGTERM comes, and leaves with a checkpoint. It loses no Ctrl-C.
 - Course writes metrics.jsonl and loss.png while the run goes on.
 """
 
@@ -206,29 +206,40 @@ def _missing(folder: Path, state: dict[str, torch.Tensor]) -> str | None:
 
 class Termination(TrainerCallback):
     """A context manager, in which SIGTERM lets the running step be finished and a checkpoint be written, and then ends
-    the training; `check` says so. The previous handler comes back at the end.
+    the training; `check` says so. The previous handlers come back at the end.
 
     A launcher sends the signal to all processes, but not at one moment: they agree after each step.
+
+    Ctrl-C ends the training at once, as it does everywhere. But Python drops a KeyboardInterrupt that comes up while it
+    runs a destructor or a weak reference's callback, and then it comes again after the step.
     """
 
     def __init__(self):
-        self.asked = False
+        self.asked = self.interrupted = False
         self.stopped_after: int | None = None  # the step
+        self.previous: dict[int, object] = {}  # the handlers by signal
 
     def __enter__(self) -> "Termination":
-        self.installed = threading.current_thread() is threading.main_thread()  # Python allows it nowhere else
-        if self.installed:
-            self.previous = signal.signal(signal.SIGTERM, self._ask)
+        if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
+            self.previous[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._ask)
+            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # who ignores it is left alone
+                self.previous[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
         return self
 
     def __exit__(self, *error) -> None:
-        if self.installed:
-            signal.signal(signal.SIGTERM, self.previous or signal.SIG_DFL)
+        for number, handler in self.previous.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
     def _ask(self, *_) -> None:
         self.asked = True
 
+    def _interrupt(self, *_) -> None:
+        self.interrupted = True
+        raise KeyboardInterrupt
+
     def on_step_end(self, args, state, control, **kwargs):
+        if self.interrupted:
+            raise KeyboardInterrupt
         asked = self.asked
         if process_group().num_processes > 1:
             anywhere = torch.tensor(int(asked), device=args.device)
