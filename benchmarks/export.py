@@ -25,12 +25,13 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer, LlamaConfig
 
-from rrtc.checkpoint import ShardWriter, Weights, copy_companions, write_provenance
+from rrtc.checkpoint import copy_companions, write_provenance
 from rrtc.console import size
 from rrtc.model import RrtConfig, RrtForCausalLM
 from rrtc.model.skeleton import read_architecture
 from rrtc.plan import make_plan
 from rrtc.recipe import InitRecipe, parse_size
+from rrtc.weights import ShardWriter, Weights
 
 WRITE = """
 import sys, torch

@@ -25,11 +25,11 @@ from rich.table import Table
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig
 
-from rrtc.checkpoint import ShardWriter, copy_companions
+from rrtc.checkpoint import copy_companions
 from rrtc.console import size
-from rrtc.init.dense import BLOCK_NUMBERS
 from rrtc.model.skeleton import read_architecture, stock_model
 from rrtc.recipe import parse_size
+from rrtc.weights import ShardWriter, row_blocks
 
 SHARD_BYTES = 2 * 10**9
 DEFAULT_FLAGS = "--shared-init joint --sharing sequence --rank 64 --calibrate-tokens 1024 --measure-tokens 1024"
@@ -59,9 +59,8 @@ def generate(folder: Path, tokenizer: Path, least_bytes: int, width: int, inner:
 
 
 def random_blocks(shape: torch.Size, generator: torch.Generator) -> Iterator[Tensor]:
-    rows = max(1, BLOCK_NUMBERS // shape[1:].numel())
-    for start in range(0, shape[0], rows):
-        block = torch.Size((min(rows, shape[0] - start), *shape[1:]))
+    for rows in row_blocks(shape):
+        block = torch.Size((rows.stop - rows.start, *shape[1:]))
         yield 0.02 * torch.randn(block, generator=generator) if len(shape) > 1 else torch.ones(block)
 
 

@@ -17,12 +17,13 @@ from rich.table import Table
 
 from rrtc import console
 from rrtc.calibration_text import calibration_windows
-from rrtc.checkpoint import Weights, copy_companions
+from rrtc.checkpoint import copy_companions
 from rrtc.export import stage
 from rrtc.export.quantised_form import BITS, quantise
 from rrtc.recipe import ExportRecipe
 from rrtc.source import load_tokenizer
 from rrtc.text import Windows, beginning, pack
+from rrtc.weights import Weights
 
 CONTEXT = 512
 SHARD = 4_000_000_000

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from rrtc.calibration_text import calibration_windows, own_windows
-from rrtc.checkpoint import ShardWriter, Weights, check_space, copy_companions, read_provenance, whole_folder
+from rrtc.checkpoint import check_space, copy_companions, read_provenance, whole_folder
 from rrtc.console import progress
 from rrtc.errors import RrtcError
 from rrtc.init.dense import DenseModel
@@ -35,6 +35,7 @@ from rrtc.plan import Architecture, Plan, Visit
 from rrtc.recipe import InitRecipe, parse_size
 from rrtc.source import Source, find_base, load_tokenizer, read_config
 from rrtc.text import longest_context
+from rrtc.weights import ShardWriter, Weights
 
 CALIBRATION = ("calibrate_on", "calibrate_tokens", "text_field", "seed")  # what of an init recipe says on which text
 

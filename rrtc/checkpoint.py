@@ -1,4 +1,4 @@
-"""Model folders on disk: reading tensors one at a time, writing them shard by shard, and what makes a folder whole.
+"""Model folders on disk, beside their weights: what makes a folder whole, and where it came from.
 
 Everything rrtc writes is built in NAME.partial and renamed to NAME when it is complete, so that a killed run never
 leaves something that looks finished. Every folder carries rrtc.yaml: the recipe, the base model it came from, the
@@ -6,13 +6,10 @@ versions, and what was measured on the way.
 """
 
 import errno
-import hashlib
 import json
 import os
-import re
 import shutil
 import time
-from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -21,294 +18,16 @@ import yaml
 from rrtc import __version__
 from rrtc.errors import RrtcError, WrongUsage
 from rrtc.trust import check_folder, without_code
+from rrtc.weights import disk_error
 
 PROVENANCE = "rrtc.yaml"
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
-COPIED_AT_ONCE = 16_000_000  # bytes
-HEADER_ROOM = 1 << 20  # bytes
-LARGE_SHARD = 100 * HEADER_ROOM
-# The number formats of safetensors as torch calls them, widest first.
-DTYPES = {
-    "F64": "float64", "I64": "int64", "F32": "float32", "I32": "int32", "BF16": "bfloat16", "F16": "float16",
-    "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
-}  # fmt: skip
 # What goes along with the weights: the tokenizer, the generation defaults, the licence.
 COMPANION_FILES = (
     "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*",
     "generation_config.json", "spiece.model", "LICENSE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
 RESUMABLE = {"checkpoints": "uptrain", "work": "init"}  # a folder in NAME.partial: the command that goes on from it
-SAMPLE = 4096  # bytes
-
-
-class Weights:
-    """The tensors of a model folder, read one at a time from its safetensors files.
-
-    Only headers are read until a tensor is asked for, which takes memory as long as someone holds it. Raises RrtcError
-    for a folder without safetensors, a missing shard, or a file whose length does not match its header.
-    """
-
-    def __init__(self, folder: Path):
-        self.folder = Path(folder)
-        self.files = sorted({self.folder / name for name in self._file_names()})
-        self._where: dict[str, Path] = {}
-        self._headers: dict[str, dict] = {}
-        self._data_starts: dict[Path, int] = {}
-        for file in self.files:
-            header, self._data_starts[file] = _header(file)
-            for name, entry in header.items():
-                if name != "__metadata__":
-                    self._where[name], self._headers[name] = file, entry
-
-    def _file_names(self) -> list[str]:
-        index = self.folder / "model.safetensors.index.json"
-        if index.exists():
-            try:
-                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-                outside = [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]
-            except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-                raise RrtcError(f"The index {index} is damaged.", "Download the model again.") from error
-            if outside:
-                raise RrtcError(f"The index {index} points to {outside[0]}, which is no weights file in its folder.")
-            missing = [name for name in names if not (self.folder / name).is_file()]
-            if missing:
-                raise RrtcError(
-                    f"The weights file {missing[0]} is missing from {self.folder}.", "Download the model again."
-                )
-            return names
-        if (self.folder / "model.safetensors").exists():
-            return ["model.safetensors"]
-        shards = [p.name for p in self.folder.glob("*.safetensors")]
-        if shards and not any(re.search(r"-\d+-of-\d+", name) for name in shards):
-            return shards
-        if shards:
-            raise RrtcError(f"{self.folder} holds shards but no model.safetensors.index.json.", "Download it again.")
-        pickles = [*self.folder.glob("*.bin"), *self.folder.glob("*.pt")]
-        if pickles:
-            raise RrtcError(
-                f"{self.folder} holds its weights as a pickle ({pickles[0].name}), which can run code when it is read.",
-                "Convert it to safetensors first (transformers' save_pretrained writes them).",
-            )
-        raise RrtcError(f"There are no weights in {self.folder} (no *.safetensors).")
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._where)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._where
-
-    @property
-    def bytes_on_disk(self) -> int:
-        return sum(file.stat().st_size for file in self.files)
-
-    def shape(self, name: str) -> list[int]:
-        return self._headers[name]["shape"]
-
-    @property
-    def dtype(self) -> str:
-        """The number format that most of the parameters are in, as torch calls it."""
-        counts: dict[str, int] = {}
-        for entry in self._headers.values():
-            size = 1
-            for dimension in entry["shape"]:
-                size *= dimension
-            counts[entry["dtype"]] = counts.get(entry["dtype"], 0) + size
-        most = max(counts, key=counts.__getitem__)
-        if most not in ("F64", "F32", "F16", "BF16"):
-            raise RrtcError(f"{self.folder} holds its weights as {most}, a quantised format.", "Use the 16-bit model.")
-        return DTYPES[most]
-
-    def read(self, name: str, rows: slice = slice(None)):
-        """The tensor `name`, or some of its rows, in float32. Raises RrtcError where it holds NaN or infinity."""
-        import torch
-
-        tensor = self.raw(name)[rows].to(torch.float32)
-        if not all_finite(tensor):
-            raise RrtcError(f"The tensor {name} in {self._where[name]} holds NaN or infinity.", "The file is damaged.")
-        return tensor
-
-    def sample(self, name: str) -> str:
-        """SHA-256 of the header of the tensor `name` and of the first and last SAMPLE bytes of its contents."""
-        import torch
-
-        contents = self.raw(name).flatten().view(torch.uint8).numpy()  # mapped: no more is read than is used
-        header = [self._headers[name]["dtype"], self._headers[name]["shape"]]
-        return hashlib.sha256(
-            json.dumps(header).encode() + contents[:SAMPLE].tobytes() + contents[-SAMPLE:].tobytes()
-        ).hexdigest()
-
-    def raw(self, name: str):
-        """The tensor `name` as it is stored: a view of the file, mapped anew at every call; pages take memory once
-        they are looked at. (safetensors maps the whole file, which fails where that is larger than memory.)"""
-        import numpy
-        import torch
-
-        file, entry = self._where[name], self._headers[name]
-        try:
-            start, end = (self._data_starts[file] + offset for offset in entry["data_offsets"])
-            dtype = getattr(torch, DTYPES[entry["dtype"]])
-            if start == end:
-                return torch.empty(entry["shape"], dtype=dtype)
-            stored = numpy.memmap(file, numpy.uint8, "c", start, (end - start,))
-            return torch.from_numpy(stored).view(dtype).view(entry["shape"])
-        except (LookupError, TypeError, ValueError, RuntimeError, OverflowError) as error:
-            raise _damaged(file) from error
-
-
-def all_finite(tensor) -> bool:
-    """Whether there is neither NaN nor infinity in `tensor`. Unlike isfinite it makes no other tensor of that size."""
-    return not tensor.numel() or all(bound.isfinite().item() for bound in tensor.aminmax())
-
-
-def _header(file: Path) -> tuple[dict, int]:
-    """(the header of a safetensors file: tensor name -> dtype, shape and data_offsets; where the data start). Checks
-    the file's length."""
-    length = file.stat().st_size
-    with open(file, "rb") as stream:
-        header_length = int.from_bytes(stream.read(8), "little")
-        if length < 8 or header_length > min(length - 8, 100_000_000):
-            raise _damaged(file)
-        try:
-            header = json.loads(stream.read(header_length))
-            entries = [entry for name, entry in header.items() if name != "__metadata__"]
-            whole = 8 + header_length + max((e["data_offsets"][1] for e in entries), default=0) == length
-            whole &= all(0 <= e["data_offsets"][0] <= e["data_offsets"][1] for e in entries)
-            whole &= all(isinstance(e["dtype"], str) and all(size >= 0 for size in e["shape"]) for e in entries)
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise _damaged(file) from error
-    if not whole:
-        raise _damaged(file)
-    return header, 8 + header_length
-
-
-def _damaged(file: Path) -> RrtcError:
-    return RrtcError(f"The weights file {file} is truncated or damaged.", "Download it again.")
-
-
-class ShardWriter:
-    """Writes tensors into safetensors files with at most `max_bytes` of them each, holding no more than one in memory.
-
-    `add` tensors in any order, then `finish`: files get their final names and, where there are several, an index. The
-    header of a safetensors file comes first and lists all tensors, so room is left for it. A large shard keeps that
-    room, filled up with spaces. A small one is copied, into the order in which safetensors itself writes; so is one
-    whose header is larger, or where formats of several widths came in an order that does not keep them aligned.
-    """
-
-    def __init__(self, folder: Path, max_bytes: int):
-        self.folder, self.max_bytes = Path(folder), max_bytes
-        self._entries: dict[str, dict] = {}  # of the shard that is being written: its header
-        self._end = 0  # of its data, in bytes
-        self._shards: list[list[str]] = []
-        self.total_bytes = 0
-
-    def add(self, name: str, tensor) -> None:
-        """Adds a tensor. Raises RrtcError where it holds NaN or infinity, and where the disk is full."""
-        self.add_blocks(name, [tensor])
-
-    def add_blocks(self, name: str, blocks: Iterable) -> None:
-        """Adds a tensor in blocks of its rows, of which one is in memory at a time. Raises as `add` does."""
-        import torch
-
-        file, size, shapes = self._file(), 0, []
-        try:
-            with open(file, "r+b" if self._entries else "w+b") as stream:
-                stream.seek(HEADER_ROOM + self._end)
-                for block in blocks:
-                    dtype = str(block.dtype).removeprefix("torch.")
-                    check_fits(name, block)
-                    size += stream.write(block.contiguous().flatten().view(torch.uint8).numpy())
-                    shapes.append(list(block.shape))
-                if self._entries and self._end + size > self.max_bytes:
-                    self._move_to_next(stream)
-        except OSError as error:
-            raise disk_error(file, error) from error
-        shape = [sum(rows for rows, *_ in shapes), *shapes[0][1:]] if shapes[0] else []
-        code = next(code for code, called in DTYPES.items() if called == dtype)
-        offsets = [self._end, self._end + size]
-        self._entries[name] = {"dtype": code, "shape": shape, "data_offsets": offsets}
-        self._end += size
-        self.total_bytes += size
-
-    def _file(self) -> Path:
-        return self.folder / f"shard-{len(self._shards)}.tmp"
-
-    def _move_to_next(self, stream) -> None:
-        """Ends this shard before the tensor that was written last, which begins the next one."""
-        stream.seek(HEADER_ROOM + self._end)
-        with open(self.folder / f"shard-{len(self._shards) + 1}.tmp", "wb") as following:
-            following.seek(HEADER_ROOM)
-            shutil.copyfileobj(stream, following, COPIED_AT_ONCE)
-        stream.truncate(HEADER_ROOM + self._end)
-        stream.flush()
-        self._flush()
-
-    def _flush(self) -> None:
-        """Makes a shard of the tensors that wait."""
-        import torch
-
-        formats, shard = list(DTYPES), self._file()
-        in_place = _header_bytes(self._entries, HEADER_ROOM)
-        is_aligned = all(
-            entry["data_offsets"][0] % getattr(torch, DTYPES[entry["dtype"]]).itemsize == 0
-            for entry in self._entries.values()
-        )
-        try:
-            if self._end >= LARGE_SHARD and is_aligned and len(in_place) == HEADER_ROOM:
-                with open(shard, "r+b") as stream:
-                    stream.write(in_place)
-            else:
-                # Widest first, so that all are aligned.
-                names = sorted(self._entries, key=lambda name: (formats.index(self._entries[name]["dtype"]), name))
-                header, end, copied = {}, 0, shard.with_suffix(".copy")
-                for name in names:
-                    start, stop = self._entries[name]["data_offsets"]
-                    header[name] = self._entries[name] | {"data_offsets": [end, end + stop - start]}
-                    end += stop - start
-                with open(shard, "rb") as stream, open(copied, "wb") as ordered:
-                    ordered.write(_header_bytes(header))
-                    for name in names:
-                        start, stop = self._entries[name]["data_offsets"]
-                        stream.seek(HEADER_ROOM + start)
-                        for left in range(stop - start, 0, -COPIED_AT_ONCE):
-                            ordered.write(stream.read(min(left, COPIED_AT_ONCE)))
-                copied.replace(shard)
-        except OSError as error:
-            raise disk_error(shard, error) from error
-        self._shards.append(list(self._entries))
-        self._entries, self._end = {}, 0
-
-    def finish(self) -> None:
-        self._flush()
-        total = len(self._shards)
-        names = [
-            "model.safetensors" if total == 1 else f"model-{i + 1:05d}-of-{total:05d}.safetensors" for i in range(total)
-        ]
-        for i, name in enumerate(names):
-            (self.folder / f"shard-{i}.tmp").rename(self.folder / name)
-        if total > 1:
-            weight_map = {tensor: name for name, tensors in zip(names, self._shards, strict=True) for tensor in tensors}
-            index = {"metadata": {"total_size": self.total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-            (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _header_bytes(entries: dict[str, dict], room: int = 0) -> bytes:
-    """The header of a safetensors file, its length first, with spaces up to `room` bytes or a multiple of 8."""
-    text = json.dumps({"__metadata__": {"format": "pt"}} | entries, separators=(",", ":")).encode()  # for transformers
-    text = text.ljust(max(room - 8, -(-len(text) // 8) * 8))
-    return len(text).to_bytes(8, "little") + text
-
-
-def check_fits(name: str, tensor) -> None:
-    """Raises RrtcError where `tensor`, made from finite ones, is not finite: a number is too large for its format."""
-    if not all_finite(tensor):
-        format_name = str(tensor.dtype).removeprefix("torch.")
-        raise RrtcError(f"The tensor {name} does not fit {format_name}.", "Choose bfloat16 or float32.")
-
-
-def disk_error(path: Path, error: Exception) -> RrtcError:
-    """What a failed write means to the user."""
-    reason = getattr(error, "strerror", None) or str(error)
-    return RrtcError(f"Writing {path.name} failed: {reason}.", "Free some space, or write to another disk.")
 
 
 def check_target(target: Path, source: Path | None = None) -> None:

@@ -1,10 +1,12 @@
 """What a visit computes with: the tensors of the dense layer that its slot, factors and norms amount to."""
 
+from collections.abc import Callable, Iterator
+
 import torch
 from torch import Tensor, nn
 
-from rrtc.checkpoint import Weights
 from rrtc.plan import Matrix
+from rrtc.weights import Weights, row_blocks
 
 
 def effective_tensor(weights: Weights, slot: str, visit: dict, path: str, matrices: dict[str, Matrix]) -> Tensor:
@@ -12,28 +14,45 @@ def effective_tensor(weights: Weights, slot: str, visit: dict, path: str, matric
 
     slot: the name of the visit's slot. matrices: the weight matrices of the dense layer by their path.
     """
+    return torch.cat(list(effective_blocks(weights, slot, visit, path, matrices)))
+
+
+def effective_blocks(
+    weights: Weights, slot: str, visit: dict, path: str, matrices: dict[str, Matrix]
+) -> Iterator[Tensor]:
+    """The same in blocks of its rows. What a narrowed matrix lacks are zeros: removed neurons are at the end of each
+    part of the outputs and at the end of the inputs, and compute some number times zero."""
     own, shared = f"{slot}.loops.{visit['loop']}", f"{slot}.shared"
     module, _, kind = path.rpartition(".")
-    if module in matrices and kind == "weight":
-        tensor = _product(weights, own, shared, visit, module)
+    matrix, narrowed = matrices.get(module), visit["shapes"].get(module)
+    if matrix and kind == "weight":
+        inputs, outputs = narrowed or (matrix.inputs, matrix.outputs)
+        shape, rows_of = (outputs, inputs), _product(weights, own, shared, visit, module)
     else:  # norms and biases are the visit's own, or the slot's
-        tensor = weights.read(f"{own}.{path}" if f"{own}.{path}" in weights else f"{shared}.{path}")
-    return _widened(tensor, matrices[module]) if module in visit["shapes"] else tensor
+        name = f"{own}.{path}" if f"{own}.{path}" in weights else f"{shared}.{path}"
+        shape, rows_of = weights.shape(name), lambda rows: weights.read(name, rows)
+    if not narrowed:
+        yield from map(rows_of, row_blocks(shape))
+        return
+    present = shape[0] // len(matrix.parts)
+    missing_columns = (0, matrix.inputs - shape[1]) if kind == "weight" else ()
+    for number, (_, width) in enumerate(matrix.parts):
+        for rows in row_blocks((present, *shape[1:]), first=number * present):
+            yield nn.functional.pad(rows_of(rows), missing_columns)
+        if width > present:
+            yield torch.zeros(width - present, *([matrix.inputs] if kind == "weight" else []))
 
 
-def _product(weights: Weights, own: str, shared: str, visit: dict, matrix: str) -> Tensor:
-    """What `matrix` of `visit` multiplies by, whatever its form: (outputs, inputs), float32."""
+def _product(weights: Weights, own: str, shared: str, visit: dict, matrix: str) -> Callable[[slice], Tensor]:
+    """What `matrix` of `visit` multiplies by, whatever its form: rows of it, (rows, inputs), float32."""
     form = visit["forms"].get(matrix, "tied")
-    full = None if form == "low_rank" else weights.read(f"{shared if form == 'tied' else own}.{matrix}.weight")
+    full = None if form == "low_rank" else f"{shared if form == 'tied' else own}.{matrix}.weight"
     if not visit["ranks"][matrix]:
-        return full
-    factors = weights.read(f"{own}.{matrix}.B") @ weights.read(f"{own}.{matrix}.A")
-    return factors if full is None else full + factors
+        return lambda rows: weights.read(full, rows)
+    inner = weights.read(f"{own}.{matrix}.A")
 
+    def product(rows: slice) -> Tensor:
+        outer = weights.read(f"{own}.{matrix}.B", rows)
+        return outer @ inner if full is None else weights.read(full, rows).addmm_(outer, inner)
 
-def _widened(tensor: Tensor, matrix: Matrix) -> Tensor:
-    """Weight (outputs, inputs) or bias (outputs,) of a narrowed `matrix` at its dense width. Removed neurons are zeros
-    at the end of each part of the outputs and at the end of the inputs, and compute some number times zero."""
-    columns = (0, matrix.inputs - tensor.shape[1]) if tensor.dim() == 2 else ()
-    parts = zip(tensor.chunk(len(matrix.parts)), matrix.parts, strict=True)
-    return torch.cat([nn.functional.pad(part, (*columns, 0, width - len(part))) for part, (_, width) in parts])
+    return product

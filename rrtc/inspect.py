@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-from rrtc.checkpoint import Weights, read_provenance
+from rrtc.checkpoint import read_provenance
 from rrtc.report import read_report
 from rrtc.source import read_config
+from rrtc.weights import Weights
 
 
 def describe(folder: str) -> dict:

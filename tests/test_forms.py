@@ -175,7 +175,8 @@ def test_narrowing_and_low_rank_cost_what_their_sizes_say():
 
 @both_norms
 @everywhere
-def test_the_dense_export_is_the_stock_model_that_computes_the_same(architecture, norms, tmp_path):
+def test_the_dense_export_is_the_stock_model_that_computes_the_same(architecture, norms, tmp_path, monkeypatch):
+    monkeypatch.setattr("rrtc.weights.BLOCK_NUMBERS", 500)  # several blocks even for a pico model
     source, target = save_mixed(tmp_path / "rrt", architecture, norms), tmp_path / "dense"
     target.mkdir()
     parameters = stage.write(source, target, "dense", torch.float32, SHARDS)

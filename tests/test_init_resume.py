@@ -12,7 +12,7 @@ from pico import save_pico
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from rrtc.checkpoint import HEADER_ROOM, check_not_interrupted
+from rrtc.checkpoint import check_not_interrupted
 from rrtc.cli import app
 from rrtc.errors import RrtcError
 from rrtc.init.job import can_resume
@@ -20,6 +20,7 @@ from rrtc.init.stage import init
 from rrtc.init.streamed import StreamedModel
 from rrtc.pipeline import run
 from rrtc.recipe import EvalRecipe, Recipe
+from rrtc.weights import HEADER_ROOM
 
 BUDGET = {"budget": 0.7, "calibrate_tokens": 512, "measure_tokens": 0}
 PAPER = {"rank": 4, "measure_tokens": 0}

@@ -17,6 +17,7 @@ from rrtc import checkpoint
 from rrtc.errors import RrtcError
 from rrtc.export import onnx_form, stage, verify
 from rrtc.model import RrtForCausalLM
+from rrtc.weights import Weights
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs rrtc[onnx]")
 ir = pytest.importorskip("onnx_ir", reason="needs rrtc[onnx]")
@@ -73,7 +74,7 @@ def compare_padded_greedy(source: Path, folder: Path, dtype: torch.dtype = torch
 
 def check_stored_once(graph, source: Path) -> None:
     """Asserts that the matrices in `graph` are those of the recursive model, each as often as there."""
-    weights = checkpoint.Weights(source)
+    weights = Weights(source)
     shapes = sorted(sorted(weights.shape(name)) for name in weights if len(weights.shape(name)) == 2)
     found = [list(value.shape) for value in graph.graph.initializers.values() if len(value.shape) == 2]
     assert sorted(map(sorted, found)) == shapes

@@ -28,10 +28,10 @@ for name in sys.argv[1:]:
         print(error.exit_code, error.sentence, "|", error.hint)
 """
 DAMAGE = """
-from rrtc.checkpoint import ShardWriter
-add = ShardWriter.add
-damaged = lambda name, tensor: tensor.flip(0) if name.endswith("up_proj.weight") else tensor
-ShardWriter.add = lambda self, name, tensor: add(self, name, damaged(name, tensor))
+from rrtc.weights import ShardWriter
+add = ShardWriter.add_blocks
+damaged = lambda name, block: block.flip(0) if name.endswith("up_proj.weight") else block
+ShardWriter.add_blocks = lambda self, name, blocks: add(self, name, [damaged(name, block) for block in blocks])
 """
 RUN = "from rrtc.cli import main; main()"
 

@@ -19,6 +19,7 @@ from rrtc.export import quantised_form, rounding, stage, writing
 from rrtc.recipe import Recipe, load_recipe
 from rrtc.text import Windows
 from rrtc.uptrain.stage import uptrain
+from rrtc.weights import Weights
 
 BITS = {"int8": 8, "int4": 4}
 
@@ -137,7 +138,7 @@ def test_a_quantised_export_loads_where_rrtc_is_not(tmp_path, monkeypatch, form,
     plain.mkdir()
     stage.write(source, plain, form, torch.float32, 10**9)
     assert result["max_logit_difference"] <= 1e-4 * result["largest_logit"]
-    before, files = checkpoint.Weights(plain), checkpoint.Weights(target)
+    before, files = Weights(plain), Weights(target)
     assert len(files.files) > 1
     assert result["bytes"] == files.bytes_on_disk < before.bytes_on_disk * (0.65 if number == "int4" else 0.75)
     packed = {name.removesuffix("_packed") for name in files if name.endswith("_packed")}

@@ -33,7 +33,7 @@ from uptraining import (
 )
 
 from rrtc import measure
-from rrtc.checkpoint import Weights, read_provenance
+from rrtc.checkpoint import read_provenance
 from rrtc.errors import RrtcError
 from rrtc.export.stage import export
 from rrtc.recipe import Recipe
@@ -45,6 +45,7 @@ from rrtc.uptrain.estimate import estimate
 from rrtc.uptrain.job import Job, prepare
 from rrtc.uptrain.stage import uptrain
 from rrtc.uptrain.trainer import DistillationTrainer, whole_checkpoints
+from rrtc.weights import Weights
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import torch
 
-from rrtc.checkpoint import Weights, earlier_stages, read_provenance
+from rrtc.checkpoint import earlier_stages, read_provenance
 from rrtc.errors import RrtcError, WrongUsage
 from rrtc.model import RrtConfig
 from rrtc.model.skeleton import read_architecture, read_plan
 from rrtc.source import Source, content_hash, read_config
+from rrtc.weights import Weights
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,7 @@ from pathlib import Path
 import torch
 
 from rrtc import __version__, measure
-from rrtc.checkpoint import (
-    base_seen_from,
-    check_target,
-    next_history,
-    read_provenance,
-    whole_folder,
-    write_provenance,
-)
+from rrtc.checkpoint import base_seen_from, check_target, next_history, read_provenance, whole_folder, write_provenance
 from rrtc.console import note, progress, warn
 from rrtc.errors import RrtcError, WrongUsage
 from rrtc.eval.candidates import (

@@ -1,4 +1,4 @@
-"""The two forms of an exported model: its tensors, one at a time, and its config.
+"""The two forms of an exported model: its tensors, a block of rows at a time, and its config.
 
     recursive    the tensors as they are, shared weights once; the modelling code goes along, so that it loads anywhere
     dense        W' + B·A multiplied out for each visit, under the names of the stock architecture; removed FFN neurons
@@ -10,7 +10,7 @@ Nothing here knows an architecture: names come from the stock model, built witho
 import copy
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -18,13 +18,13 @@ from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from rrtc.checkpoint import Weights, all_finite
-from rrtc.effective import effective_tensor
+from rrtc.effective import effective_blocks, effective_tensor
 from rrtc.errors import RrtcError
 from rrtc.model import RrtConfig, configuration_rrt, modeling_rrt
 from rrtc.model.modeling_rrt import find_layers, matrices_of
 from rrtc.model.skeleton import read_architecture, stock_model
 from rrtc.trust import without_code
+from rrtc.weights import Weights
 
 # AutoModel is there for vLLM, which refuses remote code without it.
 AUTO_MAP = {
@@ -34,19 +34,20 @@ AUTO_MAP = {
 }
 
 
-def recursive_tensors(weights: Weights, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of the recursive form by name, in `dtype`, or each as it is where that is None.
+Form = Iterator[tuple[str, Iterable[Tensor]]]  # tensors by name, each in blocks of its rows
 
-    Raises RrtcError for a tensor with NaN or infinity, or one that does not fit `dtype`.
-    """
+
+def recursive_form(weights: Weights, dtype: torch.dtype | None) -> Form:
+    """The tensors of the recursive form by name, in `dtype`, or each as it is where that is None. Raises RrtcError for
+    a tensor with NaN or infinity."""
     for name in weights:
-        yield name, _cast(name, weights.raw(name) if dtype is None else weights.read(name), dtype)
+        yield name, weights.blocks(name, dtype)
 
 
-def dense_tensors(weights: Weights, config: RrtConfig, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+def dense_form(weights: Weights, config: RrtConfig, dtype: torch.dtype) -> Form:
     """The tensors of the dense form by name, in the stock model's order; multiplied out in float32, then cast.
 
-    Raises RrtcError as `recursive_tensors` does, and for a tensor that the stock model has and `weights` have not.
+    Raises RrtcError as `recursive_form` does, and for a tensor that the stock model has and `weights` have not.
     """
     stock = stock_model(config.base_config)
     parent, layers = find_layers(stock, len(config.visits))
@@ -62,22 +63,15 @@ def dense_tensors(weights: Weights, config: RrtConfig, dtype: torch.dtype) -> It
         if name.startswith(prefix):
             number, path = name.removeprefix(prefix).split(".", 1)
             visit = config.visits[int(number)]
-            tensor = effective_tensor(weights, f"{inside}slots.{visit['slot']}", visit, path, shapes[int(number)])
-            is_transposed = path.removesuffix(".weight") in transposed[int(number)]
-            yield name, _cast(name, tensor.T if is_transposed else tensor, dtype)
+            of = weights, f"{inside}slots.{visit['slot']}", visit, path, shapes[int(number)]
+            if path.removesuffix(".weight") in transposed[int(number)]:
+                yield name, [effective_tensor(*of).T.to(dtype)]
+            else:
+                yield name, (block.to(dtype) for block in effective_blocks(*of))
         elif name in weights:
-            yield name, _cast(name, weights.read(name), dtype)
+            yield name, weights.blocks(name, dtype)
         elif name not in tied:
             raise RrtcError(f"The tensor {name} is missing from {weights.folder}.", "The folder is damaged.")
-
-
-def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    cast = tensor if dtype is None else tensor.to(dtype)
-    if not all_finite(cast):
-        if not all_finite(tensor):
-            raise RrtcError(f"The tensor {name} holds NaN or infinity.", "The folder is damaged.")
-        raise RrtcError(f"The tensor {name} does not fit {str(dtype).removeprefix('torch.')}.", "Choose bfloat16.")
-    return cast
 
 
 def write_recursive_config(source: Path, folder: Path, dtype: torch.dtype) -> None:

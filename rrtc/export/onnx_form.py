@@ -20,10 +20,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rrtc.checkpoint import Weights, copy_companions, disk_error
+from rrtc.checkpoint import copy_companions
 from rrtc.errors import RrtcError
-from rrtc.export.forms import recursive_tensors, write_dense_config
+from rrtc.export.forms import write_dense_config
 from rrtc.model import RrtForCausalLM
+from rrtc.weights import Weights, check_fits, disk_error
 
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
 GRAPH, DATA = "onnx/model.onnx", "onnx/model.onnx_data"
@@ -51,7 +52,10 @@ def write_onnx(source: Path, folder: Path, dtype: torch.dtype) -> int:
     dtype: the number format of the weights. The model is in memory twice, in float32. Raises RrtcError for a
     tensor that does not fit `dtype`, and for a model that torch cannot trace or ONNX cannot express.
     """
-    parameters = sum(tensor.numel() for _, tensor in recursive_tensors(Weights(source), dtype))
+    weights = Weights(source)
+    for name in weights:
+        for block in weights.blocks(name, dtype):
+            check_fits(name, block)
     model = RrtForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     if dtype != torch.float32:
         round_tensors(model, dtype)
@@ -62,7 +66,7 @@ def write_onnx(source: Path, folder: Path, dtype: torch.dtype) -> int:
     config["transformers.js_config"] = TRANSFORMERS_JS
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf8")
     copy_companions(source, folder)
-    return parameters
+    return weights.parameters
 
 
 def onnx_bytes(folder: Path) -> int:

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from rrtc.checkpoint import ShardWriter, Weights
 from rrtc.console import progress
 from rrtc.errors import RrtcError
 from rrtc.export.rounding import best_factors, best_scales, gptq, round_to_nearest, widest_scales
@@ -31,6 +30,7 @@ from rrtc.model import RrtConfig
 from rrtc.model.modeling_rrt import RelaxedLinear, find_layers
 from rrtc.model.skeleton import stock_model
 from rrtc.text import Windows
+from rrtc.weights import ShardWriter, Weights
 
 BITS = {"int8": 8, "int4": 4}
 GROUP = 128  # inputs that have a scale in common, at most

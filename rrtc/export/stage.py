@@ -14,7 +14,6 @@ from torch import Tensor
 
 from rrtc.calibration_text import calibration_windows
 from rrtc.checkpoint import (
-    Weights,
     base_seen_from,
     check_space,
     check_target,
@@ -35,7 +34,6 @@ from rrtc.export.writing import (
     bytes_written,
     quantised_dense_bytes,
     recursive_config,
-    stored_parameters,
     write,
 )
 from rrtc.measure import is_too_large, too_large
@@ -45,6 +43,7 @@ from rrtc.recipe import Recipe, parse_size
 from rrtc.report import read_report
 from rrtc.source import load_tokenizer
 from rrtc.text import Windows, held_out_windows, longest_context, readable
+from rrtc.weights import Weights
 
 MEASURED_TOKENS = 4096  # of held-out text, on which the bits per byte of a quantised model are measured
 
@@ -77,7 +76,7 @@ def export(folder: str, output: str, recipe: Recipe, report: str | None = None) 
     cast = None if form == "recursive" and recipe.export.dtype == "auto" else getattr(torch, dtype)
     shards = parse_size(recipe.export.max_shard_size)
     bits = BITS.get(recipe.export.quantize)
-    largest = max(stored_parameters(weights), read_architecture(config.base_config).parameters)
+    largest = max(weights.parameters, read_architecture(config.base_config).parameters)
     from_disk = is_too_large(largest, torch.float32)
     if from_disk and (form not in ("recursive", "dense") or bits is not None):
         raise too_large(

@@ -5,15 +5,16 @@ from pathlib import Path
 
 import torch
 
-from rrtc.checkpoint import ShardWriter, Weights, check_not_quantised, copy_companions
+from rrtc.checkpoint import check_not_quantised, copy_companions
 from rrtc.console import note, progress
 from rrtc.errors import RrtcError
-from rrtc.export.forms import dense_tensors, recursive_tensors, write_dense_config, write_recursive_config
+from rrtc.export.forms import dense_form, recursive_form, write_dense_config, write_recursive_config
 from rrtc.export.gguf_form import STORED, convert
 from rrtc.export.onnx_form import write_onnx
 from rrtc.model import RrtConfig
 from rrtc.model.skeleton import read_architecture, stock_model
 from rrtc.source import read_config
+from rrtc.weights import ShardWriter, Weights
 
 
 def recursive_config(folder: Path) -> RrtConfig:
@@ -28,11 +29,6 @@ def recursive_config(folder: Path) -> RrtConfig:
     return config
 
 
-def stored_parameters(weights: Weights) -> int:
-    """How many numbers `weights` hold."""
-    return sum(torch.Size(weights.shape(name)).numel() for name in weights)
-
-
 def bytes_written(form: str, weights: Weights, config: RrtConfig, dtype: torch.dtype | None) -> int:
     """About how many bytes of weights will be written. The GGUF form is made of a dense form, which is there beside it
     for a while."""
@@ -41,7 +37,7 @@ def bytes_written(form: str, weights: Weights, config: RrtConfig, dtype: torch.d
         return read_architecture(config.base_config).parameters * (dtype.itemsize + beside)
     if dtype is None:
         return weights.bytes_on_disk
-    return stored_parameters(weights) * dtype.itemsize
+    return weights.parameters * dtype.itemsize
 
 
 def quantised_dense_bytes(config: RrtConfig, bits: int, dtype: torch.dtype) -> int:
@@ -61,8 +57,9 @@ def write(
 ) -> int:
     """Writes the rrtc model in `source` into the existing `folder`, without checking it; returns its parameter count.
 
-    dtype: the number format of the weights; None, for the recursive form alone: as they are. One tensor at a time is
-    in memory, except for the ONNX form. shard_bytes: of no meaning to the ONNX and GGUF forms, each one weights file.
+    dtype: the number format of the weights; None, for the recursive form alone: as they are. A block of a tensor's rows
+    at a time is in memory, except for the ONNX form. shard_bytes: of no meaning to the ONNX and GGUF forms, each one
+    weights file.
     stored: for the dense form, a wider number format in which to write what was rounded to `dtype`.
     """
     if form == "gguf":
@@ -76,17 +73,16 @@ def write(
         return write_onnx(source, folder, dtype)
     config, weights = recursive_config(source), Weights(source)
     if form == "dense":
-        tensors, total = dense_tensors(weights, config, dtype), len(stock_model(config.base_config).state_dict())
+        tensors, total = dense_form(weights, config, dtype), len(stock_model(config.base_config).state_dict())
         write_dense_config(config, folder, dtype)
     else:
-        tensors, total = recursive_tensors(weights, dtype), len(list(weights))
+        tensors, total = recursive_form(weights, dtype), len(list(weights))
         write_recursive_config(source, folder, dtype or getattr(torch, weights.dtype))
-    writer, parameters = ShardWriter(folder, shard_bytes), 0
+    writer = ShardWriter(folder, shard_bytes)
     with progress("Writing weights", total) as advance:
-        for name, tensor in tensors:
-            writer.add(name, tensor if stored is None else tensor.to(stored))
-            parameters += tensor.numel()
+        for name, blocks in tensors:
+            writer.add_blocks(name, blocks if stored is None else (block.to(stored) for block in blocks))
             advance()
         writer.finish()
     copy_companions(source, folder)
-    return parameters
+    return Weights(folder).parameters

@@ -1,6 +1,5 @@
 """A dense model on disk, read layer by layer under the names that its stock class uses."""
 
-import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -14,8 +13,6 @@ from rrtc.init.norms import Fold, apply_folds
 from rrtc.model.modeling_rrt import find_layers, matrices_of
 from rrtc.model.skeleton import stock_model
 from rrtc.source import Source
-
-BLOCK_NUMBERS = 8_000_000  # of a table, at a time
 
 
 class DenseModel:
@@ -97,11 +94,7 @@ class DenseModel:
 
     def blocks(self, name: str, dtype: torch.dtype) -> Iterator[Tensor]:
         """The tensor of that model name in `dtype`, as blocks of its rows: a table can be larger than a layer."""
-        on_disk = self._disk_names[name]
-        rows, *others = self.weights.shape(on_disk)
-        at_once = max(1, BLOCK_NUMBERS // math.prod(others))
-        for start in range(0, rows, at_once):
-            yield self.weights.read(on_disk, slice(start, start + at_once)).to(dtype)
+        return self.weights.blocks(self._disk_names[name], dtype)
 
     def raw(self, name: str) -> Tensor:
         """The tensor of that model name as it is stored: a view of the file, mapped anew at every call."""

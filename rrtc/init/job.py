@@ -27,7 +27,7 @@ from torch import Tensor
 
 from rrtc import __version__, measure
 from rrtc.calibration_text import calibration_windows, own_windows
-from rrtc.checkpoint import ShardWriter, Weights, check_target, partial_of
+from rrtc.checkpoint import check_target, partial_of
 from rrtc.console import note, warn
 from rrtc.init.calibrate import bytes_on_disk
 from rrtc.init.dense import DenseModel
@@ -39,6 +39,7 @@ from rrtc.recipe import Recipe
 from rrtc.resume import check_unchanged, whole_file
 from rrtc.source import Source, find_model, load_tokenizer
 from rrtc.text import Windows, longest_context, scoring_texts
+from rrtc.weights import ShardWriter, Weights
 
 OWN_TEXT_FILE = "own-text.safetensors"  # in the work
 WORK = "work"

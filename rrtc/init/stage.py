@@ -16,8 +16,6 @@ from torch import Tensor
 
 from rrtc import measure
 from rrtc.checkpoint import (
-    ShardWriter,
-    Weights,
     check_not_interrupted,
     check_space,
     check_target,
@@ -45,6 +43,7 @@ from rrtc.recipe import BUILT_IN_TEXT, Recipe, parse_size
 from rrtc.resume import check_incomplete, whole_file
 from rrtc.source import find_model, load_tokenizer
 from rrtc.text import Windows
+from rrtc.weights import ShardWriter, Weights
 
 # A slot: its tensors and their names in it, float32, and its energies, which fill as they come (slots.paper_slot).
 Slot = tuple[Iterator[tuple[str, Tensor]], dict[str, tuple[float, float]]]

@@ -17,7 +17,6 @@ import torch
 from transformers import TrainerCallback, TrainerState
 from transformers.integrations import get_reporting_integration_callbacks
 
-from rrtc.checkpoint import Weights
 from rrtc.console import is_first_process
 from rrtc.errors import RrtcError
 from rrtc.measure import process_group
@@ -26,6 +25,7 @@ from rrtc.uptrain.curve import draw, line, step_of, steps_of, write_metrics
 from rrtc.uptrain.job import Job
 from rrtc.uptrain.sharding import whole_state
 from rrtc.uptrain.trainer import remove, whole_checkpoints
+from rrtc.weights import Weights
 
 # The loss has diverged where the mean objective of the last WINDOW steps is more than both of these. Twenty steps are
 # more than an odd batch or the bump at the end of a warm-up. The first step is the model as it was given: who is far

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transformers.integrations import integration_utils
 
-from rrtc.checkpoint import Weights, check_not_quantised, read_provenance
+from rrtc.checkpoint import check_not_quantised, read_provenance
 from rrtc.console import note, warn
 from rrtc.errors import RrtcError, WrongUsage
 from rrtc.measure import fast_bfloat16, process_group
@@ -21,6 +21,7 @@ from rrtc.source import Source, content_hash, find_base, find_model, load_tokeni
 from rrtc.text import longest_context
 from rrtc.uptrain.data import Mixture, Stream, training_text
 from rrtc.uptrain.teacher_cache import TeacherCache
+from rrtc.weights import Weights
 
 # What may change between the start of a run and its continuation: it changes the cost of a step, not its result.
 FREE_ON_RESUME = ("micro_batch", "activation_checkpointing", "fsdp", "save_every", "report_to")

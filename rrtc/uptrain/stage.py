@@ -16,8 +16,6 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from rrtc.checkpoint import (
-    ShardWriter,
-    Weights,
     base_seen_from,
     check_not_interrupted,
     check_space,
@@ -41,6 +39,7 @@ from rrtc.uptrain.job import Job, prepare
 from rrtc.uptrain.sharding import whole_state
 from rrtc.uptrain.teacher_cache import fill
 from rrtc.uptrain.trainer import DistillationTrainer, remove, whole_checkpoints
+from rrtc.weights import ShardWriter, Weights
 
 CHECKPOINTS = "checkpoints"
 RESUME = "resume.json"

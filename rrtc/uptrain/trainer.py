@@ -14,7 +14,6 @@ import torch
 from safetensors import SafetensorError
 from transformers import GenerationConfig, PrinterCallback, Trainer, TrainingArguments
 
-from rrtc.checkpoint import disk_error
 from rrtc.errors import RrtcError
 from rrtc.measure import device, process_group
 from rrtc.model.modeling_rrt import Slot
@@ -27,6 +26,7 @@ from rrtc.uptrain.sharding import save_whole, shard, whole_state
 from rrtc.uptrain.student import Student
 from rrtc.uptrain.teacher import LiveTeacher
 from rrtc.uptrain.teacher_cache import CachedTeacher
+from rrtc.weights import disk_error
 
 WHOLE = "rrtc-whole"  # a file in each checkpoint that was written to the end
 
