@@ -162,6 +162,24 @@ def test_an_unknown_tokenizer_is_one_sentence(tmp_path):
 
 
 @needs_converter
+def test_a_tokenizer_that_only_llama_cpp_could_tell_is_not_called_right_without_it(tmp_path, monkeypatch):
+    program = f"""
+import runpy, sys
+sys.path.insert(0, {os.environ.get(VARIABLE)!r})
+runpy.run_path({os.environ.get(VARIABLE)!r} + "/convert_hf_to_gguf.py", run_name="__main__")
+import gguf
+kind = gguf.GGUFReader(sys.argv[3], "r+").fields["tokenizer.ggml.model"]
+kind.parts[kind.data[0]][:] = list(b"alien")
+kind.parts[kind.data[0]].base.flush()
+"""
+    monkeypatch.setenv(VARIABLE, converter(tmp_path / "converter", program))
+    known = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "llama_cpp" else known(name))
+    source = known_tokenizer(make_rrt(tmp_path / "rrt", **LAYERS))
+    assert "pip install rrtc[gguf]" in refused(source, "transformers cannot build its tokenizer")
+
+
+@needs_converter
 @pytest.mark.parametrize("reader", ["transformers", pytest.param("llama_cpp", marks=needs_llama_cpp)])
 def test_a_wrong_file_leaves_no_folder(tmp_path, monkeypatch, reader):
     # The real converter, after which one matrix of the file is another one.

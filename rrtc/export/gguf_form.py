@@ -105,7 +105,9 @@ def verify_gguf(folder: Path, expected: Reference, dtype: torch.dtype) -> tuple[
         )
     run = None
     if readable:
-        difference, read_by = verify(folder, "gguf", expected, dtype), "transformers"
+        name = gguf_file(folder).name
+        difference = verify(folder, "gguf", expected, dtype, gguf_file=name, also_in_llama_cpp=installed)
+        read_by = "transformers"
     if installed:
         note("Running the export in llama.cpp")
         run = _run(folder, expected, dtype)

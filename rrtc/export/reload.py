@@ -2,12 +2,13 @@
 
     python -P reload.py JOB.json
 
-JOB.json: folder, trust_remote_code, from_disk (whether the model must not be in memory whole), scratch (a folder that
-accelerate may then use), ids (rows of token ids), text, and the files to write: `logits`, safetensors with one tensor
-(rows, tokens, vocabulary), computed in float32, and `report`, JSON with
+JOB.json: folder, gguf_file (the name of the file in it that is to be read; null for safetensors), trust_remote_code,
+from_disk (whether the model must not be in memory whole), scratch (a folder that accelerate may then use), ids (rows of
+token ids), text, and the files to write: `logits`, safetensors with one tensor (rows, tokens, vocabulary), computed in
+float32, and `report`, JSON with
 
     problems             the keys that were missing, unexpected or of the wrong shape on loading
-    token_ids            of the text
+    token_ids            of the text; null where transformers cannot build the tokenizer of a GGUF file
     hidden_difference    recursive form: by how much AutoModel's last hidden state differs from AutoModelForCausalLM's,
                          as a part of its largest number
 """
@@ -29,8 +30,7 @@ def main(job: dict) -> dict:
     with torch.inference_mode():
         output = model(ids, use_cache=False, output_hidden_states=job["trust_remote_code"])
     save_file({"logits": output.logits.float().contiguous()}, job["logits"])
-    tokenizer = AutoTokenizer.from_pretrained(job["folder"], trust_remote_code=job["trust_remote_code"])
-    report = {"problems": problems, "token_ids": tokenizer(job["text"])["input_ids"]}
+    report = {"problems": problems, "token_ids": token_ids(job)}
     if job["trust_remote_code"]:
         inside = f"unexpected {model.base_model_prefix}."
         del model
@@ -49,6 +49,7 @@ def load(auto_class, job: dict):
     placed = {"device_map": {"": "disk"}, "offload_folder": job["scratch"]} if job["from_disk"] else {}
     model, info = auto_class.from_pretrained(
         job["folder"],
+        gguf_file=job["gguf_file"],
         dtype=torch.float32,
         trust_remote_code=job["trust_remote_code"],
         output_loading_info=True,
@@ -57,6 +58,19 @@ def load(auto_class, job: dict):
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
     problems = [f"{kind.removesuffix('_keys')} {key}" for kind in kinds for key in sorted(map(str, info[kind]))]
     return model.eval(), problems
+
+
+def token_ids(job: dict) -> list[int] | None:
+    read_from = {"gguf_file": job["gguf_file"]} if job["gguf_file"] else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            job["folder"], trust_remote_code=job["trust_remote_code"], **read_from
+        )
+    except Exception:  # tokenizers raises nothing more special
+        if job["gguf_file"]:
+            return None
+        raise
+    return tokenizer(job["text"])["input_ids"]
 
 
 if __name__ == "__main__":

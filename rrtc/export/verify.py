@@ -32,7 +32,6 @@ from rrtc.text import longest_context
 TEXT = "The quick brown fox jumps over the lazy dog, 1234567890 times."
 ROWS, TOKENS = 2, 48
 PROMPT, NEW_TOKENS = 8, 32  # of greedy generation
-PROGRAMS = {"onnx": "reload_onnx.py", "gguf": "reload_gguf.py"}  # what loads the form; others: reload.py
 HINTS = {  # where a difference is more likely somebody else's fault
     "gguf": "Try a newer llama.cpp in RRTC_LLAMA_CPP. Where the base model has a tokenizer.model, copy that into the "
     "folder you export: without it, the converter may guess at the tokenizer.",
@@ -155,20 +154,47 @@ def _placed(from_disk: bool):
         yield {"device_map": {"": "disk"}, "offload_folder": scratch} if from_disk else {}
 
 
-def verify(folder: Path, form: str, expected: Reference, dtype: torch.dtype, from_disk: bool = False) -> float:
+def verify(
+    folder: Path,
+    form: str,
+    expected: Reference,
+    dtype: torch.dtype,
+    from_disk: bool = False,
+    gguf_file: str | None = None,
+    also_in_llama_cpp: bool = False,
+) -> float:
     """Loads the export in `folder` in a fresh process and returns the largest difference of a logit.
 
-    dtype: the number format most of it is written in. from_disk: as in `reference`. Raises RrtcError where the folder
-    does not load, where a tensor is missing or left over, where the tokenizer is another one, where a logit differs by
-    more than TOLERANCE, or where greedy generation, if it is compared, takes another token that is not as good up to
-    that.
+    dtype: the number format most of it is written in. from_disk: as in `reference`. gguf_file: the file's name, for
+    that form. also_in_llama_cpp: it will run there too, so that transformers need not know its tokenizer.
+
+    Raises RrtcError where the folder does not load, where a tensor is missing or left over, where the tokenizer is
+    another one, where a logit differs by more than TOLERANCE, or where greedy generation, if it is compared, takes
+    another token that is not as good up to that.
     """
-    report, logits = _reload(folder, form, expected, from_disk)
+    about = {
+        "folder": str(Path(folder).absolute()),
+        "gguf_file": gguf_file,
+        "trust_remote_code": form == "recursive",
+        "from_disk": from_disk,
+    }
+    report, logits = in_fresh_process(
+        "reload_onnx.py" if form == "onnx" else "reload.py",
+        about,
+        expected,
+        "The export was written, but does not load in a fresh process: ",
+        "Where memory ran out, free some; otherwise this is a fault in rrtc: please report it.",
+    )
     failed = "The export was written, but it is not the model it was made from: "
     hint = HINTS.get(form, "This is a fault in rrtc: please report it with the model's config.")
     if report["problems"]:
         raise RrtcError(f"{failed}on loading, {', '.join(report['problems'][:3])}.", hint)
-    if report["token_ids"] != expected.text_ids:
+    if report["token_ids"] is None and not also_in_llama_cpp:
+        raise RrtcError(
+            "The GGUF file was written, but transformers cannot build its tokenizer, so nothing says that it is right.",
+            "Have llama.cpp check it: pip install rrtc[gguf]",
+        )
+    if report["token_ids"] not in (expected.text_ids, None):
         raise RrtcError(f"{failed}its tokenizer gives other tokens.", hint)
     scale = expected.logits.abs().max().item()
     if not report.get("hidden_difference", 0.0) <= TOLERANCE[dtype]:
@@ -191,19 +217,6 @@ def equal_tokens(expected: Reference, found: list[int], within: float, failed: s
                 raise RrtcError(f"{failed}greedy generation differs from token {number + 1} on.", hint)
             return number
     return len(found)
-
-
-def _reload(folder: Path, form: str, expected: Reference, from_disk: bool) -> tuple[dict, Tensor]:
-    """(what the fresh process reports, the logits it computed). Remote code is unpacked in a temporary folder, and
-    goes."""
-    about = {"folder": str(Path(folder).absolute()), "trust_remote_code": form == "recursive", "from_disk": from_disk}
-    return in_fresh_process(
-        PROGRAMS.get(form, "reload.py"),
-        about,
-        expected,
-        "The export was written, but does not load in a fresh process: ",
-        "Where memory ran out, free some; otherwise this is a fault in rrtc: please report it.",
-    )
 
 
 def in_fresh_process(program: str, about: dict, expected: Reference, failed: str, hint: str) -> tuple[dict, Tensor]:
