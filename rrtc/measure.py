@@ -7,6 +7,7 @@ machine they are made on.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
 import psutil
 import torch
@@ -21,6 +22,7 @@ from rrtc.text import Windows
 from rrtc.weights import Weights
 
 MODEL_SHARE = 0.7  # of the free memory that a model may take; the rest is for what it computes
+PATIENCE = timedelta(hours=6)  # of a process with one that it waits for
 TOKENS_AT_ONCE = 128  # distributions of so many tokens are compared at a time, to bound memory
 
 
@@ -56,7 +58,9 @@ def device() -> torch.device:
 
 def process_group() -> PartialState:
     """The processes that work together: those of torchrun, or this one alone."""
-    return PartialState(cpu=device().type == "cpu")  # without the flag, processes on CPUs would not see each other
+    # Without the flag, processes on CPUs would not see each other. The first one tokenises and writes checkpoints
+    # alone, and torch's own patience with it ends after 10 minutes.
+    return PartialState(cpu=device().type == "cpu", timeout=PATIENCE)
 
 
 def fast_bfloat16() -> bool:

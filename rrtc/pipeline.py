@@ -16,8 +16,8 @@ from rrtc.recipe import OWN_TEXT, Recipe, parse_size
 from rrtc.report import read_report
 from rrtc.resume import difference
 from rrtc.source import find_model
-from rrtc.text import documents
-from rrtc.uptrain.job import check_processes, check_writer
+from rrtc.text import documents, longest_context
+from rrtc.uptrain.job import check_processes, check_reporter, check_tokens, check_writer
 from rrtc.uptrain.stage import uptrain
 from rrtc.uptrain.trainer import whole_checkpoints
 
@@ -65,8 +65,11 @@ def measure(folders: Sequence[str], recipe: Recipe, against: str | None = None, 
 
 
 def _check_inputs(recipe: Recipe) -> None:
-    """Raises what the later stages would raise about their inputs, before the first one spends its time."""
+    """Raises what the later stages would raise about their inputs, before the first one spends its time: all but what
+    takes the compressed model to tell."""
     check_processes(recipe.uptrain)
+    check_reporter(recipe.uptrain.report_to)
+    check_tokens(recipe.uptrain, longest_context(find_model(recipe.model).config(), recipe.uptrain.context))
     if recipe.uptrain.exits:
         raise WrongUsage(
             "Exits are trained after the model is healed, and a run only heals it.",

@@ -190,7 +190,8 @@ class UptrainRecipe(Section):
     )
     data_weights: list[float] | None = Field(
         None,
-        description="How much to take of each of the data, as in 3,1; by default as much as each has.",
+        description="How much to take of each of the data, as in 3,1; by default as much as each has, of which no more "
+        "counts than the run could use.",
     )
     text_field: str = Field("text", description="The field that holds the text in jsonl, parquet and datasets.")
     tokens: int = Field(1_000_000, ge=1, description="Training tokens in all.")
@@ -220,7 +221,7 @@ class UptrainRecipe(Section):
     weight_decay: float = Field(0.0, ge=0, description="Weight decay of the matrices.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
     losses: dict[str, float] = Field(
-        {"next_token": 1.0, "forward_kl": 1.0},
+        {"forward_kl": 1.0},
         description="What is minimised, each with its weight: next_token; forward_kl, reverse_kl, jensen_shannon, "
         "total_variation (distances from the dense model's distribution); hidden (from its hidden states).",
     )

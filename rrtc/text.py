@@ -151,13 +151,21 @@ def _from_parquet(file: Path, text_field: str) -> Iterator[str]:
 def _from_datasets(name: str, text_field: str) -> Iterator[str]:
     from datasets import load_dataset
 
-    path, _, config = name.partition(":")
+    (path, _, config), read = name.partition(":"), 0
     try:
         rows = load_dataset(path, config or None, split="train", streaming=True)
-        yield from (_field(row, text_field, name) for row in rows)
+        for row in rows:
+            yield _field(row, text_field, name)
+            read += 1
     except RrtcError:
         raise
     except Exception as error:  # no network, no such dataset, no permission: datasets raises many kinds
+        if read:
+            reason = " ".join(str(error).split()).removesuffix(".") or type(error).__name__
+            raise RrtcError(
+                f"Reading the dataset {name} ended after {read} documents: {reason}.",
+                "Start again. A file on this machine (.jsonl, .parquet) does not depend on the network.",
+            ) from error
         raise RrtcError(
             f"There is no file or folder {name}, and no dataset of that name could be loaded.",
             "Name a .txt, .jsonl or .parquet file, or 'pydoc' for the text that Python ships.",

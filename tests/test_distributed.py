@@ -60,13 +60,15 @@ def one(models, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def two(models, cases, one, tmp_path_factory) -> Path:
-    """Two processes: `NAME.pt` of each case; `ddp` is a whole run; `stopped` one that was sharded and interrupted after
-    a checkpoint at step 3; and the run that one process had `begun` is finished sharded."""
+    """Two processes: `NAME.pt` of each case; `ddp` and `muon` are whole runs, the second sharded; `stopped` one that
+    was sharded and interrupted after a checkpoint at step 3; and the run that one process had `begun` is finished
+    sharded."""
     folder = tmp_path_factory.mktemp("two")
     runs = [
         (folder / "ddp", DDP, False, None),
         (folder / "stopped", SHARDED, False, 8),
         (one / "begun", SHARDED | {"activation_checkpointing": True}, True, None),
+        (folder / "muon", SHARDED | {"optimiser": "muon"}, False, None),
     ]
     (folder / "cases.json").write_text(json.dumps(cases))
     (folder / "runs.json").write_text(
@@ -108,6 +110,16 @@ def test_shared_out_slot_by_slot(name, cases, two):
 
 def test_several_losses_on_two_processes(one, two):
     assert_same_course(two / "ddp", one / "straight")
+
+
+def test_muon_shared_out(models, one, two, tmp_path):
+    """A matrix' step is made from the whole matrix, in bfloat16, which is why the courses part a little."""
+    uptrain(models["llama"]["folder"], str(tmp_path / "out"), settings(losses=LOSSES, optimiser="muon"))
+    found, expected, adamw = (
+        [step["objective"] for step in metrics(folder)] for folder in (two / "muon", tmp_path / "out", one / "straight")
+    )
+    assert found == pytest.approx(expected, rel=0, abs=2e-4)
+    assert abs(adamw[-1] - expected[-1]) > 2e-2
 
 
 def test_what_was_sharded_goes_on_in_one_process(models, one, two):

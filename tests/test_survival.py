@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Trainer
 from uptraining import BATCH, CONTEXT, interrupt_at, make_rrt, metrics, on_two_processes, settings, weights
 
+from rrtc.checkpoint import read_provenance
 from rrtc.cli import app
 from rrtc.errors import RrtcError
 from rrtc.recipe import UptrainRecipe
@@ -353,6 +354,16 @@ def test_a_learning_rate_that_diverges(rrt, tmp_path):
     text = prepare(rrt, settings().uptrain).text
     ids = torch.stack([Stream(text, 8)[i]["input_ids"] for i in range(8)])
     assert model(ids, labels=ids).loss < limit
+    # It can be trained on, as the error says.
+    again = tmp_path / "again"
+    uptrain(str(kept), str(again), settings(learning_rate=1e-3))
+    assert all(step["objective"] < limit for step in metrics(again))
+    history = read_provenance(again)["history"]
+    assert [(entry["stage"], Path(entry["path"]).name) for entry in history] == [
+        ("init", "rrt"),
+        ("uptrain", kept.name),
+    ]
+    assert read_provenance(kept)["measured"]["uptrain"]["tokens"] == step * CONTEXT * BATCH
 
 
 def alarm(rrt: Path, objectives: list[float]) -> int | None:
@@ -396,6 +407,13 @@ def test_every_field_is_compared_on_resume(rrt, field):
     else:
         with pytest.raises(RrtcError, match=f"because {field} was .* and is now changed"):
             check_unchanged(before, other.fingerprint())
+
+
+def test_a_machine_that_computes_otherwise_does_not_go_on(rrt, monkeypatch):
+    begun = prepare(rrt, settings(precision="auto").uptrain).fingerprint()
+    monkeypatch.setattr("rrtc.uptrain.job.fast_bfloat16", lambda: begun["arithmetic"] == "float32")
+    with pytest.raises(RrtcError, match="because the arithmetic has changed since"):
+        check_unchanged(begun, prepare(rrt, settings(precision="auto").uptrain).fingerprint())
 
 
 def test_checkpoints_may_be_more_frequent_after_a_kill(rrt, tmp_path, monkeypatch):

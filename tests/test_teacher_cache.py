@@ -111,11 +111,11 @@ def test_lessons_are_read_as_they_were_written(vocabulary, tmp_path):
     whole[0, 0] = -30.0
     whole[0, 0, -1] = 0.0  # certain
     lessons = [pack(log_q, TOP) for log_q in whole]
-    cache = TeacherCache(tmp_path / "c", "hash", vocabulary, 1.0, TOP)
+    cache = TeacherCache(tmp_path / "c", "hash", vocabulary, 1.0, TOP, "float32")
     cache.begin()
     cache.write([b"a" * 16, b"b" * 16], lessons[:2])
     cache.write([b"c" * 16], lessons[2:])
-    again = TeacherCache(tmp_path / "c", "hash", vocabulary, 1.0, TOP)
+    again = TeacherCache(tmp_path / "c", "hash", vocabulary, 1.0, TOP, "float32")
     for name, lesson in zip((b"c", b"a", b"b"), (lessons[2], *lessons[:2]), strict=True):
         assert name * 16 in again
         for found, written in zip(again.read(name * 16), lesson, strict=True):
@@ -128,7 +128,7 @@ def test_lessons_are_read_as_they_were_written(vocabulary, tmp_path):
 
 def test_whichever_byte_is_wrong_no_wrong_lesson_is_read(tmp_path):
     lesson = pack(torch.randn(TOKENS, WORDS, generator=torch.Generator().manual_seed(0)).log_softmax(-1), TOP)
-    cache = TeacherCache(tmp_path / "c", "hash", WORDS, 1.0, TOP)
+    cache = TeacherCache(tmp_path / "c", "hash", WORDS, 1.0, TOP, "float32")
     cache.begin()
     cache.write([b"a" * 16], [lesson])
     (segment,) = segments(tmp_path / "c")
@@ -138,7 +138,7 @@ def test_whichever_byte_is_wrong_no_wrong_lesson_is_read(tmp_path):
         changed[place] ^= 0x81
         segment.write_bytes(changed)
         try:
-            read = TeacherCache(tmp_path / "c", "hash", WORDS, 1.0, TOP).read(b"a" * 16)
+            read = TeacherCache(tmp_path / "c", "hash", WORDS, 1.0, TOP, "float32").read(b"a" * 16)
             assert all(torch.equal(found, written) for found, written in zip(read, lesson, strict=True))
         except RrtcError:
             refusals += 1
@@ -175,7 +175,7 @@ class Documents(torch.utils.data.Dataset):
 
 def test_a_cached_teacher_says_what_a_live_one_would(dense, tmp_path):
     windows = Documents()
-    cache = TeacherCache(tmp_path / "c", "hash", VOCABULARY, 2.0, VOCABULARY)
+    cache = TeacherCache(tmp_path / "c", "hash", VOCABULARY, 2.0, VOCABULARY, "float32")
     found = fill(cache, windows, dense("llama"), torch.float32, process_group())
     assert (found["windows"], found["reused"]) == (3, 0) and cache.holds(windows)
     batch = given(torch.utils.data.default_collate([windows[2], windows[0]]))
@@ -367,9 +367,11 @@ def test_a_cache_made_for_something_else(rrt, copy, tmp_path, monkeypatch):
     refused(rrt, cached(copy, teacher=str(other)), f"another teacher: .*{content_hash(other)[:12]}", monkeypatch)
     refused(rrt, cached(copy, temperature=2.0), "another temperature: 1.0, and this run's is 2.0", monkeypatch)
     refused(rrt, cached(copy, teacher_cache_top=8), "another teacher_cache_top: 64, and this run's is 8", monkeypatch)
+    wide = cached(copy, precision="bfloat16")
+    refused(rrt, wide, "another arithmetic: float32, and this run's is bfloat16", monkeypatch)
     values = json.loads((copy / "teacher.json").read_text())
     (copy / "teacher.json").write_text(json.dumps(values | {"format": 99}))
-    refused(rrt, cached(copy), "another format: 99, and this run's is 1", monkeypatch)
+    refused(rrt, cached(copy), "another format: 99, and this run's is 2", monkeypatch)
     (copy / "teacher.json").write_text("{")
     refused(rrt, cached(copy), "cannot be read", monkeypatch)
     (copy / "teacher.json").unlink()

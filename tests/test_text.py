@@ -132,6 +132,20 @@ def test_a_source_that_is_nowhere_is_refused(tmp_path):
     assert "no dataset of that name could be loaded" in error.sentence and "pydoc" in error.hint
 
 
+def test_a_dataset_that_ends_in_the_middle_is_not_called_missing(monkeypatch):
+    def rows(*args, **kwargs):
+        yield {"text": "one"}
+        raise ConnectionError("the line is dead.")
+
+    monkeypatch.setattr("datasets.load_dataset", rows)  # there is no network here
+    found = documents("maker/corpus", "text")
+    assert next(found) == "one"
+    with pytest.raises(
+        RrtcError, match="^Reading the dataset maker/corpus ended after 1 documents: the line is dead.$"
+    ):
+        next(found)
+
+
 # Held out
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -336,9 +337,25 @@ def test_resume_is_refused_where_something_changed(rrt, dense, tmp_path, monkeyp
         patched.setattr("rrtc.text._built_in", lambda: text)
         with pytest.raises(RrtcError, match="the text has changed"):
             uptrain(str(rrt), str(target), settings(), resume=True)
+    saved = (partial / "checkpoints" / "resume.json").read_text()
+    (partial / "checkpoints" / "resume.json").write_text(saved[:40])
+    with pytest.raises(RrtcError, match="which says what it was started with, is damaged"):
+        uptrain(str(rrt), str(target), settings(), resume=True)
+    (partial / "checkpoints" / "resume.json").write_text(saved)
     assert whole_checkpoints(partial / "checkpoints")
     # What only changes the cost of a step may change, as after running out of memory.
     uptrain(str(rrt), str(target), settings(micro_batch=1), resume=True)
+
+
+def test_what_the_checkpoints_take_already_need_not_be_free_on_resume(rrt, tmp_path, monkeypatch):
+    checkpoints = stop_after_checkpoint(rrt, tmp_path / "out", monkeypatch) / "checkpoints"
+    there = sum(file.stat().st_size for file in checkpoints.glob("checkpoint-*/*"))
+    free = prepare(rrt, settings().uptrain).checkpoint_bytes() - there
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=free - 1))
+    with pytest.raises(RrtcError, match="The output needs"):
+        uptrain(str(rrt), str(tmp_path / "out"), settings(), resume=True)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=free))
+    uptrain(str(rrt), str(tmp_path / "out"), settings(), resume=True)
 
 
 def test_nothing_to_resume(rrt, tmp_path):

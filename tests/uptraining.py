@@ -24,6 +24,7 @@ ONE_STEP = CONTEXT * BATCH  # tokens
 SETTINGS = {
     "data": ["pydoc"], "tokens": CONTEXT * BATCH * STEPS, "context": CONTEXT, "batch_size": BATCH, "micro_batch": 2,
     "warmup": 0.0, "learning_rate": 1e-2, "precision": "float32", "save_every": 3,
+    "losses": {"next_token": 1.0, "forward_kl": 1.0},
 }  # fmt: skip
 
 

@@ -113,7 +113,9 @@ class LossGuard(TrainerCallback):
         if is_first_process:
             for checkpoint in checkpoints[len(kept) :]:
                 remove(checkpoint)
-        what = f"the last good checkpoint is {kept[-1]}" if kept else "there was no good checkpoint to keep yet"
+        what = "there was no good checkpoint to keep yet"
+        if kept:
+            what = f"the last good checkpoint can be trained on: rrtc uptrain {kept[-1]} -o NEW"
         return Stopped(f"{sentence}, on {self._batch(step, train_dataloader.dataset)}.", f"{hint}; {what}.")
 
     def _batch(self, step: int, stream) -> str:

@@ -4,12 +4,20 @@ Everything a user can get wrong is met here, in seconds: a teacher with another 
 short, a batch that cannot be divided.
 """
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from transformers.integrations import integration_utils
 
-from rrtc.checkpoint import check_not_quantised, read_provenance
+from rrtc.checkpoint import (
+    base_seen_from,
+    check_not_quantised,
+    copy_companions,
+    next_history,
+    read_provenance,
+    write_provenance,
+)
 from rrtc.console import note, warn
 from rrtc.errors import RrtcError, WrongUsage
 from rrtc.measure import fast_bfloat16, process_group
@@ -29,8 +37,8 @@ FREE_ON_RESUME = ("micro_batch", "activation_checkpointing", "fsdp", "save_every
 
 @dataclass(frozen=True)
 class Job:
-    """What is trained, from whom and on what. `dtype` is the number format of the folder's weights, `bfloat16` says
-    whether the arithmetic is in bfloat16, and `accumulation` how many micro-batches of one process make a step.
+    """What is trained, from whom and on what. `dtype` is the number format of the folder's weights, `arithmetic`
+    that of the computations, and `accumulation` how many micro-batches of one process make a step.
 
     `taught_by` has the `uri` and the `sha256` of the dense model that is learnt from; None where there is none.
     `teacher` is that model where it has to be run, and None where `cache` has all that it would say.
@@ -47,7 +55,7 @@ class Job:
     text: Mixture
     steps: int
     accumulation: int
-    bfloat16: bool
+    arithmetic: str
 
     @property
     def context(self) -> int:
@@ -61,6 +69,10 @@ class Job:
     def tokens(self) -> int:
         """Tokens in all: what the recipe asks for, rounded up to whole steps."""
         return self.steps * self.tokens_per_step
+
+    @property
+    def bfloat16(self) -> bool:
+        return self.arithmetic == "bfloat16"
 
     def flops_per_token(self) -> int:
         """Floating-point operations to train on one token, without attention over the context: forward, backward at
@@ -78,12 +90,27 @@ class Job:
         at_once = min(3, later + (self.steps > 1 and self.recipe.save_every > 1))  # and one after the first step
         return at_once * 3 * 4 * self.plan.parameters
 
+    def complete(self, folder: Path, measured: dict, target: Path | None = None) -> None:
+        """Makes `folder`, which holds weights of this run, one that other commands take: with the config, the tokenizer
+        and rrtc.yaml. measured: what it says under measured.uptrain. target: what `folder` will be called."""
+        shutil.copyfile(self.folder / "config.json", folder / "config.json")
+        copy_companions(self.folder, folder)
+        write_provenance(
+            folder,
+            "uptrain",
+            base_seen_from(target or folder, self.folder, self.provenance),
+            self.provenance["recipe"] | {"uptrain": self.recipe.model_dump()},
+            self.provenance["measured"] | {"uptrain": measured},
+            next_history(self.provenance),
+        )
+
     def fingerprint(self) -> dict:
         """What a continued run must have in common with the one it continues, as plain data."""
         recipe = {k: v for k, v in self.recipe.model_dump().items() if k not in FREE_ON_RESUME}
         recipe["teacher_cache"] = self.cache is not None  # it may have moved
         return {
             "recipe": recipe,
+            "arithmetic": self.arithmetic,  # which `precision: auto` leaves to the machine
             "model": content_hash(self.folder),
             "teacher": self.taught_by["sha256"] if self.taught_by else None,
             "text": self.text.sha256,
@@ -110,10 +137,13 @@ def prepare(folder: Path, recipe: UptrainRecipe, most_steps: int | None = None) 
         _check_exits(folder, plan, provenance)
     dtype = Weights(folder).dtype
     tokenizer = load_tokenizer(folder)
+    arithmetic = recipe.precision
+    if arithmetic == "auto":
+        arithmetic = "bfloat16" if fast_bfloat16() else "float32"
     taught_by, teacher, cache = None, None, None
     if recipe.distils:
         taught_by = _taught_by(provenance, recipe)
-        cache = _cache(recipe, taught_by["sha256"], config)
+        cache = _cache(recipe, taught_by["sha256"], config, arithmetic)
         # A cache that holds something may hold everything, and then the teacher need not be there.
         if cache is None or cache.is_empty:
             teacher = _teacher(folder, recipe, config, tokenizer)
@@ -132,13 +162,8 @@ def prepare(folder: Path, recipe: UptrainRecipe, most_steps: int | None = None) 
     context = longest_context(config, recipe.context)
     if context < recipe.context:
         warn(f"The context is {context} tokens: the model cannot see {recipe.context}.")
-    per_step = recipe.batch_size * context
-    if recipe.tokens < per_step:
-        raise WrongUsage(
-            f"{recipe.tokens} tokens are less than one batch: {recipe.batch_size} windows of {context} are {per_step}.",
-            "Raise tokens, or lower batch_size or context.",
-        )
-    steps = -(-recipe.tokens // per_step)
+    check_tokens(recipe, context)
+    steps = -(-recipe.tokens // (recipe.batch_size * context))
     windows = min(steps, most_steps or steps) * recipe.batch_size
     text = training_text(recipe, tokenizer, context, windows, writer, process_group())
     for source, share in zip(text.sources, text.shares, strict=True):
@@ -160,7 +185,7 @@ def prepare(folder: Path, recipe: UptrainRecipe, most_steps: int | None = None) 
         text=text,
         steps=steps,
         accumulation=recipe.batch_size // (recipe.micro_batch * processes),
-        bfloat16=fast_bfloat16() if recipe.precision == "auto" else recipe.precision == "bfloat16",
+        arithmetic=arithmetic,
     )
 
 
@@ -173,6 +198,16 @@ def _check_exits(folder: Path, plan: Plan, provenance: dict) -> None:
         )
     if "uptrain" not in [provenance["stage"], *(entry["stage"] for entry in provenance["history"])]:
         warn("This model was not healed yet. Exits that learn along with it cost quality: heal it first.")
+
+
+def check_tokens(recipe: UptrainRecipe, context: int) -> None:
+    """Raises WrongUsage where there are too few tokens for one step of windows of `context` tokens."""
+    per_step = recipe.batch_size * context
+    if recipe.tokens < per_step:
+        raise WrongUsage(
+            f"{recipe.tokens} tokens are less than one batch: {recipe.batch_size} windows of {context} are {per_step}.",
+            "Raise tokens, or lower batch_size or context.",
+        )
 
 
 def check_processes(recipe: UptrainRecipe) -> None:
@@ -207,11 +242,11 @@ def _taught_by(provenance: dict, recipe: UptrainRecipe) -> dict:
     return {"uri": named.uri, "sha256": content_hash(named.file)}
 
 
-def _cache(recipe: UptrainRecipe, teacher: str, config: RrtConfig) -> TeacherCache | None:
+def _cache(recipe: UptrainRecipe, teacher: str, config: RrtConfig, arithmetic: str) -> TeacherCache | None:
     if recipe.teacher_cache is None:
         return None
     folder = Path(recipe.teacher_cache).expanduser()
-    return TeacherCache(folder, teacher, config.vocab_size, recipe.temperature, recipe.teacher_cache_top)
+    return TeacherCache(folder, teacher, config.vocab_size, recipe.temperature, recipe.teacher_cache_top, arithmetic)
 
 
 def _teacher(folder: Path, recipe: UptrainRecipe, config: RrtConfig, tokenizer) -> Source:

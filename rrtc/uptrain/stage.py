@@ -9,29 +9,24 @@ that nothing reads.
 import contextlib
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 
 import torch
 from transformers.utils.logging import disable_progress_bar
 
 from rrtc.checkpoint import (
-    base_seen_from,
     check_not_interrupted,
     check_space,
     check_target,
-    copy_companions,
-    next_history,
     partial_of,
     whole_folder,
-    write_provenance,
 )
 from rrtc.console import is_first_process, note
 from rrtc.errors import RrtcError
 from rrtc.measure import process_group
 from rrtc.recipe import Recipe, parse_size
-from rrtc.resume import check_incomplete, check_unchanged
-from rrtc.uptrain.curve import draw, steps_of, summary, write_metrics
+from rrtc.resume import check_incomplete, check_unchanged, whole_file
+from rrtc.uptrain.curve import draw, steps_of, write_metrics
 from rrtc.uptrain.data import Stream
 from rrtc.uptrain.display import Display
 from rrtc.uptrain.guards import Checkpoints, Course, LossGuard, Stopped, Termination, reporters
@@ -73,8 +68,9 @@ def uptrain(folder: str, output: str, recipe: Recipe, resume: bool = False) -> d
     max_shard_bytes = _max_shard_bytes(job, recipe)
     fingerprint = job.fingerprint()
     if resume:
-        check_unchanged(json.loads((checkpoints / RESUME).read_text(encoding="utf8")), fingerprint)
-    check_space(target, job.checkpoint_bytes())
+        check_unchanged(_begun_with(checkpoints), fingerprint)
+    there = sum(file.stat().st_size for checkpoint in saved for file in checkpoint.rglob("*"))
+    check_space(target, job.checkpoint_bytes() - there)
 
     # Every process has now seen the disk as it was. From here on, the first one changes it.
     process_group().wait_for_everyone()
@@ -88,12 +84,13 @@ def uptrain(folder: str, output: str, recipe: Recipe, resume: bool = False) -> d
         try:
             if is_first_process:
                 checkpoints.mkdir(exist_ok=True)
-                (checkpoints / RESUME).write_text(json.dumps(fingerprint, indent=2) + "\n", encoding="utf8")
+                with whole_file(checkpoints / RESUME) as file:
+                    file.write_text(json.dumps(fingerprint, indent=2) + "\n", encoding="utf8")
             job, cached = _fill_cache(job)
             trainer = _train(job, checkpoints, saved[-1] if resume else None)
-            measured, state = _measured(job, trainer) | cached, whole_state(trainer.model)
+            measured, state = trainer.measured() | cached, whole_state(trainer.model)
             if is_first_process:
-                _write(job, trainer, state, measured, recipe, partial, target, max_shard_bytes)
+                _write(job, trainer, state, measured, partial, target, max_shard_bytes)
         except BaseException as error:
             if is_first_process and not whole_checkpoints(checkpoints):
                 remove(partial)
@@ -104,6 +101,17 @@ def uptrain(folder: str, output: str, recipe: Recipe, resume: bool = False) -> d
         remove(target / CHECKPOINTS)
     process_group().wait_for_everyone()  # nobody goes on before the folder is there
     return measured
+
+
+def _begun_with(checkpoints: Path) -> dict:
+    """The fingerprint of the run that wrote `checkpoints`."""
+    try:
+        return json.loads((checkpoints / RESUME).read_text(encoding="utf8"))
+    except (OSError, ValueError) as error:
+        raise RrtcError(
+            f"The run cannot be resumed: {checkpoints / RESUME}, which says what it was started with, is damaged.",
+            "Begin a new run from its last checkpoint: rrtc uptrain CHECKPOINT -o NEW.",
+        ) from error
 
 
 def _max_shard_bytes(job: Job, recipe: Recipe) -> int:
@@ -146,29 +154,11 @@ def _title(job: Job) -> str:
     return f"Uptraining {Path(job.provenance['base']['uri']).name} with {loops} loops"
 
 
-def _measured(job: Job, trainer: DistillationTrainer) -> dict:
-    steps = steps_of(trainer.state.log_history)
-    seconds = sum(step["seconds"] for step in steps)
-    return {
-        "tokens": job.tokens,
-        "steps": job.steps,
-        "epochs": round(job.tokens / job.text.tokens, 3),
-        "seconds": round(seconds, 1),
-        "tokens_per_second": round(job.tokens / seconds, 1),
-        "processes": process_group().num_processes,
-        "device": trainer.args.device.type,
-        "arithmetic": "bfloat16" if job.bfloat16 else "float32",
-        "teacher": job.taught_by["uri"] if job.taught_by else None,
-        **summary(steps),
-    }
-
-
 def _write(
     job: Job,
     trainer: DistillationTrainer,
     state: dict[str, torch.Tensor],
     measured: dict,
-    recipe: Recipe,
     folder: Path,
     target: Path,
     max_bytes: int,
@@ -179,18 +169,7 @@ def _write(
     for name in Weights(job.folder):
         writer.add(name, state[name].to("cpu", getattr(torch, job.dtype)))
     writer.finish()
-    shutil.copyfile(job.folder / "config.json", folder / "config.json")
-    copy_companions(job.folder, folder)
-
     steps = steps_of(trainer.state.log_history)
     write_metrics(steps, folder / "metrics.jsonl")
-    base = base_seen_from(target, job.folder, job.provenance)
     draw(steps, _title(job), folder / "loss.png")
-    write_provenance(
-        folder,
-        "uptrain",
-        base,
-        job.provenance["recipe"] | {"uptrain": recipe.uptrain.model_dump()},
-        job.provenance["measured"] | {"uptrain": measured},
-        next_history(job.provenance),
-    )
+    job.complete(folder, measured, target)

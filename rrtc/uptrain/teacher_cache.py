@@ -39,7 +39,7 @@ from rrtc.uptrain.data import given
 from rrtc.uptrain.losses import chunks
 from rrtc.uptrain.teacher import LiveTeacher
 
-FORMAT = 1
+FORMAT = 2
 FINGERPRINT = "teacher.json"
 SEGMENT_TOKENS = 2**16  # about 10 MB, which is what a kill can lose
 TOKENS_AT_ONCE = 2**13  # in a forward pass of the teacher, which keeps no activations
@@ -78,15 +78,16 @@ def pack(log_q: Tensor, top: int) -> Packed:
 class TeacherCache:
     """The lessons in the folder of a cache, found by the `key` of their window."""
 
-    def __init__(self, folder: Path, teacher: str, vocabulary: int, temperature: float, top: int):
-        """teacher: its content hash. `folder` may be missing or empty, and stays so until `fill` writes into it.
+    def __init__(self, folder: Path, teacher: str, vocabulary: int, temperature: float, top: int, arithmetic: str):
+        """teacher: its content hash. arithmetic: the number format that it computes in. `folder` may be missing or
+        empty, and stays so until `fill` writes into it.
 
         Raises RrtcError where the folder is no cache, is one for something else, or is damaged.
         """
         self.folder, self.top = Path(folder), min(top, vocabulary - 1)
         self.made_for = {
             "format": FORMAT, "teacher": teacher, "vocabulary": vocabulary, "temperature": temperature,
-            "teacher_cache_top": self.top,
+            "teacher_cache_top": self.top, "arithmetic": arithmetic,
         }  # fmt: skip
         self._id_type = numpy.uint16 if vocabulary <= 2**16 else numpy.uint32
         self._places: dict[bytes, tuple[Path, int]] = {}  # of a window's lesson: its segment and row

@@ -19,6 +19,7 @@ from rrtc.measure import device, process_group
 from rrtc.model.modeling_rrt import Slot
 from rrtc.model.skeleton import quiet_warnings
 from rrtc.recipe import UptrainRecipe
+from rrtc.uptrain.curve import steps_of, summary
 from rrtc.uptrain.data import Stream, given
 from rrtc.uptrain.job import Job
 from rrtc.uptrain.optimiser import make_optimiser
@@ -138,11 +139,32 @@ class DistillationTrainer(Trainer):
         (folder / WHOLE).unlink(missing_ok=True)
         try:
             super()._save_checkpoint(model, trial)
+        except torch.OutOfMemoryError:  # with `fsdp`, on making things whole
+            raise
         except (SafetensorError, RuntimeError) as error:  # what safetensors and torch.save raise on a full disk
             raise disk_error(folder, error) from error
         process_group().wait_for_everyone()  # every process writes the state of its random numbers
         if self.args.should_save:
+            self.job.complete(folder, self.measured())
             (folder / WHOLE).touch()
+
+    def measured(self) -> dict:
+        """What this run has measured so far, for rrtc.yaml."""
+        steps = steps_of(self.state.log_history)
+        tokens, seconds = steps[-1]["tokens"], sum(step["seconds"] for step in steps)
+        has_all = all(source.shard.complete for source in self.job.text.sources)
+        return {
+            "tokens": tokens,
+            "steps": len(steps),
+            "epochs": round(tokens / self.job.text.tokens, 3) if has_all else None,
+            "seconds": round(seconds, 1),
+            "tokens_per_second": round(tokens / seconds, 1),
+            "processes": process_group().num_processes,
+            "device": self.args.device.type,
+            "arithmetic": self.job.arithmetic,
+            "teacher": self.job.taught_by["uri"] if self.job.taught_by else None,
+            **summary(steps),
+        }
 
 
 def arguments(job: Job, steps: int, output: Path, save: bool) -> TrainingArguments:
