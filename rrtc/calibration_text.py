@@ -1,13 +1,17 @@
 """The text that is read to learn what the layers of a model see: by `init`, and by `export` when it quantises."""
 
+import functools
 import hashlib
+import heapq
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from rrtc.console import warn
 from rrtc.recipe import BUILT_IN_TEXT, OWN_TEXT, ExportRecipe, InitRecipe
-from rrtc.text import beginning, cut, documents, pack, split
+from rrtc.text import beginning, cut, documents, pack, training_documents
 
 
 def own_windows(recipe: InitRecipe, context: int) -> int:
@@ -32,15 +36,22 @@ def calibration_windows(recipe: InitRecipe | ExportRecipe, tokenizer, context: i
     for source in recipe.calibrate_on:
         if source == OWN_TEXT:
             continue
-        training, _ = split(_found(source, recipe.text_field, share))
-        pieces = [piece for document in training for piece in cut(document, 4 * context)]
-        pieces.sort(key=lambda piece: hashlib.sha256(f"{recipe.seed} {piece}".encode()).digest())
-        parts.append(pack(pieces, tokenizer, context, share).ids)
+        training = training_documents(_found(source, recipe.text_field, share))
+        pieces = (piece for document in training for piece in cut(document, 4 * context))
+        # The first by their hashes, one for every token: all that can be needed of a text that memory need not hold.
+        order = functools.partial(_hash, recipe.seed)
+        parts.append(pack(heapq.nsmallest(share + context, pieces, key=order), tokenizer, context, share).ids)
+        if 2 * parts[-1].numel() < share:
+            warn(f"The text {source} has only {parts[-1].numel()} tokens to calibrate on, where {share} were wanted.")
     return torch.cat(parts)
 
 
-def _found(source: str, field: str, tokens: int) -> list[str]:
+def _hash(seed: int, piece: str) -> bytes:
+    return hashlib.sha256(f"{seed} {piece}".encode()).digest()
+
+
+def _found(source: str, field: str, tokens: int) -> Iterable[str]:
     """All documents of a text on this machine; of a data set that is streamed from elsewhere, some from its start."""
     if source == BUILT_IN_TEXT or Path(source).exists():
-        return list(documents(source, field))
+        return documents(source, field)
     return beginning(source, field, tokens)

@@ -59,7 +59,7 @@ def check_space(target: Path, needed: int) -> None:
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise RrtcError(
-            f"The output needs {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free on the disk of {target}."
+            f"This needs {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free on the disk of {target}."
         )
 
 

@@ -119,7 +119,10 @@ def _guarded(command: Callable) -> Callable:
             raise typer.Exit(1) from error
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
-                hint = "Lower micro-batch, context or tokens, or turn on --activation-checkpointing."
+                hint = (
+                    "Lower --calibrate-tokens (init), or micro-batch, context or tokens, or turn on "
+                    "--activation-checkpointing (uptrain)."
+                )
                 console.show_error(RrtcError("The machine ran out of memory.", hint))
                 raise typer.Exit(1) from error
             raise

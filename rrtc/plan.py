@@ -5,6 +5,7 @@
 Init, model, accounting, export and reports all read the plan; none of them works it out again.
 """
 
+import bisect
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -284,18 +285,27 @@ def make_plan(architecture: Architecture, recipe: InitRecipe, width: int = 4) ->
     def at(rank: int) -> Plan:
         return _plan_of_pattern(architecture, recipe.model_copy(update=no_budget | {"rank": rank}))
 
-    least = architecture.embedding + architecture.head if recipe.start == "joint" else at(0).parameters
+    unrelaxed = at(0)
+    least = _least(unrelaxed) if recipe.start == "joint" else unrelaxed.parameters
     if target < least:
         raise too_small(target, least)
     if recipe.start == "joint":
-        return at(0)
-    return at(max(rank for rank in range(widest + 1) if at(rank).parameters <= target))
+        return unrelaxed
+    return at(bisect.bisect_right(range(widest + 1), target, key=lambda rank: at(rank).parameters) - 1)
+
+
+def _least(plan: Plan) -> int:
+    """What a budget cannot go below with the slots of `plan`: what is shared stays whole, but for about half of an
+    FFN's neurons. Layers by themselves can become nearly nothing."""
+    shared = (plan.matrices(visits[0]) for visits in plan.slots if len(visits) > 1)
+    kept = sum(int(m.size * (0.45 if m.parts[0][0] == "ffn" else 1)) for matrices in shared for m in matrices)
+    return plan.architecture.embedding + plan.architecture.head + kept
 
 
 def too_small(target: int, least: int) -> WrongUsage:
     return WrongUsage(
         f"The budget of {target:,} parameters cannot be met: the least possible is {least:,}.",
-        "Ask for a larger one, or tie more layers (loops).",
+        "Ask for a larger one, or, with a pattern of your own, tie more layers (loops).",
     )
 
 

@@ -54,7 +54,8 @@ class InitRecipe(Section):
         None,
         gt=0,
         le=1,
-        description="Parameters without embeddings over the dense model's, as in 0.6; ranks are solved for.",
+        description="Parameters without embeddings over the dense model's, as in 0.6; ranks, and FFN neurons to "
+        "remove, are solved for.",
     )
     target_params: str | None = Field(None, description="Instead of budget: parameters in all, as in 90M.")
     target_bytes: str | None = Field(None, description="Instead of budget: size of the weights, as in 180MB.")
@@ -62,9 +63,10 @@ class InitRecipe(Section):
     sharing: Literal["auto", "cycle", "sequence", "middle_cycle", "middle_sequence"] | None = Field(
         None,
         description="Which layers share weights: cycle (0 1 2 0 1 2) or sequence (0 0 1 1 2 2); middle_* is keep 1; "
-        "auto: what measures best under a budget, down to nothing. By default auto with a budget, else cycle.",
+        "auto: of neighbours, what measures best under a budget, down to nothing. By default auto with a budget, else "
+        "cycle.",
     )
-    keep: int = Field(0, ge=0, description="How many layers at each end keep weights of their own.")
+    keep: int = Field(0, ge=0, description="How many layers at each end share nothing.")
     shared_init: Literal["stepwise", "lower", "upper", "average", "joint"] | None = Field(
         None,
         description="Where the shared weights come from: the mean of the tied layers, one of them, or joint: chosen "

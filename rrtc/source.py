@@ -14,7 +14,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from rrtc.checkpoint import read_provenance, whole_folder
+from rrtc.checkpoint import check_space, read_provenance, whole_folder
 from rrtc.console import note
 from rrtc.errors import RrtcError
 from rrtc.trust import check_folder, check_no_own_code, leads_outside
@@ -212,13 +212,28 @@ def _dequantised(file: Path) -> Path:
     return target
 
 
+def _gguf_parameters(file: Path) -> int:
+    """How many numbers the GGUF file has; 0 where it is none, which whoever reads it will say."""
+    from gguf import GGUFReader
+
+    try:
+        return sum(int(tensor.n_elements) for tensor in GGUFReader(file).tensors)
+    except Exception:  # gguf raises many kinds
+        return 0
+
+
 def _dequantise(file: Path, folder: Path) -> None:
     """Writes the GGUF model `file` into `folder` as float32 safetensors with config and tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from rrtc.measure import is_too_large, too_large
     from rrtc.model.skeleton import quiet_warnings
 
+    parameters = _gguf_parameters(file)
+    if is_too_large(parameters, torch.float32):
+        raise too_large("To be dequantised", parameters, torch.float32, "Name the model's safetensors instead.")
+    check_space(folder, 4 * parameters)
     with quiet_warnings():
         try:
             with tempfile.TemporaryDirectory() as alone:  # whatever else lies beside the file has no say
@@ -233,8 +248,9 @@ def _dequantise(file: Path, folder: Path) -> None:
             del config.quantization_config  # transformers refuses to save what it believes is still quantised
         if hasattr(config, "rms_norm_eps"):
             config.rms_norm_eps = float(f"{config.rms_norm_eps:.6g}")  # GGUF stores 1e-5 as the nearest float32
-        model = type(loaded)(config)
-        model.load_state_dict(loaded.state_dict())
+        with torch.device("meta"):
+            model = type(loaded)(config)
+        model.load_state_dict(loaded.state_dict(), assign=True)  # the same tensors: one model in memory
         model.tie_weights()
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from pico import ARCHITECTURES, pico_config
-from safetensors.torch import load_file
+from pico import ARCHITECTURES, pico_config, save_pico
+from safetensors.torch import load_file, save_file
 from test_init import logits, recipe
 from transformers import AutoModelForCausalLM
 
@@ -152,6 +152,8 @@ def test_budgets_that_cannot_be_met_are_refused(dense, tmp_path, choices, says):
     with pytest.raises(RrtcError, match=re.escape(says)):
         init(str(dense("llama")), str(tmp_path / "out"), small(**choices))
     assert not list(tmp_path.iterdir())
+    with pytest.raises(RrtcError, match=re.escape(says)):  # from shapes alone, so that no calibration is in vain
+        dry_run(str(dense("llama")), small(**choices))
 
 
 def test_a_dry_run_under_a_budget_tells_the_size(dense):
@@ -278,6 +280,30 @@ def test_a_model_larger_than_memory_cannot_write_text(dense, tmp_path, monkeypat
     with pytest.raises(RrtcError, match="To write text, the whole model has to be in memory, and its .*B do not fit."):
         init(str(dense("llama")), str(tmp_path / "out"), small(budget=0.7, calibrate_on=["self"]))
     assert not list(tmp_path.iterdir())
+    with pytest.raises(RrtcError, match="To write text"):
+        dry_run(str(dense("llama")), small(budget=0.7, calibrate_on=["self"]))
+
+
+def test_little_calibration_text_is_said(dense, tmp_path, capfd):
+    (tmp_path / "notes.txt").write_text("A few words of nobody in particular. " * 40)
+    tokenizer = load_tokenizer(dense("llama"))
+    found = calibration_windows(InitRecipe(calibrate_on=[str(tmp_path / "notes.txt")]), tokenizer, 128)
+    said = " ".join(capfd.readouterr().err.split())
+    assert f"notes.txt has only {found.numel()} tokens to calibrate on, where 16384 were wanted" in said
+    calibration_windows(InitRecipe(calibrate_tokens=found.numel()), tokenizer, 128)
+    assert not capfd.readouterr().err
+
+
+def test_a_model_that_computes_infinity_is_refused(tmp_path):
+    """Its weights are finite."""
+    folder = save_pico(tmp_path / "dense")
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith(("up_proj.weight", "down_proj.weight")):
+            tensor *= 1e25
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(RrtcError, match=r"computes NaN or infinity on the calibration text \(inputs-\d, "):
+        init(str(folder), str(tmp_path / "out"), small(budget=0.7))
 
 
 def test_calibration_on_the_models_own_text(dense, tmp_path):

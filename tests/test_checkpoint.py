@@ -129,9 +129,7 @@ def test_a_read_only_place_is_refused(tmp_path):
 
 def test_too_little_space_is_found_before_the_work(tmp_path):
     check_space(tmp_path / "deep" / "out", 1000)
-    with pytest.raises(
-        RrtcError, match=r"The output needs 1000000000.0 GB, but only [\d.]+ GB are free on the disk of"
-    ):
+    with pytest.raises(RrtcError, match=r"This needs 1000000000.0 GB, but only [\d.]+ GB are free on the disk of"):
         check_space(tmp_path / "deep" / "out", 10**18)
 
 

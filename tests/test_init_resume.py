@@ -292,6 +292,16 @@ def test_nothing_to_resume(dense, whole, tmp_path):
     assert result.exit_code == 2 and "A dry run does no work that could be resumed." in result.stderr
 
 
+def test_text_that_was_written_is_not_written_again(dense, whole, tmp_path, monkeypatch):
+    model, target = str(dense("llama")), str(tmp_path / "out")
+    choices = {"budget": 0.7, "calibrate_on": ["self"], "calibrate_tokens": 512}
+    expected = weights(whole(choices))
+    interrupted_before("inputs-0.safetensors", monkeypatch, lambda: init(model, target, asked(**choices)))
+    monkeypatch.setattr("rrtc.init.stage.own_text", lambda *_: pytest.fail("written again"))
+    init(model, target, asked(**choices), resume=True)
+    assert weights(tmp_path / "out") == expected
+
+
 def test_run_resumes_a_half_done_init(dense, whole, tmp_path, monkeypatch):
     """Up to the training that follows, which has too little text to start."""
     (tmp_path / "short.txt").write_text("Too short.")

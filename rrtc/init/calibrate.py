@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rrtc.errors import RrtcError
 from rrtc.init.dense import DenseModel
 from rrtc.init.moments import Moment
 from rrtc.init.neurons import Neurons
@@ -24,6 +25,7 @@ from rrtc.init.streamed import StreamedModel
 from rrtc.init.whiten import Seen
 from rrtc.plan import Architecture
 from rrtc.resume import whole_file
+from rrtc.weights import all_finite
 
 
 def bytes_on_disk(architecture: Architecture, tokens: int) -> int:
@@ -110,7 +112,12 @@ class Gathered:
         self._filled[name] += len(rows)
 
     def save(self, file: Path) -> None:
-        for kept in self._kept.values():
+        for name, kept in self._kept.items():
+            if not all_finite(kept):
+                raise RrtcError(
+                    f"The model computes NaN or infinity on the calibration text ({file.stem}, {name}).",
+                    "Its weights are finite; is it the result of a merge, or trained in a wider number format?",
+                )
             if kept.dim() == 1 or len(kept) == kept.shape[1]:
                 kept /= self._tokens
         with whole_file(file) as temporary:

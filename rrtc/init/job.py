@@ -179,9 +179,9 @@ def _folds(source: Source, recipe: Recipe) -> list[Fold]:
 
 
 def can_resume(target: Path) -> bool:
-    """Whether an interrupted run into `target` has finished something: a layer's calibration, or a slot."""
+    """Whether an interrupted run into `target` has finished something: text, a layer's calibration, or a slot."""
     work = partial_of(target) / WORK
-    finished = [*work.glob("inputs-*.safetensors"), *work.glob("slot-*")]
+    finished = [*work.glob(OWN_TEXT_FILE), *work.glob("inputs-*.safetensors"), *work.glob("slot-*")]
     return (work / "job.yaml").exists() and bool(finished)
 
 

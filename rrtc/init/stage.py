@@ -37,9 +37,9 @@ from rrtc.init.slots import joint_slot, paper_slot
 from rrtc.init.streamed import StreamedModel
 from rrtc.model import RrtConfig
 from rrtc.model.skeleton import read_architecture
-from rrtc.own_text import own_text
-from rrtc.plan import Plan, make_plan, source_layers, target_parameters
-from rrtc.recipe import BUILT_IN_TEXT, Recipe, parse_size
+from rrtc.own_text import check_writer_fits, own_text
+from rrtc.plan import PROGRAM_BYTES, Plan, make_plan, source_layers, target_parameters
+from rrtc.recipe import BUILT_IN_TEXT, OWN_TEXT, Recipe, parse_size
 from rrtc.resume import check_incomplete, whole_file
 from rrtc.source import find_model, load_tokenizer
 from rrtc.text import Windows
@@ -65,6 +65,10 @@ def dry_run(model: str, recipe: Recipe) -> dict:
     joint = recipe.init.start == "joint"
     tokens = max(recipe.init.measure_tokens, recipe.init.calibrate_tokens if joint else 0)
     summary = plan.summary(NUMBER_BYTES[dtype], tokens, joint)
+    if joint and OWN_TEXT in recipe.init.calibrate_on:  # the whole model writes it
+        check_writer_fits(architecture.parameters)
+        writing = architecture.parameters * measure.scoring_dtype().itemsize
+        summary["init_peak_bytes"] = max(summary["init_peak_bytes"], PROGRAM_BYTES + writing)
     source_bytes = source.bytes_on_disk if source.is_gguf else None
     if recipe.init.has_budget and joint:
         # What is stored how, and so what it computes, is known once the layers are measured; how much is known now.
