@@ -208,6 +208,7 @@ def recipe(root: Path, **uptrain) -> Recipe:
     learnt = {
         "data": [str(root / "text.txt")], "context": CONTEXT, "tokens": CONTEXT * 4 * 30, "batch_size": 4,
         "micro_batch": 2, "warmup": 0.0, "learning_rate": 3e-3, "precision": "float32", "save_every": 4,
+        "losses": {"next_token": 1.0, "forward_kl": 1.0},
     }  # fmt: skip
     return Recipe.model_validate(
         {
