@@ -69,7 +69,6 @@ def _check_inputs(recipe: Recipe) -> None:
     takes the compressed model to tell."""
     check_processes(recipe.uptrain)
     check_reporter(recipe.uptrain.report_to)
-    check_tokens(recipe.uptrain, longest_context(find_model(recipe.model).config(), recipe.uptrain.context))
     if recipe.uptrain.exits:
         raise WrongUsage(
             "Exits are trained after the model is healed, and a run only heals it.",
@@ -86,6 +85,7 @@ def _check_inputs(recipe: Recipe) -> None:
     check_writer(recipe.uptrain)
     for size in (recipe.init.max_shard_size, recipe.export.max_shard_size):
         parse_size(size)
+    check_tokens(recipe.uptrain, longest_context(find_model(recipe.model).config(), recipe.uptrain.context))
 
 
 def _check_same_recipe(stage: str, folder: Path, recipe: Recipe) -> None:
