@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from rrtc.checkpoint import check_not_interrupted
 from rrtc.cli import app
-from rrtc.errors import RrtcError
+from rrtc.errors import RrtcError, WrongUsage
 from rrtc.init.job import can_resume
 from rrtc.init.stage import init
 from rrtc.init.streamed import StreamedModel
@@ -300,6 +300,13 @@ def test_text_that_was_written_is_not_written_again(dense, whole, tmp_path, monk
     monkeypatch.setattr("rrtc.init.stage.own_text", lambda *_: pytest.fail("written again"))
     init(model, target, asked(**choices), resume=True)
     assert weights(tmp_path / "out") == expected
+
+
+def test_run_refuses_too_few_tokens_before_it_begins(dense, tmp_path):
+    recipe = Recipe.model_validate({"model": str(dense("llama")), "uptrain": {"tokens": 100}})
+    with pytest.raises(WrongUsage, match="100 tokens are less than one batch: 8 windows of"):
+        run(recipe, str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_run_resumes_a_half_done_init(dense, whole, tmp_path, monkeypatch):
