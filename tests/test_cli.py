@@ -302,7 +302,11 @@ def test_ctrl_c_leaves_nothing_under_the_final_name(dense, tmp_path):
         *(sys.executable, "-X", "faulthandler", "-m", "rrtc", "uptrain", tmp_path / "tied", "-o", tmp_path / "out"),
         *("--data", tmp_path / "text.txt", "--context", "32", "--tokens", "10000000", "--save-every", "5"),
     ]
-    running = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
+    # What a shell starts in the background ignores Ctrl-C, and so do the tests then, and what they start.
+    running = subprocess.Popen(
+        list(map(str, command)), stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     deadline = time.monotonic() + 120
     while not list((tmp_path / "out.partial").glob("checkpoints/checkpoint-*/rrtc-whole")) and running.poll() is None:
         assert time.monotonic() < deadline

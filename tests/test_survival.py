@@ -162,11 +162,15 @@ def test_ctrl_c_at_a_moment_when_python_drops_it_ends_the_run_after_the_step(rrt
         return original(self, *args, **kwargs)
 
     target = tmp_path / "out"
-    with monkeypatch.context() as patched:
-        patched.setattr(DistillationTrainer, "compute_loss", dying)
-        with pytest.raises(KeyboardInterrupt):
-            uptrain(str(rrt), str(target), settings())
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(DistillationTrainer, "compute_loss", dying)
+            with pytest.raises(KeyboardInterrupt):
+                uptrain(str(rrt), str(target), settings())
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert not target.exists() and [entry["step"] for entry in metrics(tmp_path / "out.partial")] == [1, 2]
     uptrain(str(rrt), str(target), settings(), resume=True)
     assert [entry["step"] for entry in metrics(target)] == [1, 2, 3, 4, 5, 6]
