@@ -10,12 +10,13 @@ import json
 import os
 import shutil
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import yaml
 
 from rrtc import __version__
+from rrtc.cache import only_run
 from rrtc.errors import RrtcError, WrongUsage
 from rrtc.trust import check_folder, without_code
 from rrtc.weights import disk_error
@@ -85,30 +86,32 @@ def check_not_interrupted(target: Path, own: str | None = None) -> None:
 def whole_folder(target: Path, keep_partial: bool = False):
     """Yields the folder in which to build `target`; renames it to `target` when the block ends without an error.
 
-    After an error the unfinished folder is removed, unless `keep_partial` (a run that can be resumed) is set.
+    After an error the unfinished folder is removed, unless `keep_partial` is set: for a run that can be resumed, and
+    that has made sure itself that it is the `only_run`. Raises RrtcError where another run is writing `target`.
     """
     target, partial = Path(target), partial_of(target)
-    check_target(target)
-    if not keep_partial:
-        check_not_interrupted(target)
-    new_parents = [parent for parent in partial.parents if not parent.exists()]
-    try:
+    with nullcontext() if keep_partial else only_run(target):
+        check_target(target)
         if not keep_partial:
-            shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True, exist_ok=True)
-        yield partial
-        if target.is_dir():
-            target.rmdir()
-        partial.rename(target)
-    except BaseException as error:
-        if not keep_partial:
-            shutil.rmtree(partial, ignore_errors=True)
-        for parent in new_parents:
-            with suppress(OSError):  # not empty: something of use stayed
-                parent.rmdir()
-        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-            raise disk_error(target, error) from error
-        raise
+            check_not_interrupted(target)
+        new_parents = [parent for parent in partial.parents if not parent.exists()]
+        try:
+            if not keep_partial:
+                shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True, exist_ok=True)
+            yield partial
+            if target.is_dir():
+                target.rmdir()
+            partial.rename(target)
+        except BaseException as error:
+            if not keep_partial:
+                shutil.rmtree(partial, ignore_errors=True)
+            for parent in new_parents:
+                with suppress(OSError):  # not empty: something of use stayed
+                    parent.rmdir()
+            if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+                raise disk_error(target, error) from error
+            raise
 
 
 def copy_companions(source: Path, target: Path) -> None:

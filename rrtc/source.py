@@ -14,6 +14,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from rrtc.cache import cache_folder
 from rrtc.checkpoint import check_space, read_provenance, whole_folder
 from rrtc.console import note
 from rrtc.errors import RrtcError
@@ -188,12 +189,6 @@ def _from_hub(uri: str, config_only: bool) -> Path:
             f"There is no folder {uri}, and the hub did not give a model of that name.",
             "Check the name and the network, or name a local folder.",
         ) from error
-
-
-def cache_folder() -> Path:
-    """Where rrtc keeps what it can make again: $RRTC_CACHE, or rrtc in the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rrtc"
-    return Path(os.environ.get("RRTC_CACHE", default))
 
 
 def _dequantised(file: Path) -> Path:

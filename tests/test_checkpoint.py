@@ -11,6 +11,7 @@ import yaml
 from pico import save_pico
 
 from rrtc import __version__
+from rrtc.cache import cache_folder, only_run
 from rrtc.checkpoint import (
     PROVENANCE,
     base_seen_from,
@@ -93,6 +94,51 @@ def test_a_killed_runs_leftovers_are_cleared_by_the_next(tmp_path):
     with whole_folder(tmp_path / "out") as folder:
         (folder / "file").write_text("new")
     assert listing(tmp_path) == ["out", "out/file"]
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from rrtc.checkpoint import whole_folder
+with whole_folder(Path(sys.argv[1])) as folder:
+    (folder / "file").write_text("theirs")
+    print("there", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_two_runs_cannot_write_the_same_folder_and_a_killed_one_is_not_in_the_way(tmp_path):
+    run = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path / "out")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert run.stdout.readline() == "there\n"
+    for target in (tmp_path / "out", tmp_path / "." / "out"):
+        with pytest.raises(RrtcError) as refused, whole_folder(target):
+            raise AssertionError("the work must not begin")
+        assert refused.value.sentence == f"Another run is writing {target}."
+    assert (tmp_path / "out.partial" / "file").read_text() == "theirs"
+    with whole_folder(tmp_path / "another"):
+        pass
+    run.kill()
+    run.communicate()
+    with whole_folder(tmp_path / "out") as folder:
+        (folder / "mine").write_text("mine")
+    assert listing(tmp_path) == ["another", "out", "out/mine"]
+
+
+def test_a_run_that_can_be_resumed_is_held_by_its_stage(tmp_path):
+    with only_run(tmp_path / "out"), whole_folder(tmp_path / "out", keep_partial=True):
+        pass
+    assert listing(tmp_path) == ["out"]
+
+
+def test_a_cache_that_cannot_be_written_to_is_no_reason_to_refuse(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("RRTC_CACHE", str(tmp_path / "file"))
+    assert cache_folder() == tmp_path / "file"
+    with whole_folder(tmp_path / "out"):
+        pass
+    assert listing(tmp_path) == ["file", "out"]
 
 
 def test_an_empty_target_is_filled(tmp_path):

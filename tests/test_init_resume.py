@@ -12,6 +12,7 @@ from pico import save_pico
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from rrtc.cache import only_run
 from rrtc.checkpoint import check_not_interrupted
 from rrtc.cli import app
 from rrtc.errors import RrtcError, WrongUsage
@@ -290,6 +291,15 @@ def test_nothing_to_resume(dense, whole, tmp_path):
     assert str(done / "work") in refused.value.hint
     result = CliRunner().invoke(app, ["init", str(dense("llama")), "--dry-run", "--resume"])
     assert result.exit_code == 2 and "A dry run does no work that could be resumed." in result.stderr
+
+
+def test_an_init_that_is_still_running_is_left_alone(dense, whole, tmp_path, monkeypatch):
+    model, target = str(dense("llama")), tmp_path / "out"
+    interrupted_before("slot-1", monkeypatch, lambda: init(model, str(target), asked(**PAPER)))
+    with only_run(target), pytest.raises(RrtcError, match="Another run is writing"):
+        init(model, str(target), asked(**PAPER), resume=True)
+    init(model, str(target), asked(**PAPER), resume=True)
+    assert weights(target) == weights(whole(PAPER))
 
 
 def test_text_that_was_written_is_not_written_again(dense, whole, tmp_path, monkeypatch):

@@ -34,6 +34,7 @@ from uptraining import (
 )
 
 from rrtc import measure
+from rrtc.cache import only_run
 from rrtc.checkpoint import read_provenance
 from rrtc.errors import RrtcError
 from rrtc.export.stage import export
@@ -356,6 +357,14 @@ def test_what_the_checkpoints_take_already_need_not_be_free_on_resume(rrt, tmp_p
         uptrain(str(rrt), str(tmp_path / "out"), settings(), resume=True)
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=free))
     uptrain(str(rrt), str(tmp_path / "out"), settings(), resume=True)
+
+
+def test_a_run_that_is_still_going_on_is_left_alone(rrt, tmp_path, monkeypatch):
+    partial = stop_after_checkpoint(rrt, tmp_path / "out", monkeypatch)
+    before = {file: file.read_bytes() for file in partial.rglob("*") if file.is_file()}
+    with only_run(tmp_path / "out"), pytest.raises(RrtcError, match="Another run is writing"):
+        uptrain(str(rrt), str(tmp_path / "out"), settings(), resume=True)
+    assert {file: file.read_bytes() for file in partial.rglob("*") if file.is_file()} == before
 
 
 def test_nothing_to_resume(rrt, tmp_path):

@@ -11,10 +11,10 @@ from collections.abc import Callable
 
 from numpy.typing import NDArray
 
+from rrtc.cache import cache_folder
 from rrtc.console import is_first_process
 from rrtc.eval.group import from_first_process
 from rrtc.resume import whole_file
-from rrtc.source import cache_folder
 
 VERSION = 2  # of what is measured and how; old measurements are not found under another
 

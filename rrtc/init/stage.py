@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rrtc import measure
+from rrtc.cache import only_run
 from rrtc.checkpoint import (
     check_not_interrupted,
     check_space,
@@ -85,11 +86,17 @@ def init(model: str, output: str, recipe: Recipe, resume: bool = False) -> dict:
 
     resume: go on from what an interrupted run to the same output has finished; the result is the same to the bit, but
     for the seconds, which are those of this run. Raises RrtcError or WrongUsage before any work for what can be known
-    in advance. After an error NAME.partial stays only if a later run can go on from it.
+    in advance, and where another run is writing `output`. After an error NAME.partial stays only if a later run can go
+    on from it.
     """
+    with only_run(Path(output)):
+        return _init(model, Path(output), recipe, resume)
+
+
+def _init(model: str, target: Path, recipe: Recipe, resume: bool) -> dict:
     started = time.monotonic()
     return_freed_memory()
-    shard_bytes, target = parse_size(recipe.init.max_shard_size), Path(output)
+    shard_bytes = parse_size(recipe.init.max_shard_size)
     if resume:
         check_incomplete(target, WORK)
     check_target(target)

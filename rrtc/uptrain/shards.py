@@ -23,10 +23,11 @@ import numpy
 from accelerate import PartialState
 from filelock import FileLock
 
+from rrtc.cache import cache_folder
 from rrtc.checkpoint import partial_of, whole_folder
 from rrtc.console import count, note, progress
 from rrtc.own_text import AT_ONCE, own_text
-from rrtc.source import Source, cache_folder, content_hash
+from rrtc.source import Source, content_hash
 from rrtc.text import FEW, HELD_OUT_OF, begin_and_end, cut, documents, source_fingerprint, training_documents
 
 LONGEST = 1_000_000  # characters of a document: a longer one is cut, and each piece counts as a document

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from transformers.utils.logging import disable_progress_bar
 
+from rrtc.cache import only_run
 from rrtc.checkpoint import (
     check_not_interrupted,
     check_space,
@@ -46,13 +47,18 @@ def uptrain(folder: str, output: str, recipe: Recipe, resume: bool = False) -> d
 
     resume: go on from the last checkpoint of an interrupted run to the same output. Under torchrun, every process
     calls this, and the first one writes. Raises RrtcError or WrongUsage before any work for what can be known in
-    advance; after an error, NAME.partial stays only if it holds a checkpoint.
+    advance, and where another run is writing `output`; after an error, NAME.partial stays only if it holds a
+    checkpoint.
     """
+    with only_run(Path(output)) if is_first_process else contextlib.nullcontext():
+        return _uptrain(Path(folder), Path(output), recipe, resume)
+
+
+def _uptrain(folder: Path, target: Path, recipe: Recipe, resume: bool) -> dict:
     disable_progress_bar()  # transformers' own
-    target = Path(output)
     if resume:
         check_incomplete(target, CHECKPOINTS)
-    check_target(target, Path(folder))
+    check_target(target, folder)
     check_not_interrupted(target, CHECKPOINTS)
     partial = partial_of(target)
     checkpoints = partial / CHECKPOINTS
@@ -64,7 +70,7 @@ def uptrain(folder: str, output: str, recipe: Recipe, resume: bool = False) -> d
             f"{partial} holds the checkpoints of an interrupted run.",
             "Continue it with --resume, or delete that folder.",
         )
-    job = prepare(Path(folder), recipe.uptrain)
+    job = prepare(folder, recipe.uptrain)
     max_shard_bytes = _max_shard_bytes(job, recipe)
     fingerprint = job.fingerprint()
     if resume:
