@@ -120,6 +120,16 @@ def test_two_processes_give_the_losses_of_one(rrt, trained, tmp_path):
     assert said.count(f"step {STEPS} of {STEPS}") == 1  # only the first process speaks
 
 
+def test_what_accelerate_launch_says_of_training_is_for_the_recipe_to_say(rrt, trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    uptrain(str(rrt), str(tmp_path / "out"), settings())
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (trained / "model.safetensors").read_bytes()
+    unheard = "Not used, because the recipe says it (precision, compile, micro_batch, fsdp): "
+    assert f"{unheard}ACCELERATE_MIXED_PRECISION, ACCELERATE_USE_FSDP\n" in capsys.readouterr().err
+
+
 def test_without_a_teacher(rrt, tmp_path, monkeypatch):
     monkeypatch.setattr("rrtc.uptrain.job.find_base", lambda *_: pytest.fail("no teacher is needed"))
     measured = uptrain(str(rrt), str(tmp_path / "out"), settings(losses={"next_token": 1.0}))

@@ -6,6 +6,7 @@ process has the same number of tokens, and the mean of their means is the mean o
 
 import contextlib
 import functools
+import os
 import shutil
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import GenerationConfig, PrinterCallback, Trainer, TrainingArguments
 
+from rrtc.console import note
 from rrtc.errors import RrtcError
 from rrtc.measure import device, process_group
 from rrtc.model.modeling_rrt import Slot
@@ -30,6 +32,16 @@ from rrtc.uptrain.teacher_cache import CachedTeacher
 from rrtc.weights import disk_error
 
 WHOLE = "rrtc-whole"  # a file in each checkpoint that was written to the end
+# What `accelerate launch` tells every Trainer by the environment, and the value that says nothing.
+LAUNCHER_SETTINGS = {
+    "ACCELERATE_MIXED_PRECISION": "no",
+    "ACCELERATE_DYNAMO_BACKEND": "no",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",
+    "ACCELERATE_USE_DEEPSPEED": "false",
+    "ACCELERATE_USE_FSDP": "false",
+    "ACCELERATE_USE_MEGATRON_LM": "false",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "false",
+}
 
 
 class DistillationTrainer(Trainer):
@@ -169,6 +181,7 @@ class DistillationTrainer(Trainer):
 
 def arguments(job: Job, steps: int, output: Path, save: bool) -> TrainingArguments:
     recipe = job.recipe
+    _forget_launcher_settings()
     arguments = TrainingArguments(
         output_dir=str(output),
         max_steps=steps,
@@ -195,6 +208,15 @@ def arguments(job: Job, steps: int, output: Path, save: bool) -> TrainingArgumen
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several accelerators are for torchrun, never for nn.DataParallel
     return arguments
+
+
+def _forget_launcher_settings() -> None:
+    """Keeps what `accelerate launch`, or its config file, says of arithmetic and sharding from this process: the recipe
+    says that, and resuming and the teacher cache rely on it."""
+    said = {name: os.environ.pop(name, nothing) for name, nothing in LAUNCHER_SETTINGS.items()}
+    unheard = [name for name, value in said.items() if value.lower() != LAUNCHER_SETTINGS[name]]
+    if unheard:
+        note(f"Not used, because the recipe says it (precision, compile, micro_batch, fsdp): {', '.join(unheard)}")
 
 
 def _decay(recipe: UptrainRecipe, steps: int) -> dict:
