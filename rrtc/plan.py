@@ -172,9 +172,6 @@ class Plan:
             slots[visit.slot].append(visit)
         return slots
 
-    def lora_parameters(self, visit: Visit) -> int:
-        return sum(visit.factors(m) for m in self.matrices(visit) if visit.form(m) == "tied")
-
     @property
     def parts(self) -> dict[str, int]:
         """Parameters by part: embeddings, head, shared matrices (that several visits use), own ones (that one visit
