@@ -23,10 +23,11 @@ from rrtc.weights import disk_error
 
 PROVENANCE = "rrtc.yaml"
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+LICENCE_FILES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 # What goes along with the weights: the tokenizer, the generation defaults, the licence.
 COMPANION_FILES = (
     "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*",
-    "generation_config.json", "spiece.model", "LICENSE*", "NOTICE*", "USE_POLICY*",
+    "additional_chat_templates/*.jinja", "generation_config.json", "spiece.model", *LICENCE_FILES,
 )  # fmt: skip
 RESUMABLE = {"checkpoints": "uptrain", "work": "init"}  # a folder in NAME.partial: the command that goes on from it
 
@@ -39,6 +40,8 @@ def check_target(target: Path, source: Path | None = None) -> None:
         raise WrongUsage(f"The output {target} lies in the folder it is made from.", "Name a folder outside it.")
     if target.resolve() == Path.cwd() or target.is_mount():
         raise RrtcError(f"The output folder {target} cannot be replaced by a new one.", "Name a folder inside it.")
+    if target.is_symlink():
+        raise RrtcError(f"The output {target} is a link.", "Name a folder beside the one that it leads to.")
     if target.is_dir() and any(target.iterdir()):
         raise RrtcError(f"The output folder {target} is not empty.", "Name a new folder: rrtc overwrites nothing.")
     if target.exists() and not target.is_dir():
@@ -121,7 +124,9 @@ def copy_companions(source: Path, target: Path) -> None:
         for file in Path(source).glob(pattern):
             if not file.is_file() or file.suffix == ".py":
                 continue
-            shutil.copyfile(file, Path(target) / file.name)
+            copy = Path(target) / file.relative_to(source)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, copy)
             if file.name == "tokenizer_config.json":
                 values = json.loads(file.read_text(encoding="utf8"))
                 if values != (kept := without_code(values)):

@@ -120,7 +120,7 @@ def _guarded(command: Callable) -> Callable:
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
                 hint = (
-                    "Lower --calibrate-tokens (init), or micro-batch, context or tokens, or turn on "
+                    "Lower --calibrate-tokens (init, export), or micro-batch, context or tokens, or turn on "
                     "--activation-checkpointing (uptrain)."
                 )
                 console.show_error(RrtcError("The machine ran out of memory.", hint))

@@ -181,7 +181,8 @@ def _from_hub(uri: str, config_only: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "README.md"]
-    twice = ["consolidated*", "*/*"]  # the same weights in the maker's own format
+    # The same weights in the maker's own format, often in a folder; additional_chat_templates is another one.
+    twice = ["consolidated*", "[!a]*/*"]
     try:
         return Path(snapshot_download(uri, allow_patterns=wanted[:1] if config_only else wanted, ignore_patterns=twice))
     except Exception as error:  # offline, no such repository, no permission: huggingface_hub has a class for each
@@ -249,6 +250,6 @@ def _dequantise(file: Path, folder: Path) -> None:
         model.tie_weights()
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    licence = next(file.parent.glob("LICENSE*"), None)
+    licence = next(filter(Path.is_file, file.parent.glob("LICENSE*")), None)
     if licence is not None and not leads_outside(licence, file.parent):
         shutil.copyfile(licence, folder / licence.name)

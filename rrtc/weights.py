@@ -182,11 +182,20 @@ def _header(file: Path) -> tuple[dict, int]:
             whole = 8 + header_length + max((e["data_offsets"][1] for e in entries), default=0) == length
             whole &= all(0 <= e["data_offsets"][0] <= e["data_offsets"][1] for e in entries)
             whole &= all(isinstance(e["dtype"], str) and all(size >= 0 for size in e["shape"]) for e in entries)
+            whole &= all(_bytes_of(e) in (None, e["data_offsets"][1] - e["data_offsets"][0]) for e in entries)
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise _damaged(file) from error
     if not whole:
         raise _damaged(file)
     return header, 8 + header_length
+
+
+def _bytes_of(entry: dict) -> int | None:
+    """How many bytes the tensor of that header has; None where its number format is none of DTYPES."""
+    if entry["dtype"] not in DTYPES:
+        return None
+    bits = 8 if entry["dtype"] == "BOOL" else int(entry["dtype"].strip("BFIU"))
+    return math.prod(entry["shape"]) * bits // 8
 
 
 def _damaged(file: Path) -> RrtcError:

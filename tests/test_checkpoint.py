@@ -88,6 +88,14 @@ def test_a_run_that_can_be_resumed_keeps_its_partial_folder_and_finds_it_again(t
     assert listing(tmp_path) == ["out", "out/checkpoint"]
 
 
+def test_a_link_is_no_output(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(RrtcError, match="The output .*out is a link"), whole_folder(tmp_path / "out"):
+        raise AssertionError("the work must not begin")
+    assert listing(tmp_path) == ["elsewhere", "out"]
+
+
 def test_a_killed_runs_leftovers_are_cleared_by_the_next(tmp_path):
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "stale").write_text("from before")
@@ -218,10 +226,12 @@ def test_tokenizer_generation_defaults_and_licence_go_along_and_weights_do_not(t
     for name in ("LICENSE.txt", "NOTICE", "chat_template.jinja", "README.md", "training_args.bin"):
         (source / name).write_text(name)
     (source / "tokenizer_folder").mkdir()
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
     copy_companions(source, target)
     assert listing(target) == [
-        "LICENSE.txt", "NOTICE", "chat_template.jinja", "generation_config.json", "tokenizer.json",
-        "tokenizer_config.json",
+        "LICENSE.txt", "NOTICE", "additional_chat_templates", "additional_chat_templates/tool_use.jinja",
+        "chat_template.jinja", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
     ]  # fmt: skip
     assert (target / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
 

@@ -291,12 +291,22 @@ def truncate(folder: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
 
 
+def without_visits(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["visits"] = config["visits"][:-1]
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 LAST_NORM = "model.norm.weight"
 FAULTS = {
     "is truncated or damaged": (truncate, {}),
     "holds a 'llama' model": (lambda folder: save_pico(folder), {}),
     "no tokenizer": (lambda folder: [file.unlink() for file in folder.glob("tokenizer*")], {}),
     "was not written by rrtc": (lambda folder: (folder / "rrtc.yaml").unlink(), {}),
+    "mismatched .*model.norm.weight": (
+        lambda folder: change_tensors(folder, lambda t: t.update({LAST_NORM: t[LAST_NORM][:-1].clone()})), {},
+    ),
+    "cannot be used|does not describe a model": (without_visits, {}),
     "missing model.norm.weight": (lambda folder: change_tensors(folder, lambda t: t.pop(LAST_NORM)), {}),
     "NaN or infinity": (lambda folder: change_tensors(folder, lambda t: t[LAST_NORM].fill_(float("nan"))), {}),
     "does not fit float16": (
@@ -359,6 +369,14 @@ def test_licences_are_found_and_not_guessed(tmp_path):
     assert found("llama", LICENSE="LLAMA 3.2 COMMUNITY LICENSE AGREEMENT") == {"license": "llama3.2"}
     assert found("mit", LICENSE="Permission is hereby granted, free of charge, to any") == {"license": "mit"}
     assert found("own", LICENSE_txt="All yours.") == {"license": "other", "license_link": "LICENSE.txt"}
+    mit = "MIT License"
+    assert found("two", LICENSE_code=mit, LICENSE_model="Ours.") == {"license": "other", "license_link": "LICENSE.code"}
+    assert found("same", LICENSE_code=mit, LICENSE_model=mit) == {"license": "mit"}
+    assert found("both", README_md="---\nlicense: gemma\n---\n", LICENSE="All yours.") == {"license": "gemma"}
+    (tmp_path / "folder" / "LICENSES").mkdir(parents=True)
+    assert licence.find_licence(tmp_path, tmp_path / "folder") == {}
+    (tmp_path / "half.gguf").write_bytes(b"GGUF, but no more")
+    assert licence.find_licence(tmp_path, tmp_path / "half.gguf") == {}
 
     writer = GGUFWriter(tmp_path / "none/model.gguf", "llama")
     writer.add_tags(["text-generation", "small"])

@@ -103,6 +103,7 @@ def test_a_licence_that_forbids_derivatives_is_one_warning_and_a_word_in_the_car
     source, base = shutil.copytree(rrt, tmp_path / "rrt"), tmp_path / "base"
     base.mkdir()
     (base / "README.md").write_text(CARD.format(NAMED))
+    (source / "LICENSE").write_text("All ours.")  # as `init` copies it from the base
     said = yaml.safe_load((source / "rrtc.yaml").read_text())
     said["base"] |= {"uri": "maker/model", "path": str(base)}
     (source / "rrtc.yaml").write_text(yaml.safe_dump(said))

@@ -19,7 +19,7 @@ from rrtc.export import quantised_form, rounding, stage, writing
 from rrtc.recipe import Recipe, load_recipe
 from rrtc.text import Windows
 from rrtc.uptrain.stage import uptrain
-from rrtc.weights import Weights
+from rrtc.weights import ShardWriter, Weights
 
 BITS = {"int8": 8, "int4": 4}
 
@@ -271,3 +271,16 @@ def test_the_command_shows_what_it_cost(tmp_path):
     shown = " ".join(done.output.split())
     assert f"{cost['plain']:.4f} before, {cost['calibrated']:.4f} in int4" in shown
     assert f"rounded to its nearest int4: {cost['nearest']:.4f}" in shown
+
+
+def test_what_is_quantised_is_compared_with_the_model_before(tmp_path, monkeypatch):
+    source, add = make_rrt(tmp_path / "rrt"), ShardWriter.add_blocks
+
+    def faulty(self, name, blocks):
+        spoilt = name.endswith("layers.3.mlp.up_proj.weight")
+        add(self, name, [torch.cat(list(blocks)).flip(0)] if spoilt else blocks)
+
+    monkeypatch.setattr(ShardWriter, "add_blocks", faulty)
+    with pytest.raises(RrtcError, match="not the model it was made from: a logit differs by"):
+        stage.export(str(source), str(tmp_path / "out"), recipe(format="dense", quantize="int8"))
+    assert [path.name for path in tmp_path.iterdir()] == ["rrt"]

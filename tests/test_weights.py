@@ -111,12 +111,10 @@ def test_a_header_that_claims_to_be_longer_than_the_file_is_refused(tmp_path):
     assert "is truncated or damaged" in refused(tmp_path).sentence
 
 
-def test_offsets_that_contradict_the_shape_are_refused_when_read(tmp_path):
+def test_offsets_that_contradict_the_shape_are_refused(tmp_path):
     header = json.dumps({"a": {"dtype": "F32", "shape": [9, 9], "data_offsets": [0, 16]}}).encode()
     (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(16))
-    weights = Weights(tmp_path)
-    with pytest.raises(RrtcError, match="is truncated or damaged"):
-        weights.read("a")
+    assert "is truncated or damaged" in refused(tmp_path).sentence
 
 
 def test_a_missing_shard_is_named(tmp_path):

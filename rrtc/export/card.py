@@ -14,7 +14,7 @@ from rrtc.checkpoint import without_places
 from rrtc.console import count, size
 from rrtc.export.card_loading import how_to_load
 from rrtc.export.forms import stock_class
-from rrtc.export.licence import find_licence, forbids_derivatives
+from rrtc.export.licence import forbids_derivatives
 from rrtc.model import RrtConfig
 
 COLUMNS = {
@@ -59,17 +59,16 @@ def write_card(
     provenance: dict,
     exported: dict,
     report: dict | None,
-    source: Path,
+    licence: dict[str, str],
     chat: bool,
 ) -> None:
     """Writes README.md into `folder`.
 
     name: what the folder will be called. provenance: the rrtc.yaml of the export. exported: what the export measured.
-    report: report.json of an evaluation, or None. source: the rrtc folder it was made from. chat: whether the tokenizer
-    has a chat template.
+    report: report.json of an evaluation, or None. licence: as `find_licence` has it. chat: whether the tokenizer has a
+    chat template.
     """
     form, base = exported["format"], provenance["base"]
-    licence = find_licence(source, Path(base["path"]) if "path" in base else None)
     named = hub_id(base)
     provenance = without_places(provenance)
     base = provenance["base"]

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from rrtc.checkpoint import LICENCE_FILES
 from rrtc.console import note
 from rrtc.errors import RrtcError
 from rrtc.export.verify import TOLERANCE, Reference, equal_tokens, in_fresh_process, verify
@@ -62,7 +63,7 @@ def convert(dense: Path, folder: Path, dtype: torch.dtype) -> None:
     )  # fmt: skip
     if child.returncode or not file.is_file():
         raise _failed(child)
-    for pattern in ("LICENSE*", "NOTICE*", "USE_POLICY*"):
+    for pattern in LICENCE_FILES:
         for licence in dense.glob(pattern):
             shutil.copyfile(licence, folder / licence.name)
 

@@ -19,20 +19,24 @@ def find_licence(folder: Path, base: Path | None) -> dict[str, str]:
     """The licence as model card metadata (`license`; where the hub has no name for it, that is "other", with
     `license_name` and `license_link` as far as there are such); {} where none is stated.
 
-    Looked for in the model card, the GGUF header and the licence file, first of the model in `folder`, then of its
-    base (a folder or a GGUF file; None or absent where it is not known).
+    Looked for in the model cards, the GGUF header and the licence files, in this order, each time first of the model in
+    `folder`, then of its base (a folder or a GGUF file; None or absent where it is not known): what a card says is the
+    licence of the model, and a file may be that of anything beside it. Files that differ make it "other".
     """
-    for place in (Path(folder), base):
-        if place is None or not place.exists():
-            continue
-        inside = place if place.is_dir() else place.parent
+    places = [place for place in (Path(folder), base) if place is not None and place.exists()]
+    folders = [place if place.is_dir() else place.parent for place in places]
+    for inside in folders:
         if stated := _in_card(inside / "README.md"):
             return stated
+    for place in places:
         if place.is_file() and (name := _in_gguf(place)):
             return {"license": name}
-        for file in sorted(file for file in inside.glob("LICENSE*") if not leads_outside(file, inside)):
-            name = _of_text(file.read_text(encoding="utf8", errors="replace"))
-            return {"license": name} if name else {"license": "other", "license_link": file.name}
+    for inside in folders:
+        files = sorted(file for file in inside.glob("LICENSE*") if file.is_file() and not leads_outside(file, inside))
+        names = {_of_text(file.read_text(encoding="utf8", errors="replace")) for file in files}
+        if files:
+            name = names.pop() if len(names) == 1 else None
+            return {"license": name} if name else {"license": "other", "license_link": files[0].name}
     return {}
 
 
@@ -66,8 +70,11 @@ def _of_text(text: str) -> str | None:
 
 
 def _in_gguf(file: Path) -> str | None:
-    """The value of general.license in a GGUF file."""
+    """The value of general.license in a file, where that is a GGUF file and has it."""
     from gguf import GGUFReader
 
-    field = GGUFReader(file).fields.get("general.license")
+    try:
+        field = GGUFReader(file).fields.get("general.license")
+    except (OSError, ValueError, LookupError):  # no GGUF file, or half of one
+        return None
     return field.contents() if field is not None else None

@@ -60,10 +60,12 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Quantised:
-    """logits: of verify.fixed_ids, (rows, tokens, vocabulary), float32, of the model in memory. rounding: how far
-    quantising moved one of them at most. bits_per_byte: plain, nearest and calibrated, on held-out text."""
+    """logits: of verify.fixed_ids, (rows, tokens, vocabulary), float32, of the model in memory; plain: the same before
+    it was quantised. rounding: how far that moved one of them at most. bits_per_byte: plain, nearest and calibrated, on
+    held-out text."""
 
     logits: Tensor
+    plain: Tensor
     rounding: float
     bits_per_byte: dict[str, float]
 
@@ -122,7 +124,7 @@ def quantise(folder: Path, bits: int, calibration: Tensor, held_out: Windows, sh
     logits = logits_of(model, ids)
     _write(folder, weights, model, scales, bits, dtype, shard_bytes)
     _write_config(folder, model, matrices, bits)
-    return Quantised(logits.cpu(), (logits - plain).abs().max().item(), found)
+    return Quantised(logits.cpu(), plain.cpu(), (logits - plain).abs().max().item(), found)
 
 
 def _matrices(model: PreTrainedModel) -> list[Matrix]:

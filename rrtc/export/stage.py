@@ -29,7 +29,7 @@ from rrtc.export.gguf_form import find_converter, gguf_file, verify_gguf
 from rrtc.export.licence import find_licence, forbids_derivatives
 from rrtc.export.onnx_form import check_needed, onnx_bytes
 from rrtc.export.quantised_form import BITS, check_can_quantise, quantise
-from rrtc.export.verify import reference, verify
+from rrtc.export.verify import check_logits, reference, verify
 from rrtc.export.writing import (
     bytes_written,
     quantised_dense_bytes,
@@ -53,7 +53,7 @@ def export(folder: str, output: str, recipe: Recipe, report: str | None = None) 
 
     report: a folder with the report.json of `rrtc eval`, for the model card. Returned: format, dtype, bytes (of the
     weights files), parameters (shared ones once), max_logit_difference (of the export, loaded in a fresh process, from
-    the model in memory with the same rounding), largest_logit, rounding_logit_difference (what that rounding costs by
+    the model in memory, rounded and quantised alike), largest_logit, rounding_logit_difference (what that costs by
     itself), files and seconds; where it was quantised also quantize and bits_per_byte, as `Quantised` has them; for the
     GGUF form also read_by and llama_cpp, as `verify_gguf` has them. Raises RrtcError, and leaves no folder, where the
     export is not the same model.
@@ -77,6 +77,7 @@ def export(folder: str, output: str, recipe: Recipe, report: str | None = None) 
     shards = parse_size(recipe.export.max_shard_size)
     bits = BITS.get(recipe.export.quantize)
     largest = max(weights.parameters, read_architecture(config.base_config).parameters)
+    largest *= 2 if form == "onnx" else 1  # beside the model, its graph has it once more
     from_disk = is_too_large(largest, torch.float32)
     if from_disk and (form not in ("recursive", "dense") or bits is not None):
         raise too_large(
@@ -88,7 +89,8 @@ def export(folder: str, output: str, recipe: Recipe, report: str | None = None) 
         texts = _texts_to_quantise_by(recipe, provenance, source, config)
     # The quantised tensors are written while the others are still there.
     check_space(target, bytes_written(form, weights, config, cast) * (1 if bits is None else 2))
-    licence = find_licence(source, Path(provenance["base"]["path"]))
+    base = base_seen_from(target, source, provenance)
+    licence = find_licence(source, Path(base["path"]))
     if forbids_derivatives(licence):
         stated = licence.get("license_name", licence["license"])
         warn(f"The licence of {provenance['base']['uri']} ({stated}) forbids passing on what is made of it.")
@@ -104,6 +106,7 @@ def export(folder: str, output: str, recipe: Recipe, report: str | None = None) 
         if bits is not None:
             note(f"Rounding to {bits} bits")
             found = quantise(partial, bits, *texts, shards)
+            check_logits(found.plain, expected.logits, getattr(torch, dtype), form)
             expected = replace(expected, logits=found.logits, rounding=found.rounding)
             beside = {"quantize": recipe.export.quantize, "bits_per_byte": found.bits_per_byte}
             dense = quantised_dense_bytes(config, bits, getattr(torch, dtype))
@@ -129,12 +132,12 @@ def export(folder: str, output: str, recipe: Recipe, report: str | None = None) 
         value = write_provenance(
             partial,
             "export",
-            base_seen_from(target, source, provenance),
+            base,
             provenance["recipe"] | {"export": recipe.export.model_dump()},
             provenance["measured"] | {"export": measured},
             next_history(provenance),
         )
-        write_card(partial, target.name, config, value, measured, evaluation, source, chat)
+        write_card(partial, target.name, config, value, measured, evaluation, licence, chat)
     return measured
 
 

@@ -58,8 +58,8 @@ def write(
     """Writes the rrtc model in `source` into the existing `folder`, without checking it; returns its parameter count.
 
     dtype: the number format of the weights; None, for the recursive form alone: as they are. A block of a tensor's rows
-    at a time is in memory, except for the ONNX form. shard_bytes: of no meaning to the ONNX and GGUF forms, each one
-    weights file.
+    at a time is in memory, or a matrix that the stock model keeps transposed, but for the ONNX form. shard_bytes: of no
+    meaning to the ONNX and GGUF forms, each one weights file.
     stored: for the dense form, a wider number format in which to write what was rounded to `dtype`.
     """
     if form == "gguf":
