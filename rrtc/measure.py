@@ -66,7 +66,7 @@ def process_group() -> PartialState:
 def fast_bfloat16() -> bool:
     """Whether this machine computes in bfloat16 faster than in float32: an accelerator that has it, or AMX."""
     if device().type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     return device().type == "cpu" and torch.cpu._is_amx_tile_supported()
 
 
