@@ -91,21 +91,30 @@ def test_a_shard_has_the_training_documents_and_nothing_held_out(tmp_path, numbe
     assert words(tokenised(source, 500)) == training[: tokenised(source, 500).documents]
 
 
-def test_windows_are_what_pack_makes_of_the_documents_in_that_order(tmp_path):
+def test_windows_are_what_pack_makes_of_the_documents(tmp_path):
     source = write(tmp_path / "a.jsonl", texts(150))
     training, orders = split(texts(150))[0], []
     for tokenizer in (pico_tokenizer(), beginning_tokenizer()):
+        expected = pack(training, tokenizer, 24).ids
         (packed,) = mixture([source], context=24, tokenizer=tokenizer, seed=3).sources
         for epoch in range(2):
             turns = range(epoch * packed.count, (epoch + 1) * packed.count)
             found = torch.stack([torch.from_numpy(packed.window(turn)[0]) for turn in turns])
-            expected = pack([training[number] for number in packed.documents], tokenizer, 24).ids
             assert sorted(packed.windows) == list(range(packed.count)) and found.dtype == torch.int64
             assert torch.equal(found, expected[packed.windows])
-            orders += [tuple(packed.documents), tuple(packed.windows)]
-    # Both epochs have orders of their own; what the tokenizer puts before a text has no part in it.
-    assert len({order for order in orders if len(order) == len(training)}) == 2
-    assert list(range(len(training))) not in [list(order) for order in orders]
+            orders.append(tuple(packed.windows))
+        assert orders[-2] != orders[-1] and list(range(packed.count)) not in map(list, orders[-2:])
+
+
+def test_longer_runs_and_other_seeds_have_the_windows_of_shorter_ones(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "LEAST", 1)
+    source = write(tmp_path / "a.jsonl", texts(400))
+    for choices in ({}, {"separate_documents": True}):
+        (short,) = mixture([source], windows=20, **choices).sources
+        (longer,) = mixture([source], windows=200, seed=5, **choices).sources
+        assert 20 <= short.count < 40 and longer.count >= 200
+        every = {tuple(longer.window(turn)[0].tolist()) for turn in range(longer.count)}
+        assert {tuple(short.window(turn)[0].tolist()) for turn in range(2 * short.count)} < every
 
 
 def test_ids_are_as_short_as_the_vocabulary_allows(tmp_path):
@@ -248,12 +257,12 @@ def test_each_epoch_has_every_window_once_in_an_order_of_its_own(tmp_path):
     stream = Stream(text, 2 * epoch + 3)
     seen = [tuple(item["input_ids"].tolist()) for item in stream]
     assert len(seen) == len(stream) == 2 * epoch + 3 and set(stream[0]) == {"input_ids"}
-    # All tokens but those after the last whole window, which are others each time.
+    # All tokens but those after the last whole window.
     everything = Counter(text.sources[0].shard.ids.tolist())
     for part in (seen[:epoch], seen[epoch : 2 * epoch]):
         rest = everything - Counter(token for window in part for token in window)
         assert rest.total() == text.sources[0].shard.tokens - 16 * epoch
-    assert seen[:epoch] != seen[epoch : 2 * epoch]
+    assert seen[:epoch] != seen[epoch : 2 * epoch] and set(seen[:epoch]) == set(seen[epoch : 2 * epoch])
     # It can be read from anywhere, and another seed gives another order.
     for number in (2 * epoch, 5, epoch + 1, 5):
         assert tuple(stream[number]["input_ids"].tolist()) == seen[number]

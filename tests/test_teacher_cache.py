@@ -259,7 +259,7 @@ def test_a_run_with_a_whole_vocabulary_is_the_live_one(rrt, tmp_path):
 
 def test_epochs_reuse_it_and_longer_runs_add_to_it(rrt, tmp_path, asked):
     text = tmp_path / "text.txt"
-    text.write_text(" ".join(f"{i} and {i * i % 97}" for i in range(60)))
+    text.write_text("\n\n\n".join(f"{i} and {i * i % 97}" for i in range(60)))
     short = {"data": str(text), "teacher_cache": str(tmp_path / "c")}
     distinct = prepare(rrt, settings(**short).uptrain).text.sources[0].count
     assert BATCH < distinct < STEPS * BATCH

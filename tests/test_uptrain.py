@@ -82,6 +82,16 @@ def test_first_step_is_what_measure_says(rrt, dense, trained):
     assert curve(trained)[0] == pytest.approx((scores.loss, scores.kl), abs=1e-5)
 
 
+def test_a_model_made_with_dropout_learns_without_it(tmp_path):
+    rrt = make_rrt(tmp_path / "rrt", save_pico(tmp_path / "dense", "gpt2"), "gpt2")
+    assert measure.load_for_scoring(rrt).config.base_config.attn_pdrop == 0.1
+    windows = Windows(torch.stack([i["input_ids"] for i in first_of(prepare(rrt, settings().uptrain), BATCH)]), 1.0)
+    scores = measure.score(measure.load_for_scoring(rrt), windows, measure.load_for_scoring(tmp_path / "dense"))
+    uptrain(str(rrt), str(tmp_path / "out"), settings(tokens=2 * ONE_STEP))
+    assert curve(tmp_path / "out")[0] == pytest.approx((scores.loss, scores.kl), abs=1e-5)
+    assert measure.load_for_scoring(tmp_path / "out").config.base_config.attn_pdrop == 0.1
+
+
 def test_training_heals(rrt, tmp_path):
     measured = uptrain(
         str(rrt),

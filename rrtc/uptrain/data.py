@@ -1,8 +1,8 @@
 """Training data: from the recipe's sources to windows of tokens, in the one order in which training sees them.
 
 The order is fixed by the recipe and the text alone. It does not depend on the number of processes, on the micro-batch,
-on where a run was interrupted or on what the cache held, so that all of these give the same losses. In memory are 16
-bytes a document and 8 a window, for their order; the tokens are read from disk, window by window.
+on where a run was interrupted or on what the cache held, so that all of these give the same losses. In memory are 8
+bytes a document and 8 a window; the tokens are read from disk, window by window.
 """
 
 import hashlib
@@ -30,7 +30,8 @@ def given(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 class Packed:
     """One source as windows of `context` tokens, packed without padding as `rrtc.text.pack` does. They come in an order
-    drawn from the seed, their documents too, and when they are used up in a new one.
+    drawn from the seed, and when they are used up in a new one. Documents keep their own order, so that every round,
+    every seed and every longer run has the same windows: a teacher cache that knows them need not ask again.
 
     Where the documents are to be separate, they do not attend to each other, so each begins with `begin`, as it would
     alone.
@@ -44,6 +45,7 @@ class Packed:
         self.begin, self.separate = begin, separate
         self.width = context - len(begin)  # tokens of text in a window
         self.of_each = begin if separate else []  # goes before each document
+        self.ends = shard.offsets[1:] + len(self.of_each) * numpy.arange(1, shard.documents + 1)  # of the documents
         self.count = (shard.tokens + shard.documents * len(self.of_each)) // self.width  # of windows, once through
         self.round = -1
 
@@ -52,7 +54,8 @@ class Packed:
         is, counted from 0. A window begins one, whatever it cuts."""
         round_, place = divmod(turn, self.count)
         if round_ != self.round:
-            self._shuffle(round_)
+            self.round = round_
+            self.windows = numpy.random.default_rng((*self.seed, round_)).permutation(self.count)
         ids = numpy.empty(self.context, numpy.int64)
         begins = numpy.zeros(self.context, bool)
         ids[: len(self.begin)] = self.begin
@@ -60,7 +63,7 @@ class Packed:
         at, start = len(self.begin), int(self.windows[place]) * self.width
         number = int(numpy.searchsorted(self.ends, start, side="right"))
         while at < self.context:
-            document = self._document(int(self.documents[number]))
+            document = self._document(number)
             skipped = start - (int(self.ends[number]) - len(document))
             part = document[skipped : skipped + self.context - at]
             begins[at] |= skipped == 0
@@ -72,15 +75,6 @@ class Packed:
         first, last = self.shard.offsets[number : number + 2]
         ids = self.shard.ids[first:last]
         return numpy.concatenate([self.of_each, ids]).astype(numpy.int64) if self.of_each else ids
-
-    def _shuffle(self, round_: int) -> None:
-        self.round = round_
-        random = numpy.random.default_rng((*self.seed, round_))
-        self.documents = random.permutation(self.shard.documents)
-        self.windows = random.permutation(self.count)
-        self.ends = numpy.diff(self.shard.offsets)[self.documents]  # where each document ends, one after the other
-        self.ends += len(self.of_each)
-        numpy.cumsum(self.ends, out=self.ends)
 
 
 @dataclass(frozen=True)

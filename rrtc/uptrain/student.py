@@ -5,8 +5,11 @@ The logits of a batch are by far its largest table, so they are never made as a 
 the head's parameters are whole only there.
 """
 
+import copy
+
 from torch import Tensor
 
+from rrtc.model.configuration_rrt import RrtConfig
 from rrtc.model.forward import outputs_of, run_base, run_exit, run_head
 from rrtc.model.modeling_rrt import RrtForCausalLM
 from rrtc.model.skeleton import decoder_layers
@@ -19,7 +22,15 @@ EXIT_LOSSES = {"next_token": 1.0, "forward_kl": 1.0}  # paper appendix J: with s
 
 
 class Student(RrtForCausalLM):
-    """An RrtForCausalLM that is told what comes next, and returns losses."""
+    """An RrtForCausalLM that is told what comes next, and returns losses. It learns without dropout, which a few old
+    architectures ask for (GPT-2): what the teacher says has none, and a step would not be repeatable."""
+
+    def __init__(self, config: RrtConfig):
+        config = copy.deepcopy(config)
+        for name, value in vars(config.base_config).items():
+            if "drop" in name and isinstance(value, float):  # attn_pdrop, hidden_dropout, layerdrop …
+                setattr(config.base_config, name, 0.0)
+        super().__init__(config)
 
     def forward(self, input_ids: Tensor, targets: Tensor, recipe: UptrainRecipe, lesson=None, **kwargs) -> dict:
         """Means over the tokens by name: `objective`, which has a gradient, and what it is made of (see losses.py).

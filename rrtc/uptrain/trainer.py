@@ -146,7 +146,7 @@ class DistillationTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial) -> None:
         """Whole weights and moments, whether they are sharded or not: any number of processes can go on from them, with
-        `fsdp` or without. Only the random numbers of each process, for a model with dropout, are its own."""
+        `fsdp` or without."""
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         (folder / WHOLE).unlink(missing_ok=True)
         try:
