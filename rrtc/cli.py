@@ -9,11 +9,13 @@ import inspect
 import os
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from rrtc import __version__, console, show
+from rrtc.cache import cache_folder
 from rrtc.errors import RrtcError, WrongUsage
 from rrtc.recipe import (
     EvalRecipe,
@@ -115,7 +117,9 @@ def _guarded(command: Callable) -> Callable:
             raise typer.Exit(1) from error
         except OSError as error:  # no permission, a full disk
             where = f" ({error.filename})" if error.filename else ""
-            console.show_error(RrtcError(f"{error.strerror or error}{where}."))
+            in_cache = Path(str(error.filename)).is_relative_to(cache_folder())
+            hint = "RRTC_CACHE names another folder for what rrtc keeps." if in_cache else ""
+            console.show_error(RrtcError(f"{error.strerror or error}{where}.", hint))
             raise typer.Exit(1) from error
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, MemoryError) or "out of memory" in str(error).lower():

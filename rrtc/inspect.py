@@ -7,17 +7,26 @@ from rrtc.report import read_report
 from rrtc.source import read_config
 from rrtc.weights import Weights
 
+NOT_SAFETENSORS = {"onnx": "onnx/*", "gguf": "*.gguf"}  # where the weights of such an export are
+
 
 def describe(folder: str) -> dict:
-    """What rrtc.yaml says of `folder`, with the visits of its model and its size on disk where it holds a model.
+    """What rrtc.yaml says of `folder`, with the visits of its model, and its size on disk and its number formats where
+    it holds a model.
 
     Raises RrtcError where rrtc did not write the folder, or where its weights are damaged.
     """
     path = Path(folder)
     description = {"folder": folder} | read_provenance(path)
-    if (path / "config.json").exists():
+    exported = description["measured"].get("export") if description["stage"] == "export" else None
+    exported = exported if isinstance(exported, dict) else {}
+    if pattern := NOT_SAFETENSORS.get(str(exported.get("format"))):
+        description["dtype"] = exported.get("dtype")
+        description["bytes_on_disk"] = sum(file.stat().st_size for file in path.glob(pattern))
+    elif (path / "config.json").exists():
         weights = Weights(path)
-        description["dtype"] = weights.dtype
+        quantised = exported.get("quantize")  # and LoRA, norms and embeddings in the other format
+        description["dtype"] = f"{quantised} and {exported.get('dtype')}" if quantised else weights.dtype
         description["bytes_on_disk"] = weights.bytes_on_disk
         description["visits"] = getattr(read_config(path), "visits", None)  # a dense export has none
     if description["stage"] == "eval":

@@ -9,9 +9,11 @@ from rrtc.checkpoint import check_target, partial_of, read_provenance
 from rrtc.console import note
 from rrtc.errors import RrtcError, WrongUsage
 from rrtc.eval.stage import evaluate
-from rrtc.export.stage import export
+from rrtc.eval.tasks import find_tasks
+from rrtc.export.stage import check_form, export
 from rrtc.init.job import can_resume
 from rrtc.init.stage import init
+from rrtc.model.skeleton import read_architecture
 from rrtc.recipe import OWN_TEXT, Recipe, parse_size
 from rrtc.report import read_report
 from rrtc.resume import difference
@@ -76,7 +78,10 @@ def _check_inputs(recipe: Recipe) -> None:
         )
     calibration = set(recipe.init.calibrate_on) - {OWN_TEXT} if recipe.init.start == "joint" else []
     data = set(recipe.uptrain.data) - {OWN_TEXT}
-    texts = ((recipe.init, calibration), (recipe.uptrain, data), (recipe.eval, recipe.eval.text))
+    quantised = recipe.export.calibrate_on if recipe.export.quantize != "none" else []
+    texts = (
+        (recipe.init, calibration), (recipe.uptrain, data), (recipe.eval, recipe.eval.text), (recipe.export, quantised)
+    )  # fmt: skip
     for part, sources in texts:
         for source in sources:
             next(documents(source, part.text_field))
@@ -85,7 +90,10 @@ def _check_inputs(recipe: Recipe) -> None:
     check_writer(recipe.uptrain)
     for size in (recipe.init.max_shard_size, recipe.export.max_shard_size):
         parse_size(size)
-    check_tokens(recipe.uptrain, longest_context(find_model(recipe.model).config(), recipe.uptrain.context))
+    config = find_model(recipe.model).config()
+    check_tokens(recipe.uptrain, longest_context(config, recipe.uptrain.context))
+    check_form(recipe.export, config, read_architecture(config).parameters)
+    find_tasks(recipe.eval)
 
 
 def _check_same_recipe(stage: str, folder: Path, recipe: Recipe) -> None:

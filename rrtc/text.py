@@ -160,14 +160,14 @@ def _from_datasets(name: str, text_field: str) -> Iterator[str]:
     except RrtcError:
         raise
     except Exception as error:  # no network, no such dataset, no permission: datasets raises many kinds
+        reason = " ".join(str(error).split())[:200].removesuffix(".") or type(error).__name__
         if read:
-            reason = " ".join(str(error).split()).removesuffix(".") or type(error).__name__
             raise RrtcError(
                 f"Reading the dataset {name} ended after {read} documents: {reason}.",
                 "Start again. A file on this machine (.jsonl, .parquet) does not depend on the network.",
             ) from error
         raise RrtcError(
-            f"There is no file or folder {name}, and no dataset of that name could be loaded.",
+            f"There is no file or folder {name}, and no dataset of that name could be loaded: {reason}.",
             "Name a .txt, .jsonl or .parquet file, or 'pydoc' for the text that Python ships.",
         ) from error
 

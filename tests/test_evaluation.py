@@ -86,6 +86,18 @@ def test_every_model_and_exit_is_asked_everything(models):
     assert curve["stage"] == "exits" and curve["points"][-1][0] == 256
 
 
+def test_a_cache_that_cannot_be_written_to_ends_no_evaluation(models, tmp_path, monkeypatch, capsys):
+    asked = recipe(**text_of(models))
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("RRTC_CACHE", str(tmp_path / "file"))
+    found = evaluate(str(models / "small"), asked)
+    said = capsys.readouterr().err
+    assert said.count(f"Measurements cannot be kept in {tmp_path / 'file' / 'eval'}") == 1
+    monkeypatch.undo()
+    expected = evaluate(str(models / "small"), asked)
+    assert [row["scores"] for row in found["models"]] == [row["scores"] for row in expected["models"]]
+
+
 def test_the_loss_by_position_is_that_of_the_tokens_there(models):
     report = evaluate(str(models / "small"), recipe(**text_of(models)))
     model = AutoModelForCausalLM.from_pretrained(models / "small").eval()

@@ -19,6 +19,7 @@ from rrtc import checkpoint
 from rrtc.errors import RrtcError
 from rrtc.export import gguf_form, stage, verify
 from rrtc.export.gguf_form import VARIABLE
+from rrtc.inspect import describe
 
 LAYERS = {"num_hidden_layers": 2}
 # What llama.cpp and transformers take for granted in Gemma 3, and no GGUF file says.
@@ -137,6 +138,8 @@ def test_the_file_is_the_model(tmp_path, architecture, tokenizer, options, dtype
     assert (result["read_by"], result["max_logit_difference"] < 1e-5) == ("transformers", True)
     assert (result["rounding_logit_difference"] == 0.0) == (dtype == "float32")
     assert checkpoint.read_provenance(target)["measured"]["export"] == result
+    shown = describe(str(target))
+    assert (shown["dtype"], shown["bytes_on_disk"]) == (dtype, result["bytes"])
 
     content = gguf.GGUFReader(file)
     assert {tensor.tensor_type.name for tensor in content.tensors if len(tensor.shape) == 2} == {short}

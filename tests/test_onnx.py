@@ -16,6 +16,7 @@ from transformers import GenerationConfig
 from rrtc import checkpoint
 from rrtc.errors import RrtcError
 from rrtc.export import onnx_form, stage, verify
+from rrtc.inspect import describe
 from rrtc.model import RrtForCausalLM
 from rrtc.weights import Weights
 
@@ -97,6 +98,8 @@ def test_the_export_is_small_verified_and_says_so(made, tmp_path):
     assert result["parameters"] == checkpoint.read_provenance(source)["measured"]["init"]["params_total"]
     assert 0 < result["max_logit_difference"] < 1e-5 < result["largest_logit"]
     assert checkpoint.read_provenance(target)["measured"]["export"] == result
+    shown = describe(str(target))
+    assert (shown["dtype"], shown["bytes_on_disk"]) == ("float32", result["bytes"])
 
     config = json.loads((target / "config.json").read_text())
     assert (config["model_type"], config["num_hidden_layers"], config["head_dim"]) == ("llama", 2, 12)

@@ -16,6 +16,7 @@ from rrtc import checkpoint, measure
 from rrtc.cli import app
 from rrtc.errors import RrtcError, WrongUsage
 from rrtc.export import quantised_form, rounding, stage, writing
+from rrtc.inspect import describe
 from rrtc.recipe import Recipe, load_recipe
 from rrtc.text import Windows
 from rrtc.uptrain.stage import uptrain
@@ -140,6 +141,8 @@ def test_a_quantised_export_loads_where_rrtc_is_not(tmp_path, monkeypatch, form,
     assert result["max_logit_difference"] <= 1e-4 * result["largest_logit"]
     before, files = Weights(plain), Weights(target)
     assert len(files.files) > 1
+    shown = describe(str(target))
+    assert (shown["dtype"], shown["bytes_on_disk"]) == (f"{number} and float32", result["bytes"])
     assert result["bytes"] == files.bytes_on_disk < before.bytes_on_disk * (0.65 if number == "int4" else 0.75)
     packed = {name.removesuffix("_packed") for name in files if name.endswith("_packed")}
     assert {name for name in before if name not in files} == packed

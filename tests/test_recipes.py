@@ -132,6 +132,26 @@ def test_a_run_whose_text_is_missing_stops_before_the_first_stage(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("architecture", "changes", "says"),
+    [
+        ("llama", {"eval": {"tasks": ["no_such_task"]}}, "There is no task 'no_such_task'"),
+        ("llama", {"eval": {"tasks": ["piqa"], "tasks_dir": "nowhere"}}, "There are no task files (.yaml) in"),
+        ("llama", {"export": {"format": "gguf"}}, "RRTC_LLAMA_CPP does not say where it is"),
+        ("gpt2", {"export": {"format": "dense", "quantize": "int4"}}, "keeps its matrices transposed"),
+        ("llama", {"export": {"quantize": "int4", "calibrate_on": ["nowhere.txt"]}}, "There is no text at nowhere.txt"),
+        ("llama", {"export": {"max_shard_size": "much"}}, "'much' is not a size"),
+    ],
+)
+def test_a_run_whose_end_is_impossible_stops_before_the_first_stage(architecture, changes, says, tmp_path, monkeypatch):
+    monkeypatch.delenv("RRTC_LLAMA_CPP", raising=False)
+    recipe = {"model": str(save_pico(tmp_path / "dense", architecture)), "uptrain": {"context": 32}} | changes
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    result = CliRunner().invoke(app, ["run", str(tmp_path / "recipe.yaml"), "-o", str(tmp_path / "out")])
+    assert result.exit_code in (1, 2) and says in result.stderr, result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "recipe.yaml"]
+
+
 def test_what_the_readme_names_exists_and_nothing_is_left_to_fill_in():
     readme = (ROOT / "README.md").read_text(encoding="utf8")
     paths = re.findall(r"`((?:rrtc|recipes|benchmarks)/[\w./-]*)`", readme)

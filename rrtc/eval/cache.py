@@ -5,6 +5,7 @@ the dense model is measured once for all models that are compared with it. They 
 made again deletes that folder.
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable
@@ -12,7 +13,8 @@ from collections.abc import Callable
 from numpy.typing import NDArray
 
 from rrtc.cache import cache_folder
-from rrtc.console import is_first_process
+from rrtc.console import is_first_process, warn
+from rrtc.errors import RrtcError
 from rrtc.eval.group import from_first_process
 from rrtc.resume import whole_file
 
@@ -43,7 +45,15 @@ def remembered(made_from: dict, measure: Callable[[], Measurement]) -> tuple[Mea
         return found, True
     made = measure()
     if is_first_process:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(file) as temporary:
-            save_file(made, temporary)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with whole_file(file) as temporary:
+                save_file(made, temporary)
+        except (OSError, RrtcError):  # a full or a foreign disk is no reason to lose what was measured
+            _warn_once(f"Measurements cannot be kept in {file.parent}: another evaluation will make them again.")
     return made, False
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    warn(text)

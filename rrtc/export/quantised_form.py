@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rrtc.console import progress
@@ -70,20 +70,23 @@ class Quantised:
     bits_per_byte: dict[str, float]
 
 
-def check_can_quantise(form: str, config: RrtConfig) -> None:
-    """Raises RrtcError where compressed-tensors is not installed, or where the `form` of a model with that config has
-    no linear layers to quantise."""
+def check_can_quantise(form: str, base: PreTrainedConfig) -> None:
+    """Raises RrtcError where compressed-tensors is not installed, or where a `form` of a model with the dense config
+    `base` cannot be quantised."""
     if importlib.util.find_spec("compressed_tensors") is None:
         raise RrtcError(
             "Quantising needs compressed-tensors, which is not installed.",
             "Install it with 'pip install rrtc[quantize]'.",
         )
-    if form == "dense" and any(isinstance(module, Conv1D) for module in stock_model(config.base_config).modules()):
+    if form == "dense" and any(isinstance(module, Conv1D) for module in stock_model(base).modules()):
         raise RrtcError(
-            f"A dense '{config.base_config.model_type}' model keeps its matrices transposed, which no quantised format "
-            "does.",
+            f"A dense '{base.model_type}' model keeps its matrices transposed, which no quantised format does.",
             "Leave out --format dense: in the recursive form they are ordinary ones.",
         )
+
+
+def check_has_matrices(form: str, config: RrtConfig) -> None:
+    """Raises RrtcError where the `form` of a model with that config has no matrices to quantise."""
     forms = {visit["forms"].get(name, "tied") for visit in config.visits for name in visit["ranks"]}
     if form == "recursive" and forms == {"low_rank"}:
         raise RrtcError(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from rrtc.calibration_text import calibration_windows
 from rrtc.checkpoint import (
@@ -28,7 +29,7 @@ from rrtc.export.card import write_card
 from rrtc.export.gguf_form import find_converter, gguf_file, verify_gguf
 from rrtc.export.licence import find_licence, forbids_derivatives
 from rrtc.export.onnx_form import check_needed, onnx_bytes
-from rrtc.export.quantised_form import BITS, check_can_quantise, quantise
+from rrtc.export.quantised_form import BITS, check_can_quantise, check_has_matrices, quantise
 from rrtc.export.verify import check_logits, reference, verify
 from rrtc.export.writing import (
     bytes_written,
@@ -39,7 +40,7 @@ from rrtc.export.writing import (
 from rrtc.measure import is_too_large, too_large
 from rrtc.model import RrtConfig
 from rrtc.model.skeleton import read_architecture
-from rrtc.recipe import Recipe, parse_size
+from rrtc.recipe import ExportRecipe, Recipe, parse_size
 from rrtc.report import read_report
 from rrtc.source import load_tokenizer
 from rrtc.text import Windows, held_out_windows, longest_context, readable
@@ -64,28 +65,17 @@ def export(folder: str, output: str, recipe: Recipe, report: str | None = None) 
     provenance, config, weights = read_provenance(source), recursive_config(source), Weights(source)
     evaluation = _report_about(report, provenance)
     chat = load_tokenizer(source).chat_template is not None
-    form = recipe.export.format
+    form, bits = recipe.export.format, BITS.get(recipe.export.quantize)
+    parameters = max(weights.parameters, read_architecture(config.base_config).parameters)
+    from_disk = check_form(recipe.export, config.base_config, parameters)
     dtype = recipe.export.dtype
-    if form == "onnx":
-        check_needed()
-        dtype = "float32" if dtype == "auto" else dtype  # what every device computes in
-    if form == "gguf":
-        find_converter()
-    dtype = weights.dtype if dtype == "auto" else dtype
+    if dtype == "auto":
+        dtype = "float32" if form == "onnx" else weights.dtype  # float32 is what every device computes in
     # The recursive form is copied as it is unless asked otherwise. The dense form has one format: its matrices are new.
     cast = None if form == "recursive" and recipe.export.dtype == "auto" else getattr(torch, dtype)
     shards = parse_size(recipe.export.max_shard_size)
-    bits = BITS.get(recipe.export.quantize)
-    largest = max(weights.parameters, read_architecture(config.base_config).parameters)
-    largest *= 2 if form == "onnx" else 1  # beside the model, its graph has it once more
-    from_disk = is_too_large(largest, torch.float32)
-    if from_disk and (form not in ("recursive", "dense") or bits is not None):
-        raise too_large(
-            "To be quantised" if bits is not None else "For this form", largest, torch.float32,
-            "The recursive and the dense form, not quantised, are made and checked from disk.",
-        )  # fmt: skip
     if bits is not None:
-        check_can_quantise(form, config)
+        check_has_matrices(form, config)
         texts = _texts_to_quantise_by(recipe, provenance, source, config)
     # The quantised tensors are written while the others are still there.
     check_space(target, bytes_written(form, weights, config, cast) * (1 if bits is None else 2))
@@ -139,6 +129,29 @@ def export(folder: str, output: str, recipe: Recipe, report: str | None = None) 
         )
         write_card(partial, target.name, config, value, measured, evaluation, licence, chat)
     return measured
+
+
+def check_form(recipe: ExportRecipe, base: PreTrainedConfig, parameters: int) -> bool:
+    """Whether a model of so many parameters does not fit into memory, so that it has to be made and checked from disk.
+
+    base: the config of the dense model. Raises RrtcError where the form cannot be made of such a model, or not from
+    disk, and where what it takes is not installed.
+    """
+    form, quantised = recipe.format, recipe.quantize != "none"
+    if form == "onnx":
+        check_needed()
+    if form == "gguf":
+        find_converter()
+    if quantised:
+        check_can_quantise(form, base)
+    largest = parameters * (2 if form == "onnx" else 1)  # beside the model, its graph has it once more
+    from_disk = is_too_large(largest, torch.float32)
+    if from_disk and (form not in ("recursive", "dense") or quantised):
+        raise too_large(
+            "To be quantised" if quantised else "For this form", largest, torch.float32,
+            "The recursive and the dense form, not quantised, are made and checked from disk.",
+        )  # fmt: skip
+    return from_disk
 
 
 def _texts_to_quantise_by(recipe: Recipe, provenance: dict, source: Path, config: RrtConfig) -> tuple[Tensor, Windows]:

@@ -24,7 +24,7 @@ from rrtc.measure import fast_bfloat16, process_group
 from rrtc.model import RrtConfig
 from rrtc.model.skeleton import read_architecture, read_plan
 from rrtc.plan import Plan
-from rrtc.recipe import OWN_TEXT, UptrainRecipe
+from rrtc.recipe import BUILT_IN_TEXT, OWN_TEXT, UptrainRecipe
 from rrtc.source import Source, content_hash, find_base, find_model, load_tokenizer, read_config
 from rrtc.text import longest_context
 from rrtc.uptrain.data import Mixture, Stream, training_text
@@ -165,6 +165,8 @@ def prepare(folder: Path, recipe: UptrainRecipe, most_steps: int | None = None) 
     check_tokens(recipe, context)
     steps = -(-recipe.tokens // (recipe.batch_size * context))
     windows = min(steps, most_steps or steps) * recipe.batch_size
+    if recipe.data == [BUILT_IN_TEXT]:
+        note("Training on Python's language reference alone. --data takes text like what the model is for.")
     text = training_text(recipe, tokenizer, context, windows, writer, process_group())
     for source, share in zip(text.sources, text.shares, strict=True):
         epochs = share * steps * recipe.batch_size / source.count
