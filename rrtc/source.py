@@ -18,6 +18,7 @@ from rrtc.cache import cache_folder
 from rrtc.checkpoint import check_space, read_provenance, whole_folder
 from rrtc.console import note
 from rrtc.errors import RrtcError
+from rrtc.licence import find_licence
 from rrtc.trust import check_folder, check_no_own_code, leads_outside
 from rrtc.weights import Weights
 
@@ -56,13 +57,14 @@ class Source:
         return self.file.stat().st_size if self.is_gguf else self.weights().bytes_on_disk
 
     def provenance(self, relative_to: Path) -> dict:
-        """What a folder made from this model says about it: where it was, and a hash of its contents."""
+        """What a folder made from this model says about it: where it was, a hash of its contents, and its licence."""
         return {
             "uri": self.uri,
             "path": str(self.file.absolute()),
             "relative_path": os.path.relpath(self.file.absolute(), Path(relative_to).absolute()),
             "sha256": content_hash(self.file),
             "bytes": self.bytes_on_disk,
+            "licence": find_licence(self.file),
         }
 
 

@@ -18,14 +18,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.dynamic_module_utils import HF_MODULES_CACHE
 
-from rrtc import checkpoint, measure
+from rrtc import checkpoint, licence, measure
 from rrtc.checkpoint import read_provenance
 from rrtc.errors import RrtcError, WrongUsage
-from rrtc.export import licence, stage, verify
+from rrtc.export import stage, verify
 from rrtc.model import RrtConfig, RrtForCausalLM
 from rrtc.model.skeleton import read_architecture
 from rrtc.plan import make_plan
 from rrtc.recipe import InitRecipe, Recipe
+from rrtc.source import find_model
 from rrtc.weights import ShardWriter, Weights
 
 IDS = (torch.arange(2 * 24) * 37 % 320).view(2, 24)
@@ -361,7 +362,7 @@ def test_licences_are_found_and_not_guessed(tmp_path):
         folder.mkdir()
         for file, text in files.items():
             (folder / file.replace("_", ".")).write_text(text)
-        return licence.find_licence(tmp_path, folder)
+        return licence.find_licence(folder)
 
     assert found("none") == {}
     assert found("card", README_md="---\nlicense: gemma\n---\n") == {"license": "gemma"}
@@ -374,9 +375,9 @@ def test_licences_are_found_and_not_guessed(tmp_path):
     assert found("same", LICENSE_code=mit, LICENSE_model=mit) == {"license": "mit"}
     assert found("both", README_md="---\nlicense: gemma\n---\n", LICENSE="All yours.") == {"license": "gemma"}
     (tmp_path / "folder" / "LICENSES").mkdir(parents=True)
-    assert licence.find_licence(tmp_path, tmp_path / "folder") == {}
+    assert licence.find_licence(tmp_path / "folder") == {}
     (tmp_path / "half.gguf").write_bytes(b"GGUF, but no more")
-    assert licence.find_licence(tmp_path, tmp_path / "half.gguf") == {}
+    assert licence.find_licence(tmp_path / "half.gguf") == {}
 
     writer = GGUFWriter(tmp_path / "none/model.gguf", "llama")
     writer.add_tags(["text-generation", "small"])
@@ -384,7 +385,8 @@ def test_licences_are_found_and_not_guessed(tmp_path):
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    assert licence.find_licence(tmp_path, tmp_path / "none/model.gguf") == {"license": "apache-2.0"}
+    assert licence.find_licence(tmp_path / "none/model.gguf") == {"license": "apache-2.0"}
+    assert find_model(str(save_pico(tmp_path / "mit"))).provenance(tmp_path)["licence"] == {"license": "mit"}
 
 
 @pytest.mark.parametrize(("architecture", "norms"), CHOSEN)

@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 
 from rrtc.checkpoint import partial_of
 from rrtc.export import stage
-from rrtc.export.licence import find_licence, forbids_derivatives
+from rrtc.licence import find_licence, forbids_derivatives
 from rrtc.recipe import Recipe
 
 KILL = """
@@ -96,7 +96,7 @@ BY_ND = "Attribution-NonCommercial-NoDerivatives 4.0 International\n====\n"
 )
 def test_licences_that_forbid_what_an_export_is(tmp_path, file, text, forbidden):
     (tmp_path / file).write_text(text)
-    assert forbids_derivatives(find_licence(tmp_path, None)) is forbidden
+    assert forbids_derivatives(find_licence(tmp_path)) is forbidden
 
 
 def test_a_licence_that_forbids_derivatives_is_one_warning_and_a_word_in_the_card(rrt, tmp_path, capfd):
@@ -105,7 +105,7 @@ def test_a_licence_that_forbids_derivatives_is_one_warning_and_a_word_in_the_car
     (base / "README.md").write_text(CARD.format(NAMED))
     (source / "LICENSE").write_text("All ours.")  # as `init` copies it from the base
     said = yaml.safe_load((source / "rrtc.yaml").read_text())
-    said["base"] |= {"uri": "maker/model", "path": str(base)}
+    said["base"] |= {"uri": "maker/model", "path": str(tmp_path / "gone"), "licence": find_licence(base)}
     (source / "rrtc.yaml").write_text(yaml.safe_dump(said))
     stage.export(str(source), str(tmp_path / "out"), Recipe())
     notes = [line for line in capfd.readouterr().err.splitlines() if line.startswith("Note: ")]

@@ -20,7 +20,7 @@ from rrtc.checkpoint import read_provenance
 from rrtc.cli import app
 from rrtc.errors import RrtcError, WrongUsage
 from rrtc.export import stage
-from rrtc.export.licence import find_licence
+from rrtc.licence import find_licence
 from rrtc.recipe import Recipe, load_recipe
 from rrtc.source import find_base, find_model, load_tokenizer, read_config
 
@@ -239,7 +239,7 @@ def test_yaml_tags_are_not_obeyed(models, trap, tmp_path):
     for command in (["inspect"], ["eval"], ["export", "-o", tmp_path / "out"], ["uptrain", "-o", tmp_path / "out"]):
         fails(command[0], rrt, *command[1:], says="rrtc.yaml is damaged")
     (rrt / "README.md").write_text(f"---\nlicense: {trap.tag}\n---\n")
-    assert find_licence(rrt, None) == {}
+    assert find_licence(rrt) == {}
     (tmp_path / "recipe.yaml").write_text(f"model: {trap.tag}\n")
     with pytest.raises(WrongUsage, match="is not valid YAML"):
         load_recipe(str(tmp_path / "recipe.yaml"))
@@ -281,6 +281,18 @@ def test_a_base_that_provenance_names_runs_and_reaches_nothing_else(uri, models,
     (rrt / "rrtc.yaml").write_text(yaml.safe_dump(said))
     with pytest.raises(RrtcError, match="no longer where it was"):
         find_base(rrt, None, "--against")
+
+
+def test_an_export_asks_nothing_of_the_place_that_provenance_calls_its_base(models, trap, tmp_path):
+    rrt = models[1]
+    (trap.folder / "README.md").write_text("---\nlicense: mit\n---\n")
+    (trap.folder / "LICENSE").write_text("MIT License")
+    opened.clear()
+    said = yaml.safe_load((rrt / "rrtc.yaml").read_text())
+    said["base"] |= {"path": str(trap.folder), "licence": ["mit"]}
+    (rrt / "rrtc.yaml").write_text(yaml.safe_dump(said))
+    stage.export(str(rrt), str(tmp_path / "out"), Recipe())
+    assert "state none" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_what_lies_beside_a_gguf_has_no_say(trap, tmp_path, monkeypatch):

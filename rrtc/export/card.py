@@ -14,7 +14,7 @@ from rrtc.checkpoint import without_places
 from rrtc.console import count, size
 from rrtc.export.card_loading import how_to_load
 from rrtc.export.forms import stock_class
-from rrtc.export.licence import forbids_derivatives
+from rrtc.licence import forbids_derivatives
 from rrtc.model import RrtConfig
 
 COLUMNS = {
@@ -65,7 +65,7 @@ def write_card(
     """Writes README.md into `folder`.
 
     name: what the folder will be called. provenance: the rrtc.yaml of the export. exported: what the export measured.
-    report: report.json of an evaluation, or None. licence: as `find_licence` has it. chat: whether the tokenizer has a
+    report: report.json of an evaluation, or None. licence: as rrtc.licence has it. chat: whether the tokenizer has a
     chat template.
     """
     form, base = exported["format"], provenance["base"]

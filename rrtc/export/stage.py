@@ -27,7 +27,6 @@ from rrtc.console import note, size, warn
 from rrtc.errors import RrtcError
 from rrtc.export.card import write_card
 from rrtc.export.gguf_form import find_converter, gguf_file, verify_gguf
-from rrtc.export.licence import find_licence, forbids_derivatives
 from rrtc.export.onnx_form import check_needed, onnx_bytes
 from rrtc.export.quantised_form import BITS, check_can_quantise, check_has_matrices, quantise
 from rrtc.export.verify import check_logits, reference, verify
@@ -37,6 +36,7 @@ from rrtc.export.writing import (
     recursive_config,
     write,
 )
+from rrtc.licence import forbids_derivatives, licence_of
 from rrtc.measure import is_too_large, too_large
 from rrtc.model import RrtConfig
 from rrtc.model.skeleton import read_architecture
@@ -80,7 +80,7 @@ def export(folder: str, output: str, recipe: Recipe, report: str | None = None) 
     # The quantised tensors are written while the others are still there.
     check_space(target, bytes_written(form, weights, config, cast) * (1 if bits is None else 2))
     base = base_seen_from(target, source, provenance)
-    licence = find_licence(source, Path(base["path"]))
+    licence = licence_of(source, base)
     if forbids_derivatives(licence):
         stated = licence.get("license_name", licence["license"])
         warn(f"The licence of {provenance['base']['uri']} ({stated}) forbids passing on what is made of it.")
