@@ -18,10 +18,11 @@ def effective_tensor(weights: Weights, slot: str, visit: dict, path: str, matric
 
 
 def effective_blocks(
-    weights: Weights, slot: str, visit: dict, path: str, matrices: dict[str, Matrix]
+    weights: Weights, slot: str, visit: dict, path: str, matrices: dict[str, Matrix], each: Callable = map
 ) -> Iterator[Tensor]:
     """The same in blocks of its rows. What a narrowed matrix lacks are zeros: removed neurons are at the end of each
-    part of the outputs and at the end of the inputs, and compute some number times zero."""
+    part of the outputs and at the end of the inputs, and compute some number times zero. each: a `map` that may work
+    ahead."""
     own, shared = f"{slot}.loops.{visit['loop']}", f"{slot}.shared"
     module, _, kind = path.rpartition(".")
     matrix, narrowed = matrices.get(module), visit["shapes"].get(module)
@@ -32,13 +33,13 @@ def effective_blocks(
         name = f"{own}.{path}" if f"{own}.{path}" in weights else f"{shared}.{path}"
         shape, rows_of = weights.shape(name), lambda rows: weights.read(name, rows)
     if not narrowed:
-        yield from map(rows_of, row_blocks(shape))
+        yield from each(rows_of, row_blocks(shape))
         return
     present = shape[0] // len(matrix.parts)
     missing_columns = (0, matrix.inputs - shape[1]) if kind == "weight" else ()
     for number, (_, width) in enumerate(matrix.parts):
-        for rows in row_blocks((present, *shape[1:]), first=number * present):
-            yield nn.functional.pad(rows_of(rows), missing_columns)
+        for block in each(rows_of, row_blocks((present, *shape[1:]), first=number * present)):
+            yield nn.functional.pad(block, missing_columns)
         if width > present:
             yield torch.zeros(width - present, *([matrix.inputs] if kind == "weight" else []))
 

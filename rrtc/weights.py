@@ -5,7 +5,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from rrtc.errors import RrtcError
@@ -111,16 +111,18 @@ class Weights:
         self._check_finite(name, tensor)
         return tensor
 
-    def blocks(self, name: str, dtype=None) -> Iterator:
+    def blocks(self, name: str, dtype=None, each: Callable = map) -> Iterator:
         """The tensor `name` in blocks of its rows, in `dtype`, or as it is stored where that is None. Raises RrtcError
-        where it holds NaN or infinity."""
-        for rows in row_blocks(self.shape(name)):
-            if dtype is None:
-                block = self.raw(name)[rows]
-                self._check_finite(name, block)
-                yield block
-            else:
-                yield self.read(name, rows).to(dtype)
+        where it holds NaN or infinity. each: a `map` that may work ahead."""
+
+        def read(rows: slice):
+            if dtype is not None:
+                return self.read(name, rows).to(dtype)
+            block = self.raw(name)[rows]
+            self._check_finite(name, block)
+            return block
+
+        return each(read, row_blocks(self.shape(name)))
 
     def _check_finite(self, name: str, tensor) -> None:
         if not all_finite(tensor):

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from transformers.dynamic_module_utils import HF_MODULES_CACHE
 from rrtc import checkpoint, licence, measure
 from rrtc.checkpoint import read_provenance
 from rrtc.errors import RrtcError, WrongUsage
-from rrtc.export import stage, verify
+from rrtc.export import stage, verify, writing
 from rrtc.model import RrtConfig, RrtForCausalLM
 from rrtc.model.skeleton import read_architecture
 from rrtc.plan import make_plan
@@ -387,6 +388,21 @@ def test_licences_are_found_and_not_guessed(tmp_path):
     writer.close()
     assert licence.find_licence(tmp_path / "none/model.gguf") == {"license": "apache-2.0"}
     assert find_model(str(save_pico(tmp_path / "mit"))).provenance(tmp_path)["licence"] == {"license": "mit"}
+
+
+def test_what_is_made_ahead_comes_in_order_and_so_do_its_errors():
+    cores = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        with writing._map_ahead() as each:
+            assert torch.get_num_threads() == 1
+            seen = each(lambda n: time.sleep(0.01 * (n % 3)) or n * n, range(20))
+            assert list(seen) == [n * n for n in range(20)]
+            with pytest.raises(ZeroDivisionError):
+                list(each(lambda n: 1 / (5 - n), range(20)))
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(cores)
 
 
 @pytest.mark.parametrize(("architecture", "norms"), CHOSEN)

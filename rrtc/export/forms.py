@@ -10,7 +10,7 @@ Nothing here knows an architecture: names come from the stock model, built witho
 import copy
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -37,15 +37,16 @@ AUTO_MAP = {
 Form = Iterator[tuple[str, Iterable[Tensor]]]  # tensors by name, each in blocks of its rows
 
 
-def recursive_form(weights: Weights, dtype: torch.dtype | None) -> Form:
+def recursive_form(weights: Weights, dtype: torch.dtype | None, each: Callable = map) -> Form:
     """The tensors of the recursive form by name, in `dtype`, or each as it is where that is None. Raises RrtcError for
-    a tensor with NaN or infinity."""
+    a tensor with NaN or infinity. each: a `map` that may work ahead."""
     for name in weights:
-        yield name, weights.blocks(name, dtype)
+        yield name, weights.blocks(name, dtype, each)
 
 
-def dense_form(weights: Weights, config: RrtConfig, dtype: torch.dtype) -> Form:
-    """The tensors of the dense form by name, in the stock model's order; multiplied out in float32, then cast.
+def dense_form(weights: Weights, config: RrtConfig, dtype: torch.dtype, each: Callable = map) -> Form:
+    """The tensors of the dense form by name, in the stock model's order; multiplied out in float32, then cast. each: a
+    `map` that may work ahead.
 
     Raises RrtcError as `recursive_form` does, and for a tensor that the stock model has and `weights` have not.
     """
@@ -67,9 +68,9 @@ def dense_form(weights: Weights, config: RrtConfig, dtype: torch.dtype) -> Form:
             if path.removesuffix(".weight") in transposed[int(number)]:
                 yield name, [effective_tensor(*of).T.to(dtype)]
             else:
-                yield name, (block.to(dtype) for block in effective_blocks(*of))
+                yield name, (block.to(dtype) for block in effective_blocks(*of, each))
         elif name in weights:
-            yield name, weights.blocks(name, dtype)
+            yield name, weights.blocks(name, dtype, each)
         elif name not in tied:
             raise RrtcError(f"The tensor {name} is missing from {weights.folder}.", "The folder is damaged.")
 

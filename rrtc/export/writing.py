@@ -1,6 +1,10 @@
 """Writing each form of an export, without checking it; and how many bytes that will be."""
 
 import tempfile
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -73,16 +77,41 @@ def write(
         return write_onnx(source, folder, dtype)
     config, weights = recursive_config(source), Weights(source)
     if form == "dense":
-        tensors, total = dense_form(weights, config, dtype), len(stock_model(config.base_config).state_dict())
+        total = len(stock_model(config.base_config).state_dict())
         write_dense_config(config, folder, dtype)
     else:
-        tensors, total = recursive_form(weights, dtype), len(list(weights))
+        total = len(list(weights))
         write_recursive_config(source, folder, dtype or getattr(torch, weights.dtype))
     writer = ShardWriter(folder, shard_bytes)
-    with progress("Writing weights", total) as advance:
+    with progress("Writing weights", total) as advance, _map_ahead() as each:
+        tensors = dense_form(weights, config, dtype, each) if form == "dense" else recursive_form(weights, dtype, each)
         for name, blocks in tensors:
             writer.add_blocks(name, blocks if stored is None else (block.to(stored) for block in blocks))
             advance()
         writer.finish()
     copy_companions(source, folder)
     return Weights(folder).parameters
+
+
+@contextmanager
+def _map_ahead() -> Iterator[Callable]:
+    """A `map` that works a few items ahead, in threads, while the caller writes what it has. Every thread works alone
+    on its block: blocks are so small that threads which share one mostly wait for each other."""
+    cores = torch.get_num_threads()
+    threads = max(1, cores - 1)  # one core is the caller's
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+
+            def ahead(function: Callable, items: Iterable) -> Iterator:
+                waiting = deque()
+                for item in items:
+                    waiting.append(pool.submit(function, item))
+                    if len(waiting) > threads:
+                        yield waiting.popleft().result()
+                while waiting:
+                    yield waiting.popleft().result()
+
+            yield ahead
+    finally:
+        torch.set_num_threads(cores)
