@@ -27,8 +27,8 @@ class Lesson:
     def __init__(self, logits: torch.Tensor, temperature: float):
         self.log = (logits / temperature).log_softmax(-1)
 
-    def log_q(self, part: slice, log_p: torch.Tensor) -> torch.Tensor:
-        return self.log[part]
+    def about(self, part: slice):
+        return lambda rows, log_p: self.log[part][rows]
 
 
 def definitions(logits: torch.Tensor, teacher: torch.Tensor, targets: torch.Tensor, temperature: float) -> dict:
@@ -44,7 +44,7 @@ def definitions(logits: torch.Tensor, teacher: torch.Tensor, targets: torch.Tens
     }
 
 
-@pytest.mark.parametrize("at_once", [1, 7, TOKENS])
+@pytest.mark.parametrize(("at_once", "compared"), [(1, 1), (7, 3), (TOKENS, 8), (TOKENS, TOKENS)])
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize(
     "weights",
@@ -52,8 +52,9 @@ def definitions(logits: torch.Tensor, teacher: torch.Tensor, targets: torch.Tens
     + [{"next_token": 0.5, "forward_kl": 2.0}, {"reverse_kl": 0.3, "total_variation": 1.0, "jensen_shannon": 4.0}],
     ids="+".join,
 )
-def test_values_and_gradients_are_those_of_the_definitions(weights, temperature, at_once, monkeypatch):
+def test_values_and_gradients_are_those_of_the_definitions(weights, temperature, at_once, compared, monkeypatch):
     monkeypatch.setattr(losses, "LOGITS_AT_ONCE", at_once * VOCABULARY)
+    monkeypatch.setattr(losses, "COMPARED_AT_ONCE", compared * VOCABULARY)
     torch.manual_seed(0)
     hidden = torch.randn(TOKENS, WIDTH, requires_grad=True)
     matrix, bias = torch.randn(VOCABULARY, WIDTH, requires_grad=True), torch.randn(VOCABULARY, requires_grad=True)
@@ -138,4 +139,4 @@ def test_a_lesson_is_taken_at_its_temperature(batch, tmp_path):
     lesson = LiveTeacher(tmp_path, torch.float32, torch.device("cpu"), 4.0, keep_states=False)(batch[0])
     assert isinstance(lesson, LiveLesson) and lesson.states == []
     expected = (teacher(batch[0]).logits.flatten(0, 1)[3:8] / 4).log_softmax(-1)
-    torch.testing.assert_close(lesson.log_q(slice(3, 8), None), expected)
+    torch.testing.assert_close(lesson.about(slice(3, 8))(slice(None), None), expected)

@@ -75,14 +75,14 @@ def test_divergences_are_those_with_the_tail_as_one_outcome(name, temperature, m
 def test_with_all_but_one_token_a_lesson_is_the_teachers():
     torch.manual_seed(0)
     whole, log_p = (3 * torch.randn(2, TOKENS, WORDS)).log_softmax(-1)
-    log_q = CachedLesson(*pack(whole, WORDS - 1)).log_q(slice(2, 9), log_p[2:9])
+    log_q = CachedLesson(*pack(whole, WORDS - 1)).about(slice(2, 9))(slice(None), log_p[2:9])
     torch.testing.assert_close(log_q, whole[2:9], rtol=2**-10, atol=1e-3)
 
 
 def test_a_lesson_is_a_distribution_although_it_was_rounded():
     torch.manual_seed(0)
     whole, log_p = (3 * torch.randn(2, TOKENS, WORDS)).log_softmax(-1)
-    log_q = CachedLesson(*pack(whole, TOP)).log_q(slice(None), log_p)
+    log_q = CachedLesson(*pack(whole, TOP)).about(slice(None))(slice(None), log_p)
     torch.testing.assert_close(log_q.exp().sum(-1), torch.ones(TOKENS), rtol=0, atol=1e-6)
 
 
@@ -97,7 +97,7 @@ def test_a_tail_without_mass_gives_finite_losses(name, least):
     found = chunked_losses(hidden, lambda part: part @ matrix.T, [matrix], WORDS, targets, {name: 1.0}, 1.0, lesson)
     found["objective"].backward()
     assert all(value.isfinite() for value in found.values()) and hidden.grad.isfinite().all()
-    q = lesson.log_q(slice(None), torch.randn(TOKENS, WORDS).log_softmax(-1)).exp()
+    q = lesson.about(slice(None))(slice(None), torch.randn(TOKENS, WORDS).log_softmax(-1)).exp()
     torch.testing.assert_close(q[:, 3:5], torch.full((TOKENS, 2), 0.5))
 
 
@@ -182,9 +182,9 @@ def test_a_cached_teacher_says_what_a_live_one_would(dense, tmp_path):
     ids = batch.pop("input_ids")
     live = LiveTeacher(dense("llama"), torch.float32, torch.device("cpu"), 2.0, keep_states=False)
     log_p = torch.randn(2 * (CONTEXT - 1), VOCABULARY).log_softmax(-1)
-    expected, said = (t(ids, **batch).log_q(slice(None), log_p) for t in (live, CachedTeacher(cache)))
+    expected, said = (t(ids, **batch).about(slice(None))(slice(None), log_p) for t in (live, CachedTeacher(cache)))
     torch.testing.assert_close(said, expected, rtol=2**-10, atol=1e-3)
-    assert (live(ids).log_q(slice(None), log_p) - expected).abs().max() > 0.1  # without the positions
+    assert (live(ids).about(slice(None))(slice(None), log_p) - expected).abs().max() > 0.1  # without the positions
 
 
 # -- whole runs

@@ -20,6 +20,7 @@ For any loss of the form sum_i g(p_i, q_i) the gradient by the logits is (h - p 
 the Jacobian of the softmax is the same for all of them, and each only brings its value and its h.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Protocol
@@ -27,9 +28,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-# Of logits at a time, of which there are a few copies in float32 (128 MiB each). Fewer would save little memory beside
-# a model, and every piece writes a gradient as large as the head.
+# Logits at a time: 128 MiB in float32, and as much for the teacher's and for their gradient. Fewer would save little
+# memory beside a model, and every piece writes a gradient as large as the head.
 LOGITS_AT_ONCE = 2**25
+# And of these, so many are compared at a time on a CPU, whose cache holds the tables that it takes.
+COMPARED_AT_ONCE = 2**19
 
 Head = Callable[[Tensor], Tensor]  # hidden states (tokens, width) -> logits (tokens, vocabulary)
 
@@ -37,8 +40,9 @@ Head = Callable[[Tensor], Tensor]  # hidden states (tokens, width) -> logits (to
 class Lesson(Protocol):
     """What a teacher says of a batch."""
 
-    def log_q(self, part: slice, log_p: Tensor) -> Tensor:
-        """Log-probabilities (tokens, vocabulary), float32, of the batch's tokens `part`; log_p: the model's own."""
+    def about(self, part: slice) -> Callable[[slice, Tensor], Tensor]:
+        """What it says of the batch's tokens `part`: a function log_q(rows, log_p) that returns log-probabilities
+        (rows, vocabulary), float32, of some of these tokens, given the model's own."""
 
 
 def reverse_kl(p: Tensor, log_p: Tensor, q: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,8 +136,8 @@ def chunked_losses(
 class _ChunkedLosses(torch.autograd.Function):
     """(objective, the means of what `losses_and_slope` sums up, (names,)).
 
-    The logits of LOGITS_AT_ONCE numbers are made, compared and turned into gradients of the hidden states and of the
-    head's parameters before the next ones are made. Autograd would keep several tables of (tokens, vocabulary).
+    LOGITS_AT_ONCE logits are made, compared a few tokens at a time, and turned into gradients of the hidden states and
+    of the head's parameters before the next ones are made. Autograd would keep several tables of (tokens, vocabulary).
     """
 
     @staticmethod
@@ -142,15 +146,19 @@ class _ChunkedLosses(torch.autograd.Function):
         wanted = [parameter for parameter in parameters if parameter.requires_grad] if learns else []
         hidden_slope, slopes = torch.empty_like(hidden), []
         totals: dict[str, Tensor] = {}
-        for part in chunks(tokens, vocabulary):
+        for part in chunks(tokens, vocabulary, LOGITS_AT_ONCE):
             given = hidden[part].detach().requires_grad_(learns)
             with torch.set_grad_enabled(learns):
                 logits = head(given)
-            log_q_of = None if lesson is None else lambda log_p, part=part: lesson.log_q(part, log_p)
-            sums, slope = losses_and_slope(logits.detach().float(), targets[part], weights, temperature, log_q_of)
-            totals = {name: totals.get(name, 0) + value for name, value in sums.items()}
+            log_q, slope = None if lesson is None else lesson.about(part), torch.empty_like(logits)
+            on_cpu = logits.device.type == "cpu"
+            for rows in chunks(len(logits), vocabulary, COMPARED_AT_ONCE if on_cpu else LOGITS_AT_ONCE):
+                log_q_of = None if log_q is None else functools.partial(log_q, rows)
+                compared = logits.detach()[rows].float(), targets[part][rows]
+                sums, slope_of_rows = losses_and_slope(*compared, weights, temperature, log_q_of)
+                slope[rows] = slope_of_rows.div_(tokens)
+                totals = {name: totals.get(name, 0) + value for name, value in sums.items()}
             if learns:
-                slope = slope.div_(tokens).to(logits.dtype)
                 hidden_slope[part], *grown = torch.autograd.grad(logits, (given, *wanted), slope)
                 for whole, piece in zip(slopes, grown, strict=False):
                     whole += piece
@@ -173,9 +181,9 @@ class _ChunkedLosses(torch.autograd.Function):
         return hidden_slope, *(None,) * 7, *(next(left) if place else None for place in ctx.places)
 
 
-def chunks(tokens: int, vocabulary: int) -> Iterator[slice]:
-    """Slices of as many tokens as have LOGITS_AT_ONCE logits."""
-    at_once = max(1, LOGITS_AT_ONCE // vocabulary)
+def chunks(tokens: int, vocabulary: int, logits: int) -> Iterator[slice]:
+    """Slices of as many tokens as have so many logits."""
+    at_once = max(1, logits // vocabulary)
     for start in range(0, tokens, at_once):
         yield slice(start, min(start + at_once, tokens))
 

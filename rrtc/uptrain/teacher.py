@@ -1,6 +1,6 @@
 """The model that a student learns from: what it says of each batch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -38,9 +38,11 @@ class LiveLesson:
         self.states = states
 
     @torch.no_grad()
-    def log_q(self, part: slice, log_p: Tensor) -> Tensor:
+    def about(self, part: slice) -> Callable[[slice, Tensor], Tensor]:
         """See rrtc.uptrain.losses.Lesson."""
-        logits = run_head(self._model, self._hidden[part]).float()
-        if self._temperature != 1:
-            logits = logits / self._temperature
-        return logits.log_softmax(-1)
+        logits = run_head(self._model, self._hidden[part])
+
+        def log_q(rows: slice, log_p: Tensor) -> Tensor:
+            return (logits[rows].float() / self._temperature).log_softmax(-1)
+
+        return log_q

@@ -21,7 +21,7 @@ import json
 import time
 import uuid
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy
@@ -36,7 +36,7 @@ from rrtc.console import progress
 from rrtc.errors import RrtcError
 from rrtc.resume import whole_file
 from rrtc.uptrain.data import given
-from rrtc.uptrain.losses import chunks
+from rrtc.uptrain.losses import LOGITS_AT_ONCE, chunks
 from rrtc.uptrain.teacher import LiveTeacher
 
 FORMAT = 2
@@ -260,7 +260,8 @@ def _asked(model: LiveTeacher, inputs: dict[str, Tensor], cache: TeacherCache) -
     shape = inputs["input_ids"].shape
     inputs = {name: value.to(model.model.device) for name, value in inputs.items()}
     lesson = model(inputs.pop("input_ids"), **inputs)
-    parts = [pack(lesson.log_q(part, None), cache.top) for part in chunks(shape.numel(), cache.made_for["vocabulary"])]
+    places = chunks(shape.numel(), cache.made_for["vocabulary"], LOGITS_AT_ONCE)
+    parts = [pack(lesson.about(part)(slice(None), None), cache.top) for part in places]
     columns = [torch.cat(column).cpu().unflatten(0, shape) for column in zip(*parts, strict=True)]
     return list(zip(*columns, strict=True))
 
@@ -286,14 +287,20 @@ class CachedLesson:
         """As `pack` returns them, for the tokens of all windows."""
         self._highest, self._ids, self._tail = highest, ids, tail
 
-    @torch.no_grad()
-    def log_q(self, part: slice, log_p: Tensor) -> Tensor:
+    def about(self, part: slice) -> Callable[[slice, Tensor], Tensor]:
         """See rrtc.uptrain.losses.Lesson."""
-        highest, ids, tail = self._highest[part].float(), self._ids[part], self._tail[part, None]
-        total = torch.cat([highest, tail], dim=1).logsumexp(-1, keepdim=True)  # 0 but for the rounding to float16
-        log_q = log_p.scatter(1, ids, -torch.inf)
-        log_q += tail - total - log_q.logsumexp(-1, keepdim=True)
-        return log_q.scatter_(1, ids, highest - total)
+        lessons = self._highest[part], self._ids[part], self._tail[part, None]
+
+        @torch.no_grad()
+        def log_q(rows: slice, log_p: Tensor) -> Tensor:
+            highest, ids, tail = (lesson[rows] for lesson in lessons)
+            highest = highest.float()
+            total = torch.cat([highest, tail], dim=1).logsumexp(-1, keepdim=True)  # 0 but for the rounding to float16
+            found = log_p.scatter(1, ids, -torch.inf)
+            found += tail - total - found.logsumexp(-1, keepdim=True)
+            return found.scatter_(1, ids, highest - total)
+
+        return log_q
 
 
 def _checksum(name: bytes, tokens: int, lesson: bytes) -> int:
