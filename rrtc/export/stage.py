@@ -77,12 +77,12 @@ def export(folder: str, output: str, recipe: Recipe, report: str | None = None) 
     shards = parse_size(recipe.export.max_shard_size)
     bits = BITS.get(recipe.export.quantize)
     largest = max(weights.parameters, read_architecture(config.base_config).parameters)
-    largest *= 2 if form == "onnx" else 1  # beside the model, its graph has it once more
-    from_disk = is_too_large(largest, torch.float32)
+    times = 2 if form == "onnx" else 1  # beside the model, its graph has it once more
+    from_disk = is_too_large(times * largest, torch.float32)
     if from_disk and (form not in ("recursive", "dense") or bits is not None):
         raise too_large(
             "To be quantised" if bits is not None else "For this form", largest, torch.float32,
-            "The recursive and the dense form, not quantised, are made and checked from disk.",
+            "The recursive and the dense form, not quantised, are made and checked from disk.", times,
         )  # fmt: skip
     if bits is not None:
         check_can_quantise(form, config)
