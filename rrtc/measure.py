@@ -80,10 +80,12 @@ def is_too_large(parameters: int, dtype: torch.dtype) -> bool:
     return parameters * dtype.itemsize > MODEL_SHARE * psutil.virtual_memory().available
 
 
-def too_large(why: str, parameters: int, dtype: torch.dtype, hint: str) -> RrtcError:
-    """What to raise where the model `is_too_large` for what has to be done with it whole."""
+def too_large(why: str, parameters: int, dtype: torch.dtype, hint: str, times: int = 1) -> RrtcError:
+    """What to raise where the model, so many times, `is_too_large` for what has to be done with it whole."""
+    often = f"{times} times " if times > 1 else ""
     return RrtcError(
-        f"{why}, the whole model has to be in memory, and its {size(parameters * dtype.itemsize)} do not fit.", hint
+        f"{why}, the whole model has to be in memory, and {often}its {size(parameters * dtype.itemsize)} do not fit.",
+        hint,
     )
 
 

@@ -388,7 +388,9 @@ class ExportRecipe(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Number format of the weights written; auto: as they are, or float32 for onnx."
     )
-    max_shard_size: str = Field("4GB", description="Largest size of one weights file.")
+    max_shard_size: str = Field(
+        "4GB", description="Largest size of one weights file; for onnx 2GB at most, gguf is always one file."
+    )
     quantize: Literal["none", "int8", "int4"] = Field(
         "none",
         description="Matrices in 8 or 4 bits (compressed-tensors, which transformers and vLLM read), rounded by what "

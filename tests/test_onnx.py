@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from test_export import IDS, LAST_NORM, change_tensors, make_rrt, recipe, run_python
 from transformers import GenerationConfig
 
-from rrtc import checkpoint
+from rrtc import checkpoint, measure
 from rrtc.errors import RrtcError
 from rrtc.export import onnx_form, stage, verify
 from rrtc.inspect import describe
@@ -124,7 +124,7 @@ def test_padding_cache_and_any_length(made):
 def test_sliding_windows_and_shared_norms(tmp_path):
     source, target = make_rrt(tmp_path / "rrt", "gemma3", "shared", **HYBRID), tmp_path / "out"
     target.mkdir()
-    stage.write(source, target, "onnx", torch.float32, 0)
+    stage.write(source, target, "onnx", torch.float32, 10**9)
     assert (target / onnx_form.DATA).stat().st_size <= (source / "model.safetensors").stat().st_size
     compare_padded_greedy(source, target)
 
@@ -137,6 +137,20 @@ def test_sixteen_bits_take_half_the_space_and_compute_the_rounded_model(tmp_path
     matrices = [value for value in graph_of(target).graph.initializers.values() if len(value.shape) == 2]
     assert {value.dtype for value in matrices} == {ir.DataType.FLOAT16}
     compare_padded_greedy(source, target, torch.float16)
+
+
+def test_large_weights_are_several_files(tmp_path):
+    source, target = make_rrt(tmp_path / "rrt", **LAYERS), tmp_path / "out"
+    result = stage.export(str(source), str(target), recipe(format="onnx", max_shard_size="62KB"))
+    files = [target / f"{onnx_form.DATA}{end}" for end in ("", "_1", "_2", "_3")]
+    assert sorted((target / "onnx").iterdir()) == [target / onnx_form.GRAPH, *files]
+    sizes = [file.stat().st_size for file in files]
+    assert max(sizes) <= 62_000 < sizes[0] + sizes[1]
+    assert result["bytes"] == (target / onnx_form.GRAPH).stat().st_size + sum(sizes)
+    config = json.loads((target / "config.json").read_text())
+    assert config["transformers.js_config"]["use_external_data_format"] == {"model.onnx": 4}
+    check_stored_once(graph_of(target), source)
+    compare_padded_greedy(source, target)
 
 
 def test_a_wrong_graph_leaves_no_folder(made, tmp_path, monkeypatch):
@@ -180,6 +194,10 @@ def test_what_cannot_be_exported_is_one_sentence(made, tmp_path, monkeypatch):
         with pytest.raises(RrtcError, match="needs onnxscript, which is not installed") as error:
             stage.export(str(source), str(output), recipe(format="onnx"))
         assert "pip install rrtc[onnx]" in error.value.hint
+    with monkeypatch.context() as patched:
+        patched.setattr(measure, "MODEL_SHARE", 0)
+        with pytest.raises(RrtcError, match=r"For this form, the whole model .* and 2 times its 271\.3 kB do not fit"):
+            stage.export(str(source), str(output), recipe(format="onnx"))
     change_tensors(source, lambda tensors: tensors[LAST_NORM].fill_(1e6))
     with pytest.raises(RrtcError, match="does not fit float16"):
         stage.export(str(source), str(output), recipe(format="onnx", dtype="float16"))

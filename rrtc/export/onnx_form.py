@@ -2,7 +2,8 @@
 
     onnx/model.onnx         the graph: input_ids, attention_mask, position_ids, past_key_values.N.key and .value
                             -> logits, present.N.key and .value; N counts the visits
-    onnx/model.onnx_data    the weights; a shared matrix is there once, however many visits use it
+    onnx/model.onnx_data    the weights; a shared matrix is there once, however many visits use it. What does not fit
+                            one file goes on in model.onnx_data_1, model.onnx_data_2 and so on
     config.json             that of the stock architecture, which is how transformers.js knows the cache
 
 Numbers are float32 inside. Weights written in 16 bits are cast where the graph begins, so that they take half the space
@@ -30,9 +31,8 @@ NEEDED = ("onnx", "onnxscript", "onnxruntime")
 GRAPH, DATA = "onnx/model.onnx", "onnx/model.onnx_data"
 # Lengths to trace with; all different, and none 0 or 1, so that nothing takes one for another or for a constant.
 ROWS, PAST, TOKENS = 2, 3, 5
-# What transformers.js reads in config.json: the weights file beside the graph, and the graph it would not ask for by
-# itself on a processor.
-TRANSFORMERS_JS = {"dtype": "fp32", "use_external_data_format": {"model.onnx": 1}}
+LARGEST = 2_000_000_000  # bytes of a weights file: browsers fail to fetch more than 2 GiB as one array
+INSIDE = 256  # bytes: a tensor that is no larger stays in the graph
 FOLDED = 1024  # elements: larger constants are not worked out in advance, which would store a matrix twice
 
 
@@ -46,11 +46,12 @@ def check_needed() -> None:
         )
 
 
-def write_onnx(source: Path, folder: Path, dtype: torch.dtype) -> int:
+def write_onnx(source: Path, folder: Path, dtype: torch.dtype, shard_bytes: int) -> int:
     """Writes the rrtc model in `source` into the existing `folder`, without checking it; returns its parameter count.
 
-    dtype: the number format of the weights. The model is in memory twice, in float32. Raises RrtcError for a
-    tensor that does not fit `dtype`, and for a model that torch cannot trace or ONNX cannot express.
+    dtype: the number format of the weights. shard_bytes: of one weights file, LARGEST at most; a tensor that is larger
+    has a file of its own. The model is in memory twice, in float32. Raises RrtcError for a tensor that does not fit
+    `dtype`, and for a model that torch cannot trace or ONNX cannot express.
     """
     weights = Weights(source)
     for name in weights:
@@ -60,10 +61,12 @@ def write_onnx(source: Path, folder: Path, dtype: torch.dtype) -> int:
     if dtype != torch.float32:
         round_tensors(model, dtype)
     graph = _small(_trace(model), dtype)
-    _save(graph, folder)
+    shards = _save(graph, folder, min(shard_bytes, LARGEST))
     write_dense_config(model.config, folder, dtype)
     config = json.loads((folder / "config.json").read_text(encoding="utf8"))
-    config["transformers.js_config"] = TRANSFORMERS_JS
+    # What transformers.js has to be told: the graph it would not ask for by itself on a processor, and how many files
+    # of weights there are beside it.
+    config["transformers.js_config"] = {"dtype": "fp32", "use_external_data_format": {Path(GRAPH).name: shards}}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf8")
     copy_companions(source, folder)
     return weights.parameters
@@ -71,7 +74,7 @@ def write_onnx(source: Path, folder: Path, dtype: torch.dtype) -> int:
 
 def onnx_bytes(folder: Path) -> int:
     """The size of the graph and its weights in `folder`."""
-    return sum((folder / name).stat().st_size for name in (GRAPH, DATA))
+    return sum(file.stat().st_size for file in (folder / GRAPH).parent.iterdir())
 
 
 class _Cached(nn.Module):
@@ -199,11 +202,29 @@ def _halve(graph, dtype: torch.dtype) -> None:
     graph.graph.insert_before(graph.graph[0], casts)
 
 
-def _save(graph, folder: Path) -> None:
+def _save(graph, folder: Path, shard_bytes: int) -> int:
+    """Writes the graph and its weights, and returns the number of weights files. Their names are those that
+    transformers.js works out."""
     import onnx_ir as ir
 
-    (folder / GRAPH).parent.mkdir()
+    shards, written = [[]], 0
+    for value in graph.graph.initializers.values():
+        size = value.const_value.nbytes
+        if size > INSIDE:
+            if shards[-1] and written + size > shard_bytes:
+                shards.append([])
+                written = 0
+            shards[-1].append(value)
+            written += size
+    inside = (folder / GRAPH).parent
+    inside.mkdir()
     try:
-        ir.save(graph, folder / GRAPH, external_data=Path(DATA).name)
+        for number, values in enumerate(shards):
+            name = Path(DATA).name + (f"_{number}" if number else "")
+            stored = ir.external_data.convert_tensors_to_external([v.const_value for v in values], inside, name)
+            for value, tensor in zip(values, stored, strict=True):
+                value.const_value = tensor
+        ir.save(graph, folder / GRAPH)
     except OSError as error:
         raise disk_error(folder / DATA, error) from error
+    return len(shards)

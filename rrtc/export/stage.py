@@ -144,12 +144,12 @@ def check_form(recipe: ExportRecipe, base: PreTrainedConfig, parameters: int) ->
         find_converter()
     if quantised:
         check_can_quantise(form, base)
-    largest = parameters * (2 if form == "onnx" else 1)  # beside the model, its graph has it once more
-    from_disk = is_too_large(largest, torch.float32)
+    times = 2 if form == "onnx" else 1  # beside the model, its graph has it once more
+    from_disk = is_too_large(times * parameters, torch.float32)
     if from_disk and (form not in ("recursive", "dense") or quantised):
         raise too_large(
-            "To be quantised" if quantised else "For this form", largest, torch.float32,
-            "The recursive and the dense form, not quantised, are made and checked from disk.",
+            "To be quantised" if quantised else "For this form", parameters, torch.float32,
+            "The recursive and the dense form, not quantised, are made and checked from disk.", times,
         )  # fmt: skip
     return from_disk
 

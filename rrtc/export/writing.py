@@ -63,7 +63,7 @@ def write(
 
     dtype: the number format of the weights; None, for the recursive form alone: as they are. A block of a tensor's rows
     at a time is in memory, or a matrix that the stock model keeps transposed, but for the ONNX form. shard_bytes: of no
-    meaning to the ONNX and GGUF forms, each one weights file.
+    meaning to the GGUF form, one weights file.
     stored: for the dense form, a wider number format in which to write what was rounded to `dtype`.
     """
     if form == "gguf":
@@ -74,7 +74,7 @@ def write(
         return parameters
     if form == "onnx":
         note("Tracing the model")
-        return write_onnx(source, folder, dtype)
+        return write_onnx(source, folder, dtype, shard_bytes)
     config, weights = recursive_config(source), Weights(source)
     if form == "dense":
         total = len(stock_model(config.base_config).state_dict())

@@ -1,0 +1,116 @@
+"""The page for the browser, opened in a real one: what it writes is what ONNX Runtime and transformers write."""
+
+import functools
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from chromium import Page
+from test_export import make_rrt, recipe
+from test_onnx import HYBRID, LAYERS, padded_greedy
+from transformers import AutoTokenizer, GenerationConfig
+
+from rrtc.export import onnx_form, stage
+from rrtc.model import RrtForCausalLM
+
+VARIABLE = "RRTC_TRANSFORMERS_JS"
+CHROMIUM = shutil.which("chromium")
+BROWSER = Path(__file__).parents[1] / "recipes/browser"
+PROMPT, TOKENS = "The statement is", 24
+
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium"),
+    pytest.mark.skipif(
+        VARIABLE not in os.environ,
+        reason="needs transformers.js: npm install --ignore-scripts @huggingface/transformers@4 in a folder that "
+        f"{VARIABLE} names",
+    ),
+]
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Iterator[tuple[Path, str]]:
+    """(a folder as the page's own words tell to make it, but for the model; its address)."""
+    folder = tmp_path_factory.mktemp("site")
+    for file in BROWSER.iterdir():
+        shutil.copy(file, folder)
+    (folder / "node_modules").symlink_to(Path(os.environ[VARIABLE], "node_modules").absolute())
+    with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=folder)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield folder, f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory) -> Iterator[Page]:
+    with Page(CHROMIUM, tmp_path_factory.mktemp("chromium") / "profile") as page:
+        yield page
+
+
+def state_after(page: Page, passing: str) -> list[str]:
+    """[state of the page, what it says], as soon as that is none of the states `passing`."""
+    page.wait_until(f"!{passing.split()}.includes(document.body.dataset.state)")
+    return page.evaluate("[document.body.dataset.state, document.getElementById('status').textContent]")
+
+
+def written_by_page(page: Page, address: str, presses: int = 1) -> list:
+    """[tokens, text] that somebody gets who opens the address and presses the button so many times."""
+    page.open(address)
+    state, words = state_after(page, "loading")
+    assert state == "ready", words
+    page.evaluate("document.getElementById('go').click();" * presses)
+    state, words = state_after(page, "ready busy")
+    assert state == "done", words
+    return page.evaluate("[JSON.parse(document.body.dataset.tokens), document.getElementById('text').textContent]")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options", "files"),
+    [
+        ("llama", {}, 1),
+        ("gemma3", {"dtype": "float16", "max_shard_size": "32KB"}, 3),
+    ],
+)
+def test_the_page_writes_what_the_export_writes(tmp_path, site, page, architecture, options, files):
+    folder, address = site
+    changes = HYBRID if architecture == "gemma3" else LAYERS
+    source, target = make_rrt(tmp_path / "rrt", architecture, **changes), folder / architecture
+    stage.export(str(source), str(target), recipe(format="onnx", **options))
+    assert len(list(target.glob(f"{onnx_form.DATA}*"))) == files
+
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    expected, _ = padded_greedy(target, ids, torch.ones_like(ids), TOKENS)
+    model = RrtForCausalLM.from_pretrained(source).eval()
+    onnx_form.round_tensors(model, getattr(torch, options.get("dtype", "float32")))
+    model.generation_config = GenerationConfig(pad_token_id=2)
+    assert torch.equal(model.generate(ids, max_new_tokens=TOKENS, do_sample=False), expected)
+
+    opened = f"{address}?model={architecture}&prompt={PROMPT}&tokens={TOKENS}"
+    tokens, text = written_by_page(page, opened)
+    assert tokens == expected[0, ids.shape[1] :].tolist()
+    assert text == tokenizer.decode(expected[0], skip_special_tokens=True)
+
+    stopped, _ = written_by_page(page, opened, presses=2)  # the second time it says "Stop"
+    assert 0 < len(stopped) < TOKENS
+    assert stopped == tokens[: len(stopped)]
+
+
+def test_the_page_says_what_is_missing(site, page):
+    page.open(f"{site[1]}?model=nowhere")
+    assert state_after(page, "loading") == [
+        "failed",
+        "Beside this page is no model “nowhere”: rrtc export … -o nowhere --format onnx makes one.",
+    ]
+    page.open((site[0] / "index.html").as_uri())
+    assert "has to come from a server" in state_after(page, "loading")[1]
