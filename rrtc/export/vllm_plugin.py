@@ -18,6 +18,8 @@ and as its source reads:
 - one GPU. With tensor parallelism every matrix is replicated (there is no plan for it), and pipeline parallelism is
   refused (the layers that hold the weights are not one list);
 - attention projections and gates are not fused, since their matrices are shared;
+- no GPT-2: the backend leaves out the bias of its attention, in stock models too, and refuses it or crashes; vLLM has a
+  GPT-2 of its own, which runs the dense form;
 - its kernels for packed integers are choosy. On a processor: 4 bits, 16-bit activations, and inputs and outputs in
   multiples of 32. On NVIDIA GPUs, as Marlin's source reads: groups of 32, 64 or 128.
 """
