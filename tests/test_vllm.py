@@ -1,8 +1,11 @@
-"""The recursive form and vLLM, without vLLM: what the source of its backend for transformers models (0.33) asks of a
+"""The recursive form and vLLM. With a Python that has vLLM and rrtc in it, named by RRTC_VLLM_PYTHON: that vLLM
+computes what transformers does. Without: what the source of its backend for transformers models (0.32, 0.33) asks of a
 model, and a run of the model as that backend makes it, with stand-ins for vLLM's layers."""
 
 import importlib.util
 import inspect
+import json
+import os
 import subprocess
 import sys
 import tomllib
@@ -11,13 +14,35 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_export import IDS, make_rrt
+from test_export import IDS, make_rrt, recipe
 from torch import nn
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from rrtc.export import vllm_plugin
-from rrtc.model import RrtForCausalLM, RrtModel
+from rrtc.export import stage, vllm_plugin
+from rrtc.model import RrtConfig, RrtForCausalLM, RrtModel
+from rrtc.model.modeling_rrt import RelaxedLinear
+
+VARIABLE = "RRTC_VLLM_PYTHON"
+HEADS = {"head_dim": 32}  # the smallest that vLLM's kernels for processors take
+
+# Greedy tokens of vLLM and their log-probabilities. argv: folders and number formats, prompts, the file to write.
+SERVE = """
+import gc, json, sys
+from vllm import LLM, SamplingParams
+from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+cases, prompts, written = json.loads(sys.argv[1]), json.loads(sys.argv[2]), {}
+sampling = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, logprobs=1)
+for folder, dtype in cases:
+    llm = LLM(folder, dtype=dtype, max_model_len=96, enforce_eager=True, distributed_executor_backend="uni")
+    outputs = [o.outputs[0] for o in llm.generate([{"prompt_token_ids": p} for p in prompts], sampling)]
+    written[folder] = [[[t, p[t].logprob] for t, p in zip(o.token_ids, o.logprobs)] for o in outputs]
+    llm.llm_engine.engine_core.shutdown()
+    del llm
+    gc.collect()
+    cleanup_dist_env_and_memory()
+open(sys.argv[3], "w").write(json.dumps(written))
+"""
 
 
 class Replicated(nn.Module):
@@ -61,6 +86,25 @@ def replace_linears(module: nn.Module) -> int:
         else:
             replaced += replace_linears(child)
     return replaced
+
+
+def own_first(folder: Path, **changes) -> Path:
+    """As make_rrt, but the first visit, of whose class vLLM asks whether matrices can be fused, shares none of its
+    matrices, and one that does comes second in its slot. The FFN of the last one is narrower."""
+    make_rrt(folder, **changes)
+    config = RrtConfig.from_pretrained(folder)
+    first, last = config.visits[0], config.visits[-1]
+    first["forms"], first["ranks"] = dict.fromkeys(first["ranks"], "own"), dict.fromkeys(first["ranks"], 0)
+    wide, narrow = config.hidden_size, config.intermediate_size // 2
+    last["forms"] = {f"mlp.{name}_proj": "low_rank" for name in ("gate", "up", "down")}
+    last["shapes"] = dict.fromkeys(last["forms"], (wide, narrow)) | {"mlp.down_proj": (narrow, wide)}
+    torch.manual_seed(0)
+    model = RrtForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture
@@ -123,6 +167,100 @@ def test_it_computes_the_same_with_vllms_layers_and_one_kv_cache_for_each_visit(
     assert {instance.keys.shape[2] for instance in instances.values()} == {ids.shape[1]}
 
 
+class Backend(nn.Module):
+    """In the place of vLLM's TransformersForCausalLM: it finds the attention modules by walking down the model."""
+
+    def __init__(self, *, vllm_config, prefix=""):
+        super().__init__()
+        self.model = vllm_config
+        self.text_config = self.model.config.get_text_config()
+        self.logits_processor = types.SimpleNamespace(scale=1.0)
+        self.attention_fusers = {}
+        self.recursive_replace()
+
+    def recursive_replace(self):
+        self.kinds = {path: type(module) for path, module in self.named_modules()}
+        for path, module in self.named_modules():
+            if "= ALL_ATTENTION_FUNCTIONS" in inspect.getsource(type(module).forward):
+                self.attention_fusers[module.layer_idx] = path, "a fuser"
+
+
+@pytest.fixture
+def vllm_model(monkeypatch):
+    """rrtc.export.vllm_model, with stand-ins for what it imports."""
+    for name, content in {"config": {"VllmConfig": None}, "model_executor.models.transformers": {}}.items():
+        module = types.ModuleType(f"vllm.{name}")
+        vars(module).update(content or {"TransformersForCausalLM": Backend})
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.delitem(sys.modules, "rrtc.export.vllm_model", raising=False)
+    yield importlib.import_module("rrtc.export.vllm_model")
+    del sys.modules["rrtc.export.vllm_model"]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "granite"])
+def test_vllm_finds_the_number_of_a_visit_and_no_other_in_the_name_of_its_attention(
+    architecture, tmp_path, backend, vllm_model
+):
+    model = vllm_model.RrtForCausalLM(vllm_config=as_vllm_builds(make_rrt(tmp_path, architecture)))
+    assert model.attention_fusers.keys() == set(range(6))
+    for number, (path, fuser) in model.attention_fusers.items():
+        assert [int(part) for part in path.split(".") if part.isdigit()] == [number]
+        assert (model.get_submodule(path).layer_idx, fuser) == (number, "a fuser")
+    assert model.logits_processor.scale == (0.5 if architecture == "granite" else 1.0)
+
+
+def test_modules_with_relaxed_matrices_have_a_class_of_their_own_for_vllm(tmp_path, backend, vllm_model):
+    model = vllm_model.RrtForCausalLM(vllm_config=as_vllm_builds(own_first(tmp_path)))
+    holders = {False: set(), True: set()}
+    for path, module in model.named_modules():
+        if ".loops." in path and path.endswith((".self_attn", ".mlp")):
+            holders[any(isinstance(child, RelaxedLinear) for child in module.children())].add(model.kinds[path])
+    assert {kind.__name__ for kind in holders[False]} == {kind.__name__ for kind in holders[True]}
+    assert not holders[False] & holders[True] and len(holders[True]) == 2
+
+
+@pytest.mark.skipif(VARIABLE not in os.environ, reason=f"needs a Python with vLLM and rrtc, named by {VARIABLE}")
+def test_vllm_computes_what_transformers_does(tmp_path):
+    own = own_first(tmp_path / "own", **HEADS)
+    dense, int4 = tmp_path / "dense", tmp_path / "int4"
+    stage.export(str(own), str(dense), recipe(format="dense"))
+    even = make_rrt(tmp_path / "even", hidden_size=64, intermediate_size=96, **HEADS)
+    stage.export(str(even), str(int4), recipe(quantize="int4", calibrate_tokens=512))
+    tolerances = {
+        own: 1e-4,  # before the others: vLLM decides by class, once in a process
+        dense: 1e-4,
+        make_rrt(tmp_path / "llama", "llama", "shared", **HEADS): 1e-4,
+        make_rrt(tmp_path / "gemma3", "gemma3", **HEADS): 1e-4,  # windows of 8 tokens
+        make_rrt(tmp_path / "granite", "granite", hidden_size=128): 1e-4,  # divides its logits
+        int4: 0.1,  # in bfloat16, the only format that all of vLLM's kernels for it compute in
+    }
+    formats = {folder: "bfloat16" if folder == int4 else "float32" for folder in tolerances}
+    prompts = [[(i * 37 + start) % 320 for i in range(24 + 5 * start)] for start in range(3)]
+    file = tmp_path / "tokens.json"
+    subprocess.run(
+        [os.environ[VARIABLE], "-c", SERVE, json.dumps([(str(f), d) for f, d in formats.items()]),
+         json.dumps(prompts), str(file)],
+        env=os.environ | {
+            "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parent.parent), "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1",
+        },
+        check=True,
+    )  # fmt: skip
+    served = json.loads(file.read_text())
+    for folder, tolerance in tolerances.items():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, formats[folder])).eval()
+        for prompt, pairs in zip(prompts, served[str(folder)], strict=True):
+            tokens, found = [token for token, _ in pairs], torch.tensor([value for _, value in pairs])
+            assert len(tokens) == 24
+            with torch.inference_mode():
+                logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1].float()
+            expected = logits.log_softmax(-1)
+            chosen = expected.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+            # Another token than transformers' is only one that it thinks as good.
+            assert (expected.amax(-1) - chosen).max() <= tolerance, folder.name
+            torch.testing.assert_close(found, chosen, atol=tolerance, rtol=0, msg=lambda m, f=folder: f"{f.name}: {m}")
+
+
 def test_the_plugin_registers_the_text_backend_once(monkeypatch):
     registered = {}
     registry = types.SimpleNamespace(
@@ -143,4 +281,6 @@ def test_the_entry_point_names_it_and_nothing_else_of_rrtc_imports_vllm():
     code = "import sys, rrtc.export.vllm_plugin; print(sorted({'vllm', 'torch', 'transformers'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
     asking = {file.name for file in (root / "rrtc").rglob("*.py") if "vllm import" in file.read_text()}
-    assert asking == {"vllm_plugin.py"}
+    assert asking == {"vllm_plugin.py"} and importlib.util.find_spec(vllm_plugin.BACKEND.partition(":")[0])
+    asking = {file.name for file in (root / "rrtc").rglob("*.py") if "from vllm." in file.read_text()}
+    assert asking == {"vllm_model.py"}
