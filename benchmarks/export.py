@@ -6,7 +6,8 @@ FOLDER, which must not exist, gets a recursive model of random weights (bfloat16
 64) of at least that size, and what is written of it, and is deleted afterwards; MODEL is a folder whose tokenizer is
 copied. Writing is measured alone, in a process of its own, without the verification: its peak is the resident size,
 files that it maps included (ru_maxrss), and may be 1.5 times the largest shard and 1 GiB. The time of each form is
-beside that of `cp` of the model's files just before; file caches are emptied before either, where this is root.
+beside that of `cp` of the model's files just before; file caches are emptied before either, where this is root. Both
+are shown until the program ends, when a part of the files is in memory alone, and until all is on the disk.
 """
 
 import argparse
@@ -69,6 +70,13 @@ def generate(folder: Path, tokenizer: Path, least_bytes: int, width: int, inner:
     write_provenance(folder, "init", {"uri": "random"}, {"init": recipe.model_dump()}, {"init": {}}, [])
 
 
+def sync_seconds() -> float:
+    """How long it takes until everything written is on the disk."""
+    began = time.perf_counter()
+    os.sync()
+    return time.perf_counter() - began
+
+
 def empty_caches() -> None:
     os.sync()
     if os.access(DROP_CACHES, os.W_OK):
@@ -96,21 +104,24 @@ def measured(folder: Path, shard: int) -> Table:
     source = folder / "rrt"
     machine = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
     table = Table(
-        "form", "written", "largest shard", "peak", "may be", "time", "copying", "ratio",
+        "form", "written", "largest shard", "peak", "may be", "time, to disk", "copying, to disk", "ratio, to disk",
         title=f"Writing a recursive model of {size(Weights(source).bytes_on_disk)}\n{machine}",
     )  # fmt: skip
     for form, dtype in (("recursive", "as it is"), ("recursive", "float16"), ("dense", "bfloat16")):
         out = folder / "out"
         empty_caches()
         _, copying = run([shutil.which("cp"), "-r", str(source), str(out)])
+        copying_to_disk = copying + sync_seconds()
         shutil.rmtree(out)
         out.mkdir()
         empty_caches()
         peak, seconds = run([sys.executable, "-c", WRITE, str(source), str(out), form, dtype, str(shard)])
+        to_disk = seconds + sync_seconds()
         largest = max(file.stat().st_size for file in Weights(out).files)
         table.add_row(
             f"{form}, {dtype}", size(Weights(out).bytes_on_disk), size(largest), size(peak),
-            size(int(1.5 * largest) + 2**30), f"{seconds:.0f} s", f"{copying:.0f} s", f"{seconds / copying:.2f}",
+            size(int(1.5 * largest) + 2**30), f"{seconds:.0f} s, {to_disk:.0f} s",
+            f"{copying:.0f} s, {copying_to_disk:.0f} s", f"{seconds / copying:.2f}, {to_disk / copying_to_disk:.2f}",
         )  # fmt: skip
         shutil.rmtree(out)
     return table

@@ -35,11 +35,14 @@ def run(recipe: Recipe, output: str, resume: bool = False) -> dict:
     """
     if recipe.model is None:
         raise WrongUsage("The recipe does not name a model.", "Add 'model: …', as in recipes/quickstart.yaml.")
-    _check_inputs(recipe)
     folders = {stage: Path(output) / stage for stage in STAGES}
     checkpoints = partial_of(folders["uptrain"]) / "checkpoints"
     if not resume:
         check_target(Path(output))
+    _check_inputs(recipe)
+    if recipe.eval.tasks and not folders["eval"].exists():
+        note("Looking for the tasks of the evaluation")
+        find_tasks(recipe.eval)
     steps = {
         "init": lambda: init(recipe.model, str(folders["init"]), recipe, resume=can_resume(folders["init"])),
         "uptrain": lambda: uptrain(
@@ -93,7 +96,6 @@ def _check_inputs(recipe: Recipe) -> None:
     config = find_model(recipe.model).config()
     check_tokens(recipe.uptrain, longest_context(config, recipe.uptrain.context))
     check_form(recipe.export, config, read_architecture(config).parameters)
-    find_tasks(recipe.eval)
 
 
 def _check_same_recipe(stage: str, folder: Path, recipe: Recipe) -> None:

@@ -205,7 +205,7 @@ def _damaged(file: Path) -> RrtcError:
 
 
 class ShardWriter:
-    """Writes tensors into safetensors files with at most `max_bytes` of them each, holding no more than one in memory.
+    """Writes tensors into safetensors files with at most `max_bytes` of them each, holding no more than a block of one.
 
     `add` tensors in any order, then `finish`: files get their final names and, where there are several, an index. The
     header of a safetensors file comes first and lists all tensors, so room is left for it. A large shard keeps that
@@ -225,7 +225,7 @@ class ShardWriter:
         self.add_blocks(name, [tensor])
 
     def add_blocks(self, name: str, blocks: Iterable) -> None:
-        """Adds a tensor in blocks of its rows, of which one is in memory at a time. Raises as `add` does."""
+        """Adds a tensor in blocks of its rows, one after the other. Raises as `add` does."""
         import torch
 
         file, size, shapes = self._file(), 0, []

@@ -22,6 +22,7 @@ VARIABLE = "RRTC_TRANSFORMERS_JS"
 CHROMIUM = shutil.which("chromium")
 BROWSER = Path(__file__).parents[1] / "recipes/browser"
 PROMPT, TOKENS = "The statement is", 24
+PRESS = "document.getElementById('go').click();"
 
 pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium"),
@@ -63,12 +64,12 @@ def state_after(page: Page, passing: str) -> list[str]:
     return page.evaluate("[document.body.dataset.state, document.getElementById('status').textContent]")
 
 
-def written_by_page(page: Page, address: str, presses: int = 1) -> list:
-    """[tokens, text] that somebody gets who opens the address and presses the button so many times."""
+def written_by_page(page: Page, address: str, then: str = "") -> list:
+    """[tokens, text] that somebody gets who opens the address, presses the button and does what `then` says."""
     page.open(address)
     state, words = state_after(page, "loading")
     assert state == "ready", words
-    page.evaluate("document.getElementById('go').click();" * presses)
+    page.evaluate(PRESS + then)
     state, words = state_after(page, "ready busy")
     assert state == "done", words
     return page.evaluate("[JSON.parse(document.body.dataset.tokens), document.getElementById('text').textContent]")
@@ -101,9 +102,22 @@ def test_the_page_writes_what_the_export_writes(tmp_path, site, page, architectu
     assert tokens == expected[0, ids.shape[1] :].tolist()
     assert text == tokenizer.decode(expected[0], skip_special_tokens=True)
 
-    stopped, _ = written_by_page(page, opened, presses=2)  # the second time it says "Stop"
+    empty = "document.getElementById('prompt').value = '';"
+    stopped, _ = written_by_page(page, opened, then=f"{empty} {PRESS}")  # the second time it says "Stop"
     assert 0 < len(stopped) < TOKENS
     assert stopped == tokens[: len(stopped)]
+
+
+def test_another_model_under_the_same_name_is_another_model(tmp_path, site, page):
+    folder, address = site
+    found = []
+    for architecture in ("llama", "qwen3"):
+        shutil.rmtree(folder / "model", ignore_errors=True)
+        stage.export(
+            str(make_rrt(tmp_path / architecture, architecture, **LAYERS)), str(folder / "model"), recipe(format="onnx")
+        )
+        found.append(written_by_page(page, f"{address}?prompt={PROMPT}&tokens=8")[0])
+    assert found[0] != found[1]
 
 
 def test_the_page_says_what_is_missing(site, page):

@@ -217,6 +217,14 @@ def test_a_damaged_config_of_a_compressed_model(tied, tmp_path):
         fails(command, broken, says="config .* cannot be read")
 
 
+def test_a_cache_in_a_place_that_cannot_be_written_to(tied, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("RRTC_CACHE", str(tmp_path / "file"))
+    result = rrtc("uptrain", tied, "-o", tmp_path / "out", "--context", "32", "--tokens", "256")
+    assert result.exit_code == 1 and not (tmp_path / "out").exists()
+    assert str(tmp_path / "file") in result.stderr and "RRTC_CACHE names another folder" in result.stderr
+
+
 def test_a_failed_run_leaves_no_folder(dense, tmp_path):
     tensors = load_file(dense / "model.safetensors")
     broken = copy(dense, tmp_path / "broken")

@@ -99,6 +99,16 @@ def test_licences_that_forbid_what_an_export_is(tmp_path, file, text, forbidden)
     assert forbids_derivatives(find_licence(tmp_path)) is forbidden
 
 
+def test_a_folder_that_is_older_than_the_note_of_its_licence_says_so(rrt, tmp_path, capfd):
+    source = shutil.copytree(rrt, tmp_path / "rrt")
+    said = yaml.safe_load((source / "rrtc.yaml").read_text())
+    del said["base"]["licence"]
+    (source / "rrtc.yaml").write_text(yaml.safe_dump(said))
+    stage.export(str(source), str(tmp_path / "out"), Recipe())
+    assert capfd.readouterr().err.count("Note: The licence of ") == 1
+    assert "Not known: this model was made by an rrtc that" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_a_licence_that_forbids_derivatives_is_one_warning_and_a_word_in_the_card(rrt, tmp_path, capfd):
     source, base = shutil.copytree(rrt, tmp_path / "rrt"), tmp_path / "base"
     base.mkdir()

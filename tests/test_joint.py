@@ -7,6 +7,7 @@ import torch
 from pico import ARCHITECTURES, pico_config, pico_model
 
 from rrtc.init import joint as joint_module
+from rrtc.init import neurons
 from rrtc.init.joint import joint, joint_costs
 from rrtc.init.moments import DiagonalMoment, FullMoment, Moment
 from rrtc.init.neurons import Neurons, align, find_neurons, narrowed, refitted, removal, reordered, reordered_seen
@@ -224,6 +225,15 @@ def test_removal_predicts_what_the_refitted_reader_costs():
         change = one.weight.clone()
         change[:, kept] -= refitted(one, kept)
         assert one.cost(change) == pytest.approx(gone.costs[step].item(), rel=1e-3)
+
+
+def test_what_is_left_of_a_real_ffn_is_a_multiple_of_32():
+    gone = removal([seen(10, 768, seed=4)])
+    assert len(gone.removed) == 19 and all((768 - removed) % 32 == 0 for removed in gone.removed)
+    for width in (1536, 2048, 4864, 5632, 8192, 8960, 11008, 14336, 16384):
+        step = neurons._step(width)
+        assert step % 32 == 0 and 40 < width / step < 110
+    assert [neurons._step(width) for width in (24, 80, 1000)] == [1, 2, 8]  # as fine as it has to be
 
 
 def test_the_first_neuron_to_go_is_the_cheapest_of_all():

@@ -117,6 +117,13 @@ def test_the_export_is_small_verified_and_says_so(made, tmp_path):
     assert run_python("import sys; sys.modules['rrtc'] = None\n" + snippet, cwd=target.parent).strip()
 
 
+def test_more_files_than_a_browser_reads_are_refused(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_form, "MOST_FILES", 3)
+    with pytest.raises(RrtcError, match="would be [0-9]+ files, and transformers.js reads at most 3") as error:
+        stage.export(str(made[0]), str(tmp_path / "out"), recipe(format="onnx", max_shard_size="8KB"))
+    assert "--max-shard-size" in error.value.hint and not list(tmp_path.iterdir())
+
+
 def test_padding_cache_and_any_length(made):
     compare_padded_greedy(*made[:2])
 

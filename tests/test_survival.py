@@ -420,6 +420,13 @@ def test_a_machine_that_computes_otherwise_does_not_go_on(rrt, monkeypatch):
         check_unchanged(begun, prepare(rrt, settings(precision="auto").uptrain).fingerprint())
 
 
+def test_a_run_that_cut_its_windows_otherwise_is_not_gone_on_with(rrt):
+    now = prepare(rrt, settings().uptrain).fingerprint()
+    begun = {name: value for name, value in now.items() if name != "order of the text"}  # as before there were two
+    with pytest.raises(RrtcError, match="because the order of the text has changed since it was started"):
+        check_unchanged(begun, now)
+
+
 def test_checkpoints_may_be_more_frequent_after_a_kill(rrt, tmp_path, monkeypatch):
     target = tmp_path / "out"
     for save_every, micro_batch in ((100, 5), (3, 8)):  # in step 3, in step 5

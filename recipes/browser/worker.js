@@ -17,6 +17,7 @@ const asked = {
     env.allowRemoteModels = false;
     env.allowLocalModels = true;
     env.localModelPath = "./";
+    env.useBrowserCache = false; // it goes by the name alone, and another model may come to have that
     const runtime = `${modules}/onnxruntime-web/dist/ort-wasm-simd-threaded.asyncify`;
     env.backends.onnx.wasm.wasmPaths = { mjs: `${runtime}.mjs`, wasm: `${runtime}.wasm` };
 

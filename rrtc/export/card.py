@@ -309,6 +309,8 @@ def _table(rows: list[dict]) -> str:
 
 def _licence(licence: dict, base: dict) -> str:
     uri = base.get("uri", "the base model")
+    if not licence and "licence" not in base:
+        return f"Not known: this model was made by an rrtc that did not write the licence of {uri} down. Look there."
     if not licence:
         return f"Not known: the files of {uri} state none. Ask its makers before passing this model on."
     stated = licence.get("license_name", licence["license"])

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from rrtc.effective import effective_blocks, effective_tensor
+from rrtc.effective import effective_blocks
 from rrtc.errors import RrtcError
 from rrtc.model import RrtConfig, configuration_rrt, modeling_rrt
 from rrtc.model.modeling_rrt import find_layers, matrices_of
@@ -66,7 +66,7 @@ def dense_form(weights: Weights, config: RrtConfig, dtype: torch.dtype, each: Ca
             visit = config.visits[int(number)]
             of = weights, f"{inside}slots.{visit['slot']}", visit, path, shapes[int(number)]
             if path.removesuffix(".weight") in transposed[int(number)]:
-                yield name, [effective_tensor(*of).T.to(dtype)]
+                yield name, [torch.cat(list(effective_blocks(*of, each))).T.to(dtype)]
             else:
                 yield name, (block.to(dtype) for block in effective_blocks(*of, each))
         elif name in weights:

@@ -32,6 +32,7 @@ GRAPH, DATA = "onnx/model.onnx", "onnx/model.onnx_data"
 # Lengths to trace with; all different, and none 0 or 1, so that nothing takes one for another or for a constant.
 ROWS, PAST, TOKENS = 2, 3, 5
 LARGEST = 2_000_000_000  # bytes of a weights file: browsers fail to fetch more than 2 GiB as one array
+MOST_FILES = 100  # of weights, that transformers.js reads
 INSIDE = 256  # bytes: a tensor that is no larger stays in the graph
 FOLDED = 1024  # elements: larger constants are not worked out in advance, which would store a matrix twice
 
@@ -51,7 +52,7 @@ def write_onnx(source: Path, folder: Path, dtype: torch.dtype, shard_bytes: int)
 
     dtype: the number format of the weights. shard_bytes: of one weights file, LARGEST at most; a tensor that is larger
     has a file of its own. The model is in memory twice, in float32. Raises RrtcError for a tensor that does not fit
-    `dtype`, and for a model that torch cannot trace or ONNX cannot express.
+    `dtype`, for a model that torch cannot trace or ONNX cannot express, and for more files than MOST_FILES.
     """
     weights = Weights(source)
     for name in weights:
@@ -216,6 +217,11 @@ def _save(graph, folder: Path, shard_bytes: int) -> int:
                 written = 0
             shards[-1].append(value)
             written += size
+    if len(shards) > MOST_FILES:
+        raise RrtcError(
+            f"The weights would be {len(shards)} files, and transformers.js reads at most {MOST_FILES}.",
+            "Choose a larger --max-shard-size.",
+        )
     inside = (folder / GRAPH).parent
     inside.mkdir()
     try:

@@ -81,6 +81,8 @@ def export(folder: str, output: str, recipe: Recipe, report: str | None = None) 
     check_space(target, bytes_written(form, weights, config, cast) * (1 if bits is None else 2))
     base = base_seen_from(target, source, provenance)
     licence = licence_of(source, base)
+    if not licence and "licence" not in base:
+        warn(f"The licence of {base['uri']} is not known: {folder} was made before rrtc wrote it down.")
     if forbids_derivatives(licence):
         stated = licence.get("license_name", licence["license"])
         warn(f"The licence of {provenance['base']['uri']} ({stated}) forbids passing on what is made of it.")

@@ -61,9 +61,9 @@ def write(
 ) -> int:
     """Writes the rrtc model in `source` into the existing `folder`, without checking it; returns its parameter count.
 
-    dtype: the number format of the weights; None, for the recursive form alone: as they are. A block of a tensor's rows
-    at a time is in memory, or a matrix that the stock model keeps transposed, but for the ONNX form. shard_bytes: of no
-    meaning to the GGUF form, one weights file.
+    dtype: the number format of the weights; None, for the recursive form alone: as they are. No more than a few blocks
+    of a tensor's rows are in memory, or a matrix that the stock model keeps transposed, but for the ONNX form.
+    shard_bytes: of no meaning to the GGUF form, one weights file.
     stored: for the dense form, a wider number format in which to write what was rounded to `dtype`.
     """
     if form == "gguf":
@@ -97,17 +97,16 @@ def write(
 def _map_ahead() -> Iterator[Callable]:
     """A `map` that works a few items ahead, in threads, while the caller writes what it has. Every thread works alone
     on its block: blocks are so small that threads which share one mostly wait for each other."""
-    cores = torch.get_num_threads()
-    threads = max(1, cores - 1)  # one core is the caller's
+    cores = torch.get_num_threads()  # one for each thread: the caller mostly waits for the disk
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(threads) as pool:
+        with ThreadPoolExecutor(cores) as pool:
 
             def ahead(function: Callable, items: Iterable) -> Iterator:
                 waiting = deque()
                 for item in items:
                     waiting.append(pool.submit(function, item))
-                    if len(waiting) > threads:
+                    if len(waiting) > cores:
                         yield waiting.popleft().result()
                 while waiting:
                     yield waiting.popleft().result()

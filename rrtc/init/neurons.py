@@ -18,7 +18,9 @@ from rrtc.init.trial import Trial
 from rrtc.init.whiten import Seen
 from rrtc.model.modeling_rrt import matrices_of, matrix_shape
 
-STEPS = 96  # neurons are removed in so many steps, after each of which the others are weighed again
+STEPS = 96  # neurons are removed in about so many steps, after each of which the others are weighed again
+# What is left is a multiple of this: matrix kernels are made for such widths, those of quantised weights for no others.
+ALIGNED = 32
 
 
 @dataclass(frozen=True)
@@ -190,7 +192,7 @@ def removal(readers: list[Seen]) -> Removal:
     of the neurons always stays.
     """
     width = readers[0].weight.shape[1]
-    step = max(1, width // STEPS)
+    step = _step(width)
     states = [(s.inputs.inverse(), s.slopes.root_times(s.weight)) for s in readers]
     gone = torch.zeros(width, dtype=torch.bool, device=readers[0].weight.device)
     order, removed, costs = [], [0], [0.0]
@@ -210,6 +212,13 @@ def removal(readers: list[Seen]) -> Removal:
         costs.append(cost)
     none = gone.new_zeros(0, dtype=torch.long)
     return Removal(torch.cat([none, *order]), removed, torch.tensor(costs, dtype=torch.float64), width)
+
+
+def _step(width: int) -> int:
+    """How many of `width` neurons go at a time: a multiple of ALIGNED, or of as large a power of two as divides the
+    width and lets it fall in 24 steps or more."""
+    unit = min(ALIGNED, width & -width, 1 << (max(1, width // 24).bit_length() - 1))
+    return max(unit, round(width / STEPS / unit) * unit)
 
 
 def refitted(reader: Seen, kept: Tensor) -> Tensor:

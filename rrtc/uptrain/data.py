@@ -20,6 +20,7 @@ from rrtc.source import Source
 from rrtc.text import begin_and_end
 from rrtc.uptrain.shards import Shard, own_shard, text_shard
 
+ORDER = 2  # the version of how windows are cut and ordered: a run that another one began is not gone on with
 LEAST = 2_000_000  # tokens to choose from, where a source has them: the first pages of a text do not stand for it
 
 

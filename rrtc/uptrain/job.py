@@ -27,7 +27,7 @@ from rrtc.plan import Plan
 from rrtc.recipe import BUILT_IN_TEXT, OWN_TEXT, UptrainRecipe
 from rrtc.source import Source, content_hash, find_base, find_model, load_tokenizer, read_config
 from rrtc.text import longest_context
-from rrtc.uptrain.data import Mixture, Stream, training_text
+from rrtc.uptrain.data import ORDER, Mixture, Stream, training_text
 from rrtc.uptrain.teacher_cache import TeacherCache
 from rrtc.weights import Weights
 
@@ -114,6 +114,7 @@ class Job:
             "model": content_hash(self.folder),
             "teacher": self.taught_by["sha256"] if self.taught_by else None,
             "text": self.text.sha256,
+            "order of the text": ORDER,
         }
 
 

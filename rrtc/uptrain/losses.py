@@ -31,7 +31,8 @@ from torch import Tensor
 # Logits at a time: 128 MiB in float32, and as much for the teacher's and for their gradient. Fewer would save little
 # memory beside a model, and every piece writes a gradient as large as the head.
 LOGITS_AT_ONCE = 2**25
-# And of these, so many are compared at a time on a CPU, whose cache holds the tables that it takes.
+# To compare them takes a few more tables in float32. On a CPU so many numbers are compared at a time, whose tables its
+# cache holds; an accelerator, which is faster the more it is given, compares all of them at once.
 COMPARED_AT_ONCE = 2**19
 
 Head = Callable[[Tensor], Tensor]  # hidden states (tokens, width) -> logits (tokens, vocabulary)
@@ -150,13 +151,15 @@ class _ChunkedLosses(torch.autograd.Function):
             given = hidden[part].detach().requires_grad_(learns)
             with torch.set_grad_enabled(learns):
                 logits = head(given)
-            log_q, slope = None if lesson is None else lesson.about(part), torch.empty_like(logits)
+            log_q = None if lesson is None else lesson.about(part)
+            slope = torch.empty_like(logits) if learns else None
             on_cpu = logits.device.type == "cpu"
             for rows in chunks(len(logits), vocabulary, COMPARED_AT_ONCE if on_cpu else LOGITS_AT_ONCE):
                 log_q_of = None if log_q is None else functools.partial(log_q, rows)
                 compared = logits.detach()[rows].float(), targets[part][rows]
                 sums, slope_of_rows = losses_and_slope(*compared, weights, temperature, log_q_of)
-                slope[rows] = slope_of_rows.div_(tokens)
+                if learns:
+                    slope[rows] = slope_of_rows.div_(tokens)
                 totals = {name: totals.get(name, 0) + value for name, value in sums.items()}
             if learns:
                 hidden_slope[part], *grown = torch.autograd.grad(logits, (given, *wanted), slope)
