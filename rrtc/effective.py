@@ -9,20 +9,22 @@ from rrtc.plan import Matrix
 from rrtc.weights import Weights, row_blocks
 
 
-def effective_tensor(weights: Weights, slot: str, visit: dict, path: str, matrices: dict[str, Matrix]) -> Tensor:
+def effective_tensor(
+    weights: Weights, slot: str, visit: dict, path: str, matrices: dict[str, Matrix], each: Callable = map
+) -> Tensor:
     """The tensor at `path` of the decoder layer that `visit` stands for, float32; matrices as (outputs, inputs).
 
-    slot: the name of the visit's slot. matrices: the weight matrices of the dense layer by their path.
+    slot: the name of the visit's slot. matrices: the weight matrices of the dense layer by their path. each: a `map`
+    that may work ahead, over blocks of its rows.
     """
-    return torch.cat(list(effective_blocks(weights, slot, visit, path, matrices)))
+    return torch.cat(list(effective_blocks(weights, slot, visit, path, matrices, each)))
 
 
 def effective_blocks(
     weights: Weights, slot: str, visit: dict, path: str, matrices: dict[str, Matrix], each: Callable = map
 ) -> Iterator[Tensor]:
     """The same in blocks of its rows. What a narrowed matrix lacks are zeros: removed neurons are at the end of each
-    part of the outputs and at the end of the inputs, and compute some number times zero. each: a `map` that may work
-    ahead."""
+    part of the outputs and at the end of the inputs, and compute some number times zero."""
     own, shared = f"{slot}.loops.{visit['loop']}", f"{slot}.shared"
     module, _, kind = path.rpartition(".")
     matrix, narrowed = matrices.get(module), visit["shapes"].get(module)

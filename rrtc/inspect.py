@@ -3,11 +3,10 @@
 from pathlib import Path
 
 from rrtc.checkpoint import read_provenance
+from rrtc.export.writing import weights_bytes
 from rrtc.report import read_report
 from rrtc.source import read_config
 from rrtc.weights import Weights
-
-NOT_SAFETENSORS = {"onnx": "onnx/*", "gguf": "*.gguf"}  # where the weights of such an export are
 
 
 def describe(folder: str) -> dict:
@@ -20,9 +19,9 @@ def describe(folder: str) -> dict:
     description = {"folder": folder} | read_provenance(path)
     exported = description["measured"].get("export") if description["stage"] == "export" else None
     exported = exported if isinstance(exported, dict) else {}
-    if pattern := NOT_SAFETENSORS.get(str(exported.get("format"))):
+    if exported.get("format") in ("onnx", "gguf"):  # whose weights are no safetensors
         description["dtype"] = exported.get("dtype")
-        description["bytes_on_disk"] = sum(file.stat().st_size for file in path.glob(pattern))
+        description["bytes_on_disk"] = weights_bytes(path, exported["format"])
     elif (path / "config.json").exists():
         weights = Weights(path)
         quantised = exported.get("quantize")  # and LoRA, norms and embeddings in the other format

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from rrtc.effective import effective_blocks
+from rrtc.effective import effective_blocks, effective_tensor
 from rrtc.errors import RrtcError
 from rrtc.model import RrtConfig, configuration_rrt, modeling_rrt
 from rrtc.model.modeling_rrt import find_layers, matrices_of
@@ -37,14 +37,14 @@ AUTO_MAP = {
 Form = Iterator[tuple[str, Iterable[Tensor]]]  # tensors by name, each in blocks of its rows
 
 
-def recursive_form(weights: Weights, dtype: torch.dtype | None, each: Callable = map) -> Form:
+def recursive_form(weights: Weights, dtype: torch.dtype | None, each: Callable) -> Form:
     """The tensors of the recursive form by name, in `dtype`, or each as it is where that is None. Raises RrtcError for
     a tensor with NaN or infinity. each: a `map` that may work ahead."""
     for name in weights:
         yield name, weights.blocks(name, dtype, each)
 
 
-def dense_form(weights: Weights, config: RrtConfig, dtype: torch.dtype, each: Callable = map) -> Form:
+def dense_form(weights: Weights, config: RrtConfig, dtype: torch.dtype, each: Callable) -> Form:
     """The tensors of the dense form by name, in the stock model's order; multiplied out in float32, then cast. each: a
     `map` that may work ahead.
 
@@ -66,7 +66,7 @@ def dense_form(weights: Weights, config: RrtConfig, dtype: torch.dtype, each: Ca
             visit = config.visits[int(number)]
             of = weights, f"{inside}slots.{visit['slot']}", visit, path, shapes[int(number)]
             if path.removesuffix(".weight") in transposed[int(number)]:
-                yield name, [torch.cat(list(effective_blocks(*of, each))).T.to(dtype)]
+                yield name, [effective_tensor(*of, each).T.to(dtype)]
             else:
                 yield name, (block.to(dtype) for block in effective_blocks(*of, each))
         elif name in weights:

@@ -73,11 +73,6 @@ def write_onnx(source: Path, folder: Path, dtype: torch.dtype, shard_bytes: int)
     return weights.parameters
 
 
-def onnx_bytes(folder: Path) -> int:
-    """The size of the graph and its weights in `folder`."""
-    return sum(file.stat().st_size for file in (folder / GRAPH).parent.iterdir())
-
-
 class _Cached(nn.Module):
     """A causal language model whose KV cache goes in and comes out as tensors."""
 

@@ -26,14 +26,15 @@ from rrtc.checkpoint import (
 from rrtc.console import note, size, warn
 from rrtc.errors import RrtcError
 from rrtc.export.card import write_card
-from rrtc.export.gguf_form import find_converter, gguf_file, verify_gguf
-from rrtc.export.onnx_form import check_needed, onnx_bytes
+from rrtc.export.gguf_form import find_converter, verify_gguf
+from rrtc.export.onnx_form import check_needed
 from rrtc.export.quantised_form import BITS, check_can_quantise, check_has_matrices, quantise
 from rrtc.export.verify import check_logits, reference, verify
 from rrtc.export.writing import (
     bytes_written,
     quantised_dense_bytes,
     recursive_config,
+    weights_bytes,
     write,
 )
 from rrtc.licence import forbids_derivatives, licence_of
@@ -112,7 +113,7 @@ def export(folder: str, output: str, recipe: Recipe, report: str | None = None) 
         measured = {
             "format": form,
             "dtype": dtype,
-            "bytes": _bytes(partial, form),
+            "bytes": weights_bytes(partial, form),
             "parameters": parameters,
             "max_logit_difference": difference,
             "largest_logit": expected.logits.abs().max().item(),
@@ -168,13 +169,6 @@ def _texts_to_quantise_by(recipe: Recipe, provenance: dict, source: Path, config
     tokenizer, context = load_tokenizer(source), longest_context(config.base_config, recipe.eval.context)
     held_out = held_out_windows(wanted.calibrate_on, wanted.text_field, tokenizer, context, MEASURED_TOKENS)
     return calibration_windows(wanted, tokenizer, context), held_out
-
-
-def _bytes(folder: Path, form: str) -> int:
-    """The size of the weights files in `folder`."""
-    if form == "gguf":
-        return gguf_file(folder).stat().st_size
-    return onnx_bytes(folder) if form == "onnx" else Weights(folder).bytes_on_disk
 
 
 def _files(folder: Path) -> list[str]:

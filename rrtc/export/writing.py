@@ -14,7 +14,7 @@ from rrtc.console import note, progress
 from rrtc.errors import RrtcError
 from rrtc.export.forms import dense_form, recursive_form, write_dense_config, write_recursive_config
 from rrtc.export.gguf_form import STORED, convert
-from rrtc.export.onnx_form import write_onnx
+from rrtc.export.onnx_form import GRAPH, write_onnx
 from rrtc.model import RrtConfig
 from rrtc.model.skeleton import read_architecture, stock_model
 from rrtc.source import read_config
@@ -49,6 +49,14 @@ def quantised_dense_bytes(config: RrtConfig, bits: int, dtype: torch.dtype) -> i
     architecture = read_architecture(config.base_config)
     inside = sum(matrix.size for layer in architecture.layers for matrix in layer.matrices)
     return inside * bits // 8 + (architecture.parameters - inside) * dtype.itemsize
+
+
+def weights_bytes(folder: Path, form: str) -> int:
+    """The size of the weights files of an export in `folder`: for the ONNX form, with the graph."""
+    elsewhere = {"onnx": f"{Path(GRAPH).parent}/*", "gguf": "*.gguf"}
+    if form not in elsewhere:
+        return Weights(folder).bytes_on_disk
+    return sum(file.stat().st_size for file in folder.glob(elsewhere[form]))
 
 
 def write(
