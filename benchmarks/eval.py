@@ -20,9 +20,8 @@ from lm_eval.models.huggingface import HFLM
 
 from rrtc import console
 from rrtc.eval.tasks import Harness, Task, find_tasks
-from rrtc.measure import load_for_scoring
-from rrtc.recipe import EvalRecipe
-from rrtc.source import load_tokenizer
+from rrtc.io.source import load_for_scoring, load_tokenizer
+from rrtc.recipe.eval import EvalRecipe
 
 WARM_UP = 4  # items
 

@@ -26,13 +26,15 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer, LlamaConfig
 
-from rrtc.checkpoint import copy_companions, write_provenance
-from rrtc.console import size
+from rrtc.io.folder import copy_companions
+from rrtc.io.provenance import write_provenance
+from rrtc.io.shard_writer import ShardWriter
+from rrtc.io.weights import Weights
 from rrtc.model import RrtConfig, RrtForCausalLM
-from rrtc.model.skeleton import read_architecture
-from rrtc.plan import make_plan
-from rrtc.recipe import InitRecipe, parse_size
-from rrtc.weights import ShardWriter, Weights
+from rrtc.patterns import make_plan
+from rrtc.recipe.init import InitRecipe
+from rrtc.stock.architecture import read_architecture
+from rrtc.units import parse_size, size
 
 WRITE = """
 import sys, torch

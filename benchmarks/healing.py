@@ -25,8 +25,7 @@ from matplotlib.ticker import EngFormatter
 from rich.console import Console
 from rich.table import Table
 
-from rrtc.console import count
-from rrtc.recipe import parse_count
+from rrtc.units import count, parse_count
 
 CHECKPOINTS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # shares of the way
 MEAN_OVER = 0.02  # of the way: the running mean

@@ -22,9 +22,9 @@ from pathlib import Path
 
 import yaml
 
-from rrtc.checkpoint import partial_of
-from rrtc.cli import main as rrtc
+from rrtc.cli.app import main as rrtc
 from rrtc.export import stage  # noqa: F401 - imported once, for all the exports that are forked from here
+from rrtc.io.folder import partial_of
 
 FORMS = ("recursive", "dense")
 OPERATIONS = {"open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.listdir", "os.scandir", "shutil.copyfile"}

@@ -25,11 +25,11 @@ from rich.table import Table
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig
 
-from rrtc.checkpoint import copy_companions
-from rrtc.console import size
-from rrtc.model.skeleton import read_architecture, stock_model
-from rrtc.recipe import parse_size
-from rrtc.weights import ShardWriter, row_blocks
+from rrtc.io.folder import copy_companions
+from rrtc.io.shard_writer import ShardWriter
+from rrtc.io.weights import row_blocks
+from rrtc.stock.architecture import read_architecture, stock_model
+from rrtc.units import parse_size, size
 
 SHARD_BYTES = 2 * 10**9
 DEFAULT_FLAGS = "--shared-init joint --sharing sequence --rank 64 --calibrate-tokens 1024 --measure-tokens 1024"

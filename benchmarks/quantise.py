@@ -16,14 +16,15 @@ from rich.console import Console
 from rich.table import Table
 
 from rrtc import console
-from rrtc.calibration_text import calibration_windows
-from rrtc.checkpoint import copy_companions
 from rrtc.export import stage
-from rrtc.export.quantised_form import BITS, quantise
-from rrtc.recipe import ExportRecipe
-from rrtc.source import load_tokenizer
-from rrtc.text import Windows, beginning, pack
-from rrtc.weights import Weights
+from rrtc.export.quantize import BITS, quantise
+from rrtc.io.folder import copy_companions
+from rrtc.io.source import load_tokenizer
+from rrtc.io.weights import Weights
+from rrtc.recipe.export import ExportRecipe
+from rrtc.text.calibration import calibration_windows
+from rrtc.text.sources import beginning
+from rrtc.text.windows import Windows, pack
 
 CONTEXT = 512
 SHARD = 4_000_000_000

@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 
 from rrtc.console import write_json
-from rrtc.measure import load_for_scoring, score
+from rrtc.io.source import find_model, load_for_scoring, load_tokenizer, read_config
 from rrtc.model import RrtConfig
-from rrtc.model.skeleton import read_architecture, read_plan
-from rrtc.recipe import Recipe, load_recipe
-from rrtc.source import find_model, load_tokenizer, read_config
-from rrtc.text import longest_context, scoring_texts
+from rrtc.recipe.schema import Recipe, load_recipe
+from rrtc.scoring import score
+from rrtc.stock.architecture import read_architecture, read_plan
+from rrtc.text.windows import longest_context, scoring_texts
 
 
 def scores(recipe: Recipe, folder: Path) -> dict:

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from rrtc.init.tie import truncated_svd
+from rrtc.tying.tie import truncated_svd
 
 
 def spectra(shape: tuple[int, int]) -> dict[str, Tensor]:

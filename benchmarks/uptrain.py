@@ -27,10 +27,10 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
-from rrtc.console import count, size
-from rrtc.model.skeleton import read_architecture
-from rrtc.recipe import Recipe
-from rrtc.source import read_config
+from rrtc.io.source import read_config
+from rrtc.recipe.schema import Recipe
+from rrtc.stock.architecture import read_architecture
+from rrtc.units import count, size
 from rrtc.uptrain.data import Stream
 from rrtc.uptrain.job import Job, prepare
 from rrtc.uptrain.trainer import DistillationTrainer, arguments

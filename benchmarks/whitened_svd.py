@@ -10,14 +10,15 @@ and exports like any other.
 import argparse
 from pathlib import Path
 
-from rrtc.baselines import low_rank_plan, write_low_rank
-from rrtc.calibration_text import calibration_windows
-from rrtc.checkpoint import whole_folder, write_provenance
-from rrtc.init.dense import DenseModel
-from rrtc.model.skeleton import read_architecture
-from rrtc.recipe import load_recipe
-from rrtc.source import find_model, load_tokenizer
-from rrtc.text import longest_context
+from rrtc.init.baselines import low_rank_plan, write_low_rank
+from rrtc.io.dense import DenseModel
+from rrtc.io.folder import whole_folder
+from rrtc.io.provenance import write_provenance
+from rrtc.io.source import find_model, load_tokenizer
+from rrtc.recipe.schema import load_recipe
+from rrtc.stock.architecture import read_architecture
+from rrtc.text.calibration import calibration_windows
+from rrtc.text.windows import longest_context
 
 
 def main(recipe_file: str, output: Path) -> None:

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from rrtc.errors import RrtcError, WrongUsage
+from rrtc.machine import is_first_process
 
-is_first_process = int(os.environ.get("RANK", "0")) == 0
 results = Console(quiet=not is_first_process, soft_wrap=True)
 notes = Console(stderr=True, quiet=not is_first_process, soft_wrap=True)
 
@@ -89,30 +89,3 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
     for row in rows:
         made.add_row(*[str(cell) for cell in row])
     return made
-
-
-def count(n: float) -> str:
-    """A count in the unit people read: 134.5M, 1.23B."""
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(n) >= size:
-            return f"{n / size:.4g}{unit}"
-    return f"{n:.4g}"
-
-
-def size(n: float) -> str:
-    """Bytes in decimal units, as disks are sold: 538.1 MB."""
-    for unit_bytes, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if abs(n) >= unit_bytes:
-            return f"{n / unit_bytes:.4g} {unit}"
-    return f"{n:.0f} B"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people say them: 42 s, 3 min 20 s, 5 h 10 min."""
-    seconds = round(seconds)
-    if seconds < 100:
-        return f"{seconds} s"
-    minutes, rest = divmod(seconds, 60)
-    if minutes < 100:
-        return f"{minutes} min {rest} s"
-    return f"{minutes // 60} h {minutes % 60} min"

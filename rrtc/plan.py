@@ -5,17 +5,12 @@
 Init, model, accounting, export and reports all read the plan; none of them works it out again.
 """
 
-import bisect
 import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
 from rrtc.errors import WrongUsage, nearest
-from rrtc.recipe import BUDGETS, InitRecipe, parse_count, parse_size
-
-PROGRAM_BYTES = 450_000_000  # Python, torch and transformers themselves
-BATCH_TOKENS = 2048  # that init runs through a layer at a time
 
 FORMS = ("tied", "low_rank", "own")  # what a visit's matrix can be: see Visit
 
@@ -36,17 +31,6 @@ class Matrix:
     @property
     def size(self) -> int:
         return self.inputs * self.outputs
-
-    def rank(self, recipe: InitRecipe) -> int:
-        """The LoRA rank of this matrix, at most min(inputs, outputs).
-
-        A fused projection gets the rank at which its LoRA costs what the LoRAs of its parts would cost apart: for
-        Pythia's qkv that is 1.5 r, which is how the paper counts.
-        """
-        apart = sum(
-            min(recipe.rank_of(group), self.inputs, outputs) * (self.inputs + outputs) for group, outputs in self.parts
-        )
-        return min(round(apart / (self.inputs + self.outputs)), self.inputs, self.outputs)
 
 
 @dataclass(frozen=True)
@@ -214,30 +198,8 @@ class Plan:
         """As Architecture.kv_bytes_per_token: every visit has a place of its own, so looping saves none."""
         return self.architecture.kv_bytes_per_token(width)
 
-    def init_bytes(self, tokens: int, joint: bool) -> int:
-        """An estimate of the peak memory of `init` in bytes, parts of files that it looks at included. tokens: that the
-        model is run over, layer by layer. joint: whether layers are tied by what they see of these.
-
-        The larger of two. Running: a layer, the activations of a batch, the hidden states and their gradients, and what
-        is gathered for the moments. Tying: the layers of the largest slot (or two neighbours, where any may be tied),
-        and a few copies of its largest matrix, or, for `joint`, its FFN's moments and what lining up neurons or solving
-        with moments takes. All in float32, decompositions in float64.
-        """
-        visits = max(self.slots, key=lambda visits: len(visits) * sum(m.size for m in self.matrices(visits[0])))
-        matrices, together = self.matrices(visits[0]), max(len(visits), 2 if joint else 1)
-        layer, largest = 4 * sum(m.size for m in matrices), max(matrices, key=lambda m: m.inputs)
-        at_once = 6 * min(tokens, BATCH_TOKENS) * sum(m.inputs + m.outputs for m in matrices)
-        gathered = 4 * sum(min(tokens, m.inputs) * m.inputs for m in matrices)
-        running = layer + at_once + gathered + 2 * 4 * tokens * matrices[0].inputs
-        work = 6 * 4 * max(m.size for m in matrices)
-        if joint:
-            moments = together * 4 * sum(min(tokens, size) * size for size in (largest.inputs, largest.outputs))
-            sampled = tokens < largest.inputs
-            work = moments + (8 * largest.inputs**2 + 12 * largest.size if sampled else 24 * largest.inputs**2)
-        return PROGRAM_BYTES + max(running if tokens else 0, together * layer + work)
-
-    def summary(self, width: int, tokens: int, joint: bool) -> dict:
-        """The plan as plain data for `--json`, at `width` bytes a parameter; the rest is as in `init_bytes`."""
+    def summary(self, width: int) -> dict:
+        """The plan as plain data for `--json`, at `width` bytes a parameter."""
         dense = self.architecture
         return {
             "model_type": dense.model_type,
@@ -248,7 +210,6 @@ class Plan:
             "params_by_part": self.parts,
             "bytes": self.parameters * width,
             "dense_bytes": dense.parameters * width,
-            "init_peak_bytes": self.init_bytes(tokens, joint),
             "flops_per_token": self.flops_per_token,
             "dense_flops_per_token": dense.flops_per_token,
             "kv_bytes_per_token": self.kv_bytes_per_token(width),
@@ -263,92 +224,6 @@ def ends_of_loops(visits: Sequence[Visit]) -> tuple[int, ...]:
     tied = [(place, visit.loop) for place, visit in enumerate(visits) if uses[visit.slot] > 1]
     loops = [loop for _, loop in tied]
     return tuple(place for done, (place, _) in enumerate(tied[:-1], 1) if max(loops[:done]) < min(loops[done:]))
-
-
-def make_plan(architecture: Architecture, recipe: InitRecipe, width: int = 4) -> Plan:
-    """The plan that `recipe` asks for.
-
-    Under a budget the rank is the largest that meets it; but with a joint start, where every matrix gets a rank of its
-    own once it is measured, the plan has rank 0 here. `width`: bytes a parameter. Raises WrongUsage where the layers
-    cannot be divided as asked, where layers to be tied differ (the message names them and what differs), and for a
-    budget that is too small.
-    """
-    if not recipe.has_budget:
-        return _plan_of_pattern(architecture, recipe)
-    target = target_parameters(architecture, recipe, width)
-    widest = max(min(m.inputs, m.outputs) for layer in architecture.layers for m in layer.matrices)
-    no_budget = dict.fromkeys(BUDGETS) | {"sharing": recipe.pattern, "shared_init": recipe.start}
-
-    def at(rank: int) -> Plan:
-        return _plan_of_pattern(architecture, recipe.model_copy(update=no_budget | {"rank": rank}))
-
-    unrelaxed = at(0)
-    least = _least(unrelaxed) if recipe.start == "joint" else unrelaxed.parameters
-    if target < least:
-        raise too_small(target, least)
-    if recipe.start == "joint":
-        return unrelaxed
-    return at(bisect.bisect_right(range(widest + 1), target, key=lambda rank: at(rank).parameters) - 1)
-
-
-def _least(plan: Plan) -> int:
-    """What a budget cannot go below with the slots of `plan`: what is shared stays whole, but for about half of an
-    FFN's neurons. Layers by themselves can become nearly nothing."""
-    shared = (plan.matrices(visits[0]) for visits in plan.slots if len(visits) > 1)
-    kept = sum(int(m.size * (0.45 if m.parts[0][0] == "ffn" else 1)) for matrices in shared for m in matrices)
-    return plan.architecture.embedding + plan.architecture.head + kept
-
-
-def too_small(target: int, least: int) -> WrongUsage:
-    return WrongUsage(
-        f"The budget of {target:,} parameters cannot be met: the least possible is {least:,}.",
-        "Ask for a larger one, or, with a pattern of your own, tie more layers (loops).",
-    )
-
-
-def target_parameters(architecture: Architecture, recipe: InitRecipe, width: int) -> int:
-    """The parameters in all that the budget of `recipe` allows, at `width` bytes each."""
-    if recipe.budget is not None:
-        return architecture.embedding + architecture.head + int(recipe.budget * architecture.non_embedding)
-    if recipe.target_params is not None:
-        return parse_count(recipe.target_params)
-    return parse_size(recipe.target_bytes) // width
-
-
-def _plan_of_pattern(architecture: Architecture, recipe: InitRecipe) -> Plan:
-    depth, keep, loops = len(architecture.layers), recipe.kept_at_each_end, recipe.loops
-    tied = depth - 2 * keep
-    if recipe.pattern == "auto":
-        loops = 1
-    if tied < loops:
-        raise WrongUsage(
-            f"With keep {keep}, only {max(tied, 0)} of the model's {depth} layers are left to tie, too few for "
-            f"{loops} loops.",
-            "Lower keep or loops.",
-        )
-    if tied % loops:
-        valid = [str(n) for n in range(2, tied + 1) if tied % n == 0]
-        kept = f" less {2 * keep} kept ones" if keep else ""
-        raise WrongUsage(
-            f"{depth} layers{kept} cannot be divided into {loops} loops.",
-            f"With keep {keep}, loops can be {', '.join(valid)}; or choose another keep.",
-        )
-    per_loop = tied // loops
-    visits = []
-    for layer in range(depth):
-        middle = layer - keep
-        if middle < 0:
-            slot, loop = layer, 0
-        elif middle >= tied:
-            slot, loop = layer - tied + per_loop, 0
-        elif recipe.order == "cycle":
-            slot, loop = keep + middle % per_loop, middle // per_loop
-        else:
-            slot, loop = keep + middle // loops, middle % loops
-        shares = loops > 1 and 0 <= middle < tied
-        ranks = {m.name: m.rank(recipe) if shares else 0 for m in architecture.layers[layer].matrices}
-        visits.append(Visit(layer, slot, loop, ranks))
-    return Plan(architecture, tuple(visits), recipe.norms)
 
 
 def _check_visit(visit: Visit, matrices: tuple[Matrix, ...]) -> None:
@@ -389,25 +264,3 @@ def _check_alike(architecture: Architecture, layers: list[int]) -> None:
             f"{' and more' if len(different) > 4 else ''}.",
             "Keep the layers that are different (keep), or choose a sharing that ties layers of one kind.",
         )
-
-
-def source_layers(plan: Plan, shared_init: str) -> list[list[int]]:
-    """For each slot, the layers whose mean its shared weights start from (paper §2.2 and appendix F).
-
-    average: all layers of the slot. lower, upper: the first or last of them. stepwise: slot k of K takes layer
-    round(k (n - 1) / (K - 1)) of the n tied ones, so that the first and the last tied layer are among the sources;
-    that layer can be one that another slot stands for.
-    """
-    tied_slots = [k for k, visits in enumerate(plan.slots) if len(visits) > 1]
-    tied_layers = [visit.layer for visit in plan.visits if visit.slot in set(tied_slots)]
-    step = (len(tied_layers) - 1) / max(len(tied_slots) - 1, 1)
-    sources = []
-    for k, visits in enumerate(plan.slots):
-        layers = [visit.layer for visit in visits]
-        if len(layers) == 1 or shared_init == "average":
-            sources.append(layers)
-        elif shared_init == "stepwise":
-            sources.append([tied_layers[round(tied_slots.index(k) * step)]])
-        else:
-            sources.append([layers[0] if shared_init == "lower" else layers[-1]])
-    return sources

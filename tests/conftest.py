@@ -19,7 +19,7 @@ def pytest_collection_modifyitems(items):
 def cache_of_all_tests(tmp_path_factory):
     """Text is tokenised once for all tests, and none of it stays in the user's own cache; models that were dequantised
     before are found there."""
-    from rrtc.cache import cache_folder
+    from rrtc.io.cache import cache_folder
 
     models, cache = cache_folder() / "gguf", tmp_path_factory.mktemp("cache")
     models.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,9 @@ import torch
 from pico import pico_config, save_pico
 from transformers import AutoModelForCausalLM
 
-from rrtc.baselines import (
+from rrtc.errors import RrtcError
+from rrtc.eval.stage import evaluate
+from rrtc.init.baselines import (
     layers_kept,
     low_rank_plan,
     make_baselines,
@@ -13,14 +15,11 @@ from rrtc.baselines import (
     write_low_rank,
     write_shorter,
 )
-from rrtc.errors import RrtcError
-from rrtc.eval.stage import evaluate
-from rrtc.init.dense import DenseModel
 from rrtc.init.stage import init
-from rrtc.measure import load_for_scoring
-from rrtc.model.skeleton import decoder_layers, read_architecture, read_plan
-from rrtc.recipe import Recipe
-from rrtc.source import find_model, read_config
+from rrtc.io.dense import DenseModel
+from rrtc.io.source import find_model, load_for_scoring, read_config
+from rrtc.recipe.schema import Recipe
+from rrtc.stock.architecture import decoder_layers, read_architecture, read_plan
 
 ARCHITECTURES = ("llama", "gemma3", "gpt2", "qwen3")
 

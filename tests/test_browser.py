@@ -15,7 +15,8 @@ from test_export import make_rrt, recipe
 from test_onnx import HYBRID, LAYERS, padded_greedy
 from transformers import AutoTokenizer, GenerationConfig
 
-from rrtc.export import onnx_form, stage
+from rrtc.export import stage
+from rrtc.export.forms import onnx as onnx_form
 from rrtc.model import RrtForCausalLM
 
 VARIABLE = "RRTC_TRANSFORMERS_JS"

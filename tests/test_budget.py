@@ -11,24 +11,24 @@ from safetensors.torch import load_file, save_file
 from test_init import logits, recipe
 from transformers import AutoModelForCausalLM
 
-from rrtc import measure
-from rrtc.calibration_text import calibration_windows
-from rrtc.checkpoint import read_provenance
+from rrtc import machine
 from rrtc.errors import RrtcError, WrongUsage
 from rrtc.init.allocate import allocate, alone, choose, together, visits_of
 from rrtc.init.budget import measure_groups
 from rrtc.init.calibrate import Calibration, calibrate
-from rrtc.init.dense import DenseModel
-from rrtc.init.joint import joint_costs
-from rrtc.init.neurons import find_neurons
-from rrtc.init.norms import find_folds
 from rrtc.init.stage import dry_run, init
-from rrtc.init.streamed import StreamedModel
-from rrtc.model.skeleton import read_architecture, read_plan
-from rrtc.own_text import AT_ONCE, own_text
-from rrtc.plan import Plan, make_plan
-from rrtc.recipe import InitRecipe
-from rrtc.source import find_model, load_tokenizer
+from rrtc.io.dense import DenseModel
+from rrtc.io.provenance import read_provenance
+from rrtc.io.source import find_model, load_tokenizer
+from rrtc.patterns import make_plan
+from rrtc.plan import Plan
+from rrtc.recipe.init import InitRecipe
+from rrtc.stock.architecture import read_architecture, read_plan
+from rrtc.stock.streamed import StreamedModel
+from rrtc.stock.trial import find_folds, find_neurons
+from rrtc.text.calibration import calibration_windows
+from rrtc.text.own import AT_ONCE, own_text
+from rrtc.tying.joint import joint_costs
 
 CPU = torch.device("cpu")
 
@@ -240,7 +240,7 @@ def test_the_order_of_documents_does_not_matter(dense, tmp_path):
 
 
 def test_calibration_reads_only_what_training_may_see(dense, tmp_path):
-    from rrtc.text import split
+    from rrtc.text.sources import split
 
     documents = [f"document number {n} " + "words and more words " * 20 for n in range(150)]
     text = tmp_path / "text.txt"
@@ -276,7 +276,7 @@ def test_a_model_writes_as_it_would_say(dense):
 
 
 def test_a_model_larger_than_memory_cannot_write_text(dense, tmp_path, monkeypatch):
-    monkeypatch.setattr(measure, "MODEL_SHARE", 0)
+    monkeypatch.setattr(machine, "MODEL_SHARE", 0)
     with pytest.raises(RrtcError, match="To write text, the whole model has to be in memory, and its .*B do not fit."):
         init(str(dense("llama")), str(tmp_path / "out"), small(budget=0.7, calibrate_on=["self"]))
     assert not list(tmp_path.iterdir())

@@ -11,23 +11,19 @@ import yaml
 from pico import save_pico
 
 from rrtc import __version__
-from rrtc.cache import cache_folder, only_run
-from rrtc.checkpoint import (
+from rrtc.errors import RrtcError, WrongUsage
+from rrtc.io.cache import cache_folder
+from rrtc.io.folder import check_space, check_target, copy_companions, only_run, partial_of, whole_folder
+from rrtc.io.provenance import (
     PROVENANCE,
     base_seen_from,
-    check_space,
-    check_target,
-    copy_companions,
     earlier_stages,
     next_history,
-    partial_of,
     read_provenance,
-    whole_folder,
     without_places,
     write_provenance,
 )
-from rrtc.errors import RrtcError, WrongUsage
-from rrtc.recipe import parse_size
+from rrtc.units import parse_size
 
 
 def test_no_places_are_told():
@@ -107,7 +103,7 @@ def test_a_killed_runs_leftovers_are_cleared_by_the_next(tmp_path):
 HOLD = """
 import sys
 from pathlib import Path
-from rrtc.checkpoint import whole_folder
+from rrtc.io.folder import whole_folder
 with whole_folder(Path(sys.argv[1])) as folder:
     (folder / "file").write_text("theirs")
     print("there", flush=True)
@@ -191,8 +187,8 @@ WRITE_A_LOT = """
 import resource, sys, torch
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 from pathlib import Path
-from rrtc.checkpoint import whole_folder
-from rrtc.weights import ShardWriter
+from rrtc.io.folder import whole_folder
+from rrtc.io.shard_writer import ShardWriter
 from rrtc.errors import RrtcError
 try:
     with whole_folder(Path(sys.argv[1])) as folder:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, MixtralConfig, T5Config, ViTConfig
 from typer.testing import CliRunner
 
-from rrtc.cli import app
+from rrtc.cli.app import app
 
 SMALL = ["--rank", "4", "--measure-tokens", "0"]
 TEXT = "All happy families are alike; each unhappy family is unhappy in its own way. " * 200
@@ -66,7 +66,7 @@ def test_help_of_every_command_teaches_with_an_example():
 
 
 def test_help_does_not_import_torch():
-    script = "import sys, rrtc.cli; print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
+    script = "import sys, rrtc.cli.app; print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
     printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     assert printed.strip() == "[]"
 
@@ -289,7 +289,7 @@ def limited_run(arguments: list, limit: int) -> subprocess.CompletedProcess:
     """Runs rrtc where no file may grow beyond `limit` bytes, which is how a full disk looks to a writer."""
     script = (
         f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}));"
-        "from rrtc.cli import main; main()"
+        "from rrtc.cli.app import main; main()"
     )
     return subprocess.run([sys.executable, "-c", script, *map(str, arguments)], capture_output=True, text=True)
 

@@ -12,10 +12,10 @@ import two_processes
 from pico import save_pico
 from uptraining import STEPS, interrupt_at, make_rrt, metrics, on_two_processes, settings, weights
 
-from rrtc import pipeline
-from rrtc.checkpoint import read_provenance
+from rrtc import api as pipeline
 from rrtc.errors import WrongUsage
-from rrtc.recipe import Recipe
+from rrtc.io.provenance import read_provenance
+from rrtc.recipe.schema import Recipe
 from rrtc.uptrain.job import prepare
 from rrtc.uptrain.stage import uptrain
 

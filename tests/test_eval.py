@@ -9,15 +9,15 @@ from pico import pico_tokenizer, save_pico
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
+from rrtc.api import describe
 from rrtc.errors import RrtcError
 from rrtc.eval.stage import evaluate
 from rrtc.export.stage import export
 from rrtc.init.stage import init
-from rrtc.inspect import describe
-from rrtc.recipe import Recipe
-from rrtc.report import read_report
+from rrtc.io.report import read_report
+from rrtc.io.weights import Weights
+from rrtc.recipe.schema import Recipe
 from rrtc.uptrain.stage import uptrain
-from rrtc.weights import Weights
 
 TEXTS = {"prose.txt": "It rained, and then it rained again. " * 60, "code.txt": "def f(x): return x * 0x1f\n" * 40}
 CONTEXT = 32

@@ -11,15 +11,15 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 from uptraining import on_two_processes
 
-from rrtc import measure
-from rrtc.cli import app
+from rrtc.cli.app import app
 from rrtc.errors import RrtcError, WrongUsage
+from rrtc.eval import measurements
 from rrtc.eval.stage import evaluate
 from rrtc.init.stage import init
-from rrtc.model.skeleton import read_plan
-from rrtc.recipe import Recipe
-from rrtc.report import read_report
-from rrtc.source import read_config
+from rrtc.io.report import read_report
+from rrtc.io.source import load_for_scoring, read_config
+from rrtc.recipe.schema import Recipe
+from rrtc.stock.architecture import read_plan
 from rrtc.uptrain.stage import uptrain
 
 CONTEXT = 64
@@ -57,8 +57,10 @@ def own_cache(tmp_path, monkeypatch) -> Path:
 @pytest.fixture()
 def loaded(monkeypatch) -> list:
     """The folders of the models that are loaded to be measured."""
-    folders, load = [], measure.load_for_scoring
-    monkeypatch.setattr(measure, "load_for_scoring", lambda folder: folders.append(Path(folder).name) or load(folder))
+    folders, load = [], load_for_scoring
+    monkeypatch.setattr(
+        measurements, "load_for_scoring", lambda folder: folders.append(Path(folder).name) or load(folder)
+    )
     return folders
 
 
@@ -150,8 +152,6 @@ def test_nothing_is_measured_twice(models, own_cache, loaded, capsys):
 
 
 def test_an_interrupted_evaluation_goes_on(models, own_cache, loaded, monkeypatch, tmp_path):
-    from rrtc.eval import measurements
-
     def killed(*args):
         raise KeyboardInterrupt
 
@@ -214,7 +214,7 @@ def test_a_report_of_another_version_is_refused(models, tmp_path):
 def test_two_processes_find_what_one_does(models, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
-        "import json, sys\nfrom rrtc.eval.stage import evaluate\nfrom rrtc.recipe import Recipe\n"
+        "import json, sys\nfrom rrtc.eval.stage import evaluate\nfrom rrtc.recipe.schema import Recipe\n"
         "report = evaluate(sys.argv[1], Recipe.model_validate_json(sys.argv[2]), output=sys.argv[3])\n"
     )
     asked = recipe(tokens=5 * CONTEXT, **text_of(models))  # an odd number of windows

@@ -15,20 +15,24 @@ from torch import nn
 from torch.nn.functional import cross_entropy, kl_div
 from transformers import AutoModelForCausalLM
 
-from rrtc import measure, show
-from rrtc.checkpoint import read_provenance
+from rrtc import scoring
+from rrtc.api import run
+from rrtc.cli import tables
 from rrtc.errors import WrongUsage
 from rrtc.eval.stage import evaluate
 from rrtc.export.stage import export
 from rrtc.init.stage import init
+from rrtc.io.provenance import read_provenance
 from rrtc.model import RrtConfig, RrtForCausalLM
-from rrtc.model.forward import left_after, outputs_of, run_exit, run_head
 from rrtc.model.modeling_rrt import Visit, find_layers
-from rrtc.model.skeleton import decoder_layers, read_architecture
-from rrtc.pipeline import run
-from rrtc.plan import make_plan
-from rrtc.recipe import ExportRecipe, InitRecipe, Recipe, UptrainRecipe
-from rrtc.text import Windows
+from rrtc.patterns import make_plan
+from rrtc.recipe.export import ExportRecipe
+from rrtc.recipe.init import InitRecipe
+from rrtc.recipe.schema import Recipe
+from rrtc.recipe.uptrain import UptrainRecipe
+from rrtc.stock.architecture import decoder_layers, read_architecture
+from rrtc.stock.parts import left_after, outputs_of, run_exit, run_head
+from rrtc.text.windows import Windows
 from rrtc.uptrain import losses
 from rrtc.uptrain.job import prepare
 from rrtc.uptrain.stage import uptrain
@@ -115,8 +119,8 @@ def test_an_exit_says_what_the_model_cut_off_there_says(architecture, ids):
 def test_scores_at_the_exits_are_those_of_the_models_cut_off_there(ids):
     model, reference = recursive(RrtForCausalLM, loops=3), recursive(RrtForCausalLM, loops=2)
     windows = Windows(ids, 1.0)
-    found = measure.score_tokens(model, windows, (1, 3), reference)
-    expected = [measure.score(m, windows, reference) for m in (model, cut_off(model, 1), cut_off(model, 3))]
+    found = scoring.score_tokens(model, windows, (1, 3), reference)
+    expected = [scoring.score(m, windows, reference) for m in (model, cut_off(model, 1), cut_off(model, 3))]
     for tokens, mean in zip(found, expected, strict=True):
         assert tokens.loss.shape == (len(ids), ids.shape[1] - 1)
         for key in ("loss", "kl", "top1_agreement"):
@@ -259,7 +263,7 @@ def text_of(renderable) -> str:
 
 
 def test_what_a_user_is_shown(stages):
-    shown = text_of(show.uptrain(read_provenance(stages / "exits")["measured"]["uptrain"], "exits"))
+    shown = text_of(tables.uptrain(read_provenance(stages / "exits")["measured"]["uptrain"], "exits"))
     assert "exit after loop 1, loss" in shown and "exit after loop 1, KL to the model's own end" in shown
 
 
@@ -359,7 +363,7 @@ def test_eval_reports_the_exit(stages, tmp_path):
     bits = loss * (CONTEXT - 1) * count / math.log(2) / (letters * (CONTEXT - 1) / CONTEXT)
     assert found["bits_per_byte"] == pytest.approx(bits, rel=1e-3)
 
-    shown = text_of(show.report(report))
+    shown = text_of(tables.report(report))
     assert "exit after loop 1" in shown and "50%" in shown
     as_dense = recipe(stages).model_copy(update={"export": ExportRecipe(format="dense")})
     export(str(stages / "exits"), str(tmp_path / "stock"), as_dense, str(tmp_path / "report"))

@@ -19,16 +19,21 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.dynamic_module_utils import HF_MODULES_CACHE
 
-from rrtc import checkpoint, licence, measure
-from rrtc.checkpoint import read_provenance
+from rrtc import machine
 from rrtc.errors import RrtcError, WrongUsage
-from rrtc.export import stage, verify, writing
+from rrtc.export import stage, verify
+from rrtc.export.forms import writing
+from rrtc.io import folder as checkpoint
+from rrtc.io import license as licence
+from rrtc.io.provenance import read_provenance
+from rrtc.io.shard_writer import ShardWriter
+from rrtc.io.source import find_model
+from rrtc.io.weights import Weights
 from rrtc.model import RrtConfig, RrtForCausalLM
-from rrtc.model.skeleton import read_architecture
-from rrtc.plan import make_plan
-from rrtc.recipe import InitRecipe, Recipe
-from rrtc.source import find_model
-from rrtc.weights import ShardWriter, Weights
+from rrtc.patterns import make_plan
+from rrtc.recipe.init import InitRecipe
+from rrtc.recipe.schema import Recipe
+from rrtc.stock.architecture import read_architecture
 
 IDS = (torch.arange(2 * 24) * 37 % 320).view(2, 24)
 SHARDS = 100_000  # bytes: several of them even for a pico model
@@ -122,7 +127,7 @@ def run_python(code: str, *arguments: str, cwd: Path) -> str:
 @pytest.mark.parametrize("norms", ["per_visit", "shared"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_dense_is_the_same_model_in_the_stock_architecture(tmp_path, architecture, norms, monkeypatch):
-    monkeypatch.setattr("rrtc.weights.BLOCK_NUMBERS", 500)  # several blocks even for a pico model
+    monkeypatch.setattr("rrtc.io.weights.BLOCK_NUMBERS", 500)  # several blocks even for a pico model
     source, target = make_rrt(tmp_path / "rrt", architecture, norms), tmp_path / "dense"
     target.mkdir()
     parameters = stage.write(source, target, "dense", torch.float32, SHARDS)
@@ -416,7 +421,7 @@ def test_a_model_on_disk_is_rounded_and_checked_as_one_in_memory(tmp_path, archi
 
 
 def test_a_model_larger_than_memory_is_checked_from_disk(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(measure, "MODEL_SHARE", 0)
+    monkeypatch.setattr(machine, "MODEL_SHARE", 0)
     source, asked = make_rrt(tmp_path / "rrt"), recipe(dtype="bfloat16", max_shard_size="100KB")
     result = stage.export(str(source), str(tmp_path / "out"), asked)
     assert "read from disk, matrix by matrix" in " ".join(capsys.readouterr().err.split())
@@ -431,7 +436,7 @@ def test_a_wrong_matrix_of_a_model_larger_than_memory_is_found(tmp_path, monkeyp
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         return parameters
 
-    monkeypatch.setattr(measure, "MODEL_SHARE", 0)
+    monkeypatch.setattr(machine, "MODEL_SHARE", 0)
     monkeypatch.setattr(stage, "write", write_wrong)
     source = make_rrt(tmp_path / "rrt")
     with pytest.raises(RrtcError, match="it is not the model it was made from: a logit differs"):

@@ -12,10 +12,10 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from rrtc.checkpoint import partial_of
 from rrtc.export import stage
-from rrtc.licence import find_licence, forbids_derivatives
-from rrtc.recipe import Recipe
+from rrtc.io.folder import partial_of
+from rrtc.io.license import find_licence, forbids_derivatives
+from rrtc.recipe.schema import Recipe
 
 KILL = """
 import os, sys
@@ -33,7 +33,7 @@ print(sorted(kill.contents(target)))
 def run(*arguments, limit: int | None = None, prefix: tuple = ()) -> subprocess.CompletedProcess:
     """The command line in a process of its own; limit: bytes that a file may have, which is how a full disk looks."""
     limited = f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))" if limit else "pass"
-    code = f"import resource; {limited}; from rrtc.cli import main; main()"
+    code = f"import resource; {limited}; from rrtc.cli.app import main; main()"
     command = [*prefix, sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 

@@ -15,15 +15,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from rrtc import checkpoint, show
+from rrtc.api import describe
+from rrtc.cli import tables
 from rrtc.errors import WrongUsage
 from rrtc.export import stage
-from rrtc.inspect import describe
+from rrtc.io import folder as checkpoint
 from rrtc.model import RrtConfig, RrtForCausalLM
 from rrtc.model.modeling_rrt import RelaxedLinear, find_layers, graft, matrices_of
-from rrtc.model.skeleton import read_architecture, read_plan
-from rrtc.plan import Matrix, Plan, make_plan
-from rrtc.recipe import InitRecipe, Recipe
+from rrtc.patterns import make_plan
+from rrtc.plan import Matrix, Plan
+from rrtc.recipe.init import InitRecipe
+from rrtc.recipe.schema import Recipe
+from rrtc.stock.architecture import read_architecture, read_plan
 
 HIDDEN, SHARDS = 48, 100_000
 
@@ -137,7 +140,7 @@ def test_names_shapes_parts_and_bytes_are_the_plans(architecture, norms, tmp_pat
     assert found == keys.keys()
     assert {part: size for part, size in plan.parts.items() if size} == counted
     assert counted.keys() >= {"shared", "own", "low_rank", "lora"}
-    assert plan.parameters == model.num_parameters() == plan.summary(4, tokens=0, joint=False)["params_total"]
+    assert plan.parameters == model.num_parameters() == plan.summary(4)["params_total"]
     model.save_pretrained(tmp_path)
     assert sum(4 * tensor.numel() for tensor in load_file(tmp_path / "model.safetensors").values()) == (
         4 * plan.parameters
@@ -153,7 +156,7 @@ def test_flops_are_those_that_torch_counts(architecture):
     counts = counter.get_flop_counts()["Global"]
     assert plan.flops_per_token == sum(counts.get(op, 0) for op in (torch.ops.aten.mm, torch.ops.aten.addmm))
     assert plan.flops_per_token < plan.architecture.flops_per_token
-    assert plan.summary(2, tokens=0, joint=False)["flops_per_token"] == plan.flops_per_token
+    assert plan.summary(2)["flops_per_token"] == plan.flops_per_token
 
 
 def test_narrowing_and_low_rank_cost_what_their_sizes_say():
@@ -175,7 +178,7 @@ def test_narrowing_and_low_rank_cost_what_their_sizes_say():
 @both_norms
 @everywhere
 def test_the_dense_export_is_the_stock_model_that_computes_the_same(architecture, norms, tmp_path, monkeypatch):
-    monkeypatch.setattr("rrtc.weights.BLOCK_NUMBERS", 500)  # several blocks even for a pico model
+    monkeypatch.setattr("rrtc.io.weights.BLOCK_NUMBERS", 500)  # several blocks even for a pico model
     source, target = save_mixed(tmp_path / "rrt", architecture, norms), tmp_path / "dense"
     target.mkdir()
     parameters = stage.write(source, target, "dense", torch.float32, SHARDS)
@@ -351,14 +354,14 @@ def test_a_config_without_forms_and_shapes_loads_as_before(architecture, tmp_pat
     assert not any(info.values())
     assert torch.equal(logits_of(loaded), logits_of(model))
     assert read_plan(loaded.config) == plan
-    assert "LoRA rank 3" in show.visits(loaded.config.visits)
+    assert "LoRA rank 3" in tables.visits(loaded.config.visits)
     stock = pico_model(architecture)
     graft(stock, config["visits"])
     assert stock.state_dict().keys() == model.state_dict().keys()
 
 
 def test_inspect_shows_one_line_for_each_visit_with_forms(tmp_path):
-    lines = show.visits(describe(str(save_mixed(tmp_path, "llama")))["visits"]).splitlines()
+    lines = tables.visits(describe(str(save_mixed(tmp_path, "llama")))["visits"]).splitlines()
     assert lines[0] == "slot   0   layers 0, 3, LoRA rank 3"
     assert lines[1] == "slot   1   layers 1, 4, LoRA rank 3"
     ffn = "FFN: down_proj 44→48, gate_proj 48→44, up_proj 48→44"  # a config.json is sorted

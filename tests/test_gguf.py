@@ -15,11 +15,12 @@ from pico import VOCABULARY
 from test_export import make_rrt, recipe, run_python
 from transformers import GemmaTokenizer, LlamaTokenizer
 
-from rrtc import checkpoint
+from rrtc.api import describe
 from rrtc.errors import RrtcError
-from rrtc.export import gguf_form, stage, verify
-from rrtc.export.gguf_form import VARIABLE
-from rrtc.inspect import describe
+from rrtc.export import stage, verify
+from rrtc.export.forms import gguf as gguf_form
+from rrtc.export.forms.gguf import VARIABLE
+from rrtc.io import folder as checkpoint
 
 LAYERS = {"num_hidden_layers": 2}
 # What llama.cpp and transformers take for granted in Gemma 3, and no GGUF file says.

@@ -11,12 +11,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from rrtc.checkpoint import read_provenance
 from rrtc.errors import RrtcError
-from rrtc.init.norms import find_folds
 from rrtc.init.stage import dry_run, init
-from rrtc.init.tie import tie, truncated_svd
-from rrtc.recipe import Recipe
+from rrtc.io.provenance import read_provenance
+from rrtc.recipe.schema import Recipe
+from rrtc.stock.trial import find_folds
+from rrtc.tying.tie import tie, truncated_svd
 
 FULL = 10_000  # more than any dimension, so that ranks are clamped to full rank
 

@@ -12,16 +12,16 @@ from pico import save_pico
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from rrtc.cache import only_run
-from rrtc.checkpoint import check_not_interrupted
-from rrtc.cli import app
+from rrtc.api import run
+from rrtc.cli.app import app
 from rrtc.errors import RrtcError, WrongUsage
 from rrtc.init.job import can_resume
 from rrtc.init.stage import init
-from rrtc.init.streamed import StreamedModel
-from rrtc.pipeline import run
-from rrtc.recipe import EvalRecipe, Recipe
-from rrtc.weights import HEADER_ROOM
+from rrtc.io.folder import check_not_interrupted, only_run
+from rrtc.io.shard_writer import HEADER_ROOM
+from rrtc.recipe.eval import EvalRecipe
+from rrtc.recipe.schema import Recipe
+from rrtc.stock.streamed import StreamedModel
 
 BUDGET = {"budget": 0.7, "calibrate_tokens": 512, "measure_tokens": 0}
 PAPER = {"rank": 4, "measure_tokens": 0}
@@ -40,7 +40,7 @@ import json, os, signal, sys
 from pathlib import Path
 from rrtc.init.job import can_resume
 from rrtc.init.stage import init
-from rrtc.recipe import Recipe
+from rrtc.recipe.schema import Recipe
 
 rename = Path.rename
 

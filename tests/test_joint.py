@@ -6,12 +6,13 @@ import pytest
 import torch
 from pico import ARCHITECTURES, pico_config, pico_model
 
-from rrtc.init import joint as joint_module
-from rrtc.init import neurons
-from rrtc.init.joint import joint, joint_costs
-from rrtc.init.moments import DiagonalMoment, FullMoment, Moment
-from rrtc.init.neurons import Neurons, align, find_neurons, narrowed, refitted, removal, reordered, reordered_seen
-from rrtc.init.whiten import Seen, costs_by_rank, spectrum
+from rrtc.stock.trial import find_neurons
+from rrtc.tying import joint as joint_module
+from rrtc.tying import neurons
+from rrtc.tying.joint import joint, joint_costs
+from rrtc.tying.moments import DiagonalMoment, FullMoment, Moment
+from rrtc.tying.neurons import Neurons, align, narrowed, refitted, removal, reordered, reordered_seen
+from rrtc.tying.whiten import Seen, costs_by_rank, spectrum
 
 
 def moment(size: int, seed: int, spread: float = 1.0) -> Moment:

@@ -9,10 +9,11 @@ from torch.nn.functional import cross_entropy, kl_div
 from transformers import AutoModelForCausalLM
 
 from rrtc.model import RrtConfig, RrtForCausalLM
-from rrtc.model.forward import run_base
-from rrtc.model.skeleton import read_architecture
-from rrtc.plan import make_plan
-from rrtc.recipe import DISTILLATIONS, InitRecipe, UptrainRecipe
+from rrtc.patterns import make_plan
+from rrtc.recipe.init import InitRecipe
+from rrtc.recipe.uptrain import DISTILLATIONS, UptrainRecipe
+from rrtc.stock.architecture import read_architecture
+from rrtc.stock.parts import run_base
 from rrtc.uptrain import losses
 from rrtc.uptrain.losses import chunked_losses
 from rrtc.uptrain.student import Student

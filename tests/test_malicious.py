@@ -15,14 +15,14 @@ from safetensors.torch import load_file
 from test_source import write_gguf
 from typer.testing import CliRunner
 
-from rrtc.cache import cache_folder
-from rrtc.checkpoint import read_provenance
-from rrtc.cli import app
+from rrtc.cli.app import app
 from rrtc.errors import RrtcError, WrongUsage
 from rrtc.export import stage
-from rrtc.licence import find_licence
-from rrtc.recipe import Recipe, load_recipe
-from rrtc.source import find_base, find_model, load_tokenizer, read_config
+from rrtc.io.cache import cache_folder
+from rrtc.io.license import find_licence
+from rrtc.io.provenance import read_provenance
+from rrtc.io.source import find_base, find_model, load_tokenizer, read_config
+from rrtc.recipe.schema import Recipe, load_recipe
 
 opened: list[str] = []
 sys.addaudithook(lambda event, arguments: opened.append(str(arguments[0])) if event == "open" else None)

@@ -16,9 +16,9 @@ from transformers.pytorch_utils import Conv1D
 
 from rrtc.model import RrtConfig, RrtForCausalLM, RrtModel
 from rrtc.model.modeling_rrt import RelaxedLinear, find_layers, graft, matrices_of
-from rrtc.model.skeleton import read_architecture
-from rrtc.plan import make_plan
-from rrtc.recipe import InitRecipe
+from rrtc.patterns import make_plan
+from rrtc.recipe.init import InitRecipe
+from rrtc.stock.architecture import read_architecture
 
 EQUAL = 1e-4
 WINDOW = 8  # the sliding window of the pico models: every sequence here is longer

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from rrtc.init.joint import joint, joint_costs
-from rrtc.init.moments import FullMoment, Moment, SampledMoment
-from rrtc.init.neurons import Neurons, align, narrowed, removal, reordered_seen
-from rrtc.init.tie import truncated_svd
-from rrtc.init.whiten import Seen, costs_by_rank, spectrum
+from rrtc.tying.joint import joint, joint_costs
+from rrtc.tying.moments import FullMoment, Moment, SampledMoment
+from rrtc.tying.neurons import Neurons, align, narrowed, removal, reordered_seen
+from rrtc.tying.tie import truncated_svd
+from rrtc.tying.whiten import Seen, costs_by_rank, spectrum
 
 TOKENS, SIZE = 9, 24
 

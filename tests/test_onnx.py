@@ -13,12 +13,14 @@ from huggingface_hub import ModelCard
 from test_export import IDS, LAST_NORM, change_tensors, make_rrt, recipe, run_python
 from transformers import GenerationConfig
 
-from rrtc import checkpoint, measure
+from rrtc import machine
+from rrtc.api import describe
 from rrtc.errors import RrtcError
-from rrtc.export import onnx_form, stage, verify
-from rrtc.inspect import describe
+from rrtc.export import stage, verify
+from rrtc.export.forms import onnx as onnx_form
+from rrtc.io import folder as checkpoint
+from rrtc.io.weights import Weights
 from rrtc.model import RrtForCausalLM
-from rrtc.weights import Weights
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs rrtc[onnx]")
 ir = pytest.importorskip("onnx_ir", reason="needs rrtc[onnx]")
@@ -202,7 +204,7 @@ def test_what_cannot_be_exported_is_one_sentence(made, tmp_path, monkeypatch):
             stage.export(str(source), str(output), recipe(format="onnx"))
         assert "pip install rrtc[onnx]" in error.value.hint
     with monkeypatch.context() as patched:
-        patched.setattr(measure, "MODEL_SHARE", 0)
+        patched.setattr(machine, "MODEL_SHARE", 0)
         with pytest.raises(RrtcError, match=r"For this form, the whole model .* and 2 times its 271\.3 kB do not fit"):
             stage.export(str(source), str(output), recipe(format="onnx"))
     change_tensors(source, lambda tensors: tensors[LAST_NORM].fill_(1e6))

@@ -12,11 +12,13 @@ from uptraining import BATCH, CONTEXT, interrupt_at, metrics, settings, weights
 
 from rrtc.errors import WrongUsage
 from rrtc.model import RrtConfig, RrtForCausalLM
-from rrtc.model.skeleton import read_architecture
-from rrtc.plan import make_plan
-from rrtc.recipe import InitRecipe, UptrainRecipe, load_recipe, with_flags
+from rrtc.patterns import make_plan
+from rrtc.recipe.init import InitRecipe
+from rrtc.recipe.schema import load_recipe, with_flags
+from rrtc.recipe.uptrain import UptrainRecipe
+from rrtc.stock.architecture import read_architecture
 from rrtc.uptrain.job import prepare
-from rrtc.uptrain.optimiser import make_optimiser, parameter_groups
+from rrtc.uptrain.optimizer import make_optimiser, parameter_groups
 from rrtc.uptrain.stage import uptrain
 from rrtc.uptrain.trainer import DistillationTrainer
 

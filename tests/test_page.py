@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rrtc.eval.page import write_page
-from rrtc.report import KEYS
+from rrtc.io.report import KEYS
 
 LENGTHS, DEPTHS = (256, 512), (0.0, 0.5, 1.0)
 

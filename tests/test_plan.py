@@ -8,11 +8,15 @@ import transformers
 from pico import ARCHITECTURES, COMMON, pico_config, pico_model
 
 from rrtc.errors import RrtcError, WrongUsage
+from rrtc.init.memory import init_bytes
+from rrtc.init.slots import source_layers
+from rrtc.io.source import read_config
 from rrtc.model import RrtConfig, RrtForCausalLM
-from rrtc.model.skeleton import read_architecture
-from rrtc.plan import Architecture, Layer, Matrix, make_plan, source_layers
-from rrtc.recipe import InitRecipe, load_recipe
-from rrtc.source import read_config
+from rrtc.patterns import make_plan
+from rrtc.plan import Architecture, Layer, Matrix
+from rrtc.recipe.init import InitRecipe
+from rrtc.recipe.schema import load_recipe
+from rrtc.stock.architecture import read_architecture
 
 PAPER = Path(__file__).parent.parent / "recipes" / "paper"
 
@@ -205,7 +209,7 @@ def part_of(name: str, plan) -> str:
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_the_summary_counts_as_the_plan_does(architecture):
     plan = plan_of(pico_config(architecture), rank=4)
-    summary = plan.summary(2, tokens=0, joint=False)
+    summary = plan.summary(2)
     assert summary["params_total"] == plan.parameters == sum(summary["params_by_part"].values())
     assert summary["bytes"] == 2 * plan.parameters and summary["dense_bytes"] == 2 * plan.architecture.parameters
     assert summary["dense_params_non_embedding"] == plan.architecture.non_embedding
@@ -215,10 +219,9 @@ def test_the_summary_counts_as_the_plan_does(architecture):
 def test_the_memory_init_needs_is_a_slot_at_a_time_whatever_is_measured():
     plan = plan_of(read_config(PAPER / "gemma-2b"), loops=2)
     slot = 2 * sum(matrix.size for matrix in plan.architecture.layers[0].matrices)
-    tying, running = plan.init_bytes(tokens=0, joint=False), plan.init_bytes(tokens=400_000, joint=False)
+    tying, running = init_bytes(plan, tokens=0, joint=False), init_bytes(plan, tokens=400_000, joint=False)
     assert 4 * slot < tying < running
-    assert plan.summary(2, tokens=400_000, joint=False)["init_peak_bytes"] == running
-    assert plan.init_bytes(tokens=1000, joint=False) < plan.init_bytes(tokens=1000, joint=True)
+    assert init_bytes(plan, tokens=1000, joint=False) < init_bytes(plan, tokens=1000, joint=True)
 
 
 def test_looping_saves_neither_arithmetic_nor_kv_cache_and_lora_adds_arithmetic():

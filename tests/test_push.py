@@ -14,7 +14,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from rrtc.cli import app
+from rrtc.cli.app import app
 
 CHECKS = """
 import sys
@@ -28,12 +28,12 @@ for name in sys.argv[1:]:
         print(error.exit_code, error.sentence, "|", error.hint)
 """
 DAMAGE = """
-from rrtc.weights import ShardWriter
+from rrtc.io.shard_writer import ShardWriter
 add = ShardWriter.add_blocks
 damaged = lambda name, block: block.flip(0) if name.endswith("up_proj.weight") else block
 ShardWriter.add_blocks = lambda self, name, blocks: add(self, name, [damaged(name, block) for block in blocks])
 """
-RUN = "from rrtc.cli import main; main()"
+RUN = "from rrtc.cli.app import main; main()"
 
 
 class Hub(ThreadingHTTPServer):

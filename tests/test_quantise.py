@@ -12,15 +12,20 @@ from test_forms import save_mixed
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from rrtc import checkpoint, measure
-from rrtc.cli import app
+from rrtc import machine
+from rrtc.api import describe
+from rrtc.cli.app import app
 from rrtc.errors import RrtcError, WrongUsage
-from rrtc.export import quantised_form, rounding, stage, writing
-from rrtc.inspect import describe
-from rrtc.recipe import Recipe, load_recipe
-from rrtc.text import Windows
+from rrtc.export import quantize as quantised_form
+from rrtc.export import stage
+from rrtc.export.forms import writing
+from rrtc.io import folder as checkpoint
+from rrtc.io.shard_writer import ShardWriter
+from rrtc.io.weights import Weights
+from rrtc.recipe.schema import Recipe, load_recipe
+from rrtc.text.windows import Windows
+from rrtc.tying import rounding
 from rrtc.uptrain.stage import uptrain
-from rrtc.weights import ShardWriter, Weights
 
 BITS = {"int8": 8, "int4": 4}
 
@@ -216,7 +221,7 @@ def test_a_quantised_export_is_not_worked_on(tmp_path):
 
 
 def test_a_model_larger_than_memory_is_not_quantised(tmp_path, monkeypatch):
-    monkeypatch.setattr(measure, "MODEL_SHARE", 0)
+    monkeypatch.setattr(machine, "MODEL_SHARE", 0)
     with pytest.raises(RrtcError, match="To be quantised, the whole model has to be in memory, and its .* do not fit"):
         stage.export(str(make_rrt(tmp_path / "rrt")), str(tmp_path / "out"), recipe(quantize="int4"))
 

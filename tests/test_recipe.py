@@ -3,16 +3,11 @@
 import pytest
 
 from rrtc.errors import WrongUsage, nearest
-from rrtc.recipe import (
-    MATRIX_GROUPS,
-    EvalRecipe,
-    ExportRecipe,
-    InitRecipe,
-    Recipe,
-    UptrainRecipe,
-    load_recipe,
-    with_flags,
-)
+from rrtc.recipe.eval import EvalRecipe
+from rrtc.recipe.export import ExportRecipe
+from rrtc.recipe.init import MATRIX_GROUPS, InitRecipe
+from rrtc.recipe.schema import Recipe, load_recipe, with_flags
+from rrtc.recipe.uptrain import UptrainRecipe
 
 
 def load(tmp_path, text: str) -> Recipe:

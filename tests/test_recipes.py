@@ -13,8 +13,8 @@ from pico import save_pico
 from transformers import AutoConfig
 from typer.testing import CliRunner
 
-from rrtc.cli import app
-from rrtc.recipe import load_recipe
+from rrtc.cli.app import app
+from rrtc.recipe.schema import load_recipe
 
 ROOT = Path(__file__).parent.parent
 TEXT = "\n\n\n".join(f"Chapter {n}. It was the {n}th of May, and the rain had not stopped. " * 30 for n in range(40))

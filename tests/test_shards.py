@@ -17,16 +17,19 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 from uptraining import curve, on_two_processes, settings
 
+from rrtc.api import run
 from rrtc.errors import RrtcError, WrongUsage
-from rrtc.own_text import AT_ONCE, own_text
-from rrtc.pipeline import run
-from rrtc.recipe import Recipe, UptrainRecipe
-from rrtc.source import find_model
-from rrtc.text import FEW, documents, pack, scoring_texts, split
-from rrtc.uptrain import data, shards
+from rrtc.io.source import find_model
+from rrtc.recipe.schema import Recipe
+from rrtc.recipe.uptrain import UptrainRecipe
+from rrtc.text import shards
+from rrtc.text.own import AT_ONCE, own_text
+from rrtc.text.shards import Shard, own_shard, text_shard
+from rrtc.text.sources import FEW, documents, split
+from rrtc.text.windows import pack, scoring_texts
+from rrtc.uptrain import data
 from rrtc.uptrain.data import Mixture, Stream, interleaved, training_text
 from rrtc.uptrain.estimate import estimate
-from rrtc.uptrain.shards import Shard, own_shard, text_shard
 from rrtc.uptrain.stage import uptrain
 
 ALL = 10**9
@@ -139,7 +142,7 @@ def test_a_long_document_is_cut_into_several(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("suffix", ["jsonl", "txt"])
 def test_memory_does_not_grow_with_the_text(tmp_path, monkeypatch, suffix):
-    for module in (shards, sys.modules["rrtc.text"]):
+    for module in (shards, sys.modules["rrtc.text.sources"]):
         monkeypatch.setattr(module, "CHARACTERS_AT_ONCE", 10_000)
     peaks = []
     for number in (200, 2000):
@@ -222,16 +225,18 @@ def test_killed_while_a_shorter_one_is_removed(tmp_path, cache, monkeypatch):
 
 
 def test_a_dataset_is_known_by_its_name(monkeypatch):
-    monkeypatch.setattr("rrtc.text._from_datasets", lambda name, field: iter(texts(150)))  # there is no network here
+    monkeypatch.setattr(
+        "rrtc.text.sources._from_datasets", lambda name, field: iter(texts(150))
+    )  # there is no network here
     first = tokenised("some/dataset")
-    monkeypatch.setattr("rrtc.text._from_datasets", lambda *_: pytest.fail("asked for again"))
+    monkeypatch.setattr("rrtc.text.sources._from_datasets", lambda *_: pytest.fail("asked for again"))
     assert tokenised("some/dataset").sha256 == first.sha256
 
 
 def test_of_two_processes_one_tokenises(tmp_path, cache):
     source, script = write(tmp_path / "a.jsonl", texts(150)), tmp_path / "script.py"
     script.write_text(
-        "import os, sys, time\nfrom accelerate import PartialState\nfrom rrtc.source import load_tokenizer\n"
+        "import os, sys, time\nfrom accelerate import PartialState\nfrom rrtc.io.source import load_tokenizer\n"
         "from rrtc.uptrain import shards\nwhole = shards._write\n"
         "def slowly(*args):\n"
         "    print('written by', os.environ['RANK'], flush=True)\n    time.sleep(1)\n    return whole(*args)\n"

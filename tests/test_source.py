@@ -11,16 +11,11 @@ import torch
 from pico import pico_model, pico_tokenizer, save_pico
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from rrtc.cache import cache_folder
-from rrtc.checkpoint import whole_folder, write_provenance
 from rrtc.errors import RrtcError
-from rrtc.source import (
-    content_hash,
-    find_base,
-    find_model,
-    load_tokenizer,
-    read_config,
-)
+from rrtc.io.cache import cache_folder
+from rrtc.io.folder import whole_folder
+from rrtc.io.provenance import write_provenance
+from rrtc.io.source import content_hash, find_base, find_model, load_tokenizer, read_config
 
 
 @pytest.fixture(scope="session")

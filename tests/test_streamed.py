@@ -9,15 +9,15 @@ import transformers
 from pico import ARCHITECTURES, COMMON, pico_model
 from transformers import AutoModelForCausalLM
 
-from rrtc import measure
+from rrtc import scoring
 from rrtc.errors import RrtcError
-from rrtc.init import streamed
-from rrtc.init.dense import DenseModel
-from rrtc.init.streamed import StreamedModel
+from rrtc.io.dense import DenseModel
+from rrtc.io.source import find_model
 from rrtc.model.modeling_rrt import matrices_of
-from rrtc.model.skeleton import decoder_layers
-from rrtc.source import find_model
-from rrtc.text import Windows
+from rrtc.stock import streamed
+from rrtc.stock.architecture import decoder_layers
+from rrtc.stock.streamed import StreamedModel
+from rrtc.text.windows import Windows
 
 # What the pico architectures leave out: ALiBi, layers that return tuples, projections around the layers, a head with a
 # bias, attention and MLP side by side (which then share an input), scaled logits, partial rotary positions.
@@ -128,7 +128,7 @@ def first(output):
 def test_the_loss_is_what_measure_says(name, cases, batches):
     case = cases(name)
     loss = case.model.loss(run_all(case), case.ids)
-    assert loss == pytest.approx(measure.score(case.stock, Windows(case.ids, 1.0)).loss, abs=1e-5)
+    assert loss == pytest.approx(scoring.score(case.stock, Windows(case.ids, 1.0)).loss, abs=1e-5)
 
 
 @pytest.mark.parametrize("name", ALL)

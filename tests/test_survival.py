@@ -20,19 +20,20 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Trainer
 from uptraining import BATCH, CONTEXT, interrupt_at, make_rrt, metrics, on_two_processes, settings, weights
 
-from rrtc.checkpoint import read_provenance
-from rrtc.cli import app
+from rrtc.cli.app import app
 from rrtc.errors import RrtcError
-from rrtc.recipe import UptrainRecipe
-from rrtc.resume import check_unchanged
+from rrtc.io.folder import check_unchanged
+from rrtc.io.provenance import read_provenance
+from rrtc.recipe.uptrain import UptrainRecipe
 from rrtc.uptrain import guards
+from rrtc.uptrain.checkpoints import whole_checkpoints
 from rrtc.uptrain.curve import draw, steps_of, summary
 from rrtc.uptrain.data import Stream
 from rrtc.uptrain.estimate import estimate
 from rrtc.uptrain.guards import WINDOW, LossGuard, Stopped, Terminated
 from rrtc.uptrain.job import FREE_ON_RESUME, prepare
 from rrtc.uptrain.stage import uptrain
-from rrtc.uptrain.trainer import DistillationTrainer, whole_checkpoints
+from rrtc.uptrain.trainer import DistillationTrainer
 
 STEPS = 40
 LONG = {"tokens": CONTEXT * BATCH * STEPS, "learning_rate": 3e-3, "save_every": 5}
@@ -181,7 +182,7 @@ def test_all_processes_stop_at_the_same_step(rrt, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         "import os, signal, sys\n"
-        "from rrtc.cli import main\nfrom rrtc.uptrain.trainer import DistillationTrainer\n"
+        "from rrtc.cli.app import main\nfrom rrtc.uptrain.trainer import DistillationTrainer\n"
         "original, calls = DistillationTrainer.compute_loss, []\n"
         "def asked(self, *args, **kwargs):\n"
         "    calls.append(0)\n"
@@ -317,7 +318,7 @@ def test_a_batch_that_gives_nan(rrt, tmp_path, monkeypatch, gradients_only):
     stream = DistillationTrainer(job, 9, tmp_path / "t", save=False, callbacks=[]).train_dataset
     windows = ", ".join(f"window {n} of pydoc" for n in (20, 21, 22, 23))
     assert error.value.sentence.startswith(f"{what} became nan at step 6, on {windows}, the first of which begins")
-    from rrtc.source import load_tokenizer
+    from rrtc.io.source import load_tokenizer
 
     shown = error.value.sentence.split("begins '")[1].removesuffix("'.")
     text = " ".join(load_tokenizer(rrt).decode(stream[20]["input_ids"]).split())

@@ -18,8 +18,8 @@ from uptraining import on_two_processes
 
 from rrtc.errors import RrtcError, WrongUsage
 from rrtc.eval.tasks import Harness, find_tasks
-from rrtc.measure import load_for_scoring
-from rrtc.recipe import EvalRecipe
+from rrtc.io.source import load_for_scoring
+from rrtc.recipe.eval import EvalRecipe
 
 FILES = Path(__file__).parent.parent / "recipes" / "tasks"
 ITEMS = 13
@@ -216,7 +216,7 @@ def test_two_processes_share_the_items(rrt, data, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         "import sys, torch\nfrom transformers import AutoTokenizer\nfrom rrtc.eval.tasks import Harness, find_tasks\n"
-        "from rrtc.measure import load_for_scoring\nfrom rrtc.recipe import EvalRecipe\n"
+        "from rrtc.io.source import load_for_scoring\nfrom rrtc.recipe.eval import EvalRecipe\n"
         "folder, target, *recipes = sys.argv[1:]\n"
         "found, steps = [], []\n"
         "for settings in map(EvalRecipe.model_validate_json, recipes):\n"

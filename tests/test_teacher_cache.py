@@ -23,11 +23,12 @@ from uptraining import (
     weights,
 )
 
-from rrtc.checkpoint import read_provenance
 from rrtc.errors import RrtcError, WrongUsage
-from rrtc.measure import process_group
-from rrtc.recipe import DISTILLATIONS, UptrainRecipe, with_flags
-from rrtc.source import content_hash
+from rrtc.io.provenance import read_provenance
+from rrtc.io.source import content_hash
+from rrtc.machine import process_group
+from rrtc.recipe.schema import with_flags
+from rrtc.recipe.uptrain import DISTILLATIONS, UptrainRecipe
 from rrtc.uptrain import losses, teacher_cache
 from rrtc.uptrain.data import given
 from rrtc.uptrain.estimate import estimate

@@ -12,8 +12,11 @@ from pico import pico_config, pico_tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from rrtc.errors import RrtcError
-from rrtc.recipe import EvalRecipe, Recipe, UptrainRecipe
-from rrtc.text import FEW, HELD_OUT_OF, beginning, documents, longest_context, pack, scoring_texts, split
+from rrtc.recipe.eval import EvalRecipe
+from rrtc.recipe.schema import Recipe
+from rrtc.recipe.uptrain import UptrainRecipe
+from rrtc.text.sources import FEW, HELD_OUT_OF, beginning, documents, split
+from rrtc.text.windows import longest_context, pack, scoring_texts
 
 
 def read(source, field: str = "text") -> list[str]:

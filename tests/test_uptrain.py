@@ -33,21 +33,23 @@ from uptraining import (
     weights,
 )
 
-from rrtc import measure
-from rrtc.cache import only_run
-from rrtc.checkpoint import read_provenance
+from rrtc import scoring
 from rrtc.errors import RrtcError
 from rrtc.export.stage import export
-from rrtc.recipe import Recipe
-from rrtc.source import content_hash
-from rrtc.text import Windows, _built_in
+from rrtc.io.folder import only_run
+from rrtc.io.provenance import read_provenance
+from rrtc.io.source import content_hash, load_for_scoring
+from rrtc.io.weights import Weights
+from rrtc.recipe.schema import Recipe
+from rrtc.text.sources import _built_in
+from rrtc.text.windows import Windows
+from rrtc.uptrain.checkpoints import whole_checkpoints
 from rrtc.uptrain.data import Stream
 from rrtc.uptrain.display import Display, sparkline
 from rrtc.uptrain.estimate import estimate
 from rrtc.uptrain.job import Job, prepare
 from rrtc.uptrain.stage import uptrain
-from rrtc.uptrain.trainer import DistillationTrainer, whole_checkpoints
-from rrtc.weights import Weights
+from rrtc.uptrain.trainer import DistillationTrainer
 
 
 @pytest.fixture(scope="module")
@@ -78,18 +80,18 @@ def stop_after_checkpoint(rrt: Path, target: Path, monkeypatch) -> Path:
 def test_first_step_is_what_measure_says(rrt, dense, trained):
     job = prepare(rrt, settings().uptrain)
     windows = Windows(torch.stack([item["input_ids"] for item in first_of(job, BATCH)]), 1.0)
-    scores = measure.score(measure.load_for_scoring(rrt), windows, measure.load_for_scoring(dense("llama")))
+    scores = scoring.score(load_for_scoring(rrt), windows, load_for_scoring(dense("llama")))
     assert curve(trained)[0] == pytest.approx((scores.loss, scores.kl), abs=1e-5)
 
 
 def test_a_model_made_with_dropout_learns_without_it(tmp_path):
     rrt = make_rrt(tmp_path / "rrt", save_pico(tmp_path / "dense", "gpt2"), "gpt2")
-    assert measure.load_for_scoring(rrt).config.base_config.attn_pdrop == 0.1
+    assert load_for_scoring(rrt).config.base_config.attn_pdrop == 0.1
     windows = Windows(torch.stack([i["input_ids"] for i in first_of(prepare(rrt, settings().uptrain), BATCH)]), 1.0)
-    scores = measure.score(measure.load_for_scoring(rrt), windows, measure.load_for_scoring(tmp_path / "dense"))
+    scores = scoring.score(load_for_scoring(rrt), windows, load_for_scoring(tmp_path / "dense"))
     uptrain(str(rrt), str(tmp_path / "out"), settings(tokens=2 * ONE_STEP))
     assert curve(tmp_path / "out")[0] == pytest.approx((scores.loss, scores.kl), abs=1e-5)
-    assert measure.load_for_scoring(tmp_path / "out").config.base_config.attn_pdrop == 0.1
+    assert load_for_scoring(tmp_path / "out").config.base_config.attn_pdrop == 0.1
 
 
 def test_training_heals(rrt, tmp_path):
@@ -204,7 +206,7 @@ def test_the_folder_is_whole(rrt, dense, trained):
     # What was written is the model that training ended with: the loss on the next batch has gone down.
     model = AutoModelForCausalLM.from_pretrained(trained)
     windows = first_of(prepare(rrt, settings().uptrain), 8)
-    scores = measure.score(model.eval(), Windows(torch.stack([item["input_ids"] for item in windows]), 1.0))
+    scores = scoring.score(model.eval(), Windows(torch.stack([item["input_ids"] for item in windows]), 1.0))
     assert scores.loss < steps[0]["loss"]
 
 
@@ -267,7 +269,7 @@ def test_killed_while_checkpoints_are_removed(rrt, trained, tmp_path):
     script, target = tmp_path / "script.py", tmp_path / "out"
     script.write_text(
         "import os, pathlib, shutil, signal, sys\n"
-        "from rrtc.recipe import Recipe\nfrom rrtc.uptrain.stage import uptrain\n"
+        "from rrtc.recipe.schema import Recipe\nfrom rrtc.uptrain.stage import uptrain\n"
         "whole = shutil.rmtree\n"
         "def cut_off(path, *args, **kwargs):\n"
         "    states = list(pathlib.Path(path).rglob('trainer_state.json'))\n"
@@ -355,7 +357,7 @@ def test_resume_is_refused_where_something_changed(rrt, dense, tmp_path, monkeyp
     # The built-in text with one word more is another text.
     text = [*_built_in(), "word"]
     with monkeypatch.context() as patched:
-        patched.setattr("rrtc.text._built_in", lambda: text)
+        patched.setattr("rrtc.text.sources._built_in", lambda: text)
         with pytest.raises(RrtcError, match="the text has changed"):
             uptrain(str(rrt), str(target), settings(), resume=True)
     saved = (partial / "checkpoints" / "resume.json").read_text()

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 
 from rrtc.export import stage
 from rrtc.model import RrtForCausalLM
-from rrtc.recipe import Recipe
+from rrtc.recipe.schema import Recipe
 
 TEMPLATE = (
     "{% for m in messages %}<bos>{{ m.role }}: {{ m.content }}<eos>{% endfor %}"

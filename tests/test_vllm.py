@@ -19,9 +19,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from rrtc.export import stage, vllm_plugin
+from rrtc.export import stage
 from rrtc.model import RrtConfig, RrtForCausalLM, RrtModel
 from rrtc.model.modeling_rrt import RelaxedLinear
+from rrtc.vllm import plugin as vllm_plugin
 
 VARIABLE = "RRTC_VLLM_PYTHON"
 HEADS = {"head_dim": 32}  # the smallest that vLLM's kernels for processors take
@@ -192,9 +193,9 @@ def vllm_model(monkeypatch):
         module = types.ModuleType(f"vllm.{name}")
         vars(module).update(content or {"TransformersForCausalLM": Backend})
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.delitem(sys.modules, "rrtc.export.vllm_model", raising=False)
-    yield importlib.import_module("rrtc.export.vllm_model")
-    del sys.modules["rrtc.export.vllm_model"]
+    monkeypatch.delitem(sys.modules, "rrtc.vllm.model", raising=False)
+    yield importlib.import_module("rrtc.vllm.model")
+    del sys.modules["rrtc.vllm.model"]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "granite"])

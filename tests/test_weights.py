@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from rrtc.errors import RrtcError
-from rrtc.weights import ShardWriter, Weights
+from rrtc.io.shard_writer import ShardWriter
+from rrtc.io.weights import Weights
 
 TENSORS = {
     "a": torch.arange(6.0).view(2, 3),
@@ -225,7 +226,7 @@ def test_a_tensor_comes_in_blocks_of_its_rows(tmp_path):
 
 
 def test_a_tensor_is_read_in_blocks_of_its_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr("rrtc.weights.BLOCK_NUMBERS", 30)
+    monkeypatch.setattr("rrtc.io.weights.BLOCK_NUMBERS", 30)
     tensor = torch.randn(50, 7).bfloat16()
     save_file({"table": tensor, "norm": tensor[:, 0].contiguous()}, tmp_path / "model.safetensors")
     weights = Weights(tmp_path)
@@ -259,8 +260,8 @@ def test_shards_of_several_number_formats_are_laid_out_as_safetensors_does(tmp_p
 
 
 def test_a_large_shard_keeps_the_room_for_its_header(tmp_path, monkeypatch):
-    monkeypatch.setattr("rrtc.weights.HEADER_ROOM", 4096)
-    monkeypatch.setattr("rrtc.weights.LARGE_SHARD", 3000)
+    monkeypatch.setattr("rrtc.io.shard_writer.HEADER_ROOM", 4096)
+    monkeypatch.setattr("rrtc.io.shard_writer.LARGE_SHARD", 3000)
     writer = ShardWriter(tmp_path, 4000)
     tensors = {name: torch.randn(250) for name in "dcba"}  # of 1000 bytes, and then some that do not fit the shard
     tensors |= {"odd": torch.ones(3, dtype=torch.int8), "after": torch.randn(900)}
@@ -279,7 +280,8 @@ def test_a_large_shard_keeps_the_room_for_its_header(tmp_path, monkeypatch):
 STREAM_A_LOT = """
 import sys, torch
 from pathlib import Path
-from rrtc.weights import ShardWriter, Weights
+from rrtc.io.shard_writer import ShardWriter
+from rrtc.io.weights import Weights
 
 def peak():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))

@@ -15,10 +15,10 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from rrtc.console import is_first_process
-from rrtc.measure import process_group
+from rrtc.machine import is_first_process, process_group
 from rrtc.model.modeling_rrt import Slot
-from rrtc.recipe import Recipe, UptrainRecipe
+from rrtc.recipe.schema import Recipe
+from rrtc.recipe.uptrain import UptrainRecipe
 from rrtc.uptrain import losses
 from rrtc.uptrain.sharding import shard, whole_state
 from rrtc.uptrain.stage import uptrain

@@ -11,12 +11,13 @@ import torch
 from pico import pico_config, pico_tokenizer
 from safetensors.torch import load_file
 
-from rrtc.checkpoint import write_provenance
+from rrtc.io.provenance import write_provenance
+from rrtc.io.source import find_model
 from rrtc.model import RrtConfig, RrtForCausalLM
-from rrtc.model.skeleton import read_architecture
-from rrtc.plan import make_plan
-from rrtc.recipe import InitRecipe, Recipe
-from rrtc.source import find_model
+from rrtc.patterns import make_plan
+from rrtc.recipe.init import InitRecipe
+from rrtc.recipe.schema import Recipe
+from rrtc.stock.architecture import read_architecture
 from rrtc.uptrain.trainer import DistillationTrainer
 
 CONTEXT, BATCH, STEPS = 32, 4, 6
@@ -95,7 +96,7 @@ def uptrain_on_two_processes(rrt: Path, target: Path, recipe: Recipe) -> str:
     """What a run on two processes says on stderr. It has to end well."""
     script = target.with_name("script.py")
     script.write_text(
-        "import sys\nfrom rrtc.recipe import Recipe\nfrom rrtc.uptrain.stage import uptrain\n"
+        "import sys\nfrom rrtc.recipe.schema import Recipe\nfrom rrtc.uptrain.stage import uptrain\n"
         "uptrain(sys.argv[1], sys.argv[2], Recipe.model_validate_json(sys.argv[3]))\n"
     )
     run = on_two_processes(script, rrt, target, recipe.model_dump_json())

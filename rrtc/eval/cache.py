@@ -12,11 +12,11 @@ from collections.abc import Callable
 
 from numpy.typing import NDArray
 
-from rrtc.cache import cache_folder
-from rrtc.console import is_first_process, warn
+from rrtc.console import warn
 from rrtc.errors import RrtcError
-from rrtc.eval.group import from_first_process
-from rrtc.resume import whole_file
+from rrtc.io.cache import cache_folder
+from rrtc.io.folder import whole_file
+from rrtc.machine import from_first_process, is_first_process
 
 VERSION = 2  # of what is measured and how; old measurements are not found under another
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 
-from rrtc.checkpoint import earlier_stages, read_provenance
 from rrtc.errors import RrtcError, WrongUsage
+from rrtc.io.provenance import earlier_stages, read_provenance
+from rrtc.io.source import Source, content_hash, read_config
+from rrtc.io.weights import Weights
 from rrtc.model import RrtConfig
-from rrtc.model.skeleton import read_architecture, read_plan
-from rrtc.source import Source, content_hash, read_config
-from rrtc.weights import Weights
+from rrtc.stock.architecture import read_architecture, read_plan
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Candidate:
         return content_hash(self.folder)
 
     def sizes(self, width: int | None = None) -> dict:
-        """The sizes of rrtc/report.py. width: bytes a parameter; by default those that the folder has on disk."""
+        """The sizes of rrtc/io/report.py. width: bytes a parameter; by default those that the folder has on disk."""
         counted = self.counted
         return {
             "params_total": counted.parameters,

@@ -15,14 +15,14 @@ from statistics import quantiles
 import torch
 
 from rrtc.errors import RrtcError
-from rrtc.text import longest_context
+from rrtc.text.windows import longest_context
 
 PROMPT, NEW = 256, 32  # tokens that are read at once, and said one by one
 
 
 @torch.inference_mode()
 def speed(dense, model, rounds: int, advance: Callable[[], None] = lambda: None) -> dict:
-    """The `speed` of rrtc/report.py: how fast `model` reads and says tokens, as a multiple of `dense`. advance is
+    """The `speed` of rrtc/io/report.py: how fast `model` reads and says tokens, as a multiple of `dense`. advance is
     called after each of 1 + rounds rounds; the first one warms up and does not count."""
     context = longest_context(dense.config, PROMPT + NEW)
     prompt = context - NEW if context > 2 * NEW else context // 2

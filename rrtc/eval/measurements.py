@@ -16,18 +16,18 @@ import torch
 import transformers
 from numpy.typing import NDArray
 
-from rrtc import measure
+from rrtc import machine, scoring
 from rrtc.console import progress
 from rrtc.eval.cache import Measurement, remembered
 from rrtc.eval.candidates import Candidate
-from rrtc.eval.group import share_of, spread
 from rrtc.eval.passkey import Probe, found
 from rrtc.eval.sample import prompt_ids, sample
 from rrtc.eval.tasks import Harness, Task
-from rrtc.model.forward import left_after, run_base
-from rrtc.recipe import EvalRecipe
-from rrtc.source import read_config
-from rrtc.text import Windows, longest_context
+from rrtc.io.source import load_for_scoring, read_config
+from rrtc.machine import share_of, spread
+from rrtc.recipe.eval import EvalRecipe
+from rrtc.stock.parts import left_after, run_base
+from rrtc.text.windows import Windows, longest_context
 
 RESIDUAL_WINDOWS = 4  # of each text: the residuals are for looking at, and need no interval
 
@@ -45,7 +45,7 @@ class Questions:
 
 @dataclass
 class Answers:
-    """The measurements of one model, or of one of its exits. A text's are the fields of rrtc.measure.TokenScores."""
+    """The measurements of one model, or of one of its exits. A text's are the fields of rrtc.scoring.TokenScores."""
 
     texts: dict[str, Measurement] = field(default_factory=dict)
     tasks: dict[str, Measurement] = field(default_factory=dict)
@@ -63,7 +63,7 @@ class Examinee:
 
     @cached_property
     def model(self):
-        return measure.load_for_scoring(self.candidate.folder)
+        return load_for_scoring(self.candidate.folder)
 
     def leave(self) -> None:
         self.__dict__.pop("model", None)
@@ -93,7 +93,7 @@ class Examinee:
 
                 def of(numbers: list[int]) -> NDArray:
                     part = replace(windows, ids=windows.ids[numbers])
-                    rows = measure.score_tokens(self.model, part, exits, beside, advance)
+                    rows = scoring.score_tokens(self.model, part, exits, beside, advance)
                     kept = [getattr(row, key) for row in rows for key in fields if getattr(row, key) is not None]
                     return torch.stack(kept, 1).numpy()  # (windows, rows x fields, tokens)
 
@@ -163,8 +163,8 @@ class Examinee:
         return progress(f"{self.candidate.name}: {what}", total)
 
     def _remembered(self, run, **asked) -> Measurement:
-        machine = [str(measure.device().type), torch.__version__, transformers.__version__]
-        value, was_there = remembered({"model": self._fingerprint, "machine": machine, **asked}, run)
+        made_on = [str(machine.device().type), torch.__version__, transformers.__version__]
+        value, was_there = remembered({"model": self._fingerprint, "machine": made_on, **asked}, run)
         self.reused, self.made = self.reused + was_there, self.made + (not was_there)
         return value
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from rrtc.console import count, size
+from rrtc.units import count, size
 
 TEMPLATE = Path(__file__).with_name("page.html")
 PARTS = {
@@ -25,7 +25,7 @@ class Table:
 
 
 def write_page(report: dict, file: Path) -> None:
-    """Writes the page of `report` (see rrtc/report.py) into `file`. What was not measured has no section."""
+    """Writes the page of `report` (see rrtc/io/report.py) into `file`. What was not measured has no section."""
     from jinja2 import Environment
 
     from rrtc.eval.plots import pictures

@@ -1,6 +1,6 @@
 """`rrtc eval`: the dense original, the compressed model, its exits and the stages it went through, on the same items.
 
-What it returns is described in rrtc/report.py.
+What it returns is described in rrtc/io/report.py.
 """
 
 import json
@@ -12,30 +12,26 @@ from pathlib import Path
 
 import torch
 
-from rrtc import __version__, measure
-from rrtc.checkpoint import base_seen_from, check_target, next_history, read_provenance, whole_folder, write_provenance
+from rrtc import __version__, machine
 from rrtc.console import note, progress, warn
 from rrtc.errors import RrtcError, WrongUsage
-from rrtc.eval.candidates import (
-    Candidate,
-    candidates_of,
-    check_holds_model,
-    dense_candidate,
-    stored_dtype,
-)
+from rrtc.eval.candidates import Candidate, candidates_of, check_holds_model, dense_candidate, stored_dtype
 from rrtc.eval.cost import peak_memory, speed
-from rrtc.eval.group import from_first_process, on_first_process
 from rrtc.eval.measurements import Examinee, Questions
 from rrtc.eval.page import write_page
 from rrtc.eval.passkey import Probe, make_probes
 from rrtc.eval.statistics import RESAMPLES
 from rrtc.eval.summary import scores_of
 from rrtc.eval.tasks import find_tasks
+from rrtc.io.folder import check_target, whole_folder
+from rrtc.io.provenance import base_seen_from, next_history, read_provenance, write_provenance
+from rrtc.io.report import PAGE, SCHEMA, write_report
+from rrtc.io.source import Source, content_hash, find_base, load_tokenizer, read_config
+from rrtc.machine import from_first_process, on_first_process
 from rrtc.plan import Plan
-from rrtc.recipe import EvalRecipe, Recipe
-from rrtc.report import PAGE, SCHEMA, write_report
-from rrtc.source import Source, content_hash, find_base, load_tokenizer, read_config
-from rrtc.text import longest_context, scoring_texts
+from rrtc.recipe.eval import EvalRecipe
+from rrtc.recipe.schema import Recipe
+from rrtc.text.windows import longest_context, scoring_texts
 
 CURVE_POINTS = 400  # of a training curve, in the report
 
@@ -56,7 +52,7 @@ def evaluate(
     context, against) makes the models of the same size for `recipe.eval.baselines`. Raises RrtcError where the models
     do not share a vocabulary, the dense model cannot be found, a text is too short, or there is no such task.
     """
-    measure.process_group()  # before any model is loaded: it says which accelerator is this process's
+    machine.process_group()  # before any model is loaded: it says which accelerator is this process's
     paths = [Path(folder) for folder in ([folders] if isinstance(folders, str) else folders)]
     if output is not None:
         for path in paths:
@@ -212,7 +208,7 @@ def _cost(candidate: Candidate, dtype: torch.dtype, questions: Questions) -> dic
     counted = candidate.counted
     peak = None
     if questions.recipe.speed_rounds:
-        peak = on_first_process(lambda: peak_memory(candidate.folder, measure.scoring_dtype()))
+        peak = on_first_process(lambda: peak_memory(candidate.folder, machine.scoring_dtype()))
     return {
         "kv_bytes_per_token": counted.kv_bytes_per_token(dtype.itemsize),
         "flops_per_token": counted.flops_per_token,
@@ -264,8 +260,8 @@ def _made_with(recipe: Recipe) -> dict:
     names = ["torch", "transformers", *(["lm_eval"] if recipe.eval.tasks else [])]
     return {
         "versions": {"rrtc": __version__, **{name: version(name) for name in names}},
-        "device": measure.device().type,
-        "dtype": str(measure.scoring_dtype()).removeprefix("torch."),
+        "device": machine.device().type,
+        "dtype": str(machine.scoring_dtype()).removeprefix("torch."),
         "seed": recipe.eval.seed,
         "resamples": RESAMPLES,
     }

@@ -28,7 +28,7 @@ class Estimate:
     difference_resampled: NDArray | None = None
 
     def as_score(self) -> dict:
-        """The score, in the form in which rrtc/report.py describes it."""
+        """The score, in the form in which rrtc/io/report.py describes it."""
         stderr = None if self.resampled is None else float(self.resampled.std(ddof=1))
         difference = None
         if self.difference is not None:

@@ -17,7 +17,7 @@ TEXT_SCORES = ("loss", "bits_per_byte", "kl", "top1_agreement")
 
 
 def scores_of(answers: Answers, dense: Answers | None, questions: Questions) -> dict:
-    """The part of a row of rrtc/report.py that was measured. dense: None for the dense model itself."""
+    """The part of a row of rrtc/io/report.py that was measured. dense: None for the dense model itself."""
     seed = questions.recipe.seed
     row = {
         "scores": _text_scores(list(questions.texts), answers, dense, questions),

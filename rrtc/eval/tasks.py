@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rrtc.errors import RrtcError, WrongUsage
-from rrtc.recipe import EvalRecipe
-from rrtc.text import begin_and_end
+from rrtc.recipe.eval import EvalRecipe
+from rrtc.text.windows import begin_and_end
 
 if TYPE_CHECKING:
     import numpy as np

@@ -10,12 +10,13 @@ from pathlib import Path
 import yaml
 
 from rrtc import __version__
-from rrtc.checkpoint import without_places
-from rrtc.console import count, size
-from rrtc.export.card_loading import how_to_load
-from rrtc.export.forms import stock_class
-from rrtc.licence import forbids_derivatives
+from rrtc.export.forms.dense import stock_class
+from rrtc.export.forms.gguf import GGUF_LOADING
+from rrtc.export.forms.onnx import ONNX_LOADING
+from rrtc.io.license import forbids_derivatives
+from rrtc.io.provenance import without_places
 from rrtc.model import RrtConfig
+from rrtc.units import count, size
 
 COLUMNS = {
     "layers_computed": ("layers computed", "{:.0%}".format),
@@ -44,8 +45,6 @@ LIMITS = {
 - ONNX Runtime may lay out a shared matrix once for each layer that uses it, and then takes more memory than disk.
 - It is not the base model: what tying cost is above, as far as it was measured.""",
 }
-
-
 QUANTISED_LIMITS = """\
 - Quantising makes this form small, as it would the original: what tying saves is in the recursive form.
 - It computes what the quantised recursive form does only nearly: each is rounded for itself.
@@ -65,7 +64,7 @@ def write_card(
     """Writes README.md into `folder`.
 
     name: what the folder will be called. provenance: the rrtc.yaml of the export. exported: what the export measured.
-    report: report.json of an evaluation, or None. licence: as rrtc.licence has it. chat: whether the tokenizer has a
+    report: report.json of an evaluation, or None. licence: as rrtc.io.license has it. chat: whether the tokenizer has a
     chat template.
     """
     form, base = exported["format"], provenance["base"]
@@ -318,3 +317,60 @@ def _licence(licence: dict, base: dict) -> str:
         stated = ("" if stated == "other" else f"{stated}, ") + f"see {licence['license_link']}"
     forbidden = " It does not allow changed versions, such as this one, to be passed on."
     return f"That of the base model {uri}: {stated}.{forbidden if forbids_derivatives(licence) else ''}"
+
+
+CHAT = """inputs = tokenizer.apply_chat_template(
+    [{"role": "user", "content": "Why is the sky blue?"}], add_generation_prompt=True, return_tensors="pt"
+)"""
+TEXT = 'inputs = tokenizer("The sky is blue because", return_tensors="pt")'
+
+
+def how_to_load(exported: dict, name: str, config: RrtConfig, chat: bool) -> str:
+    """Markdown. exported: what the export measured. name: of its folder. chat: whether the tokenizer has a chat
+    template."""
+    form = exported["format"]
+    if form == "gguf":
+        file = next(file for file in exported["files"] if file.endswith(".gguf"))
+        return GGUF_LOADING.format(name=name, file=file, flag="" if chat else " -no-cnv")
+    if form == "onnx":
+        return ONNX_LOADING.format(name=name)
+    needs = "Needs `transformers` (5.16 or later) and `torch`."
+    if "quantize" in exported:
+        needs = "Needs `transformers` (5.16 or later), `torch` and `compressed-tensors`."
+    trust = ""
+    if form == "recursive":
+        trust = ", trust_remote_code=True"
+        needs += (
+            " `trust_remote_code` runs the two Python files of this folder, which import nothing but torch and "
+            "transformers (the tokenizer's class reads the config, so it has to be told too). Where rrtc is installed, "
+            "`import rrtc.model` makes it unnecessary."
+        )
+    else:
+        needs += f" Nothing else: this is a stock `{stock_class(config)}`."
+    return f"""{needs}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "{name}"  # where this folder is
+tokenizer = AutoTokenizer.from_pretrained(folder{trust})
+model = AutoModelForCausalLM.from_pretrained(folder{trust})
+{CHAT if chat else TEXT}
+output = model.generate(**inputs, max_new_tokens=40, do_sample=False)
+print(tokenizer.decode(output[0], skip_special_tokens=True))
+```{_adapting(config) if form == "recursive" and "quantize" not in exported else ""}"""
+
+
+def _adapting(config: RrtConfig) -> str:
+    """How to train an adapter on top: a regex that names the shared matrices, and neither containers nor norms."""
+    tied = {m: None for visit in config.visits for m in visit["ranks"] if visit["forms"].get(m, "tied") == "tied"}
+    if not tied:
+        return ""
+    names = "|".join(re.escape(name) for name in tied)
+    return f"""
+
+With PEFT, adapt the shared matrices; each adapter then works in all layers that share the matrix:
+
+```python
+LoraConfig(r=16, target_modules=r".*\\.shared\\.({names})", task_type="CAUSAL_LM")
+```"""

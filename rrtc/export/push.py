@@ -12,8 +12,8 @@ from pathlib import Path
 import yaml
 
 from rrtc import __version__
-from rrtc.checkpoint import PROVENANCE, read_provenance, without_places
 from rrtc.errors import RrtcError, WrongUsage
+from rrtc.io.provenance import PROVENANCE, read_provenance, without_places
 
 MADE_WITH_THE_REPOSITORY = {".gitattributes", "README.md"}
 

@@ -13,39 +13,30 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from rrtc.calibration_text import calibration_windows
-from rrtc.checkpoint import (
-    base_seen_from,
-    check_space,
-    check_target,
-    next_history,
-    read_provenance,
-    whole_folder,
-    write_provenance,
-)
-from rrtc.console import note, size, warn
+from rrtc.console import note, warn
 from rrtc.errors import RrtcError
 from rrtc.export.card import write_card
-from rrtc.export.gguf_form import find_converter, verify_gguf
-from rrtc.export.onnx_form import check_needed
-from rrtc.export.quantised_form import BITS, check_can_quantise, check_has_matrices, quantise
+from rrtc.export.forms.dense import quantised_dense_bytes
+from rrtc.export.forms.gguf import find_converter, verify_gguf
+from rrtc.export.forms.onnx import check_needed
+from rrtc.export.forms.recursive import recursive_config
+from rrtc.export.forms.writing import bytes_written, weights_bytes, write
+from rrtc.export.quantize import BITS, check_can_quantise, check_has_matrices, quantise
 from rrtc.export.verify import check_logits, reference, verify
-from rrtc.export.writing import (
-    bytes_written,
-    quantised_dense_bytes,
-    recursive_config,
-    weights_bytes,
-    write,
-)
-from rrtc.licence import forbids_derivatives, licence_of
-from rrtc.measure import is_too_large, too_large
+from rrtc.io.folder import check_space, check_target, whole_folder
+from rrtc.io.license import forbids_derivatives, licence_of
+from rrtc.io.provenance import base_seen_from, next_history, read_provenance, write_provenance
+from rrtc.io.report import read_report
+from rrtc.io.source import load_tokenizer
+from rrtc.io.weights import Weights
+from rrtc.machine import is_too_large, too_large
 from rrtc.model import RrtConfig
-from rrtc.model.skeleton import read_architecture
-from rrtc.recipe import ExportRecipe, Recipe, parse_size
-from rrtc.report import read_report
-from rrtc.source import load_tokenizer
-from rrtc.text import Windows, held_out_windows, longest_context, readable
-from rrtc.weights import Weights
+from rrtc.recipe.export import ExportRecipe
+from rrtc.recipe.schema import Recipe
+from rrtc.stock.architecture import read_architecture
+from rrtc.text.calibration import calibration_windows
+from rrtc.text.windows import Windows, held_out_windows, longest_context, readable
+from rrtc.units import parse_size, size
 
 MEASURED_TOKENS = 4096  # of held-out text, on which the bits per byte of a quantised model are measured
 

@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from rrtc.errors import RrtcError
+from rrtc.io.source import load_tokenizer
 from rrtc.model import RrtForCausalLM
 from rrtc.model.modeling_rrt import RelaxedLinear
-from rrtc.source import load_tokenizer
-from rrtc.text import longest_context
+from rrtc.text.windows import longest_context
 
 TEXT = "The quick brown fox jumps over the lazy dog, 1234567890 times."
 ROWS, TOKENS = 2, 48
@@ -236,7 +236,7 @@ def equal_tokens(expected: Reference, found: list[int], within: float, failed: s
 
 
 def in_fresh_process(program: str, about: dict, expected: Reference, failed: str, hint: str) -> tuple[dict, Tensor]:
-    """(what `program`, one of the files beside this one, reports; the logits it computed) on a job of `about` and the
+    """(what `program`, a file in fresh/, reports; the logits it computed) on a job of `about` and the
     inputs of `expected`. It asks nobody on the network, and works in a temporary folder, which goes. Raises RrtcError,
     which begins with `failed`, where it ends with an error."""
     with tempfile.TemporaryDirectory(prefix="rrtc-verify-") as scratch:
@@ -252,7 +252,7 @@ def in_fresh_process(program: str, about: dict, expected: Reference, failed: str
         Path(scratch, "job.json").write_text(json.dumps(job))
         offline = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": f"{scratch}/modules"}
         child = subprocess.run(
-            [sys.executable, "-P", str(Path(__file__).with_name(program)), f"{scratch}/job.json"],
+            [sys.executable, "-P", str(Path(__file__).parent / "fresh" / program), f"{scratch}/job.json"],
             cwd=scratch, env=os.environ | offline, stdin=subprocess.DEVNULL,
             capture_output=True, text=True, errors="replace", check=False,
         )  # fmt: skip

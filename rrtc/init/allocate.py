@@ -14,10 +14,10 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from rrtc.init.joint import joint_costs
-from rrtc.init.neurons import Neurons, Removal, align, narrowed, removal, reordered_seen
-from rrtc.init.whiten import Seen, costs_by_rank
 from rrtc.plan import Matrix, Visit
+from rrtc.tying.joint import joint_costs
+from rrtc.tying.neurons import Neurons, Removal, align, narrowed, removal, reordered_seen
+from rrtc.tying.whiten import Seen, costs_by_rank
 
 WIDTHS = (1.0, 0.75, 0.5)  # of an FFN, at which there are curves over the ranks of its matrices
 FULL = -1  # the setting of a matrix that is stored as it is

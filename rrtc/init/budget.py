@@ -24,11 +24,12 @@ from rrtc.init.allocate import (
     visits_of,
 )
 from rrtc.init.calibrate import Calibration
-from rrtc.init.dense import DenseModel
-from rrtc.init.neurons import Neurons
-from rrtc.init.whiten import Seen
-from rrtc.plan import Plan, too_small
-from rrtc.resume import whole_file
+from rrtc.io.dense import DenseModel
+from rrtc.io.folder import whole_file
+from rrtc.patterns import too_small
+from rrtc.plan import Plan
+from rrtc.tying.neurons import Neurons
+from rrtc.tying.whiten import Seen
 
 
 def measure_groups(

@@ -18,14 +18,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rrtc.errors import RrtcError
-from rrtc.init.dense import DenseModel
-from rrtc.init.moments import Moment
-from rrtc.init.neurons import Neurons
-from rrtc.init.streamed import StreamedModel
-from rrtc.init.whiten import Seen
+from rrtc.io.dense import DenseModel
+from rrtc.io.folder import whole_file
+from rrtc.io.weights import all_finite
 from rrtc.plan import Architecture
-from rrtc.resume import whole_file
-from rrtc.weights import all_finite
+from rrtc.stock.streamed import StreamedModel
+from rrtc.tying.moments import Moment
+from rrtc.tying.neurons import Neurons
+from rrtc.tying.whiten import Seen
 
 
 def bytes_on_disk(architecture: Architecture, tokens: int) -> int:

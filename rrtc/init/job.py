@@ -25,21 +25,23 @@ import torch
 import yaml
 from torch import Tensor
 
-from rrtc import __version__, measure
-from rrtc.calibration_text import calibration_windows, own_windows
-from rrtc.checkpoint import check_target, partial_of
+from rrtc import __version__, machine
 from rrtc.console import note, warn
 from rrtc.init.calibrate import bytes_on_disk
-from rrtc.init.dense import DenseModel
-from rrtc.init.norms import Fold, find_folds
-from rrtc.model.skeleton import read_architecture
-from rrtc.own_text import check_writer_fits
-from rrtc.plan import Plan, make_plan
-from rrtc.recipe import Recipe
-from rrtc.resume import check_unchanged, whole_file
-from rrtc.source import Source, find_model, load_tokenizer
-from rrtc.text import Windows, longest_context, scoring_texts
-from rrtc.weights import ShardWriter, Weights
+from rrtc.io.dense import DenseModel
+from rrtc.io.folder import check_target, check_unchanged, partial_of, whole_file
+from rrtc.io.shard_writer import ShardWriter
+from rrtc.io.source import Source, find_model, load_tokenizer
+from rrtc.io.weights import Weights
+from rrtc.patterns import make_plan
+from rrtc.plan import Plan
+from rrtc.recipe.schema import Recipe
+from rrtc.stock.architecture import read_architecture
+from rrtc.stock.trial import find_folds
+from rrtc.text.calibration import calibration_windows, own_windows
+from rrtc.text.own import check_writer_fits
+from rrtc.text.windows import Windows, longest_context, scoring_texts
+from rrtc.tying.norms import Fold
 
 OWN_TEXT_FILE = "own-text.safetensors"  # in the work
 WORK = "work"
@@ -72,7 +74,7 @@ class Job:
         ids = torch.zeros(0) if self.calibration is None else self.calibration
         context = None if self.calibration is None else ids.shape[1]
         found = {
-            "recipe": choices | {"context": context, "device": measure.device().type},
+            "recipe": choices | {"context": context, "device": machine.device().type},
             "model's config": hashlib.sha256((self.source.folder / "config.json").read_bytes()).hexdigest(),
             "calibration text": hashlib.sha256(ids.numpy()).hexdigest(),
         }

@@ -9,12 +9,12 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from rrtc.init.joint import joint
-from rrtc.init.neurons import Neurons, align, narrowed, removal, reordered, reordered_seen
-from rrtc.init.tie import Tied, tie
-from rrtc.init.whiten import Seen
 from rrtc.plan import Matrix, Plan, Visit
-from rrtc.recipe import InitRecipe
+from rrtc.recipe.init import InitRecipe
+from rrtc.tying.joint import joint
+from rrtc.tying.neurons import Neurons, align, narrowed, removal, reordered, reordered_seen
+from rrtc.tying.tie import Tied, tie
+from rrtc.tying.whiten import Seen
 
 Layers = dict[int, dict[str, Tensor]]  # the tensors of layers by their paths, norms folded, matrices (outputs, inputs)
 Named = Iterator[tuple[str, Tensor]]
@@ -140,3 +140,25 @@ def _vectors(plan: Plan, visits: list[Visit], layers: Layers, sources: list[int]
                 yield f"shared.{name}", torch.stack([layers[number][name] for number in sharing]).mean(0)
         for visit in untied if plan.norms == "shared" else visits:
             yield f"loops.{visit.loop}.{name}", layers[visit.layer][name]
+
+
+def source_layers(plan: Plan, shared_init: str) -> list[list[int]]:
+    """For each slot, the layers whose mean its shared weights start from (paper §2.2 and appendix F).
+
+    average: all layers of the slot. lower, upper: the first or last of them. stepwise: slot k of K takes layer
+    round(k (n - 1) / (K - 1)) of the n tied ones, so that the first and the last tied layer are among the sources;
+    that layer can be one that another slot stands for.
+    """
+    tied_slots = [k for k, visits in enumerate(plan.slots) if len(visits) > 1]
+    tied_layers = [visit.layer for visit in plan.visits if visit.slot in set(tied_slots)]
+    step = (len(tied_layers) - 1) / max(len(tied_slots) - 1, 1)
+    sources = []
+    for k, visits in enumerate(plan.slots):
+        layers = [visit.layer for visit in visits]
+        if len(layers) == 1 or shared_init == "average":
+            sources.append(layers)
+        elif shared_init == "stepwise":
+            sources.append([tied_layers[round(tied_slots.index(k) * step)]])
+        else:
+            sources.append([layers[0] if shared_init == "lower" else layers[-1]])
+    return sources

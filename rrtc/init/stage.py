@@ -14,37 +14,42 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rrtc import measure
-from rrtc.cache import only_run
-from rrtc.checkpoint import (
+from rrtc import machine
+from rrtc.console import note, progress
+from rrtc.errors import RrtcError, WrongUsage
+from rrtc.init.budget import explain, measure_groups, plan_under_budget
+from rrtc.init.calibrate import calibrate, layers_done
+from rrtc.init.job import NUMBER_BYTES, OWN_TEXT_FILE, WORK, Job, can_resume, prepare, remove, stored_dtype
+from rrtc.init.memory import PROGRAM_BYTES, init_bytes, return_freed_memory
+from rrtc.init.slots import joint_slot, paper_slot, source_layers
+from rrtc.io.dense import DenseModel
+from rrtc.io.folder import (
+    check_incomplete,
     check_not_interrupted,
     check_space,
     check_target,
     copy_companions,
+    only_run,
     partial_of,
+    whole_file,
     whole_folder,
-    write_provenance,
 )
-from rrtc.console import note, progress
-from rrtc.effective import effective_tensor
-from rrtc.errors import RrtcError, WrongUsage
-from rrtc.init.budget import explain, measure_groups, plan_under_budget
-from rrtc.init.calibrate import calibrate, layers_done
-from rrtc.init.dense import DenseModel
-from rrtc.init.job import NUMBER_BYTES, OWN_TEXT_FILE, WORK, Job, can_resume, prepare, remove, stored_dtype
-from rrtc.init.memory import return_freed_memory
-from rrtc.init.neurons import find_neurons
-from rrtc.init.slots import joint_slot, paper_slot
-from rrtc.init.streamed import StreamedModel
+from rrtc.io.provenance import write_provenance
+from rrtc.io.recursive import effective_tensor
+from rrtc.io.shard_writer import ShardWriter
+from rrtc.io.source import find_model, load_tokenizer
+from rrtc.io.weights import Weights
 from rrtc.model import RrtConfig
-from rrtc.model.skeleton import read_architecture
-from rrtc.own_text import check_writer_fits, own_text
-from rrtc.plan import PROGRAM_BYTES, Plan, make_plan, source_layers, target_parameters
-from rrtc.recipe import BUILT_IN_TEXT, OWN_TEXT, Recipe, parse_size
-from rrtc.resume import check_incomplete, whole_file
-from rrtc.source import find_model, load_tokenizer
-from rrtc.text import Windows
-from rrtc.weights import ShardWriter, Weights
+from rrtc.patterns import make_plan, target_parameters
+from rrtc.plan import Plan
+from rrtc.recipe.schema import Recipe
+from rrtc.recipe.section import BUILT_IN_TEXT, OWN_TEXT
+from rrtc.stock.architecture import read_architecture
+from rrtc.stock.streamed import StreamedModel
+from rrtc.stock.trial import find_neurons
+from rrtc.text.own import check_writer_fits, own_text
+from rrtc.text.windows import Windows
+from rrtc.units import parse_size
 
 # A slot: its tensors and their names in it, float32, and its energies, which fill as they come (slots.paper_slot).
 Slot = tuple[Iterator[tuple[str, Tensor]], dict[str, tuple[float, float]]]
@@ -65,10 +70,10 @@ def dry_run(model: str, recipe: Recipe) -> dict:
     parse_size(recipe.init.max_shard_size)  # raises for what is none
     joint = recipe.init.start == "joint"
     tokens = max(recipe.init.measure_tokens, recipe.init.calibrate_tokens if joint else 0)
-    summary = plan.summary(NUMBER_BYTES[dtype], tokens, joint)
+    summary = plan.summary(NUMBER_BYTES[dtype]) | {"init_peak_bytes": init_bytes(plan, tokens, joint)}
     if joint and OWN_TEXT in recipe.init.calibrate_on:  # the whole model writes it
         check_writer_fits(architecture.parameters)
-        writing = architecture.parameters * measure.scoring_dtype().itemsize
+        writing = architecture.parameters * machine.scoring_dtype().itemsize
         summary["init_peak_bytes"] = max(summary["init_peak_bytes"], PROGRAM_BYTES + writing)
     source_bytes = source.bytes_on_disk if source.is_gguf else None
     if recipe.init.has_budget and joint:
@@ -157,7 +162,7 @@ def _tie_as_in_paper(job: Job) -> tuple[Plan, dict]:
     def make(k: int) -> Slot:
         visits, energies = plan.slots[k], {}
         wanted = {visit.layer for visit in visits} | set(sources[k])
-        layers = {number: job.dense.layer(number, measure.device()) for number in wanted}
+        layers = {number: job.dense.layer(number, machine.device()) for number in wanted}
         return paper_slot(plan, visits, layers, sources[k], job.recipe.init, dtype, energies), energies
 
     _make_slots(job, plan, make)
@@ -174,7 +179,7 @@ def _tie_jointly(job: Job) -> tuple[Plan, dict]:
     """Calibrates, chooses under the budget if there is one, and ties. Measured are the nats a token that a chosen plan
     is predicted to cost."""
     plan, dense, recipe, ids = job.plan, job.dense, job.recipe.init, job.calibration
-    device, predicted = measure.device(), None
+    device, predicted = machine.device(), None
     if job.own_windows:
         ids = torch.cat([ids, _own_text(job)])
     elif recipe.calibrate_on == [BUILT_IN_TEXT]:
@@ -251,7 +256,7 @@ def _write(job: Job, plan: Plan, folder: Path, shard_bytes: int) -> dict:
 def _closing_measurement(dense: DenseModel, compressed: Path, plan: Plan, windows: Windows) -> dict:
     """The loss of the dense and of the compressed model before any training, in nats per token. Both are run layer by
     layer, so that neither is ever in memory whole."""
-    weights, device = Weights(compressed), measure.device()
+    weights, device = Weights(compressed), machine.device()
 
     def compressed_layer(number: int) -> dict[str, torch.Tensor]:
         visit = plan.visits[number]

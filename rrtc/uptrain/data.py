@@ -15,10 +15,11 @@ from accelerate import PartialState
 from torch import Tensor
 
 from rrtc.errors import RrtcError
-from rrtc.recipe import OWN_TEXT, UptrainRecipe
-from rrtc.source import Source
-from rrtc.text import begin_and_end
-from rrtc.uptrain.shards import Shard, own_shard, text_shard
+from rrtc.io.source import Source
+from rrtc.recipe.section import OWN_TEXT
+from rrtc.recipe.uptrain import UptrainRecipe
+from rrtc.text.shards import Shard, own_shard, text_shard
+from rrtc.text.windows import begin_and_end
 
 ORDER = 2  # the version of how windows are cut and ordered: a run that another one began is not gone on with
 LEAST = 2_000_000  # tokens to choose from, where a source has them: the first pages of a text do not stand for it
@@ -30,9 +31,9 @@ def given(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class Packed:
-    """One source as windows of `context` tokens, packed without padding as `rrtc.text.pack` does. They come in an order
-    drawn from the seed, and when they are used up in a new one. Documents keep their own order, so that every round,
-    every seed and every longer run has the same windows: a teacher cache that knows them need not ask again.
+    """One source as windows of `context` tokens, packed without padding as `rrtc.text.windows.pack` does. They come in
+    an order drawn from the seed, and when they are used up in a new one. Documents keep their own order, so that every
+    round, every seed and every longer run has the same windows: a teacher cache that knows them need not ask again.
 
     Where the documents are to be separate, they do not attend to each other, so each begins with `begin`, as it would
     alone.

@@ -14,7 +14,8 @@ from rich.table import Table
 from rich.text import Text
 from transformers import TrainerCallback
 
-from rrtc.console import count, duration, notes
+from rrtc.console import notes
+from rrtc.units import count, duration
 
 BARS = "▁▂▃▄▅▆▇█"
 WIDTH = 24  # of a sparkline, in characters

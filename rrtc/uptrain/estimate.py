@@ -11,7 +11,7 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from rrtc.console import note
-from rrtc.recipe import Recipe
+from rrtc.recipe.schema import Recipe
 from rrtc.uptrain.curve import steps_of
 from rrtc.uptrain.guards import LossGuard
 from rrtc.uptrain.job import prepare

@@ -1,7 +1,6 @@
 """What keeps a run from losing what it has paid for: callbacks of the Trainer that look at every step.
 
 - LossGuard stops a run whose loss is lost, and keeps the last checkpoint from before that.
-- Checkpoints writes one after step 1 too and reads it back, so that a run cannot fail only at its end.
 - Termination finishes the step when SIGTERM comes, and leaves with a checkpoint. It loses no Ctrl-C.
 - Course writes metrics.jsonl and loss.png while the run goes on.
 """
@@ -14,18 +13,15 @@ from collections import deque
 from pathlib import Path
 
 import torch
-from transformers import TrainerCallback, TrainerState
+from transformers import TrainerCallback
 from transformers.integrations import get_reporting_integration_callbacks
 
-from rrtc.console import is_first_process
 from rrtc.errors import RrtcError
-from rrtc.measure import process_group
-from rrtc.source import load_tokenizer
+from rrtc.io.source import load_tokenizer
+from rrtc.machine import is_first_process, process_group
+from rrtc.uptrain.checkpoints import remove, step_number, whole_checkpoints
 from rrtc.uptrain.curve import draw, line, step_of, steps_of, write_metrics
 from rrtc.uptrain.job import Job
-from rrtc.uptrain.sharding import whole_state
-from rrtc.uptrain.trainer import remove, whole_checkpoints
-from rrtc.weights import Weights
 
 # The loss has diverged where the mean objective of the last WINDOW steps is more than both of these. Twenty steps are
 # more than an odd batch or the bump at the end of a warm-up. The first step is the model as it was given: who is far
@@ -109,7 +105,7 @@ class LossGuard(TrainerCallback):
 
     def _failed(self, args, sentence: str, hint: str, step: int, train_dataloader) -> Stopped:
         checkpoints = whole_checkpoints(Path(args.output_dir))
-        kept = [c for c in checkpoints if _step_of(c) < self.sound]
+        kept = [c for c in checkpoints if step_number(c) < self.sound]
         if is_first_process:
             for checkpoint in checkpoints[len(kept) :]:
                 remove(checkpoint)
@@ -127,83 +123,6 @@ class LossGuard(TrainerCallback):
         ids = stream[items[0]]["input_ids"][:SHOWN]
         text = " ".join(load_tokenizer(self.job.folder).decode(ids, skip_special_tokens=True).split())[:SHOWN]
         return f"{names}{more}, the first of which begins '{text}'"
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("checkpoint-"))
-
-
-class Checkpoints(TrainerCallback):
-    """Has a checkpoint written after step 1 as well, and compares it with what is in memory. Checks too that the model
-    to be written in the end has what it needs. A continued run has been through this."""
-
-    def __init__(self, job: Job):
-        self.job = job
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        state.save_steps = args.save_steps  # a continued run comes with what its checkpoint says
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == 1:
-            control.should_save = True
-
-    def on_save(self, args, state, control, model=None, optimizer=None, **kwargs):
-        if state.global_step != 1:
-            return
-        weights, moments = whole_state(model), optimizer.state_dict()["state"]  # sharded ones all processes ask for
-        if not is_first_process:
-            return
-        checkpoint = Path(args.output_dir) / "checkpoint-1"
-        try:
-            wrong = (
-                _wrong_weights(checkpoint, weights)
-                or _wrong_state(checkpoint, moments)
-                or _missing(self.job.folder, weights)
-            )
-        except Exception as error:  # a damaged file can raise anything on the way through torch, pickle and json
-            wrong = f"reading it raised '{' '.join(str(error).split()) or type(error).__name__}'"
-        if wrong:
-            remove(checkpoint)
-            raise RrtcError(
-                f"The checkpoint after step 1 is not what was to be written: {wrong}.",
-                "Nothing but that step is lost. Is the disk sound, and has it enough space?",
-            )
-
-
-def _wrong_weights(checkpoint: Path, state: dict[str, torch.Tensor]) -> str | None:
-    """How the weights in a checkpoint differ from those in memory; None where they are the same bits."""
-    saved = Weights(checkpoint)
-    names = set(saved)
-    stored = [state[name] for name in names & state.keys()]
-    for name, tensor in state.items():
-        if name not in names:
-            if not any(torch.equal(tensor, other) for other in stored):  # tied tensors are written once
-                return f"it has no tensor {name}"
-        elif not torch.equal(saved.raw(name), tensor.cpu()):
-            return f"the tensor {name} has another shape or other numbers"
-    return None
-
-
-def _wrong_state(checkpoint: Path, moments: dict) -> str | None:
-    """How the optimizer's state in a checkpoint differs from that in memory; None where it is the same bits."""
-    TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-    torch.load(checkpoint / "scheduler.pt", weights_only=True)
-    saved = torch.load(checkpoint / "optimizer.pt", map_location="cpu", mmap=True, weights_only=True)["state"]
-    for parameter, values in moments.items():
-        for name, value in values.items():
-            found = saved[parameter][name]
-            if not (torch.equal(found, value.cpu()) if isinstance(value, torch.Tensor) else found == value):
-                return f"the optimizer's {name} of parameter {parameter} has other numbers"
-    return None
-
-
-def _missing(folder: Path, state: dict[str, torch.Tensor]) -> str | None:
-    """What the model to be written in the end, which has the tensors of `folder`, would lack; None for nothing."""
-    source = Weights(folder)
-    for name in source:
-        if name not in state or list(state[name].shape) != source.shape(name):
-            return f"the model in memory has no tensor {name} of the shape that it has in {folder}"
-    return None
 
 
 class Termination(TrainerCallback):

@@ -10,26 +10,21 @@ from pathlib import Path
 
 from transformers.integrations import integration_utils
 
-from rrtc.checkpoint import (
-    base_seen_from,
-    check_not_quantised,
-    copy_companions,
-    next_history,
-    read_provenance,
-    write_provenance,
-)
 from rrtc.console import note, warn
 from rrtc.errors import RrtcError, WrongUsage
-from rrtc.measure import fast_bfloat16, process_group
+from rrtc.io.folder import copy_companions
+from rrtc.io.provenance import base_seen_from, check_not_quantised, next_history, read_provenance, write_provenance
+from rrtc.io.source import Source, content_hash, find_base, find_model, load_tokenizer, read_config
+from rrtc.io.weights import Weights
+from rrtc.machine import fast_bfloat16, process_group
 from rrtc.model import RrtConfig
-from rrtc.model.skeleton import read_architecture, read_plan
 from rrtc.plan import Plan
-from rrtc.recipe import BUILT_IN_TEXT, OWN_TEXT, UptrainRecipe
-from rrtc.source import Source, content_hash, find_base, find_model, load_tokenizer, read_config
-from rrtc.text import longest_context
+from rrtc.recipe.section import BUILT_IN_TEXT, OWN_TEXT
+from rrtc.recipe.uptrain import UptrainRecipe
+from rrtc.stock.architecture import read_architecture, read_plan
+from rrtc.text.windows import longest_context
 from rrtc.uptrain.data import ORDER, Mixture, Stream, training_text
 from rrtc.uptrain.teacher_cache import TeacherCache
-from rrtc.weights import Weights
 
 # What may change between the start of a run and its continuation: it changes the cost of a step, not its result.
 FREE_ON_RESUME = ("micro_batch", "activation_checkpointing", "fsdp", "save_every", "report_to")

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from rrtc.console import is_first_process
+from rrtc.machine import is_first_process
 from rrtc.model.modeling_rrt import Slot
 
 

@@ -14,28 +14,33 @@ from pathlib import Path
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from rrtc.cache import only_run
-from rrtc.checkpoint import (
+from rrtc.console import note
+from rrtc.errors import RrtcError
+from rrtc.io.folder import (
+    check_incomplete,
     check_not_interrupted,
     check_space,
     check_target,
+    check_unchanged,
+    only_run,
     partial_of,
+    whole_file,
     whole_folder,
 )
-from rrtc.console import is_first_process, note
-from rrtc.errors import RrtcError
-from rrtc.measure import process_group
-from rrtc.recipe import Recipe, parse_size
-from rrtc.resume import check_incomplete, check_unchanged, whole_file
+from rrtc.io.shard_writer import ShardWriter
+from rrtc.io.weights import Weights
+from rrtc.machine import is_first_process, process_group
+from rrtc.recipe.schema import Recipe
+from rrtc.units import parse_size
+from rrtc.uptrain.checkpoints import Checkpoints, remove, whole_checkpoints
 from rrtc.uptrain.curve import draw, steps_of, write_metrics
 from rrtc.uptrain.data import Stream
 from rrtc.uptrain.display import Display
-from rrtc.uptrain.guards import Checkpoints, Course, LossGuard, Stopped, Termination, reporters
+from rrtc.uptrain.guards import Course, LossGuard, Stopped, Termination, reporters
 from rrtc.uptrain.job import Job, prepare
 from rrtc.uptrain.sharding import whole_state
 from rrtc.uptrain.teacher_cache import fill
-from rrtc.uptrain.trainer import DistillationTrainer, remove, whole_checkpoints
-from rrtc.weights import ShardWriter, Weights
+from rrtc.uptrain.trainer import DistillationTrainer
 
 CHECKPOINTS = "checkpoints"
 RESUME = "resume.json"

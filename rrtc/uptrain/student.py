@@ -10,11 +10,11 @@ import copy
 from torch import Tensor
 
 from rrtc.model.configuration_rrt import RrtConfig
-from rrtc.model.forward import outputs_of, run_base, run_exit, run_head
 from rrtc.model.modeling_rrt import RrtForCausalLM
-from rrtc.model.skeleton import decoder_layers
 from rrtc.plan import Visit, ends_of_loops
-from rrtc.recipe import UptrainRecipe
+from rrtc.recipe.uptrain import UptrainRecipe
+from rrtc.stock.architecture import decoder_layers
+from rrtc.stock.parts import outputs_of, run_base, run_exit, run_head
 from rrtc.uptrain.losses import chunked_losses, hidden_distance
 from rrtc.uptrain.teacher import LiveLesson
 

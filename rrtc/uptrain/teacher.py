@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from rrtc.model.forward import run_base, run_head
+from rrtc.stock.parts import run_base, run_head
 
 
 class LiveTeacher:

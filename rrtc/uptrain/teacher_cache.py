@@ -31,10 +31,9 @@ from accelerate import PartialState
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from rrtc.checkpoint import check_space
 from rrtc.console import progress
 from rrtc.errors import RrtcError
-from rrtc.resume import whole_file
+from rrtc.io.folder import check_space, whole_file
 from rrtc.uptrain.data import given
 from rrtc.uptrain.losses import LOGITS_AT_ONCE, chunks
 from rrtc.uptrain.teacher import LiveTeacher

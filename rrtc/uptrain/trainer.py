@@ -4,10 +4,8 @@ Losses are means over all predicted tokens of a step. Windows are full and never
 process has the same number of tokens, and the mean of their means is the mean over the step.
 """
 
-import contextlib
 import functools
 import os
-import shutil
 import time
 from pathlib import Path
 
@@ -17,21 +15,21 @@ from transformers import GenerationConfig, PrinterCallback, Trainer, TrainingArg
 
 from rrtc.console import note
 from rrtc.errors import RrtcError
-from rrtc.measure import device, process_group
+from rrtc.io.weights import disk_error
+from rrtc.machine import device, process_group
 from rrtc.model.modeling_rrt import Slot
-from rrtc.model.skeleton import quiet_warnings
-from rrtc.recipe import UptrainRecipe
+from rrtc.recipe.uptrain import UptrainRecipe
+from rrtc.stock.architecture import quiet_warnings
+from rrtc.uptrain.checkpoints import WHOLE
 from rrtc.uptrain.curve import steps_of, summary
 from rrtc.uptrain.data import Stream, given
 from rrtc.uptrain.job import Job
-from rrtc.uptrain.optimiser import make_optimiser
+from rrtc.uptrain.optimizer import make_optimiser
 from rrtc.uptrain.sharding import save_whole, shard, whole_state
 from rrtc.uptrain.student import Student
 from rrtc.uptrain.teacher import LiveTeacher
 from rrtc.uptrain.teacher_cache import CachedTeacher
-from rrtc.weights import disk_error
 
-WHOLE = "rrtc-whole"  # a file in each checkpoint that was written to the end
 # What `accelerate launch` tells every Trainer by the environment, and the value that says nothing.
 LAUNCHER_SETTINGS = {
     "ACCELERATE_MIXED_PRECISION": "no",
@@ -225,18 +223,3 @@ def _decay(recipe: UptrainRecipe, steps: int) -> dict:
     if recipe.schedule == "cosine":
         return {}
     return {"num_decay_steps": int(recipe.decay * steps), "decay_type": "1-sqrt"}
-
-
-def whole_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in `folder` that were written to the end, oldest first."""
-    whole = [marker.parent for marker in Path(folder).glob(f"checkpoint-*/{WHOLE}")]
-    return sorted(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")))
-
-
-def remove(folder: Path) -> None:
-    """Removes `folder` and the checkpoints in it, as far as the disk lets it. Their marks go first, so that what a kill
-    on the way leaves behind is not taken for a checkpoint."""
-    for marker in list(Path(folder).rglob(WHOLE)):
-        with contextlib.suppress(OSError):
-            marker.unlink()
-    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,292 @@
+"""Results as tables for people. The numbers are those that `--json` writes."""
+
+from collections import defaultdict
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from rrtc.console import table
+from rrtc.units import count, duration, size
+
+
+def _plain(text: str) -> Text:
+    return Text(text)  # paths and figures hold no markup
+
+
+def visits(rows: list[dict]) -> str:
+    """The layer → visit map in lines of one slot each: which dense layers a slot stands for; and under it one line for
+    each layer with matrices that are not simply tied, or with FFN neurons removed."""
+    slots: dict[int, list[dict]] = defaultdict(list)
+    for row in rows:
+        slots[row["slot"]].append(row)
+    lines = []
+    for slot, uses in sorted(slots.items()):
+        layers = ", ".join(f"{use['layer']}" for use in uses)
+        tied = [(use, m) for use in uses for m in use["ranks"] if use["forms"].get(m, "tied") == "tied"]
+        ranks = sorted({use["ranks"][m] for use, m in tied})
+        if len(uses) == 1:
+            lines.append(f"slot {slot:>3}   layer {layers}, its own weights")
+        elif not tied:
+            lines.append(f"slot {slot:>3}   layers {layers}, which share no matrix")
+        else:
+            shown = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+            lines.append(f"slot {slot:>3}   layers {layers}, LoRA rank {shown}")
+        lines += [f"{'':11}layer {use['layer']}: {forms}" for use in uses if (forms := _forms(use))]
+    return "\n".join(lines)
+
+
+def _forms(visit: dict) -> str:
+    """The matrices of a visit that are not simply tied, by the last part of their name: "low rank: up_proj 8, o_proj 4;
+    own: q_proj; FFN: up_proj 48→60, down_proj 60→48". Empty where all are."""
+    ranks, forms, last = visit["ranks"], visit["forms"], {m: m.split(".")[-1] for m in visit["ranks"]}
+    listed = {
+        "low rank": [f"{last[m]} {ranks[m]}" for m, form in forms.items() if form == "low_rank"],
+        "own": [last[m] for m, form in forms.items() if form == "own"],
+        "FFN": [f"{last[m]} {inputs}→{outputs}" for m, (inputs, outputs) in visit["shapes"].items()],
+    }
+    return "; ".join(f"{what}: {', '.join(names)}" for what, names in listed.items() if names)
+
+
+def plan(result: dict) -> Group:
+    """The plan of `init --dry-run`."""
+    dense, made = result["dense_params_total"], result["params_total"]
+    rows = [
+        ["parameters", count(dense), count(made), f"{made / dense:.3f}"],
+        [
+            "without embeddings",
+            count(result["dense_params_non_embedding"]),
+            count(result["params_non_embedding"]),
+            f"{result['params_non_embedding'] / result['dense_params_non_embedding']:.3f}",
+        ],
+        [
+            f"bytes in {result['dtype']}",
+            size(result["dense_bytes"]),
+            size(result["bytes"]),
+            f"{result['bytes'] / result['dense_bytes']:.3f}",
+        ],
+        ["KV cache per token", *[size(result["kv_bytes_per_token"])] * 2, "1.000"],
+    ]
+    if flops := result["flops_per_token"]:
+        dense_flops = result["dense_flops_per_token"]
+        rows.insert(3, ["FLOPs per token", count(dense_flops), count(flops), f"{flops / dense_flops:.3f}"])
+    if result["source_bytes"]:
+        ratio = result["bytes"] / result["source_bytes"]
+        rows.append(["the GGUF file, on disk", size(result["source_bytes"]), size(result["bytes"]), f"{ratio:.3f}"])
+    if result["visits"] is None:
+        chosen = ["How each matrix is stored is chosen by init, once it has measured what the loss feels."]
+    else:
+        parts = ", ".join(f"{name.replace('_', ' ')} {count(n)}" for name, n in result["params_by_part"].items() if n)
+        chosen = [f"Parameters by part: {parts}", visits(result["visits"])]
+    return Group(
+        table(f"Plan for {result['model']}", ["", "dense", "compressed", "ratio"], rows),
+        _plain(f"Peak memory of init: about {size(result['init_peak_bytes'])}"),
+        *map(_plain, chosen),
+        _plain("Tying saves memory and disk. It does not save arithmetic or KV cache."),
+    )
+
+
+def init(result: dict, folder: str) -> Group:
+    """What `init` made."""
+    kept = result.get("residual_energy_kept", {})
+    written, dense, source = result["bytes"], result["dense_bytes"], result["source_bytes"]
+    sizes = f"{size(written)}, {written / dense:.3f} of the dense model in the same format"
+    if source:
+        sizes += f", {written / source:.3f} of the GGUF file"
+    lines = [
+        _plain(f"Wrote {folder}: {count(result['params_total'])} parameters, {sizes}"),
+    ]
+    if any(kept.values()):
+        rows = [[matrix, f"{energy:.1%}"] for matrix, energy in kept.items()]
+        lines.append(table("What the LoRA kept of what tying lost", ["matrix", "energy"], rows))
+    if result.get("predicted_excess") is not None:
+        lines.append(_plain(f"Predicted excess over the dense model: {result['predicted_excess']:.3f} nats per token"))
+    if loss := result.get("loss"):
+        lines.append(
+            _plain(
+                f"Loss before any training: {loss['after_init']:.3f}; dense: {loss['dense']:.3f} "
+                f"(nats per token, {loss['tokens']} tokens)"
+            )
+        )
+    lines.append(_plain(f"Next: rrtc uptrain {folder} -o HEALED"))
+    return Group(*lines)
+
+
+def report(result: dict) -> Group:
+    """What `eval` found: tables of the models' sizes and scores, and one of each other kind of measurement."""
+    models = result["models"]
+    whole, exits = ([row for row in models if (row["kind"] == "exit") == left] for left in (False, True))
+    sizes = [
+        [row["model"], count(row["params_total"]), count(row["params_non_embedding"]), size(row["bytes"])]
+        for row in whole
+    ]
+    scores = ["bits/byte", "against dense", "KL", "top-1"]
+    lines = [
+        table(f"Measured against {result['against']}", ["model", "params", "w/o emb.", "bytes"], sizes),
+        table("Scores", ["model", *scores], [[row["model"], *_scores(row)] for row in whole]),
+    ]
+    if exits:
+        rows = [[row["model"], f"{row['layers_computed']:.0%}", *_scores(row)] for row in exits]
+        lines.append(table("Left early", ["model", "layers computed", *scores], rows))
+    lines += [*_tasks(models), *_passkey(models)]
+    scored = ", ".join(f"{name} ({count(n)} tokens)" for name, n in result["tokens"].items())
+    lines += [
+        _plain("KL: nats per token from the dense model. top-1: share of tokens on which both agree. [95 % interval]"),
+        _plain(f"Scored on: {scored}"),
+    ]
+    if result["speed"]:
+        ratios = (f"{what} {_ratio(result['speed'][what])}" for what in ("prefill", "decode"))
+        lines.append(_plain(f"Speed, as a multiple of the dense model's (quartiles): {', '.join(ratios)}"))
+    if result["source_bytes"]:
+        lines.append(
+            _plain(
+                f"The dense model was read from a GGUF file of {size(result['source_bytes'])}; its size above is what "
+                "it takes in the format of the compressed one."
+            )
+        )
+    for entry in result["not_run"]:
+        lines.append(_plain(f"Not run: {entry['task']}. {entry['why']}"))
+    for said in result["samples"]:
+        lines.append(Text.assemble((f"{said['model']}: ", "bold"), " ".join(said["text"].split()) or "(says nothing)"))
+    return Group(*lines)
+
+
+SHOWN = {"bits_per_byte": "{:.4f}", "kl": "{:.4f}", "top1_agreement": "{:.1%}"}
+
+
+def _scores(row: dict) -> list[str]:
+    scores = row["scores"]
+    shown = ["–" if key not in scores else form.format(scores[key]["value"]) for key, form in SHOWN.items()]
+    return [shown[0], _difference(scores["bits_per_byte"]), *shown[1:]]
+
+
+def _difference(score: dict) -> str:
+    """How far from the dense model, with the interval: +0.084 [0.071, 0.098]."""
+    found = score["difference"]
+    if found is None:
+        return "–"
+    interval = "" if found["low"] is None else f" [{found['low']:.3f}, {found['high']:.3f}]"
+    return f"{found['value']:+.3f}{interval}"
+
+
+def _ratio(found: dict) -> str:
+    return f"{found['ratio']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
+
+
+def _tasks(models: list[dict]) -> list[Table]:
+    """A table of tasks with a column a model; [] where no task was run."""
+    asked = [row for row in models if "tasks" in row]
+    if not asked:
+        return []
+    rows = [
+        [f"{name} ({found['metric']}, {found['items']})", *(_share(row["tasks"][name]) for row in asked)]
+        for name, found in asked[0]["tasks"].items()
+    ]
+    rows.append(["average", *(_share(row["task_average"]) for row in asked)])
+    return [table("Tasks, in percent (± standard error)", ["task", *(row["model"] for row in asked)], rows)]
+
+
+def _share(score: dict) -> str:
+    stderr = "" if score["stderr"] is None else f" ± {100 * score['stderr']:.1f}"
+    return f"{100 * score['value']:.1f}{stderr}"
+
+
+def _passkey(models: list[dict]) -> list[Table]:
+    """A table of pass keys found with a row a length; [] where none was hidden."""
+    asked = [row for row in models if "passkey" in row]
+    if not asked:
+        return []
+    rows = []
+    for length in dict.fromkeys(one["length"] for one in asked[0]["passkey"]):
+        shares = [[one["value"] for one in row["passkey"] if one["length"] == length] for row in asked]
+        rows.append([f"{length} tokens", *(f"{sum(share) / len(share):.0%}" for share in shares)])
+    return [table("Pass keys found, over all depths", ["text", *(row["model"] for row in asked)], rows)]
+
+
+def estimate(result: dict) -> Group:
+    """What `uptrain --dry-run` found."""
+    rows = [
+        ["steps", f"{result['steps']:,}"],
+        ["tokens", count(result["tokens"])],
+        ["FLOPs", count(result["flops_total"])],
+        ["peak memory, about", size(result["peak_memory_bytes"])],
+        [f"seconds a step, over {result['measured_steps']} steps", f"{result['seconds_per_step']:.2f}"],
+        ["time in all, about", duration(result["seconds_total"])],
+    ]
+    return Group(table(f"Uptraining on {result['device']}", ["", ""], rows))
+
+
+def uptrain(result: dict, folder: str) -> Group:
+    """What `uptrain` made."""
+    rows = [["loss", f"{result['first_loss']:.3f}", f"{result['last_loss']:.3f}"]]
+    if result.get("first_kl") is not None:
+        rows.append(["KL to the teacher", f"{result['first_kl']:.3f}", f"{result['last_kl']:.3f}"])
+    for name in (key.removeprefix("first_") for key in result if key.startswith("first_exit_")):
+        _, loop, what = name.split("_")
+        shown = {"loss": "loss", "kl": "KL to the model's own end"}[what]
+        rows.append(
+            [f"exit after loop {loop}, {shown}", f"{result[f'first_{name}']:.3f}", f"{result[f'last_{name}']:.3f}"]
+        )
+    trained = f"{count(result['tokens'])} tokens in {duration(result['seconds'])}"
+    lines = [table(f"Wrote {folder}: {trained}", ["on the training text, nats per token", "first", "last"], rows)]
+    if cache := result.get("teacher_cache"):
+        lines.append(
+            _plain(
+                f"Teacher cache: {cache['reused']} of {cache['windows']} windows were there before, "
+                f"{cache['bytes_per_token']:.0f} bytes a token."
+            )
+        )
+    return Group(
+        *lines,
+        _plain(f"Curves: {folder}/loss.png. Next: rrtc eval {folder} -o REPORT"),
+    )
+
+
+def export(result: dict, folder: str) -> Group:
+    """What `export` made."""
+    lines = [
+        f"Wrote {folder}: {result['format']}, {count(result['parameters'])} parameters, {size(result['bytes'])}. "
+        f"Reloaded in a fresh process: largest logit difference {result['max_logit_difference']:.1e}."
+    ]
+    if "quantize" in result:
+        number, found = result["quantize"], result["bits_per_byte"]
+        lines.append(
+            f"Bits per byte on held-out text: {found['plain']:.4f} before, {found['calibrated']:.4f} in {number} "
+            f"(every weight rounded to its nearest {number}: {found['nearest']:.4f})."
+        )
+    return Group(*map(_plain, lines))
+
+
+def description(result: dict) -> Group:
+    """What `inspect` found."""
+    base = result["base"]
+    rows = [
+        ["stage", result["stage"]],
+        ["made", f"{result['made']} by rrtc {result['rrtc']}"],
+        ["versions", ", ".join(f"{name} {version}" for name, version in result["versions"].items())],
+        ["dense model", f"{base['uri']} ({size(base['bytes'])}, sha256 {base['sha256'][:12]}…)"],
+        ["came through", " → ".join([h["stage"] for h in result["history"]] + [result["stage"]])],
+    ]
+    if "bytes_on_disk" in result:
+        rows.append(["weights", f"{size(result['bytes_on_disk'])} in {result['dtype']}"])
+    for stage, recipe in result["recipe"].items():
+        text = ", ".join(f"{k}: {v}" for k, v in recipe.items()) if isinstance(recipe, dict) else recipe
+        rows.append([f"recipe, {stage}", text])
+    for stage, figures in result["measured"].items():
+        rows.append([f"measured, {stage}", _figures(figures)])
+    made = table(result["folder"], ["", ""], [])
+    made.columns[1].justify = "left"
+    for row in rows:
+        made.add_row(row[0], _plain(str(row[1])))
+    lines = [made]
+    if result.get("visits"):
+        lines.append(_plain(visits(result["visits"])))
+    if "report" in result:
+        lines.append(report(result["report"]))
+    return Group(*lines)
+
+
+def _figures(figures) -> str:
+    if not isinstance(figures, dict):
+        return str(figures)
+    return ", ".join(f"{key}: {_figures(value)}" for key, value in figures.items())

@@ -1,0 +1,1 @@
+"""The forms in which a model leaves, a file each."""

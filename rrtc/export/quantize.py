@@ -1,0 +1,277 @@
+"""The quantised forms: the recursive or the dense one with the matrices of its layers in 8 or 4 bits.
+
+The file format is `pack-quantized` of compressed-tensors, which transformers and vLLM read: weights packed into int32,
+and beside them a scale for each group of inputs. Embeddings, the output projection, norms and every LoRA or
+low-rank factor stay as they are: they are small, or rounding them costs more than it saves.
+
+What is rounded, and how, is in rounding.py. Here the plain form, already written, is loaded, run over the calibration
+text, rounded in memory one slot after the other, and written over. Its bits per byte are measured on text held out of
+the calibration: before, with every weight rounded to its nearest number, and as it is written.
+"""
+
+import importlib.util
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from rrtc.console import progress
+from rrtc.errors import RrtcError
+from rrtc.export.verify import fixed_ids, logits_of
+from rrtc.io.shard_writer import ShardWriter
+from rrtc.io.weights import Weights
+from rrtc.machine import device
+from rrtc.model import RrtConfig
+from rrtc.model.modeling_rrt import RelaxedLinear, find_layers
+from rrtc.scoring import score
+from rrtc.stock.architecture import stock_model
+from rrtc.text.windows import Windows
+from rrtc.tying.rounding import best_factors, best_scales, gptq, round_to_nearest, widest_scales
+
+BITS = {"int8": 8, "int4": 4}
+GROUP = 128  # inputs that have a scale in common, at most
+MOMENTS_AT_ONCE = 2 << 30  # bytes: the text is read several times where the moments of all slots take more
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A weight matrix and the modules that compute with it: itself, or the visits of its slot. `linear` is an
+    nn.Linear with the weight (outputs, inputs); group: inputs with a scale in common."""
+
+    name: str
+    linear: nn.Linear
+    readers: tuple[nn.Module, ...]
+
+    @property
+    def group(self) -> int:
+        """The largest power of two that divides the inputs, up to GROUP, or all inputs where that is less than 16."""
+        inputs = self.linear.in_features
+        power = min(inputs & -inputs, GROUP)
+        return power if power >= 16 else inputs
+
+    @property
+    def moment_bytes(self) -> int:
+        return 4 * len(self.readers) * self.linear.in_features**2
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """logits: of verify.fixed_ids, (rows, tokens, vocabulary), float32, of the model in memory; plain: the same before
+    it was quantised. rounding: how far that moved one of them at most. bits_per_byte: plain, nearest and calibrated, on
+    held-out text."""
+
+    logits: Tensor
+    plain: Tensor
+    rounding: float
+    bits_per_byte: dict[str, float]
+
+
+def check_can_quantise(form: str, base: PreTrainedConfig) -> None:
+    """Raises RrtcError where compressed-tensors is not installed, or where a `form` of a model with the dense config
+    `base` cannot be quantised."""
+    if importlib.util.find_spec("compressed_tensors") is None:
+        raise RrtcError(
+            "Quantising needs compressed-tensors, which is not installed.",
+            "Install it with 'pip install rrtc[quantize]'.",
+        )
+    if form == "dense" and any(isinstance(module, Conv1D) for module in stock_model(base).modules()):
+        raise RrtcError(
+            f"A dense '{base.model_type}' model keeps its matrices transposed, which no quantised format does.",
+            "Leave out --format dense: in the recursive form they are ordinary ones.",
+        )
+
+
+def check_has_matrices(form: str, config: RrtConfig) -> None:
+    """Raises RrtcError where the `form` of a model with that config has no matrices to quantise."""
+    forms = {visit["forms"].get(name, "tied") for visit in config.visits for name in visit["ranks"]}
+    if form == "recursive" and forms == {"low_rank"}:
+        raise RrtcError(
+            "Every matrix of this model is a low-rank product, and those are not quantised.",
+            "Add --format dense to multiply them out.",
+        )
+
+
+def quantise(folder: Path, bits: int, calibration: Tensor, held_out: Windows, shard_bytes: int) -> Quantised:
+    """Rounds the matrices of the recursive or dense model in `folder`, just written, in its files; the rest stays.
+
+    calibration: token ids (windows, context). The model is in memory once, in float32, with at most MOMENTS_AT_ONCE or
+    the moments of one matrix, and a few more of the largest of these in float64.
+    """
+    weights = Weights(folder)
+    dtype = getattr(torch, weights.dtype)
+    # On an accelerator where there is one with float64, which the rounding is worked out in.
+    place = device() if device().type == "cuda" else torch.device("cpu")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+    model = model.to(place).eval()
+    matrices = _matrices(model)
+    ids = fixed_ids(model.config).to(place)
+    plain, found = logits_of(model, ids), {"plain": score(model, held_out).bits_per_byte}
+    for matrix in matrices:
+        scale = _stored_scale(widest_scales(matrix.linear.weight.data, bits, matrix.group), dtype)
+        matrix.linear.weight.data = round_to_nearest(matrix.linear.weight.data, scale, bits)
+    found["nearest"] = score(model, held_out).bits_per_byte
+    for matrix in matrices:
+        matrix.linear.weight.data = weights.read(f"{matrix.name}.weight").to(place)
+    scales: dict[str, Tensor] = {}
+    parts = list(_parts(matrices))
+    with progress("Reading the calibration text", len(parts) * len(calibration)) as advance:
+        for part in parts:
+            moments = _moments(model, part, calibration, advance)
+            for matrix in part:
+                scales[matrix.name] = _round(matrix, moments, bits, dtype)
+    found["calibrated"] = score(model, held_out).bits_per_byte
+    logits = logits_of(model, ids)
+    _write(folder, weights, model, scales, bits, dtype, shard_bytes)
+    _write_config(folder, model, matrices, bits)
+    return Quantised(logits.cpu(), plain.cpu(), (logits - plain).abs().max().item(), found)
+
+
+def _matrices(model: PreTrainedModel) -> list[Matrix]:
+    """The linear layers inside the decoder layers of `model`, recursive or stock, slot by slot."""
+    parent, layers = find_layers(model, model.config.get_text_config().num_hidden_layers)
+    inside = [getattr(parent, name, None) for name in ("slots", layers)]
+    prefixes = {module: name for name, module in model.named_modules() if module in inside}
+    visits = [module for module in model.modules() if isinstance(module, RelaxedLinear) and module.shared is not None]
+    found = []
+    for container, prefix in prefixes.items():
+        for name, module in container.named_modules():
+            if isinstance(module, nn.Linear):
+                readers = tuple(visit for visit in visits if visit.shared() is module)
+                found.append(Matrix(f"{prefix}.{name}", module, readers or (module,)))
+    return found
+
+
+def _parts(matrices: list[Matrix]) -> Iterator[list[Matrix]]:
+    """`matrices` in runs whose moments are in memory at a time."""
+    part: list[Matrix] = []
+    for matrix in matrices:
+        if part and sum(m.moment_bytes for m in [*part, matrix]) > MOMENTS_AT_ONCE:
+            yield part
+            part = []
+        part.append(matrix)
+    yield part
+
+
+@torch.inference_mode()
+def _moments(model: PreTrainedModel, matrices: list[Matrix], calibration: Tensor, advance) -> dict[nn.Module, Tensor]:
+    """The mean of x x^T over all tokens, (inputs, inputs), float32, of what enters each reader of `matrices`.
+    `calibration`: (windows, context). Readers of the same input (queries, keys and values) have one tensor."""
+    found: dict[nn.Module, Tensor] = {}
+    last: tuple[Tensor, Tensor] | None = None  # an input, and the moment it went into
+
+    def read(module: nn.Module, args: tuple) -> None:
+        nonlocal last
+        if last is None or last[0] is not args[0]:
+            x = args[0].flatten(0, -2)  # (tokens, inputs)
+            moment = found.get(module)
+            if moment is None:
+                moment = x.new_zeros(x.shape[1], x.shape[1])
+            last = args[0], moment.addmm_(x.T, x, alpha=1 / calibration.numel())
+        found[module] = last[1]
+
+    hooks = [reader.register_forward_pre_hook(read) for matrix in matrices for reader in matrix.readers]
+    try:
+        for ids in calibration:
+            model(ids[None].to(model.device), use_cache=False)
+            advance()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+@torch.no_grad()
+def _round(matrix: Matrix, moments: Mapping[nn.Module, Tensor], bits: int, dtype: torch.dtype) -> Tensor:
+    """Rounds `matrix` in place and chooses the LoRA factors of its visits anew; returns the scales, (outputs, groups),
+    in `dtype`, as they will be stored."""
+    pooled = sum(moments[reader] for reader in matrix.readers)
+    weight = matrix.linear.weight.data
+    scale = _stored_scale(best_scales(weight, bits, matrix.group, pooled.diagonal()), dtype)
+    matrix.linear.weight.data = gptq(weight, pooled, scale, bits)
+    lost = weight - matrix.linear.weight.data
+    for reader in matrix.readers:
+        if isinstance(reader, RelaxedLinear) and reader.rank:
+            b, a = best_factors(lost + reader.B @ reader.A, moments[reader], reader.rank)
+            reader.B.copy_(_stored(b, dtype))
+            reader.A.copy_(_stored(a, dtype))
+    return scale.to(dtype)
+
+
+def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor` as it is after it was stored in `dtype`."""
+    return tensor.to(dtype).to(tensor.dtype)
+
+
+def _stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """`scale` as it is stored; one that is too small for `dtype` becomes 1, which rounds its weights to 0."""
+    stored = _stored(scale, dtype)
+    return torch.where(stored > 0, stored, 1.0)
+
+
+def _write(
+    folder: Path, weights: Weights, model: PreTrainedModel, scales: dict[str, Tensor], bits: int, dtype: torch.dtype,
+    shard_bytes: int,
+) -> None:  # fmt: skip
+    """Writes the tensors of `model` in place of the files of `weights`: those with `scales` packed, LoRA factors in
+    `dtype`, the others as they are."""
+    state, writer = model.state_dict(), ShardWriter(folder, shard_bytes)
+    relaxed = [name for name, module in model.named_modules() if isinstance(module, RelaxedLinear)]
+    factors = {f"{name}.{factor}" for name in relaxed for factor in "AB"}
+    with progress("Writing weights", len(list(weights))) as advance:
+        for name in weights:
+            scale = scales.get(name.removesuffix(".weight"))
+            if scale is None:
+                writer.add(name, state[name].to(dtype).cpu() if name in factors else weights.raw(name))
+            else:
+                for part, packed in _packed(state[name].cpu(), scale.cpu(), bits).items():
+                    writer.add(f"{name.removesuffix('.weight')}.{part}", packed)
+            advance()
+    for file in [*weights.files, folder / "model.safetensors.index.json"]:
+        file.unlink(missing_ok=True)
+    writer.finish()
+
+
+def _scheme(bits: int, group: int) -> dict:
+    """The numbers that weights are in, as compressed-tensors calls them."""
+    return {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "group", "group_size": group}
+
+
+def _packed(weight: Tensor, scale: Tensor, bits: int) -> dict[str, Tensor]:
+    """What is stored of a rounded `weight` (outputs, inputs) with `scale` (outputs, groups): weight_packed (int32),
+    weight_scale and weight_shape."""
+    from compressed_tensors.compressors import PackedQuantizationCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    numbers = QuantizationArgs(**_scheme(bits, weight.shape[1] // scale.shape[1]))
+    scheme = QuantizationScheme(targets=["Linear"], weights=numbers)
+    stored = PackedQuantizationCompressor.compress({"weight": weight, "weight_scale": scale.float()}, scheme)
+    return stored | {"weight_scale": scale}
+
+
+def _write_config(folder: Path, model: PreTrainedModel, matrices: list[Matrix], bits: int) -> None:
+    """Adds to the config.json of `folder` what is quantised, and how."""
+    quantised = {matrix.linear for matrix in matrices}
+    names = {module: name for name, module in model.named_modules()}
+    groups = {}
+    for number, group in enumerate(sorted({matrix.group for matrix in matrices})):
+        # AutoModel has the same modules without the prefix of the model class, so a name may begin with anything.
+        inside = [m.name.removeprefix(f"{model.base_model_prefix}.") for m in matrices if m.group == group]
+        targets = [rf"re:(.*\.)?{re.escape(name)}$" for name in inside]
+        groups[f"group_{number}"] = {"targets": targets, "weights": _scheme(bits, group)}
+    if len(groups) == 1:
+        groups["group_0"]["targets"] = ["Linear"]
+    config = json.loads((folder / "config.json").read_text(encoding="utf8"))
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": sorted(names[m] for m in names if isinstance(m, nn.Linear) and m not in quantised),
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf8")

@@ -1,0 +1,203 @@
+"""Model folders on disk, beside their weights: what makes a folder whole, and where it came from.
+
+Everything rrtc writes is built in NAME.partial and renamed to NAME when it is complete, so that a killed run never
+leaves something that looks finished. Every folder carries rrtc.yaml: the recipe, the base model it came from, the
+versions, and what was measured on the way.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from rrtc.errors import RrtcError, WrongUsage
+from rrtc.io.cache import cache_folder
+from rrtc.io.provenance import PROVENANCE
+from rrtc.io.trust import without_code
+from rrtc.io.weights import disk_error
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+LICENCE_FILES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
+# What goes along with the weights: the tokenizer, the generation defaults, the licence.
+COMPANION_FILES = (
+    "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*",
+    "additional_chat_templates/*.jinja", "generation_config.json", "spiece.model", *LICENCE_FILES,
+)  # fmt: skip
+RESUMABLE = {"checkpoints": "uptrain", "work": "init"}  # a folder in NAME.partial: the command that goes on from it
+
+
+def check_target(target: Path, source: Path | None = None) -> None:
+    """Raises RrtcError unless `target` can become a new folder: absent or empty, in a place that can be written to, and
+    not inside the folder `source` that it is made from."""
+    target = Path(target)
+    if source is not None and target.resolve().is_relative_to(Path(source).resolve()):
+        raise WrongUsage(f"The output {target} lies in the folder it is made from.", "Name a folder outside it.")
+    if target.resolve() == Path.cwd() or target.is_mount():
+        raise RrtcError(f"The output folder {target} cannot be replaced by a new one.", "Name a folder inside it.")
+    if target.is_symlink():
+        raise RrtcError(f"The output {target} is a link.", "Name a folder beside the one that it leads to.")
+    if target.is_dir() and any(target.iterdir()):
+        raise RrtcError(f"The output folder {target} is not empty.", "Name a new folder: rrtc overwrites nothing.")
+    if target.exists() and not target.is_dir():
+        raise RrtcError(f"The output {target} is a file.", "Name a new folder.")
+    parent = target.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise RrtcError(f"The output folder {target} cannot be made: {parent} is a file.")
+    if not os.access(parent, os.W_OK):
+        raise RrtcError(f"The output folder {target} cannot be made: {parent} is read-only.")
+
+
+def check_space(target: Path, needed: int) -> None:
+    """Raises RrtcError where the disk of `target` has less than `needed` bytes left."""
+    parent = Path(target).absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise RrtcError(
+            f"This needs {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free on the disk of {target}."
+        )
+
+
+def partial_of(target: Path) -> Path:
+    """Where `target` is built before it is complete."""
+    target = Path(target).absolute()
+    return target.with_name(target.name + ".partial")
+
+
+def check_not_interrupted(target: Path, own: str | None = None) -> None:
+    """Raises RrtcError where `target`.partial holds what another command than the one whose folder is `own` has left
+    to go on from."""
+    partial = partial_of(target)
+    for folder, command in RESUMABLE.items():
+        if folder != own and (partial / folder).exists():
+            raise RrtcError(
+                f"{partial} holds the {folder} of an interrupted run.",
+                f"Continue it with 'rrtc {command} --resume', or delete that folder.",
+            )
+
+
+@contextmanager
+def whole_folder(target: Path, keep_partial: bool = False):
+    """Yields the folder in which to build `target`; renames it to `target` when the block ends without an error.
+
+    After an error the unfinished folder is removed, unless `keep_partial` is set: for a run that can be resumed, and
+    that has made sure itself that it is the `only_run`. Raises RrtcError where another run is writing `target`.
+    """
+    target, partial = Path(target), partial_of(target)
+    with nullcontext() if keep_partial else only_run(target):
+        check_target(target)
+        if not keep_partial:
+            check_not_interrupted(target)
+        new_parents = [parent for parent in partial.parents if not parent.exists()]
+        try:
+            if not keep_partial:
+                shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True, exist_ok=True)
+            yield partial
+            if target.is_dir():
+                target.rmdir()
+            partial.rename(target)
+        except BaseException as error:
+            if not keep_partial:
+                shutil.rmtree(partial, ignore_errors=True)
+            for parent in new_parents:
+                with suppress(OSError):  # not empty: something of use stayed
+                    parent.rmdir()
+            if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+                raise disk_error(target, error) from error
+            raise
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copies the tokenizer, generation defaults and licence files of one model folder into another; no code, and
+    nothing that asks for code."""
+    for pattern in COMPANION_FILES:
+        for file in Path(source).glob(pattern):
+            if not file.is_file() or file.suffix == ".py":
+                continue
+            copy = Path(target) / file.relative_to(source)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, copy)
+            if file.name == "tokenizer_config.json":
+                values = json.loads(file.read_text(encoding="utf8"))
+                if values != (kept := without_code(values)):
+                    text = json.dumps(kept, indent=2, ensure_ascii=False) + "\n"
+                    (Path(target) / file.name).write_text(text, encoding="utf8")
+
+
+def check_incomplete(target: Path, work: str) -> None:
+    """Raises RrtcError where `target` is complete, so that there is nothing to resume. `work` is the name of the folder
+    that held what was finished; a kill at the very end leaves a part of it."""
+    if (target / PROVENANCE).exists():
+        left = target / work
+        hint = f"The run was stopped while it removed {left}, which can be deleted." if left.exists() else ""
+        raise RrtcError(f"There is nothing to resume: {target} is complete.", hint)
+
+
+def check_unchanged(before: dict, now: dict) -> None:
+    """Raises RrtcError where a run with the fingerprint `now` cannot go on from one with the fingerprint `before`; it
+    names what differs."""
+    changed = difference(before["recipe"], now["recipe"])
+    others = [name for name in before | now if name != "recipe" and before.get(name) != now.get(name)]
+    if changed is None and others:
+        changed = f"the {others[0]} has changed since it was started"
+    if changed is not None:
+        raise RrtcError(
+            f"The run cannot be resumed, because {changed}.",
+            "Go on with what the run was started with, or start a new one under another name.",
+        )
+
+
+def difference(before: dict, now: dict) -> str | None:
+    """The first field of `now` that was another in `before`, in words; None where there is none."""
+    for field, value in now.items():
+        if before.get(field) != value:
+            return f"{field} was {before.get(field)} and is now {value}"
+    return None
+
+
+@contextmanager
+def whole_file(file: Path) -> Iterator[Path]:
+    """Yields where to write `file`. It gets its name when the block ends and its contents are on the disk, so that a
+    file is whole where there is one. Raises RrtcError where the disk does not take it."""
+    from safetensors import SafetensorError
+
+    temporary = file.with_name(f"{file.name}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as stream:
+            os.fsync(stream.fileno())
+        temporary.rename(file)
+    except (OSError, SafetensorError) as error:
+        raise disk_error(file, error) from error
+
+
+@contextmanager
+def only_run(target: Path) -> Iterator[None]:
+    """Keeps `target` from the other runs of this user on this machine until the block ends, or the process does.
+
+    Raises RrtcError where one of them has it.
+    """
+    name = hashlib.sha256(str(Path(target).resolve()).encode()).hexdigest()[:32]
+    file = cache_folder() / "locks" / f"{name}.lock"
+    lock = FileLock(file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise RrtcError(f"Another run is writing {target}.", "Wait for its end, or name another folder.") from error
+    except OSError:
+        pass  # nobody can write to the cache; that is no reason not to work
+    try:
+        yield
+    finally:
+        lock.release()

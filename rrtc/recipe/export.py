@@ -1,0 +1,49 @@
+"""The section `export` of a recipe."""
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from rrtc.recipe.section import OWN_TEXT, Section
+
+
+class ExportRecipe(Section):
+    """The form in which the model leaves."""
+
+    format: Literal["recursive", "dense", "onnx", "gguf"] = Field(
+        "recursive",
+        description="recursive: small, shared weights stored once; dense: the stock architecture; onnx: small, for "
+        "ONNX Runtime and transformers.js; gguf: dense, for llama.cpp, whose folder RRTC_LLAMA_CPP names.",
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Number format of the weights written; auto: as they are, or float32 for onnx."
+    )
+    max_shard_size: str = Field(
+        "4GB", description="Largest size of one weights file; for onnx 2GB at most, gguf is always one file."
+    )
+    quantize: Literal["none", "int8", "int4"] = Field(
+        "none",
+        description="Matrices in 8 or 4 bits (compressed-tensors, which transformers and vLLM read), rounded by what "
+        "all their uses see; LoRA is not quantised, and chosen anew.",
+    )
+    calibrate_on: list[str] = Field(
+        [],
+        description="For quantize: text to learn from, as uptrain's data. By default what the model was trained on, or "
+        "calibrated on.",
+    )
+    calibrate_tokens: int = Field(16_384, ge=1, description="For quantize: tokens of that text in all.")
+    text_field: str = Field("text", description="The field that holds it in jsonl, parquet and datasets.")
+    seed: int = Field(0, description="For quantize: which pieces of that text are taken.")
+
+    @model_validator(mode="after")
+    def _check_quantize(self) -> "ExportRecipe":
+        if self.quantize != "none" and self.format not in ("recursive", "dense"):
+            raise ValueError(f"quantize is for the recursive and the dense form, not for {self.format}")
+        if self.quantize != "none" and OWN_TEXT in self.calibrate_on:
+            raise ValueError(f"quantising learns from text that there is, so calibrate_on cannot be {OWN_TEXT}")
+        return self
+
+    @field_validator("calibrate_on", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value

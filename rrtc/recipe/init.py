@@ -1,0 +1,146 @@
+"""The section `init` of a recipe."""
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from rrtc.errors import nearest
+from rrtc.recipe.section import BUILT_IN_TEXT, Section
+
+MATRIX_GROUPS = ("q", "kv", "o", "ffn")  # the module groups of the paper's rank ablation (table G.1)
+DEFAULT_RANK = 64
+BUDGETS = ("budget", "target_params", "target_bytes")
+
+
+class InitRecipe(Section):
+    """How layers are tied and what each visit gets of its own (paper §2.2 and §2.3)."""
+
+    budget: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Parameters without embeddings over the dense model's, as in 0.6; ranks, and FFN neurons to "
+        "remove, are solved for.",
+    )
+    target_params: str | None = Field(None, description="Instead of budget: parameters in all, as in 90M.")
+    target_bytes: str | None = Field(None, description="Instead of budget: size of the weights, as in 180MB.")
+    loops: int = Field(2, ge=1, description="How often each shared layer is used. 2 halves the layers, 3 thirds them.")
+    sharing: Literal["auto", "cycle", "sequence", "middle_cycle", "middle_sequence"] | None = Field(
+        None,
+        description="Which layers share weights: cycle (0 1 2 0 1 2) or sequence (0 0 1 1 2 2); middle_* is keep 1; "
+        "auto: of neighbours, what measures best under a budget, down to nothing. By default auto with a budget, else "
+        "cycle.",
+    )
+    keep: int = Field(0, ge=0, description="How many layers at each end share nothing.")
+    shared_init: Literal["stepwise", "lower", "upper", "average", "joint"] | None = Field(
+        None,
+        description="Where the shared weights come from: the mean of the tied layers, one of them, or joint: chosen "
+        "together with all LoRA by what the loss feels. By default joint with a budget, else average.",
+    )
+    lora_init: Literal["svd", "zero"] = Field(
+        "svd", description="LoRA from the SVD of what tying lost, or from zero (training starts at the shared weights)."
+    )
+    rank: int | dict[str, int] | None = Field(
+        None,
+        description="LoRA rank: one number, or by matrix group, as in q=64,kv=64,o=64,ffn=128. 0 means no LoRA. By "
+        f"default {DEFAULT_RANK}; not with a budget.",
+    )
+    calibrate_on: list[str] = Field(
+        [BUILT_IN_TEXT],
+        description="Text from which joint learns what the layers see, as uptrain's data; self is text that the model "
+        "writes itself, a little of everything, and goes well with text of your own.",
+        min_length=1,
+    )
+    calibrate_tokens: int = Field(16_384, ge=1, description="Tokens of that text in all.")
+    text_field: str = Field("text", description="The field that holds the text in jsonl, parquet and datasets.")
+    seed: int = Field(0, description="Which pieces of the calibration text are taken.")
+    norms: Literal["per_visit", "shared"] = Field(
+        "per_visit", description="Norms and biases: one set for each visit, or tied like the matrices (the paper)."
+    )
+    fold_norms: bool = Field(
+        True, description="Multiply norm gains into the matrices that read them, where that changes nothing."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Number format of the weights written; auto: the model's own (bfloat16 for a GGUF)."
+    )
+    max_shard_size: str = Field("4GB", description="Largest size of one weights file.")
+    measure_tokens: int = Field(
+        4096, ge=0, description="Tokens on which the loss before any training is measured at the end; 0: not at all."
+    )
+
+    @field_validator("rank", mode="before")
+    @classmethod
+    def _rank_from_text(cls, value: Any) -> Any:
+        if value is None:
+            return None
+        if isinstance(value, str) and "=" in value:
+            value = dict(part.split("=", 1) if "=" in part else (part, "") for part in value.split(","))
+        if isinstance(value, dict):
+            value = {str(group).strip(): rank for group, rank in value.items()}
+            for group in value:
+                if group not in MATRIX_GROUPS:
+                    raise ValueError(f"there is no matrix group '{group}'. {nearest(group, MATRIX_GROUPS)}")
+        for rank in value.values() if isinstance(value, dict) else [value]:
+            if not str(rank).strip().isdecimal():
+                raise ValueError(f"a rank is a whole number from 0 up, or one for each matrix group, not '{rank}'")
+        return value
+
+    @model_validator(mode="after")
+    def _middle_is_keep_1(self) -> "InitRecipe":
+        if (self.sharing or "").startswith("middle_") and self.keep not in (0, 1):
+            raise ValueError(f"sharing '{self.sharing}' keeps one layer at each end, but keep is {self.keep}")
+        return self
+
+    @model_validator(mode="after")
+    def _one_size(self) -> "InitRecipe":
+        given = [name for name in (*BUDGETS, "rank") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{given[0]} and {given[1]} both say how much to store; give one of them")
+        if self.pattern == "auto" and not self.has_budget:
+            raise ValueError("sharing 'auto' needs a budget to choose under: add budget, target_params or target_bytes")
+        if self.pattern == "auto" and self.start != "joint":
+            raise ValueError(f"sharing 'auto' goes by what the loss feels: shared_init must be joint, not {self.start}")
+        if self.pattern == "auto" and (self.keep or self.loops != type(self).model_fields["loops"].default):
+            raise ValueError("sharing 'auto' chooses what is tied, so keep and loops say nothing: name a pattern too")
+        if self.start == "joint" and self.lora_init == "zero":
+            raise ValueError("shared_init 'joint' chooses the LoRA too, so lora_init cannot be zero")
+        return self
+
+    @field_validator("calibrate_on", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    def resolved(self) -> dict[str, Any]:
+        rank = None if self.has_budget else DEFAULT_RANK if self.rank is None else self.rank
+        return self.model_dump() | {"sharing": self.pattern, "shared_init": self.start, "rank": rank}
+
+    @property
+    def has_budget(self) -> bool:
+        return any(getattr(self, name) is not None for name in BUDGETS)
+
+    @property
+    def pattern(self) -> str:
+        """`sharing`, or what it is where it is not given."""
+        return self.sharing or ("auto" if self.has_budget else "cycle")
+
+    @property
+    def start(self) -> str:
+        """`shared_init`, or what it is where it is not given."""
+        return self.shared_init or ("joint" if self.has_budget else "average")
+
+    @property
+    def order(self) -> str:
+        """`cycle` or `sequence`: the pattern without what it says about `keep`."""
+        return self.pattern.removeprefix("middle_")
+
+    @property
+    def kept_at_each_end(self) -> int:
+        """`keep`, or 1 where the sharing is called `middle_…`."""
+        return 1 if self.pattern.startswith("middle_") else self.keep
+
+    def rank_of(self, group: str) -> int:
+        """The rank asked for a matrix group; a group that a mapping leaves out gets no LoRA. 0 with a budget, under
+        which it is solved for."""
+        rank = self.resolved()["rank"]
+        return rank.get(group, 0) if isinstance(rank, dict) else rank or 0

@@ -1,0 +1,86 @@
+"""The recipe: every choice a run makes, in one typed schema.
+
+A recipe is a YAML file with up to five parts (`model`, `init`, `uptrain`, `eval`, `export`). Every command-line flag is
+a field of one of them and takes its help from here, so that a file and a command line can say the same things.
+An unknown key is an error that names the nearest valid one.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from rrtc.errors import WrongUsage, nearest
+from rrtc.recipe.eval import EvalRecipe
+from rrtc.recipe.export import ExportRecipe
+from rrtc.recipe.init import InitRecipe
+from rrtc.recipe.section import Section
+from rrtc.recipe.uptrain import UptrainRecipe
+
+
+class Recipe(Section):
+    """One run from a dense model to an exported one."""
+
+    model: str | None = Field(
+        None, description="The dense model: a folder, a hub id, a .gguf file or package://import_name/path/in/package."
+    )
+    init: InitRecipe = InitRecipe()
+    uptrain: UptrainRecipe = UptrainRecipe()
+    eval: EvalRecipe = EvalRecipe()
+    export: ExportRecipe = ExportRecipe()
+
+
+def load_recipe(path: str | None) -> Recipe:
+    """The recipe in the YAML file `path`; the defaults where `path` is None.
+
+    Raises WrongUsage for a missing file, broken YAML, an unknown key or a value of the wrong kind.
+    """
+    if path is None:
+        return Recipe()
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise WrongUsage(f"The recipe {path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
+    except yaml.YAMLError as error:
+        raise WrongUsage(f"The recipe {path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    if values is not None and not isinstance(values, dict):
+        raise WrongUsage(f"The recipe {path} holds no keys.", "Start from one of the files in recipes/.")
+    given = {part: value for part, value in (values or {}).items() if value is not None}  # a heading with nothing below
+    return _checked(Recipe, given, path)
+
+
+def with_flags(section: Section, flags: dict[str, Any]) -> Section:
+    """`section` with the values given on the command line (those that are not None) in place of its own."""
+    given = {name: value for name, value in flags.items() if value is not None}
+    return _checked(type(section), section.model_dump() | given, "the command line") if given else section
+
+
+def _checked(schema: type[Section], values: dict, source: str) -> Section:
+    try:
+        return schema.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = [str(part) for part in first["loc"]]
+        if first["type"] == "extra_forbidden":
+            hint = nearest(where[-1], _fields_at(schema, where[:-1]))
+            raise WrongUsage(f"There is no key '{'.'.join(where)}' in a recipe ({source}).", hint) from error
+        message = re.sub("^(Input|List) should", "it should", first["msg"].removeprefix("Value error, "))
+        name = "'" + ".".join(where) + "'" if where else "a value"
+        hint = ""
+        if first["type"] == "literal_error":
+            hint = nearest(
+                str(first["input"]), first["ctx"]["expected"].replace(" or ", ", ").replace("'", "").split(", ")
+            )
+        elif first["type"] == "model_type":
+            message = "it should hold keys of its own"
+        sentence = f"In {source}, {name} is wrong: {message}"
+        raise WrongUsage(sentence if sentence.endswith((".", "?")) else sentence + ".", hint) from error
+
+
+def _fields_at(schema: type[Section], path: list[str]) -> list[str]:
+    for part in path:
+        schema = schema.model_fields[part].annotation
+    return list(schema.model_fields)

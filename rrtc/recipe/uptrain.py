@@ -1,0 +1,175 @@
+"""The section `uptrain` of a recipe."""
+
+import math
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from rrtc.errors import nearest
+from rrtc.recipe.section import BUILT_IN_TEXT, Section
+
+DISTILLATIONS = ("forward_kl", "reverse_kl", "jensen_shannon", "total_variation")  # paper appendix I
+LOSSES = ("next_token", *DISTILLATIONS, "hidden")
+
+
+class UptrainRecipe(Section):
+    """How the tied model is healed (paper §3 and appendix E), by distillation from the dense original."""
+
+    data: list[str] = Field(
+        [BUILT_IN_TEXT],
+        description="Training text: .txt, .jsonl or .parquet files, folders of them, or a datasets name; "
+        "pydoc is the text that Python itself ships, self is text that the teacher writes.",
+        min_length=1,
+    )
+    data_weights: list[float] | None = Field(
+        None,
+        description="How much to take of each of the data, as in 3,1; by default as much as each has, of which no more "
+        "counts than the run could use.",
+    )
+    text_field: str = Field("text", description="The field that holds the text in jsonl, parquet and datasets.")
+    tokens: int = Field(1_000_000, ge=1, description="Training tokens in all.")
+    context: int = Field(512, ge=8, description="Tokens in one training window.")
+    separate_documents: bool = Field(
+        False,
+        description="Documents in a window do not attend to each other. Slower, and rarely how models are made.",
+    )
+    batch_size: int = Field(8, ge=1, description="Windows in one optimiser step, over all processes.")
+    micro_batch: int = Field(2, ge=1, description="Windows in one forward pass of one process.")
+    optimiser: Literal["adamw", "muon"] = Field(
+        "adamw", description="muon: for the matrices in the layers, and AdamW for LoRA, norms, biases and embeddings."
+    )
+    learning_rate: float = Field(
+        1e-4, gt=0, description="Peak learning rate. A start that is close to noise, as the paper's, can take 4e-4."
+    )
+    shared_lr_scale: float | str = Field(
+        "visits",
+        description="The learning rate of a weight that several visits use is multiplied by this; visits: divided by "
+        "their number. 1 changes nothing.",
+    )
+    schedule: Literal["cosine", "warmup_stable_decay"] = Field(
+        "cosine", description="How the learning rate falls: all the way, or only over the last part (decay)."
+    )
+    warmup: float = Field(0.05, ge=0, lt=1, description="Part of the steps over which the learning rate rises.")
+    decay: float = Field(0.2, gt=0, le=1, description="Part of the steps over which warmup_stable_decay falls.")
+    weight_decay: float = Field(0.0, ge=0, description="Weight decay of the matrices.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
+    losses: dict[str, float] = Field(
+        {"forward_kl": 1.0},
+        description="What is minimised, each with its weight: next_token; forward_kl, reverse_kl, jensen_shannon, "
+        "total_variation (distances from the dense model's distribution); hidden (from its hidden states).",
+    )
+    temperature: float = Field(1.0, gt=0, description="Of both distributions, where they are compared.")
+    teacher: str | None = Field(None, description="The model to learn from; by default the one that was compressed.")
+    exits: bool = Field(
+        False, description="Also train an exit after each loop but the last (cycle), of a model that is healed already."
+    )
+    exit_weight: float = Field(
+        0.1,
+        gt=0,
+        description="Weight of the mean over the exits of next_token and of forward_kl from the model's own end.",
+    )
+    teacher_cache: str | None = Field(
+        None,
+        description="Folder in which what the teacher says is kept: it is asked once about each window, before "
+        "training, and not at all where the folder has everything.",
+    )
+    teacher_cache_top: int = Field(
+        64,
+        ge=1,
+        description="Tokens of the vocabulary that it keeps at each place, the most probable; the others' sum.",
+    )
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Arithmetic: bfloat16 where the machine is fast at it. Weights are trained in float32."
+    )
+    activation_checkpointing: bool = Field(False, description="Recompute activations: less memory, a third slower.")
+    fsdp: bool = Field(
+        False, description="Share the weights, gradients and moments out among torchrun's processes (FSDP2)."
+    )
+    compile: bool = Field(
+        False, description="Compile the layers (torch.compile): faster on a GPU, after a minute or two at the start."
+    )
+    save_every: int = Field(200, ge=1, description="Steps between checkpoints.")
+    seed: int = Field(0, description="Order of the text and any randomness.")
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = Field(
+        "none", description="Tracker that is sent every step's figures; tensorboard writes into the output folder."
+    )
+
+    @field_validator("losses", mode="before")
+    @classmethod
+    def _parse_losses(cls, value: Any) -> Any:
+        """As on the command line, a list of NAME=WEIGHT, or as in a file, a mapping."""
+        if isinstance(value, list):
+            pairs = [str(item).partition("=") for item in value]
+            value = {name.strip(): weight.strip() for name, _, weight in pairs}
+        for name in value if isinstance(value, dict) else ():
+            if name not in LOSSES:
+                raise ValueError(f"there is no loss '{name}'. {nearest(str(name), LOSSES)}")
+        return value
+
+    @field_validator("losses", mode="after")
+    @classmethod
+    def _some_loss(cls, value: dict[str, float]) -> dict[str, float]:
+        for name, weight in value.items():
+            if not 0 <= weight < math.inf:
+                raise ValueError(f"the weight of {name} is {weight}, and it should be 0 or more")
+        if not any(value.values()):
+            raise ValueError("no loss has a weight above 0, so there is nothing to learn from")
+        return value
+
+    @property
+    def distils(self) -> bool:
+        """Whether a teacher is needed."""
+        return any(weight for name, weight in self.losses.items() if name != "next_token")
+
+    @model_validator(mode="after")
+    def _whole_batch(self) -> "UptrainRecipe":
+        if self.batch_size % self.micro_batch:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batch {self.micro_batch}")
+        return self
+
+    @model_validator(mode="after")
+    def _cached(self) -> "UptrainRecipe":
+        if self.teacher_cache is not None and self.losses.get("hidden"):
+            raise ValueError("a teacher_cache keeps no hidden states, which the loss 'hidden' compares")
+        return self
+
+    @model_validator(mode="after")
+    def _rises_before_it_falls(self) -> "UptrainRecipe":
+        if self.schedule == "warmup_stable_decay" and self.warmup + self.decay > 1:
+            raise ValueError(f"warmup {self.warmup} and decay {self.decay} are together more than all steps")
+        return self
+
+    @field_validator("shared_lr_scale", mode="before")
+    @classmethod
+    def _visits_or_a_factor(cls, value: Any) -> Any:
+        if value == "visits":
+            return value
+        try:
+            factor = float(value)
+        except (TypeError, ValueError):
+            factor = 0.0
+        if not 0 < factor < math.inf:
+            raise ValueError(f"it should be visits or a number above 0, not '{value}'")
+        return factor
+
+    @model_validator(mode="after")
+    def _a_weight_for_each(self) -> "UptrainRecipe":
+        if self.data_weights is None:
+            return self
+        if len(self.data_weights) != len(self.data):
+            raise ValueError(f"data names {len(self.data)} texts and data_weights has {len(self.data_weights)} weights")
+        if not all(0 <= weight < math.inf for weight in self.data_weights):
+            raise ValueError("a weight in data_weights is a number from 0 up")
+        if not any(self.data_weights):
+            raise ValueError("data_weights are all 0, so there is nothing to learn from")
+        return self
+
+    @field_validator("data_weights", mode="before")
+    @classmethod
+    def _weights_from_text(cls, value: Any) -> Any:
+        return value.split(",") if isinstance(value, str) else [value] if isinstance(value, int | float) else value
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value

@@ -1,0 +1,101 @@
+"""Scores of a language model on packed windows: loss, bits per byte, and closeness to a reference model; and the
+machine they are made on.
+
+`rrtc eval` takes the scores of single tokens, for intervals and for what depends on their place.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rrtc.stock.architecture import decoder_layers
+from rrtc.stock.parts import outputs_of, run_exit, run_head
+from rrtc.text.windows import Windows
+
+TOKENS_AT_ONCE = 128  # distributions of so many tokens are compared at a time, to bound memory
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Means over the scored tokens. loss and kl are in nats per token; kl and top1_agreement are against the reference
+    model and None where there is none; top1_agreement is a share from 0 to 1."""
+
+    tokens: int
+    loss: float
+    bits_per_byte: float
+    kl: float | None = None
+    top1_agreement: float | None = None
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """The same of every scored token, each (windows, context - 1), float32 on the CPU; kl and top1_agreement are None
+    without a reference model. confidence: the probability of the most probable token; correct: 1 where that is the
+    token, else 0."""
+
+    loss: Tensor
+    confidence: Tensor
+    correct: Tensor
+    kl: Tensor | None = None
+    top1_agreement: Tensor | None = None
+
+
+def score(model, windows: Windows, reference=None) -> Scores:
+    """Scores `model` on every token of `windows` but the first of each.
+
+    reference: a model with the same vocabulary, for KL(reference || model) and top-1 agreement.
+    """
+    found = score_tokens(model, windows, reference=reference)[0]
+    loss = found.loss.double().mean().item()
+    beside = () if reference is None else (t.double().mean().item() for t in (found.kl, found.top1_agreement))
+    return Scores(found.loss.numel(), loss, loss / math.log(2) / windows.bytes_per_token, *beside)
+
+
+@torch.inference_mode()
+def score_tokens(
+    model, windows: Windows, exits: Sequence[int] = (), reference=None, advance=lambda: None
+) -> list[TokenScores]:
+    """What `score` is the mean of: of the model, and then of what it says if it is left after the layer at each of the
+    places `exits`. advance is called after each window."""
+    rows: list[list[Tensor]] = [[] for _ in range(1 + len(exits))]  # of each window (3 or 5, tokens)
+    for ids in windows.ids:
+        ids = ids.unsqueeze(0).to(model.device)  # (1, context)
+        targets = ids[0, 1:]
+        reference_logits = None if reference is None else reference(ids, use_cache=False).logits[0, :-1]
+        logits = _logits(model, ids, exits)
+        for row in rows:  # one table of logits at a time, so nothing here holds on to it
+            row.append(_scored(next(logits), targets, reference_logits))
+        advance()
+    return [TokenScores(*torch.stack(row, 1)) for row in rows]
+
+
+def _scored(logits: Tensor, targets: Tensor, reference_logits: Tensor | None) -> Tensor:
+    """The fields of TokenScores for each of `targets` (tokens,), all five with a reference: (3 or 5, tokens). Both
+    logits: (tokens, vocabulary)."""
+    parts = []
+    for start in range(0, len(targets), TOKENS_AT_ONCE):
+        part = slice(start, start + TOKENS_AT_ONCE)
+        log_p = logits[part].float().log_softmax(-1)
+        highest, best = log_p.max(-1)
+        found = [-log_p.gather(1, targets[part, None])[:, 0], highest.exp(), (best == targets[part]).float()]
+        if reference_logits is not None:
+            log_q = reference_logits[part].float().log_softmax(-1)
+            found.append((log_q.exp() * (log_q - log_p)).sum(-1))
+            found.append((log_q.argmax(-1) == best).float())
+        parts.append(torch.stack(found))
+    return torch.cat(parts, 1).cpu()
+
+
+def _logits(model, ids: Tensor, exits: Sequence[int]) -> Iterator[Tensor]:
+    """The logits (context - 1, vocabulary) that predict the next token of `ids` (1, context): in the end, and at each
+    of `exits`, one after the other."""
+    layers = decoder_layers(model) if exits else ()
+    with outputs_of([layers[place] for place in exits]) as outputs:
+        final = model(ids, use_cache=False).logits[0, :-1]
+    yield final
+    del final
+    for output in outputs:
+        yield run_head(model, run_exit(model, ids, output)[0, :-1])

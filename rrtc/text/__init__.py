@@ -1,0 +1,1 @@
+"""Text: from sources to documents, to windows of tokens, to shards on disk; and text that a model writes itself."""

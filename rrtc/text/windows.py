@@ -1,0 +1,107 @@
+"""Text: from the names of sources to packed windows of tokens.
+
+A source is `pydoc` (the language reference that Python ships), a .txt, .jsonl or .parquet file, a folder of them, or
+the name of a dataset that the `datasets` library can load. Documents in a .txt file are separated by two empty lines.
+A tenth is held out: training never sees it and evaluation scores on it.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rrtc.errors import RrtcError
+from rrtc.recipe.schema import Recipe
+from rrtc.recipe.section import BUILT_IN_TEXT, OWN_TEXT
+from rrtc.text.sources import CHARACTERS_PER_TOKEN, HELD_OUT_OF, beginning, split
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Token ids packed without padding: `ids` is (windows, context), int64. `bytes_per_token` is the UTF-8 length of
+    the text over the number of its tokens, separators too, which makes losses comparable across tokenizers."""
+
+    ids: "torch.Tensor"
+    bytes_per_token: float
+
+
+def begin_and_end(tokenizer) -> tuple[list[int], list[int]]:
+    """(the token that the tokenizer begins every text with, the end-of-text token); [] for one that there is not."""
+    always = tokenizer("")["input_ids"]
+    begin = always[:1] if always[:1] == [tokenizer.bos_token_id] else []
+    return begin, [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+
+def pack(texts: Iterable[str], tokenizer, context: int, limit: int | None = None) -> Windows:
+    """Documents as windows of `context` tokens, packed without padding, an end-of-text token after each document.
+
+    Where the tokenizer begins every text with a token (Gemma's <bos>, without which it is lost), every window begins
+    with it. limit: stop after so many tokens, rounded up to whole windows. Raises RrtcError where the text does not
+    fill a window.
+    """
+    import torch
+
+    beginning_token, separator = begin_and_end(tokenizer)
+    width = context - len(beginning_token)  # tokens of text in a window
+    wanted = math.inf if limit is None else max(1, -(-limit // context)) * width
+    ids: list[int] = []
+    sizes: list[int] = []  # UTF-8 bytes of each token
+    for text in texts:
+        if wanted < math.inf:
+            text = text[: CHARACTERS_PER_TOKEN * (wanted - len(ids))]  # no more of a long document than will be used
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        ids += [*encoded["input_ids"], *separator]
+        end = 0
+        for _, stop in encoded["offset_mapping"]:  # a character can take several tokens, which all have its end
+            sizes.append(len(text[end:stop].encode()))
+            end = max(end, stop)
+        sizes += [0] * len(separator)
+        if len(ids) >= wanted:
+            break
+    windows = min(len(ids), wanted) // width
+    if windows == 0:
+        raise RrtcError(
+            f"The text has only {len(ids)} tokens, fewer than one context of {context}.",
+            "Give more text, or a smaller context.",
+        )
+    used = windows * width
+    packed = torch.tensor(ids[:used]).view(windows, width)
+    first = torch.tensor(beginning_token, dtype=torch.long).expand(windows, len(beginning_token))
+    return Windows(torch.cat([first, packed], dim=1), sum(sizes[:used]) / used)
+
+
+def longest_context(config, wanted: int) -> int:
+    """`wanted` tokens of context, or as many as the model of that transformers config can see."""
+    return min(wanted, getattr(config.get_text_config(), "max_position_embeddings", None) or wanted)
+
+
+def scoring_texts(recipe: Recipe, tokenizer, context: int, limit: int) -> dict[str, Windows]:
+    """What a model is scored on, by name: the recipe's eval texts, whole, or else what training holds out of its data.
+
+    `limit` tokens of each at most, rounded up to whole windows. Of text that the teacher writes nothing is held out: a
+    model that was trained on nothing else is scored on a part of the built-in text. Raises RrtcError as `documents` and
+    `pack` do.
+    """
+    if recipe.eval.text:
+        field = recipe.eval.text_field
+        short = [Path(source).name for source in recipe.eval.text]
+        return {
+            name if short.count(name) == 1 else source: pack(beginning(source, field, limit), tokenizer, context, limit)
+            for name, source in zip(short, recipe.eval.text, strict=True)
+        }
+    return {"held out": held_out_windows(recipe.uptrain.data, recipe.uptrain.text_field, tokenizer, context, limit)}
+
+
+def readable(sources: Sequence[str]) -> list[str]:
+    """`sources` but the text that the teacher writes, or the built-in text where there is no other."""
+    return [source for source in sources if source != OWN_TEXT] or [BUILT_IN_TEXT]
+
+
+def held_out_windows(sources: Sequence[str], text_field: str, tokenizer, context: int, limit: int) -> Windows:
+    """`limit` tokens at most of what is held out of the `readable` ones of `sources`."""
+    held_out = [d for source in readable(sources) for d in split(beginning(source, text_field, HELD_OUT_OF * limit))[1]]
+    return pack(held_out, tokenizer, context, limit)
