@@ -1,24 +1,24 @@
-"""What initialisations are worth: loss before and after the same training, time and peak memory, in one table.
+"""What initializations are worth: loss before and after the same training, time and peak memory, in one table.
 
     python benchmarks/init.py --model FOLDER --calibrate-on TEXT... --train-on TEXT... --score-on TEXT... --work DIR
 
-Texts are .txt, .jsonl or .parquet files; the ones to score on must be others than those that are learnt from. Every row
+Texts are .txt, .jsonl or .parquet files; those to score on must be others than those to learn from. Every row
 starts from the dense model in FOLDER (safetensors, an even number of layers) and is, at the same --budget unless its
 title names a rank:
 
     paper          the paper's Average + SVD, tied in a cycle
-    middle-cycle   joint initialisation, tied in a cycle with one layer kept at each end
-    auto           joint initialisation, and rrtc chooses what to tie and what to narrow
+    middle-cycle   joint initialization, tied in a cycle with one layer kept at each end
+    auto           joint initialization, and rrtc chooses what to tie and what to narrow
     whitened-svd   nothing tied: activation-whitened SVD of every matrix (whitened_svd.py)
     average        layers l and l + L/2 averaged and looped, without LoRA: the weights of the next row, run twice
     mergekit       the same average by mergekit: a dense model of half the layers; not trained
-    paper-64       the paper's initialisation at rank 64, for its time
+    paper-64       the paper's initialization at rank 64, for its time
     pissa-64       PEFT's PiSSA adapters at rank 64, for its time: one SVD of every matrix too, but nothing gets smaller
 
 mergekit and PEFT are looked for in the Pythons named by --mergekit-python and --peft-python (virtual environments with
 `pip install mergekit==0.1.5` and `pip install peft==0.21.2`); without them their rows are skipped.
 
-Each initialisation is a process of its own. Its time is the whole process's, Python's imports and the writing of files
+Each initialization is a process of its own. Its time is the whole process's, Python's imports and the writing of files
 included; its memory is the peak of its resident size, in which files mapped into memory count. rrtc's own closing
 measurement is off. Then every row is scored, trained by `rrtc uptrain` (distillation from the dense model alone; the
 same text, order and number of steps) and scored again. Excess is the loss over the dense model's on the same tokens, in
@@ -146,7 +146,7 @@ def recipe_file(args: argparse.Namespace) -> Path:
 def measured_row(args: argparse.Namespace, name: str, dense: dict) -> dict:
     """All figures of one row. Raises NoResult."""
     folder = args.work / name / "init"
-    row = {"name": name, "title": TITLES[name], **made(folder, initialisation(args, name, folder))}
+    row = {"name": name, "title": TITLES[name], **made(folder, initialization(args, name, folder))}
     if name in FOR_THEIR_TIME:
         return row
     row["after_init"] = scored(args, f"{name}/init", folder, dense)
@@ -157,7 +157,7 @@ def measured_row(args: argparse.Namespace, name: str, dense: dict) -> dict:
     return row
 
 
-def initialisation(args: argparse.Namespace, name: str, folder: Path) -> list[str]:
+def initialization(args: argparse.Namespace, name: str, folder: Path) -> list[str]:
     """The command that makes the row `name` into `folder`. Raises NoResult where this machine cannot."""
     rrtc = [sys.executable, "-m", "rrtc", "init", args.model, "-o", str(folder)]
     at_budget = [*rrtc, "--recipe", str(recipe_file(args))]
@@ -297,7 +297,7 @@ def show(result: dict, missing: list[str]) -> None:
                 f"{after['excess']:.3f}" if after else "–",
             ]
         )
-    columns = ["initialisation", "size", "time", "memory", "excess", f"{result['steps']} steps"]
+    columns = ["initialization", "size", "time", "memory", "excess", f"{result['steps']} steps"]
     values, losses = result["machine"], result["dense"]["losses"]
     console.results.print(
         f"{values['cpus']} CPUs, {values['threads']} threads, Python {values['python']}, torch {values['torch']}, "

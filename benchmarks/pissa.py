@@ -1,9 +1,9 @@
-"""PEFT's PiSSA initialisation (arXiv 2404.02948) of every linear layer, for benchmarks/init.py, which runs it with the
+"""PEFT's PiSSA initialization (arXiv 2404.02948) of every linear layer, for benchmarks/init.py, which runs it with the
 Python that has PEFT, as a process of its own:
 
     python benchmarks/pissa.py MODEL RANK FOLDER
 
-Like the paper's initialisation it takes one SVD of every matrix, so it is what times are compared with. What it makes
+Like the paper's initialization it takes one SVD of every matrix, so it is what times are compared with. What it makes
 is another thing: adapters of the leading components beside the rest of every matrix, and no smaller model. Both are
 written, as PEFT's own example does.
 """

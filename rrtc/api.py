@@ -86,9 +86,9 @@ def _check_inputs(recipe: Recipe) -> None:
         )
     calibration = set(recipe.init.calibrate_on) - {OWN_TEXT} if recipe.init.start == "joint" else []
     data = set(recipe.uptrain.data) - {OWN_TEXT}
-    quantised = recipe.export.calibrate_on if recipe.export.quantize != "none" else []
+    quantized = recipe.export.calibrate_on if recipe.export.quantize != "none" else []
     texts = (
-        (recipe.init, calibration), (recipe.uptrain, data), (recipe.eval, recipe.eval.text), (recipe.export, quantised)
+        (recipe.init, calibration), (recipe.uptrain, data), (recipe.eval, recipe.eval.text), (recipe.export, quantized)
     )  # fmt: skip
     for part, sources in texts:
         for source in sources:
@@ -129,8 +129,8 @@ def describe(folder: str) -> dict:
         description["bytes_on_disk"] = weights_bytes(path, exported["format"])
     elif (path / "config.json").exists():
         weights = Weights(path)
-        quantised = exported.get("quantize")  # and LoRA, norms and embeddings in the other format
-        description["dtype"] = f"{quantised} and {exported.get('dtype')}" if quantised else weights.dtype
+        quantized = exported.get("quantize")  # and LoRA, norms and embeddings in the other format
+        description["dtype"] = f"{quantized} and {exported.get('dtype')}" if quantized else weights.dtype
         description["bytes_on_disk"] = weights.bytes_on_disk
         description["visits"] = getattr(read_config(path), "visits", None)  # a dense export has none
     if description["stage"] == "eval":

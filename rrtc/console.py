@@ -1,6 +1,6 @@
 """What the user sees: results on stdout, progress and notes on stderr, and only from the first process of a run.
 
-Rich itself honours NO_COLOR and writes plain text into pipes.
+Rich itself honors NO_COLOR and writes plain text into pipes.
 """
 
 import json

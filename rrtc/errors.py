@@ -23,7 +23,7 @@ class WrongUsage(RrtcError):
 
 
 def nearest(name: str, valid) -> str:
-    """A hint for a misspelt `name`: the closest of `valid`, or all of them where none is close."""
+    """A hint for a misspelled `name`: the closest of `valid`, or all of them where none is close."""
     import difflib
 
     valid = [str(v) for v in valid]

@@ -1,4 +1,4 @@
-"""Shared by all tests: no hub, no colours, no progress bars of other libraries; the dense pico models."""
+"""Shared by all tests: no hub, no colors, no progress bars of other libraries; the dense pico models."""
 
 import os
 from pathlib import Path
@@ -17,7 +17,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_of_all_tests(tmp_path_factory):
-    """Text is tokenised once for all tests, and none of it stays in the user's own cache; models that were dequantised
+    """Text is tokenized once for all tests, and none of it stays in the user's own cache; models that were dequantized
     before are found there."""
     from rrtc.io.cache import cache_folder
 

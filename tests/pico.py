@@ -56,7 +56,7 @@ def pico_model(architecture: str, **changes) -> PreTrainedModel:
 
 @functools.cache
 def pico_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of VOCABULARY tokens, learnt from Python's own documentation."""
+    """A byte-level BPE tokenizer of VOCABULARY tokens, learned from Python's own documentation."""
     from pydoc_data.topics import topics
 
     tokenizer = Tokenizer(models.BPE())

@@ -1,4 +1,4 @@
-"""The benchmark of initialisations runs, on a pico model and with the row that no other test makes."""
+"""The benchmark of initializations runs, on a pico model and with the row that no other test makes."""
 
 import json
 import subprocess

@@ -216,7 +216,7 @@ def test_a_full_disk_is_one_clear_sentence_and_leaves_nothing(tmp_path, what):
 # What goes along
 
 
-def test_tokenizer_generation_defaults_and_licence_go_along_and_weights_do_not(tmp_path):
+def test_tokenizer_generation_defaults_and_license_go_along_and_weights_do_not(tmp_path):
     source, target = save_pico(tmp_path / "source"), tmp_path / "target"
     target.mkdir()
     for name in ("LICENSE.txt", "NOTICE", "chat_template.jinja", "README.md", "training_args.bin"):

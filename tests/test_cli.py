@@ -120,7 +120,7 @@ def test_layers_that_cannot_be_divided(dense, tmp_path):
     assert "2, 3, 6" in error
 
 
-def test_a_misspelt_recipe_key_names_the_nearest_valid_one(tmp_path):
+def test_a_misspelled_recipe_key_names_the_nearest_valid_one(tmp_path):
     (tmp_path / "recipe.yaml").write_text("init:\n  lops: 2\n")
     out = tmp_path / "out"
     error = fails("run", tmp_path / "recipe.yaml", "-o", out, says="no key 'init.lops'", code=2, output=out)

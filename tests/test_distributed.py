@@ -68,7 +68,7 @@ def two(models, cases, one, tmp_path_factory) -> Path:
         (folder / "ddp", DDP, False, None),
         (folder / "stopped", SHARDED, False, 8),
         (one / "begun", SHARDED | {"activation_checkpointing": True}, True, None),
-        (folder / "muon", SHARDED | {"optimiser": "muon"}, False, None),
+        (folder / "muon", SHARDED | {"optimizer": "muon"}, False, None),
     ]
     (folder / "cases.json").write_text(json.dumps(cases))
     (folder / "runs.json").write_text(
@@ -114,7 +114,7 @@ def test_several_losses_on_two_processes(one, two):
 
 def test_muon_shared_out(models, one, two, tmp_path):
     """A matrix' step is made from the whole matrix, in bfloat16, which is why the courses part a little."""
-    uptrain(models["llama"]["folder"], str(tmp_path / "out"), settings(losses=LOSSES, optimiser="muon"))
+    uptrain(models["llama"]["folder"], str(tmp_path / "out"), settings(losses=LOSSES, optimizer="muon"))
     found, expected, adamw = (
         [step["objective"] for step in metrics(folder)] for folder in (two / "muon", tmp_path / "out", one / "straight")
     )

@@ -37,8 +37,8 @@ def stages(tmp_path_factory) -> Path:
     for name, text in TEXTS.items():
         (root / name).write_text(text)
     small = {"init": {"rank": 4, "measure_tokens": 0}, "export": {"format": "dense"}}
-    learnt = {"data": [str(root / "prose.txt")], "context": CONTEXT, "tokens": 600}
-    all_of_it = recipe(**small, uptrain=learnt)
+    learned = {"data": [str(root / "prose.txt")], "context": CONTEXT, "tokens": 600}
+    all_of_it = recipe(**small, uptrain=learned)
     init(str(root / "dense"), str(root / "tied"), all_of_it)
     uptrain(str(root / "tied"), str(root / "healed"), all_of_it)
     export(str(root / "healed"), str(root / "stock"), all_of_it)

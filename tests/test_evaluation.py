@@ -43,8 +43,8 @@ def models(tmp_path_factory) -> Path:
     for name, rank in (("small", 2), ("large", 8)):
         settings = {"init": {"rank": rank, "measure_tokens": 0}}
         init(str(root / "dense"), str(root / name), Recipe.model_validate(settings))
-    learnt = {"data": [str(root / "text.txt")], "context": 32, "tokens": 256, "exits": True}
-    uptrain(str(root / "large"), str(root / "exits"), Recipe.model_validate({"uptrain": learnt}))
+    learned = {"data": [str(root / "text.txt")], "context": 32, "tokens": 256, "exits": True}
+    uptrain(str(root / "large"), str(root / "exits"), Recipe.model_validate({"uptrain": learned}))
     return root
 
 

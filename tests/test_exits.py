@@ -209,7 +209,7 @@ def test_final_norm_and_head_learn_from_exits_and_not_from_being_imitated(ids):
 
 
 def recipe(root: Path, **uptrain) -> Recipe:
-    learnt = {
+    learned = {
         "data": [str(root / "text.txt")], "context": CONTEXT, "tokens": CONTEXT * 4 * 30, "batch_size": 4,
         "micro_batch": 2, "warmup": 0.0, "learning_rate": 3e-3, "precision": "float32", "save_every": 4,
         "losses": {"next_token": 1.0, "forward_kl": 1.0},
@@ -217,7 +217,7 @@ def recipe(root: Path, **uptrain) -> Recipe:
     return Recipe.model_validate(
         {
             "init": {"rank": 4, "measure_tokens": 0},
-            "uptrain": learnt | uptrain,
+            "uptrain": learned | uptrain,
             "eval": {
                 "context": CONTEXT, "tokens": 200, "sample_tokens": 4, "passkey_trials": 0, "speed_rounds": 0,
             },

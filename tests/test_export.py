@@ -24,7 +24,7 @@ from rrtc.errors import RrtcError, WrongUsage
 from rrtc.export import stage, verify
 from rrtc.export.forms import writing
 from rrtc.io import folder as checkpoint
-from rrtc.io import license as licence
+from rrtc.io import license
 from rrtc.io.provenance import read_provenance
 from rrtc.io.shard_writer import ShardWriter
 from rrtc.io.source import find_model
@@ -166,7 +166,7 @@ def test_recursive_loads_and_generates_where_rrtc_is_not(tmp_path):
         assert torch.equal(found[f"{target}:greedy"], greedy)
 
 
-def test_recursive_export_with_report_and_licence(tmp_path):
+def test_recursive_export_with_report_and_license(tmp_path):
     source = make_rrt(tmp_path / "rrt")
     (source / "LICENSE").write_text("Apache License\nVersion 2.0, January 2004\n")
     (source / "tokenizer_config.json").unlink()  # old models have none that says much
@@ -231,7 +231,7 @@ def test_recursive_export_with_report_and_licence(tmp_path):
         "512 tokens of 'held out'",
         "a blue sky",
         "`0 1 2 0 1 2`",
-        "quantised file of 1.5 kB",
+        "quantized file of 1.5 kB",
     ):
         assert words in card.text
     assert yaml.safe_load(re.search(r"## Recipe\n\n```yaml\n(.*?)```", card.text, re.S)[1]) == provenance["recipe"]
@@ -360,7 +360,7 @@ def test_the_output_is_a_new_folder_outside_the_input(tmp_path):
         stage.export(str(source), str(tmp_path), recipe())
 
 
-def test_licences_are_found_and_not_guessed(tmp_path):
+def test_licenses_are_found_and_not_guessed(tmp_path):
     from gguf import GGUFWriter
 
     def found(name: str, **files: str) -> dict:
@@ -368,7 +368,7 @@ def test_licences_are_found_and_not_guessed(tmp_path):
         folder.mkdir()
         for file, text in files.items():
             (folder / file.replace("_", ".")).write_text(text)
-        return licence.find_licence(folder)
+        return license.find_license(folder)
 
     assert found("none") == {}
     assert found("card", README_md="---\nlicense: gemma\n---\n") == {"license": "gemma"}
@@ -381,9 +381,9 @@ def test_licences_are_found_and_not_guessed(tmp_path):
     assert found("same", LICENSE_code=mit, LICENSE_model=mit) == {"license": "mit"}
     assert found("both", README_md="---\nlicense: gemma\n---\n", LICENSE="All yours.") == {"license": "gemma"}
     (tmp_path / "folder" / "LICENSES").mkdir(parents=True)
-    assert licence.find_licence(tmp_path / "folder") == {}
+    assert license.find_license(tmp_path / "folder") == {}
     (tmp_path / "half.gguf").write_bytes(b"GGUF, but no more")
-    assert licence.find_licence(tmp_path / "half.gguf") == {}
+    assert license.find_license(tmp_path / "half.gguf") == {}
 
     writer = GGUFWriter(tmp_path / "none/model.gguf", "llama")
     writer.add_tags(["text-generation", "small"])
@@ -391,8 +391,8 @@ def test_licences_are_found_and_not_guessed(tmp_path):
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    assert licence.find_licence(tmp_path / "none/model.gguf") == {"license": "apache-2.0"}
-    assert find_model(str(save_pico(tmp_path / "mit"))).provenance(tmp_path)["licence"] == {"license": "mit"}
+    assert license.find_license(tmp_path / "none/model.gguf") == {"license": "apache-2.0"}
+    assert find_model(str(save_pico(tmp_path / "mit"))).provenance(tmp_path)["license"] == {"license": "mit"}
 
 
 def test_what_is_made_ahead_comes_in_order_and_so_do_its_errors():

@@ -1,4 +1,4 @@
-"""What happens to `rrtc export` from outside: kills, a full disk, a read-only place, a licence that forbids it. (Faults
+"""What happens to `rrtc export` from outside: kills, a full disk, a read-only place, a license that forbids it. (Faults
 of the folder itself are in test_export.py, and folders that mean harm in test_malicious.py.)"""
 
 import os
@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 
 from rrtc.export import stage
 from rrtc.io.folder import partial_of
-from rrtc.io.license import find_licence, forbids_derivatives
+from rrtc.io.license import find_license, forbids_derivatives
 from rrtc.recipe.schema import Recipe
 
 KILL = """
@@ -76,7 +76,7 @@ def test_a_read_only_place(rrt, tmp_path):
 
 
 CARD = "---\nlicense: {}\n---\n"
-NAMED = "other\nlicense_name: acme-nc-nd-1.0\nlicense_link: https://acme.test/licence"
+NAMED = "other\nlicense_name: acme-nc-nd-1.0\nlicense_link: https://acme.test/license"
 BY_ND = "Attribution-NonCommercial-NoDerivatives 4.0 International\n====\n"
 
 
@@ -91,36 +91,36 @@ BY_ND = "Attribution-NonCommercial-NoDerivatives 4.0 International\n====\n"
         ("README.md", CARD.format("cc-by-nc-4.0"), False),
         ("README.md", CARD.format("andreessen-1.0"), False),
         ("LICENSE", "Attribution-NonCommercial 4.0 International", False),
-        ("LICENSE", "No such thing as a licence.", False),
+        ("LICENSE", "No such thing as a license.", False),
     ],
 )
-def test_licences_that_forbid_what_an_export_is(tmp_path, file, text, forbidden):
+def test_licenses_that_forbid_what_an_export_is(tmp_path, file, text, forbidden):
     (tmp_path / file).write_text(text)
-    assert forbids_derivatives(find_licence(tmp_path)) is forbidden
+    assert forbids_derivatives(find_license(tmp_path)) is forbidden
 
 
-def test_a_folder_that_is_older_than_the_note_of_its_licence_says_so(rrt, tmp_path, capfd):
+def test_a_folder_that_is_older_than_the_note_of_its_license_says_so(rrt, tmp_path, capfd):
     source = shutil.copytree(rrt, tmp_path / "rrt")
     said = yaml.safe_load((source / "rrtc.yaml").read_text())
-    del said["base"]["licence"]
+    del said["base"]["license"]
     (source / "rrtc.yaml").write_text(yaml.safe_dump(said))
     stage.export(str(source), str(tmp_path / "out"), Recipe())
-    assert capfd.readouterr().err.count("Note: The licence of ") == 1
+    assert capfd.readouterr().err.count("Note: The license of ") == 1
     assert "Not known: this model was made by an rrtc that" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_a_licence_that_forbids_derivatives_is_one_warning_and_a_word_in_the_card(rrt, tmp_path, capfd):
+def test_a_license_that_forbids_derivatives_is_one_warning_and_a_word_in_the_card(rrt, tmp_path, capfd):
     source, base = shutil.copytree(rrt, tmp_path / "rrt"), tmp_path / "base"
     base.mkdir()
     (base / "README.md").write_text(CARD.format(NAMED))
     (source / "LICENSE").write_text("All ours.")  # as `init` copies it from the base
     said = yaml.safe_load((source / "rrtc.yaml").read_text())
-    said["base"] |= {"uri": "maker/model", "path": str(tmp_path / "gone"), "licence": find_licence(base)}
+    said["base"] |= {"uri": "maker/model", "path": str(tmp_path / "gone"), "license": find_license(base)}
     (source / "rrtc.yaml").write_text(yaml.safe_dump(said))
     stage.export(str(source), str(tmp_path / "out"), Recipe())
     notes = [line for line in capfd.readouterr().err.splitlines() if line.startswith("Note: ")]
-    assert notes == ["Note: The licence of maker/model (acme-nc-nd-1.0) forbids passing on what is made of it."]
+    assert notes == ["Note: The license of maker/model (acme-nc-nd-1.0) forbids passing on what is made of it."]
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert (card.data.license, card.data.license_name) == ("other", "acme-nc-nd-1.0")
-    assert "maker/model: acme-nc-nd-1.0, see https://acme.test/licence. It does not allow changed versions" in card.text
+    assert "maker/model: acme-nc-nd-1.0, see https://acme.test/license. It does not allow changed versions" in card.text
     assert not partial_of(tmp_path / "out").exists()

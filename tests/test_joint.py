@@ -1,4 +1,4 @@
-"""The mathematics of joint initialisation, against brute force on small matrices."""
+"""The mathematics of joint initialization, against brute force on small matrices."""
 
 import math
 
@@ -90,7 +90,7 @@ def group_of(count: int, shape=(14, 22), slopes=None) -> list[Seen]:
 
 
 def alternated(group: list[Seen], rank: int, start: torch.Tensor, sweeps: int) -> float:
-    """The cost after minimising over the factors and over W' in turn, by brute force."""
+    """The cost after minimizing over the factors and over W' in turn, by brute force."""
     shared = start
     for _ in range(sweeps):
         products = []

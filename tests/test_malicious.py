@@ -19,7 +19,7 @@ from rrtc.cli.app import app
 from rrtc.errors import RrtcError, WrongUsage
 from rrtc.export import stage
 from rrtc.io.cache import cache_folder
-from rrtc.io.license import find_licence
+from rrtc.io.license import find_license
 from rrtc.io.provenance import read_provenance
 from rrtc.io.source import find_base, find_model, load_tokenizer, read_config
 from rrtc.recipe.schema import Recipe, load_recipe
@@ -162,7 +162,7 @@ ATTACKS: dict[str, tuple[Callable, str]] = {
     "weights as a link": (link("model.safetensors"), "link to a file outside"),
     "config as a link": (link("config.json"), "link to a file outside"),
     "tokenizer as a link": (link("tokenizer.json"), "link to a file outside"),
-    "licence as a link": (link("LICENSE"), "link to a file outside"),
+    "license as a link": (link("LICENSE"), "link to a file outside"),
     "chat templates as a link": (templates_elsewhere, "link to a file outside"),
     "false cache": (false_cache, "link to a file outside"),
     "pipe": (pipe, "neither a file nor a folder"),
@@ -239,7 +239,7 @@ def test_yaml_tags_are_not_obeyed(models, trap, tmp_path):
     for command in (["inspect"], ["eval"], ["export", "-o", tmp_path / "out"], ["uptrain", "-o", tmp_path / "out"]):
         fails(command[0], rrt, *command[1:], says="rrtc.yaml is damaged")
     (rrt / "README.md").write_text(f"---\nlicense: {trap.tag}\n---\n")
-    assert find_licence(rrt) == {}
+    assert find_license(rrt) == {}
     (tmp_path / "recipe.yaml").write_text(f"model: {trap.tag}\n")
     with pytest.raises(WrongUsage, match="is not valid YAML"):
         load_recipe(str(tmp_path / "recipe.yaml"))
@@ -289,7 +289,7 @@ def test_an_export_asks_nothing_of_the_place_that_provenance_calls_its_base(mode
     (trap.folder / "LICENSE").write_text("MIT License")
     opened.clear()
     said = yaml.safe_load((rrt / "rrtc.yaml").read_text())
-    said["base"] |= {"path": str(trap.folder), "licence": ["mit"]}
+    said["base"] |= {"path": str(trap.folder), "license": ["mit"]}
     (rrt / "rrtc.yaml").write_text(yaml.safe_dump(said))
     stage.export(str(rrt), str(tmp_path / "out"), Recipe())
     assert "state none" in (tmp_path / "out" / "README.md").read_text()

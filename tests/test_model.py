@@ -33,7 +33,7 @@ def rrt_config(architecture: str, base=None, **recipe) -> RrtConfig:
     return RrtConfig(base_config=base, visits=[asdict(visit) for visit in plan.visits], norms=plan.norms)
 
 
-def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+def randomize(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     """Random values in every norm, bias and LoRA factor, so that none of them can be left out unnoticed."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -49,7 +49,7 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 def recursive(architecture: str, norms: str = "per_visit", **recipe) -> RrtForCausalLM:
     """A recursive pico model with random weights; shared by tests, which must not change it."""
     torch.manual_seed(sum(architecture.encode()))
-    return randomise(RrtForCausalLM(rrt_config(architecture, norms=norms, **recipe)))
+    return randomize(RrtForCausalLM(rrt_config(architecture, norms=norms, **recipe)))
 
 
 @functools.cache
@@ -150,7 +150,7 @@ def test_every_sharing_equals_its_stock_model(architecture, recipe):
 @pytest.mark.parametrize("architecture", ["gemma2", "qwen2", "gpt2"])
 def test_ranks_may_differ_from_group_to_group(architecture):
     config = rrt_config(architecture, rank={"q": 2, "ffn": 5})
-    model = randomise(RrtForCausalLM(config))
+    model = randomize(RrtForCausalLM(config))
     assert {m.rank for m in model.modules() if isinstance(m, RelaxedLinear)} >= {0, 5}
     assert_equal(logits(model), logits(written_out(model)))
 
@@ -181,7 +181,7 @@ def test_an_architectures_own_preparation_for_generation_is_used():
     factors = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 6, "long_factor": [3.0] * 6}
     factors |= {"partial_rotary_factor": 1.0, "original_max_position_embeddings": 16, "factor": 16.0}
     base = pico_config("phi3", original_max_position_embeddings=16, rope_parameters=factors)
-    model = randomise(RrtForCausalLM(rrt_config("phi3", base)))
+    model = randomize(RrtForCausalLM(rrt_config("phi3", base)))
     stock, prompt = written_out(model), tokens(1, 12)
     runs = [
         each.generate(
@@ -433,7 +433,7 @@ def test_a_file_is_within_five_percent_of_its_parameters(architecture, tmp_path)
 @everywhere
 def test_embeddings_stay_tied_or_untied(architecture, tied, tmp_path):
     config = rrt_config(architecture, pico_config(architecture, tie_word_embeddings=tied))
-    model = randomise(RrtForCausalLM(config))
+    model = randomize(RrtForCausalLM(config))
     model.save_pretrained(tmp_path)
     loaded = RrtForCausalLM.from_pretrained(tmp_path).eval()
     for each in (model, loaded):
@@ -527,7 +527,7 @@ def test_a_new_model_has_finite_weights_and_no_lora_effect(architecture):
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 @everywhere
 def test_a_copy_computes_the_same_and_shares_nothing(architecture, duplicate):
-    model = randomise(RrtForCausalLM(rrt_config(architecture)))
+    model = randomize(RrtForCausalLM(rrt_config(architecture)))
     before, twin = logits(model), duplicate(model)
     assert torch.equal(logits(twin), before)
     for parameter in twin.parameters():
@@ -629,7 +629,7 @@ def test_decoder_layers_are_found_only_where_there_is_one_list_of_them():
 
 
 def test_a_replaced_shared_matrix_is_the_one_that_is_used():
-    """Adapters and quantisers put their own module in place of a matrix: every visit must go through it."""
+    """Adapters and quantizers put their own module in place of a matrix: every visit must go through it."""
     model = copy.deepcopy(recursive("llama"))
     calls = []
 

@@ -56,7 +56,7 @@ def test_a_number_may_have_an_exponent(tmp_path):
         ("loops: 3", "'loops'", "Valid: model, init, uptrain, eval, export."),
     ],
 )
-def test_a_misspelt_key_names_the_nearest_valid_one(tmp_path, text, key, hint):
+def test_a_misspelled_key_names_the_nearest_valid_one(tmp_path, text, key, hint):
     error = refused(tmp_path, text)
     assert f"There is no key {key} in a recipe" in error.sentence
     assert error.hint == hint
@@ -104,7 +104,7 @@ def test_a_wrong_value_is_refused_in_one_sentence_that_names_its_key(tmp_path, t
         ("export: {format: densest}", "Did you mean 'dense'?"),
     ],
 )
-def test_a_misspelt_value_names_the_nearest_valid_one(tmp_path, text, hint):
+def test_a_misspelled_value_names_the_nearest_valid_one(tmp_path, text, hint):
     assert refused(tmp_path, text).hint == hint
 
 

@@ -1,4 +1,4 @@
-"""Training text: tokenised once into shards, from which training reads its windows in an order of its own."""
+"""Training text: tokenized once into shards, from which training reads its windows in an order of its own."""
 
 import json
 import random
@@ -61,7 +61,7 @@ def write(file: Path, found: list[str]) -> str:
     return str(file)
 
 
-def tokenised(source: str, tokens: int = ALL, tokenizer=None, field: str = "text") -> Shard:
+def tokenized(source: str, tokens: int = ALL, tokenizer=None, field: str = "text") -> Shard:
     return text_shard(source, field, tokenizer or pico_tokenizer(), tokens, PartialState(cpu=True))
 
 
@@ -87,11 +87,11 @@ def words(shard: Shard) -> list[str]:
 def test_a_shard_has_the_training_documents_and_nothing_held_out(tmp_path, number):
     source = write(tmp_path / "a.jsonl", texts(number))
     training, held_out = split(texts(number))
-    shard = tokenised(source)
+    shard = tokenized(source)
     assert words(shard) == training and shard.complete
     assert held_out and not any(text in document for text in held_out for document in words(shard) if len(text) > 20)
     # Of a beginning nothing more.
-    assert words(tokenised(source, 500)) == training[: tokenised(source, 500).documents]
+    assert words(tokenized(source, 500)) == training[: tokenized(source, 500).documents]
 
 
 def test_windows_are_what_pack_makes_of_the_documents(tmp_path):
@@ -135,7 +135,7 @@ def iter_of(found):
 def test_a_long_document_is_cut_into_several(tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "LONGEST", 100)
     whole = "some words and more " * 300
-    found = words(tokenised(write(tmp_path / "a.jsonl", [whole])))
+    found = words(tokenized(write(tmp_path / "a.jsonl", [whole])))
     assert "".join(found) == whole[: len("".join(found))] and len("".join(found)) == len(whole) * 9 // 10
     assert min(map(len, found[:-1])) >= 80 and max(map(len, found)) <= 100
 
@@ -148,9 +148,9 @@ def test_memory_does_not_grow_with_the_text(tmp_path, monkeypatch, suffix):
     for number in (200, 2000):
         source = tmp_path / f"{number}.{suffix}"
         write(source, texts(number)) if suffix == "jsonl" else source.write_text("\n\n\n".join(texts(number)))
-        tokenised(str(source), 1000)  # whatever is loaded only once
+        tokenized(str(source), 1000)  # whatever is loaded only once
         tracemalloc.start()
-        assert len(tokenised(str(source)).ids) > 100 * number
+        assert len(tokenized(str(source)).ids) > 100 * number
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.5 * peaks[0]
@@ -159,17 +159,17 @@ def test_memory_does_not_grow_with_the_text(tmp_path, monkeypatch, suffix):
 # -- the cache
 
 
-def test_it_is_tokenised_once(tmp_path, cache, capfd, monkeypatch):
+def test_it_is_tokenized_once(tmp_path, cache, capfd, monkeypatch):
     source = write(tmp_path / "a.jsonl", texts(150))
-    first = tokenised(source)
+    first = tokenized(source)
     assert "already" not in capfd.readouterr().err
-    monkeypatch.setattr(shards, "_write", lambda *_: pytest.fail("tokenised again"))
+    monkeypatch.setattr(shards, "_write", lambda *_: pytest.fail("tokenized again"))
     # The contents count, not the place.
     moved = tmp_path / "elsewhere.jsonl"
     Path(source).rename(moved)
-    second = tokenised(str(moved))
+    second = tokenized(str(moved))
     (line,) = capfd.readouterr().err.splitlines()
-    assert f"{moved} is tokenised already" in line and str(cache) in line
+    assert f"{moved} is tokenized already" in line and str(cache) in line
     assert second.sha256 == first.sha256 and numpy.array_equal(second.ids, first.ids)
 
 
@@ -177,38 +177,38 @@ def test_another_text_field_or_tokenizer_is_another_shard(tmp_path):
     rows = [{"text": text, "title": f"{number}"} for number, text in enumerate(texts(20))]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     source = str(tmp_path / "a.jsonl")
-    found = [tokenised(source), tokenised(source, field="title"), tokenised(source, tokenizer=beginning_tokenizer())]
+    found = [tokenized(source), tokenized(source, field="title"), tokenized(source, tokenizer=beginning_tokenizer())]
     write(tmp_path / "a.jsonl", [*texts(20), "One more."])
-    found.append(tokenised(source))
+    found.append(tokenized(source))
     assert len({shard.fingerprint for shard in found}) == len({shard.sha256 for shard in found}) == 4
 
 
-def test_no_more_is_tokenised_than_is_needed_and_a_shorter_one_is_made_anew(tmp_path, cache, monkeypatch):
+def test_no_more_is_tokenized_than_is_needed_and_a_shorter_one_is_made_anew(tmp_path, cache, monkeypatch):
     monkeypatch.setattr(shards, "CHARACTERS_AT_ONCE", 5000)
     source = write(tmp_path / "a.jsonl", texts(300))
     with open(source, "a") as file:
         file.write("\nthis line is not JSON")
-    short = tokenised(source, 1000)
+    short = tokenized(source, 1000)
     assert 1000 <= short.tokens < 1500 and short.tokens - (short.offsets[-1] - short.offsets[-2]) < 1000
     assert not short.complete
-    longer = tokenised(source, 3000)
+    longer = tokenized(source, 3000)
     assert longer.tokens >= 3000 and len(list(cache.glob("*/ids.bin"))) == 1
     # What a run sees does not depend on what others have left in the cache.
-    again = tokenised(source, 1000)
+    again = tokenized(source, 1000)
     assert again.sha256 == short.sha256 and numpy.array_equal(again.offsets, short.offsets)
     with pytest.raises(RrtcError, match="Line 301 of .* is not JSON"):
-        tokenised(source)
+        tokenized(source)
     # Nothing half written stays, and what a kill would leave is not in the way.
     assert not [path for path in cache.iterdir() if path.suffix != ".lock"]
     (cache / f"{short.fingerprint}.partial").mkdir()
     (cache / f"{short.fingerprint}.partial" / "ids.bin").write_bytes(b"1234")
-    assert tokenised(source, 1000).sha256 == short.sha256
+    assert tokenized(source, 1000).sha256 == short.sha256
     assert {path.suffix for path in cache.iterdir()} == {"", ".lock"}
 
 
 def test_killed_while_a_shorter_one_is_removed(tmp_path, cache, monkeypatch):
     source = write(tmp_path / "a.jsonl", texts(300))
-    short = tokenised(source, 1000)
+    short = tokenized(source, 1000)
 
     def cut_off(folder, *args, **kwargs):
         if not Path(folder).exists():
@@ -219,8 +219,8 @@ def test_killed_while_a_shorter_one_is_removed(tmp_path, cache, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(shutil, "rmtree", cut_off)
         with pytest.raises(KeyboardInterrupt):
-            tokenised(source)
-    again = tokenised(source)
+            tokenized(source)
+    again = tokenized(source)
     assert again.complete and numpy.array_equal(again.ids[: short.tokens], short.ids)
 
 
@@ -228,12 +228,12 @@ def test_a_dataset_is_known_by_its_name(monkeypatch):
     monkeypatch.setattr(
         "rrtc.text.sources._from_datasets", lambda name, field: iter(texts(150))
     )  # there is no network here
-    first = tokenised("some/dataset")
+    first = tokenized("some/dataset")
     monkeypatch.setattr("rrtc.text.sources._from_datasets", lambda *_: pytest.fail("asked for again"))
-    assert tokenised("some/dataset").sha256 == first.sha256
+    assert tokenized("some/dataset").sha256 == first.sha256
 
 
-def test_of_two_processes_one_tokenises(tmp_path, cache):
+def test_of_two_processes_one_tokenizes(tmp_path, cache):
     source, script = write(tmp_path / "a.jsonl", texts(150)), tmp_path / "script.py"
     script.write_text(
         "import os, sys, time\nfrom accelerate import PartialState\nfrom rrtc.io.source import load_tokenizer\n"

@@ -139,7 +139,7 @@ GGUF_NAMES = {
 }  # fmt: skip
 
 
-def write_gguf(file, quantise: bool = False):
+def write_gguf(file, quantize: bool = False):
     """Writes a pico Llama as llama.cpp's converter would, in float32 or with matrices in Q8_0; returns the model."""
     model = pico_model("llama", hidden_size=64, intermediate_size=96, rms_norm_eps=1e-5)
     tokenizer = pico_tokenizer()
@@ -154,11 +154,11 @@ def write_gguf(file, quantise: bool = False):
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(10_000.0)
     writer.add_vocab_size(config.vocab_size)
-    learnt = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    learned = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(sorted(learnt["vocab"], key=learnt["vocab"].get))
+    writer.add_token_list(sorted(learned["vocab"], key=learned["vocab"].get))
     writer.add_token_types([gguf.TokenType.CONTROL] * 3 + [gguf.TokenType.NORMAL] * (config.vocab_size - 3))
-    writer.add_token_merges([" ".join(pair) for pair in learnt["merges"]])
+    writer.add_token_merges([" ".join(pair) for pair in learned["merges"]])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
     writer.add_pad_token_id(2)
@@ -170,10 +170,10 @@ def write_gguf(file, quantise: bool = False):
             prefix = f"blk.{number}."
         values = tensor.numpy()
         heads = {"self_attn.q_proj": config.num_attention_heads, "self_attn.k_proj": config.num_key_value_heads}
-        if path in heads:  # llama.cpp turns pairs of neighbours where transformers turns halves
+        if path in heads:  # llama.cpp turns pairs of neighbors where transformers turns halves
             values = values.reshape(heads[path], 2, -1, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
         values = numpy.ascontiguousarray(values)
-        if quantise and values.ndim == 2:
+        if quantize and values.ndim == 2:
             kind = gguf.GGMLQuantizationType.Q8_0
             writer.add_tensor(f"{prefix}{GGUF_NAMES[path]}.weight", gguf.quantize(values, kind), raw_dtype=kind)
         else:
@@ -202,17 +202,17 @@ def test_a_gguf_becomes_a_folder_in_the_cache_once(tmp_path, cache, capfd):
     assert (logits(AutoModelForCausalLM.from_pretrained(source.folder)) - logits(original)).abs().max() < 1e-4
     text = "The with statement, 12 times."
     assert load_tokenizer(source.folder)(text)["input_ids"] == pico_tokenizer()(text)["input_ids"]
-    assert "Dequantising pico.gguf once" in capfd.readouterr().err
+    assert "Dequantizing pico.gguf once" in capfd.readouterr().err
 
     stamp = (source.folder / "model.safetensors").stat().st_mtime_ns
     shutil.copy(tmp_path / "pico.gguf", tmp_path / "copy.gguf")
     again = find_model(str(tmp_path / "copy.gguf"))
     assert again.folder == source.folder and (again.folder / "model.safetensors").stat().st_mtime_ns == stamp
-    assert "Dequantising" not in capfd.readouterr().err
+    assert "Dequantizing" not in capfd.readouterr().err
 
 
-def test_a_quantised_gguf_is_dequantised_and_can_be_saved_again(tmp_path):
-    original = write_gguf(tmp_path / "pico.gguf", quantise=True)
+def test_a_quantized_gguf_is_dequantized_and_can_be_saved_again(tmp_path):
+    original = write_gguf(tmp_path / "pico.gguf", quantize=True)
     source = find_model(str(tmp_path / "pico.gguf"))
     assert source.bytes_on_disk < 0.5 * source.weights().bytes_on_disk
     assert "quantization_config" not in json.loads((source.folder / "config.json").read_text())

@@ -294,7 +294,7 @@ def test_the_harness_says_nothing_of_its_own(model, data, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_misspelt_task_is_told_before_anything_is_loaded(data):
+def test_a_misspelled_task_is_told_before_anything_is_loaded(data):
     with pytest.raises(WrongUsage, match="There is no task 'hellswag'") as error:
         find_tasks(EvalRecipe(tasks=["hellswag"]))
     assert "'hellaswag'" in error.value.hint

@@ -133,7 +133,7 @@ def test_a_source_that_is_nowhere_is_refused(tmp_path):
     assert "There is no text at ./nowhere" in refused("./nowhere").sentence
     assert "holds no text" in refused(tmp_path).sentence
     error = refused("no_such_dataset")
-    # And why: a name that is misspelt, a network that is down and a gate that is closed are three things.
+    # And why: a name that is misspelled, a network that is down and a gate that is closed are three things.
     assert re.search("no dataset of that name could be loaded: .*no_such_dataset.*[^.]\\.$", error.sentence)
     assert "pydoc" in error.hint
 
@@ -227,7 +227,7 @@ def test_bytes_per_token_is_that_of_the_tokens_kept(limit):
     assert windows.bytes_per_token == pytest.approx(expected / len(kept), abs=2 / len(kept))
 
 
-def test_a_long_document_is_cut_before_it_is_tokenised():
+def test_a_long_document_is_cut_before_it_is_tokenized():
     seen = []
 
     class Recording(type(pico_tokenizer())):

@@ -69,7 +69,7 @@ def test_the_number_format_is_that_of_most_parameters(tmp_path):
     save_file({"x": small, "y": small.clone(), "z": large}, tmp_path / "model.safetensors")
     assert Weights(tmp_path).dtype == "bfloat16"
     save_file({"x": torch.ones(50, dtype=torch.int8), "y": small}, tmp_path / "model.safetensors")
-    with pytest.raises(RrtcError, match="holds its weights as I8, a quantised format"):
+    with pytest.raises(RrtcError, match="holds its weights as I8, a quantized format"):
         _ = Weights(tmp_path).dtype
 
 

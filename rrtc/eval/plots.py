@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, PercentFormatter
 
 WIDTH, HEIGHT = 4.4, 3.2  # inches: 422 pixels wide, about what a phone shows
-# Okabe and Ito's colours, which the colour-blind can tell apart; the dense model is always the first.
-COLOURS = ("#444444", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8B5A2B")
+# Okabe and Ito's colors, which the color-blind can tell apart; the dense model is always the first.
+COLORS = ("#444444", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8B5A2B")
 STYLE = {
     "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3,
     "svg.hashsalt": "rrtc", "legend.frameon": False, "legend.fontsize": 8, "axes.titlesize": 9,
@@ -40,8 +40,8 @@ def pictures(report: dict) -> list[Picture]:
         return [picture for maker in makers if (picture := maker(report)) is not None]
 
 
-def _colour(number: int) -> str:
-    return COLOURS[number % len(COLOURS)]
+def _color(number: int) -> str:
+    return COLORS[number % len(COLORS)]
 
 
 def _picture(title: str, alt: str, draw: Callable[[Figure], None], height: float = HEIGHT) -> Picture:
@@ -64,7 +64,7 @@ def _quality_and_size(report: dict) -> Picture:
         for number, row in enumerate(rows):
             score = row["scores"]["bits_per_byte"]
             axis.errorbar(
-                row["params_total"], score["value"], yerr=score["stderr"] or 0, color=_colour(number), capsize=3,
+                row["params_total"], score["value"], yerr=score["stderr"] or 0, color=_color(number), capsize=3,
                 fmt={"exit": "^", "baseline": "s"}.get(row["kind"], "o"), label=row["model"],
             )  # fmt: skip
         axis.set(xlabel="Parameters", ylabel="Bits per byte")
@@ -86,12 +86,12 @@ def _position(report: dict) -> Picture | None:
         for number, row in rows:
             middle = [(one["from"] * one["to"]) ** 0.5 for one in row["by_position"]]
             found = [one["loss"]["difference"] for one in row["by_position"]]
-            axis.plot(middle, [one["value"] for one in found], "o-", markersize=3, color=_colour(number),
+            axis.plot(middle, [one["value"] for one in found], "o-", markersize=3, color=_color(number),
                       label=row["model"])  # fmt: skip
             if all(one["low"] is not None for one in found):
                 low, high = ([one[end] for one in found] for end in ("low", "high"))
-                axis.fill_between(middle, low, high, color=_colour(number), alpha=0.15, linewidth=0)
-        axis.axhline(0, color=COLOURS[0], linewidth=1)
+                axis.fill_between(middle, low, high, color=_color(number), alpha=0.15, linewidth=0)
+        axis.axhline(0, color=COLORS[0], linewidth=1)
         axis.set(xscale="log", xlabel="Tokens before it in the context", ylabel="Loss above the dense model's (nats)")
         ends = [one["from"] for one in rows[0][1]["by_position"]]
         axis.set_xticks(ends, [str(end) for end in ends])
@@ -116,7 +116,7 @@ def _tasks(report: dict) -> Picture | None:
             places = numpy.arange(len(names)) + number * gap - 0.35 * (len(rows) > 1)
             axis.errorbar(
                 [score["value"] for score in scores], places, xerr=[score["stderr"] or 0 for score in scores],
-                fmt="o", markersize=4, capsize=2, color=_colour(report["models"].index(row)), label=row["model"],
+                fmt="o", markersize=4, capsize=2, color=_color(report["models"].index(row)), label=row["model"],
             )  # fmt: skip
         axis.set_yticks(range(len(names)), names)
         axis.set_ylim(len(names) - 0.5, -0.5)  # the first task on top
@@ -169,8 +169,8 @@ def _ranks(report: dict) -> Picture | None:
         figure.colorbar(shown, label="rank", shrink=0.8)
         axis.grid(False)
 
-    alt = "Rank of each matrix in each layer; grey where the matrix is full and the layer's own"
-    return _picture("Rank by layer (grey: a full matrix of its own)", alt, draw, 1.2 + 0.25 * len(names))
+    alt = "Rank of each matrix in each layer; gray where the matrix is full and the layer's own"
+    return _picture("Rank by layer (gray: a full matrix of its own)", alt, draw, 1.2 + 0.25 * len(names))
 
 
 def _number_layers(axis, layers: list[dict]) -> None:
@@ -181,7 +181,7 @@ def _number_layers(axis, layers: list[dict]) -> None:
     tied = any(one["tied"] for one in layers)
     axis.set_xlabel("Layer (▪: shares its weights)" if tied else "Layer")
     shared = [place for place, one in enumerate(layers) if one["tied"]]
-    axis.plot(shared, [1.03] * len(shared), "s", markersize=2.5, color=COLOURS[0], clip_on=False,
+    axis.plot(shared, [1.03] * len(shared), "s", markersize=2.5, color=COLORS[0], clip_on=False,
               transform=axis.get_xaxis_transform())  # fmt: skip
 
 
@@ -192,7 +192,7 @@ def _residuals(report: dict) -> Picture | None:
 
     def draw(figure):
         axis = figure.subplots()
-        axis.plot([one["residual"] for one in layers], "o-", markersize=3, color=_colour(1))
+        axis.plot([one["residual"] for one in layers], "o-", markersize=3, color=_color(1))
         axis.yaxis.set_major_formatter(PercentFormatter(1))
         axis.set(ylabel="Energy that differs", ylim=(0, None))
         _number_layers(axis, layers)
@@ -213,7 +213,7 @@ def _exits(report: dict) -> Picture | None:
             score = row["scores"]["bits_per_byte"]
             number = report["models"].index(row)
             axis.errorbar(
-                row["layers_computed"], score["value"], yerr=score["stderr"] or 0, color=_colour(number), capsize=3,
+                row["layers_computed"], score["value"], yerr=score["stderr"] or 0, color=_color(number), capsize=3,
                 fmt="^" if row["kind"] == "exit" else "o", label=row["model"],
             )  # fmt: skip
         axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
@@ -234,7 +234,7 @@ def _training(report: dict) -> Picture | None:
                 points = [(point[0], point[column]) for point in stage["points"] if point[column] is not None]
                 if points:
                     label = f"{stage['stage']}: {what}"
-                    axis.plot(*zip(*points, strict=True), line, color=_colour(number), linewidth=1, label=label)
+                    axis.plot(*zip(*points, strict=True), line, color=_color(number), linewidth=1, label=label)
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
         axis.set(xlabel="Training tokens", ylabel="Nats per token", ylim=(0, None))
         _legend(figure, 2 * len(report["training"]))

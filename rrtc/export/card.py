@@ -39,15 +39,15 @@ LIMITS = {
 - It computes what the recursive form does: what tying cost is above, as far as it was measured.""",
     "gguf": """- This form has the size of the original: what was saved is in the recursive form, not here.
 - It computes what the recursive form does: what tying cost is above, as far as it was measured.
-- Quantising it further costs quality, which was not measured here.""",
+- Quantizing it further costs quality, which was not measured here.""",
     "onnx": """- Tying saves download and disk. It saves no arithmetic: a token still passes through {depth} layers.
 - It does not save KV cache either: each of the {depth} layers has its own, which keeps every position.
 - ONNX Runtime may lay out a shared matrix once for each layer that uses it, and then takes more memory than disk.
 - It is not the base model: what tying cost is above, as far as it was measured.""",
 }
-QUANTISED_LIMITS = """\
-- Quantising makes this form small, as it would the original: what tying saves is in the recursive form.
-- It computes what the quantised recursive form does only nearly: each is rounded for itself.
+QUANTIZED_LIMITS = """\
+- Quantizing makes this form small, as it would the original: what tying saves is in the recursive form.
+- It computes what the quantized recursive form does only nearly: each is rounded for itself.
 - It is not the base model: what tying cost is above, as far as it was measured."""
 
 
@@ -58,13 +58,13 @@ def write_card(
     provenance: dict,
     exported: dict,
     report: dict | None,
-    licence: dict[str, str],
+    license: dict[str, str],
     chat: bool,
 ) -> None:
     """Writes README.md into `folder`.
 
     name: what the folder will be called. provenance: the rrtc.yaml of the export. exported: what the export measured.
-    report: report.json of an evaluation, or None. licence: as rrtc.io.license has it. chat: whether the tokenizer has a
+    report: report.json of an evaluation, or None. license: as rrtc.io.license has it. chat: whether the tokenizer has a
     chat template.
     """
     form, base = exported["format"], provenance["base"]
@@ -84,18 +84,18 @@ def write_card(
         how_to_load(exported, name, config, chat),
         "## Limits",
         _limits(exported, config),
-        "## Licence",
-        _licence(licence, base),
+        "## License",
+        _license(license, base),
         "## Recipe",
         f"```yaml\n{yaml.safe_dump(provenance['recipe'], sort_keys=False, allow_unicode=True)}```",
     ]
-    text = f"---\n{_metadata(exported, name, config, named, licence, report)}\n---\n\n" + "\n\n".join(sections) + "\n"
+    text = f"---\n{_metadata(exported, name, config, named, license, report)}\n---\n\n" + "\n\n".join(sections) + "\n"
     (folder / "README.md").write_text(text, encoding="utf8")
 
 
 def _limits(exported: dict, config: RrtConfig) -> str:
     if exported["format"] == "dense" and "quantize" in exported:
-        return QUANTISED_LIMITS
+        return QUANTIZED_LIMITS
     return LIMITS[exported["format"]].format(depth=len(config.visits))
 
 
@@ -107,11 +107,11 @@ def hub_id(base: dict) -> str | None:
 
 
 def _metadata(
-    exported: dict, name: str, config: RrtConfig, base_id: str | None, licence: dict, report: dict | None
+    exported: dict, name: str, config: RrtConfig, base_id: str | None, license: dict, report: dict | None
 ) -> str:
     from huggingface_hub import ModelCardData
 
-    form, quantised = exported["format"], ["compressed-tensors", exported["quantize"]] if "quantize" in exported else []
+    form, quantized = exported["format"], ["compressed-tensors", exported["quantize"]] if "quantize" in exported else []
     tags = ["rrtc", "recursive-transformer", "compression", config.base_config.model_type, "arxiv:2410.20672"]
     # Of the hub's relations (adapter, merge, quantized, finetune), the one for weights that were changed by training.
     relation = {"base_model": base_id, "base_model_relation": "finetune"} if base_id else {}
@@ -120,8 +120,8 @@ def _metadata(
     return ModelCardData(
         library_name={"onnx": "transformers.js", "gguf": "llama.cpp"}.get(form, "transformers"),
         pipeline_tag="text-generation",
-        tags=tags + {"recursive": ["custom_code"], "onnx": ["onnx"], "gguf": ["gguf"]}.get(form, []) + quantised,
-        **licence,
+        tags=tags + {"recursive": ["custom_code"], "onnx": ["onnx"], "gguf": ["gguf"]}.get(form, []) + quantized,
+        **license,
         **relation,
         **measured,
     ).to_yaml()
@@ -225,7 +225,7 @@ def _measured(provenance: dict, exported: dict, report: dict | None) -> str:
             parts.append(_tasks([row for row in report["models"] if "tasks" in row]))
         parts += [f"Not measured: {entry['task']}. {entry['why']}" for entry in report["not_run"]]
         if report.get("source_bytes"):
-            parts.append(f"The dense model was read from a quantised file of {size(report['source_bytes'])}.")
+            parts.append(f"The dense model was read from a quantized file of {size(report['source_bytes'])}.")
         for sample in report.get("samples", []):
             parts.append(f"Sample ({sample['model']}):\n\n````text\n{sample['text'].strip()}\n````")
     stages = {stage: values for stage, values in provenance["measured"].items() if stage != "export" and values}
@@ -237,7 +237,7 @@ def _measured(provenance: dict, exported: dict, report: dict | None) -> str:
         parts.append("Its quality was not measured.")
     cast, numbers = "", f"mostly {exported['dtype']}"
     if "quantize" in exported:
-        parts.append(_quantised(exported))
+        parts.append(_quantized(exported))
         numbers = f"{exported['quantize']} and {exported['dtype']}"
     elif exported["rounding_logit_difference"]:
         cast = (
@@ -258,8 +258,8 @@ def _measured(provenance: dict, exported: dict, report: dict | None) -> str:
     return "\n\n".join(parts)
 
 
-def _quantised(exported: dict) -> str:
-    """What quantising cost, on the held-out text it was measured on."""
+def _quantized(exported: dict) -> str:
+    """What quantizing cost, on the held-out text it was measured on."""
     number, cost = exported["quantize"], exported["bits_per_byte"]
     return (
         f"The matrices of the layers are in {number}, everything else is in {exported['dtype']}. Bits per byte on text "
@@ -306,17 +306,17 @@ def _table(rows: list[dict]) -> str:
     return "\n".join(f"| {line} |" for line in lines)
 
 
-def _licence(licence: dict, base: dict) -> str:
+def _license(license: dict, base: dict) -> str:
     uri = base.get("uri", "the base model")
-    if not licence and "licence" not in base:
-        return f"Not known: this model was made by an rrtc that did not write the licence of {uri} down. Look there."
-    if not licence:
+    if not license and "license" not in base:
+        return f"Not known: this model was made by an rrtc that did not write the license of {uri} down. Look there."
+    if not license:
         return f"Not known: the files of {uri} state none. Ask its makers before passing this model on."
-    stated = licence.get("license_name", licence["license"])
-    if "license_link" in licence:
-        stated = ("" if stated == "other" else f"{stated}, ") + f"see {licence['license_link']}"
+    stated = license.get("license_name", license["license"])
+    if "license_link" in license:
+        stated = ("" if stated == "other" else f"{stated}, ") + f"see {license['license_link']}"
     forbidden = " It does not allow changed versions, such as this one, to be passed on."
-    return f"That of the base model {uri}: {stated}.{forbidden if forbids_derivatives(licence) else ''}"
+    return f"That of the base model {uri}: {stated}.{forbidden if forbids_derivatives(license) else ''}"
 
 
 CHAT = """inputs = tokenizer.apply_chat_template(

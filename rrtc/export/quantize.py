@@ -1,4 +1,4 @@
-"""The quantised forms: the recursive or the dense one with the matrices of its layers in 8 or 4 bits.
+"""The quantized forms: the recursive or the dense one with the matrices of its layers in 8 or 4 bits.
 
 The file format is `pack-quantized` of compressed-tensors, which transformers and vLLM read: weights packed into int32,
 and beside them a scale for each group of inputs. Embeddings, the output projection, norms and every LoRA or
@@ -61,9 +61,9 @@ class Matrix:
 
 
 @dataclass(frozen=True)
-class Quantised:
+class Quantized:
     """logits: of verify.fixed_ids, (rows, tokens, vocabulary), float32, of the model in memory; plain: the same before
-    it was quantised. rounding: how far that moved one of them at most. bits_per_byte: plain, nearest and calibrated, on
+    it was quantized. rounding: how far that moved one of them at most. bits_per_byte: plain, nearest and calibrated, on
     held-out text."""
 
     logits: Tensor
@@ -72,32 +72,32 @@ class Quantised:
     bits_per_byte: dict[str, float]
 
 
-def check_can_quantise(form: str, base: PreTrainedConfig) -> None:
+def check_can_quantize(form: str, base: PreTrainedConfig) -> None:
     """Raises RrtcError where compressed-tensors is not installed, or where a `form` of a model with the dense config
-    `base` cannot be quantised."""
+    `base` cannot be quantized."""
     if importlib.util.find_spec("compressed_tensors") is None:
         raise RrtcError(
-            "Quantising needs compressed-tensors, which is not installed.",
+            "Quantizing needs compressed-tensors, which is not installed.",
             "Install it with 'pip install rrtc[quantize]'.",
         )
     if form == "dense" and any(isinstance(module, Conv1D) for module in stock_model(base).modules()):
         raise RrtcError(
-            f"A dense '{base.model_type}' model keeps its matrices transposed, which no quantised format does.",
+            f"A dense '{base.model_type}' model keeps its matrices transposed, which no quantized format does.",
             "Leave out --format dense: in the recursive form they are ordinary ones.",
         )
 
 
 def check_has_matrices(form: str, config: RrtConfig) -> None:
-    """Raises RrtcError where the `form` of a model with that config has no matrices to quantise."""
+    """Raises RrtcError where the `form` of a model with that config has no matrices to quantize."""
     forms = {visit["forms"].get(name, "tied") for visit in config.visits for name in visit["ranks"]}
     if form == "recursive" and forms == {"low_rank"}:
         raise RrtcError(
-            "Every matrix of this model is a low-rank product, and those are not quantised.",
+            "Every matrix of this model is a low-rank product, and those are not quantized.",
             "Add --format dense to multiply them out.",
         )
 
 
-def quantise(folder: Path, bits: int, calibration: Tensor, held_out: Windows, shard_bytes: int) -> Quantised:
+def quantize(folder: Path, bits: int, calibration: Tensor, held_out: Windows, shard_bytes: int) -> Quantized:
     """Rounds the matrices of the recursive or dense model in `folder`, just written, in its files; the rest stays.
 
     calibration: token ids (windows, context). The model is in memory once, in float32, with at most MOMENTS_AT_ONCE or
@@ -129,7 +129,7 @@ def quantise(folder: Path, bits: int, calibration: Tensor, held_out: Windows, sh
     logits = logits_of(model, ids)
     _write(folder, weights, model, scales, bits, dtype, shard_bytes)
     _write_config(folder, model, matrices, bits)
-    return Quantised(logits.cpu(), plain.cpu(), (logits - plain).abs().max().item(), found)
+    return Quantized(logits.cpu(), plain.cpu(), (logits - plain).abs().max().item(), found)
 
 
 def _matrices(model: PreTrainedModel) -> list[Matrix]:
@@ -255,8 +255,8 @@ def _packed(weight: Tensor, scale: Tensor, bits: int) -> dict[str, Tensor]:
 
 
 def _write_config(folder: Path, model: PreTrainedModel, matrices: list[Matrix], bits: int) -> None:
-    """Adds to the config.json of `folder` what is quantised, and how."""
-    quantised = {matrix.linear for matrix in matrices}
+    """Adds to the config.json of `folder` what is quantized, and how."""
+    quantized = {matrix.linear for matrix in matrices}
     names = {module: name for name, module in model.named_modules()}
     groups = {}
     for number, group in enumerate(sorted({matrix.group for matrix in matrices})):
@@ -272,6 +272,6 @@ def _write_config(folder: Path, model: PreTrainedModel, matrices: list[Matrix], 
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": sorted(names[m] for m in names if isinstance(m, nn.Linear) and m not in quantised),
+        "ignore": sorted(names[m] for m in names if isinstance(m, nn.Linear) and m not in quantized),
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf8")

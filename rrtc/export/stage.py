@@ -16,15 +16,15 @@ from transformers import PreTrainedConfig
 from rrtc.console import note, warn
 from rrtc.errors import RrtcError
 from rrtc.export.card import write_card
-from rrtc.export.forms.dense import quantised_dense_bytes
+from rrtc.export.forms.dense import quantized_dense_bytes
 from rrtc.export.forms.gguf import find_converter, verify_gguf
 from rrtc.export.forms.onnx import check_needed
 from rrtc.export.forms.recursive import recursive_config
 from rrtc.export.forms.writing import bytes_written, weights_bytes, write
-from rrtc.export.quantize import BITS, check_can_quantise, check_has_matrices, quantise
+from rrtc.export.quantize import BITS, check_can_quantize, check_has_matrices, quantize
 from rrtc.export.verify import check_logits, reference, verify
 from rrtc.io.folder import check_space, check_target, whole_folder
-from rrtc.io.license import forbids_derivatives, licence_of
+from rrtc.io.license import forbids_derivatives, license_of
 from rrtc.io.provenance import base_seen_from, next_history, read_provenance, write_provenance
 from rrtc.io.report import read_report
 from rrtc.io.source import load_tokenizer
@@ -38,7 +38,7 @@ from rrtc.text.calibration import calibration_windows
 from rrtc.text.windows import Windows, held_out_windows, longest_context, readable
 from rrtc.units import parse_size, size
 
-MEASURED_TOKENS = 4096  # of held-out text, on which the bits per byte of a quantised model are measured
+MEASURED_TOKENS = 4096  # of held-out text, on which the bits per byte of a quantized model are measured
 
 
 def export(folder: str, output: str, recipe: Recipe, report: str | None = None) -> dict:
@@ -46,8 +46,8 @@ def export(folder: str, output: str, recipe: Recipe, report: str | None = None) 
 
     report: a folder with the report.json of `rrtc eval`, for the model card. Returned: format, dtype, bytes (of the
     weights files), parameters (shared ones once), max_logit_difference (of the export, loaded in a fresh process, from
-    the model in memory, rounded and quantised alike), largest_logit, rounding_logit_difference (what that costs by
-    itself), files and seconds; where it was quantised also quantize and bits_per_byte, as `Quantised` has them; for the
+    the model in memory, rounded and quantized alike), largest_logit, rounding_logit_difference (what that costs by
+    itself), files and seconds; where it was quantized also quantize and bits_per_byte, as `Quantized` has them; for the
     GGUF form also read_by and llama_cpp, as `verify_gguf` has them. Raises RrtcError, and leaves no folder, where the
     export is not the same model.
     """
@@ -68,16 +68,16 @@ def export(folder: str, output: str, recipe: Recipe, report: str | None = None) 
     shards = parse_size(recipe.export.max_shard_size)
     if bits is not None:
         check_has_matrices(form, config)
-        texts = _texts_to_quantise_by(recipe, provenance, source, config)
-    # The quantised tensors are written while the others are still there.
+        texts = _texts_to_quantize_by(recipe, provenance, source, config)
+    # The quantized tensors are written while the others are still there.
     check_space(target, bytes_written(form, weights, config, cast) * (1 if bits is None else 2))
     base = base_seen_from(target, source, provenance)
-    licence = licence_of(source, base)
-    if not licence and "licence" not in base:
-        warn(f"The licence of {base['uri']} is not known: {folder} was made before rrtc wrote it down.")
-    if forbids_derivatives(licence):
-        stated = licence.get("license_name", licence["license"])
-        warn(f"The licence of {provenance['base']['uri']} ({stated}) forbids passing on what is made of it.")
+    license = license_of(source, base)
+    if not license and "license" not in base:
+        warn(f"The license of {base['uri']} is not known: {folder} was made before rrtc wrote it down.")
+    if forbids_derivatives(license):
+        stated = license.get("license_name", license["license"])
+        warn(f"The license of {provenance['base']['uri']} ({stated}) forbids passing on what is made of it.")
 
     if from_disk:
         note("The model does not fit into memory: it is read from disk, matrix by matrix, to be checked")
@@ -89,11 +89,11 @@ def export(folder: str, output: str, recipe: Recipe, report: str | None = None) 
         beside = {}  # what only some forms have measured
         if bits is not None:
             note(f"Rounding to {bits} bits")
-            found = quantise(partial, bits, *texts, shards)
+            found = quantize(partial, bits, *texts, shards)
             check_logits(found.plain, expected.logits, getattr(torch, dtype), form)
             expected = replace(expected, logits=found.logits, rounding=found.rounding)
             beside = {"quantize": recipe.export.quantize, "bits_per_byte": found.bits_per_byte}
-            dense = quantised_dense_bytes(config, bits, getattr(torch, dtype))
+            dense = quantized_dense_bytes(config, bits, getattr(torch, dtype))
             if form == "recursive" and dense < Weights(partial).bytes_on_disk:
                 note(f"The dense form would take about {size(dense)}: here all LoRA is beside it, in {dtype}.")
         note("Loading the export in a fresh process")
@@ -121,7 +121,7 @@ def export(folder: str, output: str, recipe: Recipe, report: str | None = None) 
             provenance["measured"] | {"export": measured},
             next_history(provenance),
         )
-        write_card(partial, target.name, config, value, measured, evaluation, licence, chat)
+        write_card(partial, target.name, config, value, measured, evaluation, license, chat)
     return measured
 
 
@@ -131,24 +131,24 @@ def check_form(recipe: ExportRecipe, base: PreTrainedConfig, parameters: int) ->
     base: the config of the dense model. Raises RrtcError where the form cannot be made of such a model, or not from
     disk, and where what it takes is not installed.
     """
-    form, quantised = recipe.format, recipe.quantize != "none"
+    form, quantized = recipe.format, recipe.quantize != "none"
     if form == "onnx":
         check_needed()
     if form == "gguf":
         find_converter()
-    if quantised:
-        check_can_quantise(form, base)
+    if quantized:
+        check_can_quantize(form, base)
     times = 2 if form == "onnx" else 1  # beside the model, its graph has it once more
     from_disk = is_too_large(times * parameters, torch.float32)
-    if from_disk and (form not in ("recursive", "dense") or quantised):
+    if from_disk and (form not in ("recursive", "dense") or quantized):
         raise too_large(
-            "To be quantised" if quantised else "For this form", parameters, torch.float32,
-            "The recursive and the dense form, not quantised, are made and checked from disk.", times,
+            "To be quantized" if quantized else "For this form", parameters, torch.float32,
+            "The recursive and the dense form, not quantized, are made and checked from disk.", times,
         )  # fmt: skip
     return from_disk
 
 
-def _texts_to_quantise_by(recipe: Recipe, provenance: dict, source: Path, config: RrtConfig) -> tuple[Tensor, Windows]:
+def _texts_to_quantize_by(recipe: Recipe, provenance: dict, source: Path, config: RrtConfig) -> tuple[Tensor, Windows]:
     """(token ids (windows, context) to calibrate by, windows to measure on), from the recipe's text, or from what the
     model in `source` was trained or calibrated on."""
     wanted, made = recipe.export, provenance["recipe"]

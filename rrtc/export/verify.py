@@ -1,6 +1,6 @@
 """The check before an export is called done: the written folder is loaded in a fresh process, and its logits are
-compared with those of the model in memory. (One that is quantised is compared before that with the model it is made
-from, and after it with the quantised one in memory.)
+compared with those of the model in memory. (One that is quantized is compared before that with the model it is made
+from, and after it with the quantized one in memory.)
 
 Where the export is rounded to 16 bits, the model in memory is given the same rounding (each tensor; for the dense form
 each W' + B·A, not its parts), so that the two must agree up to float32 arithmetic, and the tolerance can be tight

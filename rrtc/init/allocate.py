@@ -180,7 +180,7 @@ def _grid(inner: Neurons, gone: Removal, widths: tuple[float, ...]) -> list[tupl
 def choose(depth: int, groups: list[Group], price: float) -> list[Choice]:
     """At `price` nats a number, the groups that together stand for every layer once, and the best of their settings.
 
-    Groups must be of neighbouring layers, unless there is only one way to have every layer once.
+    Groups must be of neighboring layers, unless there is only one way to have every layer once.
     """
     choices = [_best(group, price) for group in sorted(groups, key=lambda group: len(group.layers))]
     if sum(len(group.layers) for group in groups) == depth:

@@ -201,7 +201,7 @@ def write_shorter(dense: DenseModel, kept: list[int], dtype: str, folder: Path) 
     config.save_pretrained(folder)
     if not _are_same(dense.config, folder, kept):
         raise RrtcError(
-            f"What a layer of this '{config.model_type}' model is depends on its place or its neighbours, so layers "
+            f"What a layer of this '{config.model_type}' model is depends on its place or its neighbors, so layers "
             "cannot be dropped."
         )
     stored = getattr(torch, dtype)

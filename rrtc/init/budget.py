@@ -42,7 +42,7 @@ def measure_groups(
     work: Path,
 ) -> list[Group]:
     """The choices there are for every slot of `pattern`; with `free`, for every layer by itself and for every two
-    neighbours that are alike, any part of which may be left untied. Each is kept in the folder `work` once it is
+    neighbors that are alike, any part of which may be left untied. Each is kept in the folder `work` once it is
     measured, and taken from there."""
     views: dict[int, dict[str, Seen]] = {}  # of the layers of the group at hand
 

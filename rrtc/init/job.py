@@ -161,7 +161,7 @@ def prepare(model: str, target: Path, recipe: Recipe) -> Job:
 
 def stored_dtype(source: Source, recipe: Recipe, has_weights: bool) -> str:
     """The number format to write: what the recipe says, or else the source's own, or bfloat16 for a GGUF, which had
-    fewer bits than that before it was dequantised."""
+    fewer bits than that before it was dequantized."""
     if recipe.init.dtype != "auto":
         return recipe.init.dtype
     if source.is_gguf:

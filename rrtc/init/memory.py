@@ -16,7 +16,7 @@ def init_bytes(plan: Plan, tokens: int, joint: bool) -> int:
     model is run over, layer by layer. joint: whether layers are tied by what they see of these.
 
     The larger of two. Running: a layer, the activations of a batch, the hidden states and their gradients, and what
-    is gathered for the moments. Tying: the layers of the largest slot (or two neighbours, where any may be tied),
+    is gathered for the moments. Tying: the layers of the largest slot (or two neighbors, where any may be tied),
     and a few copies of its largest matrix, or, for `joint`, its FFN's moments and what lining up neurons or solving
     with moments takes. All in float32, decompositions in float64.
     """

@@ -23,11 +23,11 @@ from rrtc.io.trust import without_code
 from rrtc.io.weights import disk_error
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
-LICENCE_FILES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
-# What goes along with the weights: the tokenizer, the generation defaults, the licence.
+LICENSE_FILES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
+# What goes along with the weights: the tokenizer, the generation defaults, the license.
 COMPANION_FILES = (
     "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*",
-    "additional_chat_templates/*.jinja", "generation_config.json", "spiece.model", *LICENCE_FILES,
+    "additional_chat_templates/*.jinja", "generation_config.json", "spiece.model", *LICENSE_FILES,
 )  # fmt: skip
 RESUMABLE = {"checkpoints": "uptrain", "work": "init"}  # a folder in NAME.partial: the command that goes on from it
 
@@ -118,7 +118,7 @@ def whole_folder(target: Path, keep_partial: bool = False):
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copies the tokenizer, generation defaults and licence files of one model folder into another; no code, and
+    """Copies the tokenizer, generation defaults and license files of one model folder into another; no code, and
     nothing that asks for code."""
     for pattern in COMPANION_FILES:
         for file in Path(source).glob(pattern):

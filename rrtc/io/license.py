@@ -1,4 +1,4 @@
-"""The licence of a model, as far as its own files state it, and whether it lets a changed model be passed on."""
+"""The license of a model, as far as its own files state it, and whether it lets a changed model be passed on."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from rrtc.io.trust import leads_outside
 
 KEYS = ("license", "license_name", "license_link")  # of a model card's metadata
-# Words that open the well-known licence texts, and the hub's names of those licences.
+# Words that open the well-known license texts, and the hub's names of those licenses.
 KNOWN_TEXTS = {
     r"apache license\s+version 2\.0": "apache-2.0",
     r"mit license|permission is hereby granted, free of charge": "mit",
@@ -16,12 +16,12 @@ KNOWN_TEXTS = {
 }
 
 
-def find_licence(place: Path) -> dict[str, str]:
-    """The licence of the dense model at `place`, a folder or a GGUF file, as model card metadata: `license`, and where
+def find_license(place: Path) -> dict[str, str]:
+    """The license of the dense model at `place`, a folder or a GGUF file, as model card metadata: `license`, and where
     the hub has no name for it, so that this is "other", `license_name` and `license_link` as far as there are such. {}
     where none is stated.
 
-    Looked for in the model card, the GGUF header and the licence files, in this order: what a card says is the licence
+    Looked for in the model card, the GGUF header and the license files, in this order: what a card says is the license
     of the model, and a file may be that of anything beside it. Files that differ make it "other".
     """
     place = Path(place)
@@ -31,19 +31,19 @@ def find_licence(place: Path) -> dict[str, str]:
     return _in_card(place.with_name("README.md")) or ({"license": header} if header else _in_files(place.parent))
 
 
-def licence_of(folder: Path, base: dict) -> dict[str, str]:
+def license_of(folder: Path, base: dict) -> dict[str, str]:
     """The same of the compressed model in `folder`: what its own card says, or else what was found of the dense model
-    when it was compressed, which `base` (of its rrtc.yaml) has under `licence`, or else its own licence files. Nothing
+    when it was compressed, which `base` (of its rrtc.yaml) has under `license`, or else its own license files. Nothing
     outside `folder` is read: its rrtc.yaml can name any place as that of the dense model."""
-    found = base.get("licence")
+    found = base.get("license")
     known = {key: found[key] for key in KEYS if isinstance(found.get(key), str)} if isinstance(found, dict) else {}
     return _in_card(Path(folder) / "README.md") or (known if "license" in known else _in_files(Path(folder)))
 
 
-def forbids_derivatives(licence: dict[str, str]) -> bool:
-    """Whether the licence that `find_licence` has found lets nobody pass on a changed model, going by its name: "ND" is
+def forbids_derivatives(license: dict[str, str]) -> bool:
+    """Whether the license that `find_license` has found lets nobody pass on a changed model, going by its name: "ND" is
     how Creative Commons and those who follow it call that."""
-    words = re.split(r"\W+|_", f"{licence.get('license')} {licence.get('license_name')}".lower())
+    words = re.split(r"\W+|_", f"{license.get('license')} {license.get('license_name')}".lower())
     return "nd" in words or "noderivatives" in words
 
 

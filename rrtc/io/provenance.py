@@ -53,6 +53,8 @@ def read_provenance(folder: Path) -> dict:
         texts = [entry[key] for entry in (value, *value["history"]) for key in ("stage", "path", "made")]
         texts += [value["base"][key] for key in ("uri", "path", "relative_path", "sha256")]
         parts = [value["recipe"], value["measured"]]
+        if "licence" in value["base"]:  # as rrtc 0.1 spelled it
+            value["base"].setdefault("license", value["base"].pop("licence"))
     except (yaml.YAMLError, UnicodeDecodeError, LookupError, TypeError, RecursionError) as error:
         raise damaged from error
     if not all(isinstance(text, str) for text in texts) or not all(isinstance(part, dict) for part in parts):
@@ -60,12 +62,12 @@ def read_provenance(folder: Path) -> dict:
     return value
 
 
-def check_not_quantised(folder: Path, config) -> None:
-    """Raises RrtcError where the model in `folder` is quantised, by its transformers `config`, so that it can be used
+def check_not_quantized(folder: Path, config) -> None:
+    """Raises RrtcError where the model in `folder` is quantized, by its transformers `config`, so that it can be used
     but not worked on."""
     if hasattr(config, "quantization_config"):
         raise RrtcError(
-            f"The model in {folder} is quantised, and what was rounded away is gone.",
+            f"The model in {folder} is quantized, and what was rounded away is gone.",
             "Take the folder that it was made from.",
         )
 

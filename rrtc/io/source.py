@@ -2,7 +2,7 @@
 
     a local folder · a hub id · a .gguf file · package://import_name/path/in/package
 
-and becomes a local folder with config.json and safetensors. A GGUF is dequantised once, into a cache keyed by its hash.
+and becomes a local folder with config.json and safetensors. A GGUF is dequantized once, into a cache keyed by its hash.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from rrtc.console import note
 from rrtc.errors import RrtcError
 from rrtc.io.cache import cache_folder
 from rrtc.io.folder import check_space, whole_folder
-from rrtc.io.license import find_licence
+from rrtc.io.license import find_license
 from rrtc.io.provenance import read_provenance
 from rrtc.io.trust import check_folder, check_no_own_code, leads_outside
 from rrtc.io.weights import Weights
@@ -59,14 +59,14 @@ class Source:
         return self.file.stat().st_size if self.is_gguf else self.weights().bytes_on_disk
 
     def provenance(self, relative_to: Path) -> dict:
-        """What a folder made from this model says about it: where it was, a hash of its contents, and its licence."""
+        """What a folder made from this model says about it: where it was, a hash of its contents, and its license."""
         return {
             "uri": self.uri,
             "path": str(self.file.absolute()),
             "relative_path": os.path.relpath(self.file.absolute(), Path(relative_to).absolute()),
             "sha256": content_hash(self.file),
             "bytes": self.bytes_on_disk,
-            "licence": find_licence(self.file),
+            "license": find_license(self.file),
         }
 
 
@@ -91,7 +91,7 @@ def find_model(uri: str, config_only: bool = False) -> Source:
         return Source(uri, path, path)
     if path.suffix != ".gguf":
         raise RrtcError(f"{path} is neither a folder nor a .gguf file.")
-    return Source(uri, _dequantised(path), path)
+    return Source(uri, _dequantized(path), path)
 
 
 def find_base(folder: Path, named: str | None, option: str) -> Source:
@@ -196,15 +196,15 @@ def _from_hub(uri: str, config_only: bool) -> Path:
         ) from error
 
 
-def _dequantised(file: Path) -> Path:
+def _dequantized(file: Path) -> Path:
     target = cache_folder() / "gguf" / content_hash(file)
     if target.exists():
         return target
-    note(f"Dequantising {file.name} once, into {target}")
+    note(f"Dequantizing {file.name} once, into {target}")
     # Several processes may do this at once, each in a folder of its own: the first one to finish names the cache.
     mine = target.with_name(f"{target.name}-{os.getpid()}")
     with whole_folder(mine) as folder:
-        _dequantise(file, folder)
+        _dequantize(file, folder)
     try:
         mine.rename(target)
     except OSError:  # another process was faster
@@ -222,7 +222,7 @@ def _gguf_parameters(file: Path) -> int:
         return 0
 
 
-def _dequantise(file: Path, folder: Path) -> None:
+def _dequantize(file: Path, folder: Path) -> None:
     """Writes the GGUF model `file` into `folder` as float32 safetensors with config and tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -232,7 +232,7 @@ def _dequantise(file: Path, folder: Path) -> None:
 
     parameters = _gguf_parameters(file)
     if is_too_large(parameters, torch.float32):
-        raise too_large("To be dequantised", parameters, torch.float32, "Name the model's safetensors instead.")
+        raise too_large("To be dequantized", parameters, torch.float32, "Name the model's safetensors instead.")
     check_space(folder, 4 * parameters)
     with quiet_warnings():
         try:
@@ -245,7 +245,7 @@ def _dequantise(file: Path, folder: Path) -> None:
             raise RrtcError(f"The GGUF file {file} cannot be read: {reason}") from error
         config = loaded.config
         if hasattr(config, "quantization_config"):
-            del config.quantization_config  # transformers refuses to save what it believes is still quantised
+            del config.quantization_config  # transformers refuses to save what it believes is still quantized
         if hasattr(config, "rms_norm_eps"):
             config.rms_norm_eps = float(f"{config.rms_norm_eps:.6g}")  # GGUF stores 1e-5 as the nearest float32
         with torch.device("meta"):
@@ -254,9 +254,9 @@ def _dequantise(file: Path, folder: Path) -> None:
         model.tie_weights()
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    licence = next(filter(Path.is_file, file.parent.glob("LICENSE*")), None)
-    if licence is not None and not leads_outside(licence, file.parent):
-        shutil.copyfile(licence, folder / licence.name)
+    license = next(filter(Path.is_file, file.parent.glob("LICENSE*")), None)
+    if license is not None and not leads_outside(license, file.parent):
+        shutil.copyfile(license, folder / license.name)
 
 
 def load_for_scoring(folder):

@@ -96,7 +96,7 @@ class Weights:
             counts[entry["dtype"]] = counts.get(entry["dtype"], 0) + math.prod(entry["shape"])
         most = max(counts, key=counts.__getitem__)
         if most not in ("F64", "F32", "F16", "BF16"):
-            raise RrtcError(f"{self.folder} holds its weights as {most}, a quantised format.", "Use the 16-bit model.")
+            raise RrtcError(f"{self.folder} holds its weights as {most}, a quantized format.", "Use the 16-bit model.")
         return DTYPES[most]
 
     def read(self, name: str, rows: slice = slice(None)):

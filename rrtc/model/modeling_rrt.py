@@ -25,7 +25,7 @@ from .configuration_rrt import RrtConfig
 class Reference:
     """A module that belongs elsewhere in the model: its container and its name there.
 
-    Never the module itself: adapters and quantisers replace modules by setting attributes, and a direct reference
+    Never the module itself: adapters and quantizers replace modules by setting attributes, and a direct reference
     would go on using the old one. Nor an attribute that torch registers: the parameters would be listed twice.
     """
 

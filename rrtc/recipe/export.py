@@ -24,7 +24,7 @@ class ExportRecipe(Section):
     quantize: Literal["none", "int8", "int4"] = Field(
         "none",
         description="Matrices in 8 or 4 bits (compressed-tensors, which transformers and vLLM read), rounded by what "
-        "all their uses see; LoRA is not quantised, and chosen anew.",
+        "all their uses see; LoRA is not quantized, and chosen anew.",
     )
     calibrate_on: list[str] = Field(
         [],
@@ -40,7 +40,7 @@ class ExportRecipe(Section):
         if self.quantize != "none" and self.format not in ("recursive", "dense"):
             raise ValueError(f"quantize is for the recursive and the dense form, not for {self.format}")
         if self.quantize != "none" and OWN_TEXT in self.calibrate_on:
-            raise ValueError(f"quantising learns from text that there is, so calibrate_on cannot be {OWN_TEXT}")
+            raise ValueError(f"quantizing learns from text that there is, so calibrate_on cannot be {OWN_TEXT}")
         return self
 
     @field_validator("calibrate_on", mode="before")

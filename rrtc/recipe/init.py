@@ -28,7 +28,7 @@ class InitRecipe(Section):
     sharing: Literal["auto", "cycle", "sequence", "middle_cycle", "middle_sequence"] | None = Field(
         None,
         description="Which layers share weights: cycle (0 1 2 0 1 2) or sequence (0 0 1 1 2 2); middle_* is keep 1; "
-        "auto: of neighbours, what measures best under a budget, down to nothing. By default auto with a budget, else "
+        "auto: of neighbors, what measures best under a budget, down to nothing. By default auto with a budget, else "
         "cycle.",
     )
     keep: int = Field(0, ge=0, description="How many layers at each end share nothing.")

@@ -3,7 +3,7 @@
 import math
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AliasChoices, Field, field_validator, model_validator
 
 from rrtc.errors import nearest
 from rrtc.recipe.section import BUILT_IN_TEXT, Section
@@ -33,10 +33,12 @@ class UptrainRecipe(Section):
         False,
         description="Documents in a window do not attend to each other. Slower, and rarely how models are made.",
     )
-    batch_size: int = Field(8, ge=1, description="Windows in one optimiser step, over all processes.")
+    batch_size: int = Field(8, ge=1, description="Windows in one optimizer step, over all processes.")
     micro_batch: int = Field(2, ge=1, description="Windows in one forward pass of one process.")
-    optimiser: Literal["adamw", "muon"] = Field(
-        "adamw", description="muon: for the matrices in the layers, and AdamW for LoRA, norms, biases and embeddings."
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw",
+        validation_alias=AliasChoices("optimizer", "optimiser"),  # the second as recipes of rrtc 0.1 spell it
+        description="muon: for the matrices in the layers, and AdamW for LoRA, norms, biases and embeddings.",
     )
     learning_rate: float = Field(
         1e-4, gt=0, description="Peak learning rate. A start that is close to noise, as the paper's, can take 4e-4."
@@ -55,7 +57,7 @@ class UptrainRecipe(Section):
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
     losses: dict[str, float] = Field(
         {"forward_kl": 1.0},
-        description="What is minimised, each with its weight: next_token; forward_kl, reverse_kl, jensen_shannon, "
+        description="What is minimized, each with its weight: next_token; forward_kl, reverse_kl, jensen_shannon, "
         "total_variation (distances from the dense model's distribution); hidden (from its hidden states).",
     )
     temperature: float = Field(1.0, gt=0, description="Of both distributions, where they are compared.")
@@ -117,7 +119,7 @@ class UptrainRecipe(Section):
         return value
 
     @property
-    def distils(self) -> bool:
+    def distills(self) -> bool:
         """Whether a teacher is needed."""
         return any(weight for name, weight in self.losses.items() if name != "next_token")
 

@@ -121,13 +121,13 @@ class StreamedModel:
         """Mean loss in nats of every token but the first of each window, as scoring.score has it. `states`, (windows,
         context, width), have left the last layer; `ids`, (windows, context)."""
         labels = ids[:, 1:]
-        normaliser, chosen = torch.full(labels.shape, -torch.inf), torch.zeros(labels.shape)
+        normalizer, chosen = torch.full(labels.shape, -torch.inf), torch.zeros(labels.shape)
         for part, start, _, logits in self._logits(states, ids):
             logits = logits[:, :-1]
-            normaliser[part] = normaliser[part].logaddexp(logits.logsumexp(-1).cpu())
+            normalizer[part] = normalizer[part].logaddexp(logits.logsumexp(-1).cpu())
             inside, place = _places(labels[part].to(self._device) - start, logits)
             chosen[part] += logits.gather(-1, place).where(inside, 0).squeeze(-1).cpu()
-        return (normaliser - chosen).double().mean().item()
+        return (normalizer - chosen).double().mean().item()
 
     def loss_gradient(
         self, states: Tensor, ids: Tensor, labels: Tensor | None = None, seed: int = 0
@@ -140,14 +140,14 @@ class StreamedModel:
         Fisher information.
         """
         generator = torch.Generator(self._device).manual_seed(seed)
-        normaliser, sampled = torch.full(ids.shape, -torch.inf), torch.zeros(ids.shape, dtype=torch.long)
+        normalizer, sampled = torch.full(ids.shape, -torch.inf), torch.zeros(ids.shape, dtype=torch.long)
         with torch.no_grad():
             for part, start, _, logits in self._logits(states, ids):
                 block = logits.logsumexp(-1).cpu()
-                normaliser[part] = normaliser[part].logaddexp(block)
+                normalizer[part] = normalizer[part].logaddexp(block)
                 if labels is None:
                     # A sample so far gives way to one from this block as often as the block weighs among all so far.
-                    chance = (block - normaliser[part]).exp().to(self._device)
+                    chance = (block - normalizer[part]).exp().to(self._device)
                     drawn = torch.rand(chance.shape, device=self._device, generator=generator) < chance
                     if drawn.any():
                         entries = logits[drawn].softmax(-1).multinomial(1, generator=generator).squeeze(-1)
@@ -157,7 +157,7 @@ class StreamedModel:
         with torch.enable_grad():
             for part, start, given, logits in self._logits(states, ids):
                 # d(-log p[label]) / d(logits) = p - onehot(label)
-                slope = (logits.detach() - normaliser[part].to(self._device).unsqueeze(-1)).exp()
+                slope = (logits.detach() - normalizer[part].to(self._device).unsqueeze(-1)).exp()
                 inside, place = _places(labels[part].to(self._device) - start, slope)
                 slope.scatter_add_(-1, place, -inside.to(slope.dtype))
                 gradient[part] += torch.autograd.grad(logits, given, slope)[0].cpu()

@@ -1,4 +1,4 @@
-"""The text that is read to learn what the layers of a model see: by `init`, and by `export` when it quantises."""
+"""The text that is read to learn what the layers of a model see: by `init`, and by `export` when it quantizes."""
 
 import functools
 import hashlib

@@ -86,9 +86,9 @@ def text_shard(source: str, text_field: str, tokenizer, tokens: int, group: Part
         "longest": LONGEST,
     }
     texts = (piece for text in training_documents(documents(source, text_field)) for piece in cut(text, LONGEST))
-    found = _tokenised(texts, tokenizer, f"Tokenising {source}", tokens)
+    found = _tokenized(texts, tokenizer, f"Tokenizing {source}", tokens)
     vocabulary = max(tokenizer.get_vocab().values()) + 1
-    return _shard(f"The text {source} is tokenised already", made_from, tokens, vocabulary, found, group)
+    return _shard(f"The text {source} is tokenized already", made_from, tokens, vocabulary, found, group)
 
 
 def own_shard(teacher: Source, tokenizer, windows: int, context: int, seed: int, group: PartialState) -> Shard:
@@ -116,7 +116,7 @@ def own_shard(teacher: Source, tokenizer, windows: int, context: int, seed: int,
     return _shard(f"Text by {teacher.uri} is written already", made_from, tokens, vocabulary, found(), group)
 
 
-def _tokenised(texts: Iterable[str], tokenizer, title: str, total: int) -> Iterator[list[int]]:
+def _tokenized(texts: Iterable[str], tokenizer, title: str, total: int) -> Iterator[list[int]]:
     """The token ids of each text, and an end-of-text token."""
     _, end = begin_and_end(tokenizer)
     with progress(title, total) as advance:

@@ -1,6 +1,6 @@
 """The leading eigenvectors of a symmetric positive semidefinite matrix: all that a truncation to a low rank needs.
 
-Where few of many are asked for, a subspace of a few more is multiplied by the matrix until it holds them (randomised
+Where few of many are asked for, a subspace of a few more is multiplied by the matrix until it holds them (randomized
 subspace iteration; Halko et al., arXiv 0909.4061), each time after taking off a multiple of the identity that makes
 what is not wanted smaller beside what is (shifted power iteration; Feng et al., arXiv 2404.09276). That is a small part
 of the arithmetic of taking the whole matrix apart, and loses less than a per cent of the best truncation's error even

@@ -1,6 +1,6 @@
 """Joint choice of the shared matrix and all LoRA factors of a tie group, weighted by what the loss sees (whiten.py).
 
-Minimised is the sum over the visits b of the cost of W' + B_b A_b in place of W_b: tr(G E_b C_b E_b^T) / 2 with E_b =
+Minimized is the sum over the visits b of the cost of W' + B_b A_b in place of W_b: tr(G E_b C_b E_b^T) / 2 with E_b =
 W_b - W' - B_b A_b, C_b the moment of the inputs of visit b, and G the mean over the group of its slope moments.
 
 For given factors the best W' is the mean of the W_b - B_b A_b weighted by the C_b (RegMean; Jin et al., arXiv

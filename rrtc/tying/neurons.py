@@ -16,7 +16,7 @@ from rrtc.tying.moments import BLOCK, Moment
 from rrtc.tying.whiten import Seen
 
 STEPS = 96  # neurons are removed in about so many steps, after each of which the others are weighed again
-# What is left is a multiple of this: matrix kernels are made for such widths, those of quantised weights for no others.
+# What is left is a multiple of this: matrix kernels are made for such widths, those of quantized weights for no others.
 ALIGNED = 32
 
 
@@ -180,7 +180,7 @@ def _step(width: int) -> int:
 def refitted(reader: Seen, kept: Tensor) -> Tensor:
     """The reader's weight on the `kept` neurons that comes closest to the whole: (outputs, kept).
 
-    W C_:K (C_KK)^-1 minimises E |W x - V x_K|^2, in every metric of the outputs.
+    W C_:K (C_KK)^-1 minimizes E |W x - V x_K|^2, in every metric of the outputs.
     """
     moment, found = reader.inputs.of(kept), reader.weight.new_empty(len(reader.weight), len(kept))
     for start in range(0, len(found), BLOCK):

@@ -1,6 +1,6 @@
 """Rounding a weight matrix to a few bits so that what it computes changes least: the mathematics, on plain tensors.
 
-A matrix W (outputs, inputs) is replaced by Q = s q, with whole numbers q and one scale s for each group of neighbouring
+A matrix W (outputs, inputs) is replaced by Q = s q, with whole numbers q and one scale s for each group of neighboring
 inputs of an output. On inputs with the second moments H = E[x x^T] that loses tr((W - Q) H (W - Q)^T). Rounding each
 weight to its nearest multiple of s ignores H; GPTQ (Frantar et al., arXiv 2210.17323) goes through the inputs one by
 one, and makes up for the error of each with those that are still to come.

@@ -9,7 +9,7 @@ from matplotlib.ticker import EngFormatter
 
 MEASURED = ("objective", "learning_rate", "grad_norm", "seconds")  # of each step; what else is logged is a loss
 LABELS = {"loss": "Next-token loss\n(nats per token)", "kl": "KL from the teacher\n(nats per token)"}
-COLOURS = ("tab:blue", "tab:purple", "tab:green", "tab:orange", "tab:red", "tab:brown", "tab:pink", "tab:cyan")
+COLORS = ("tab:blue", "tab:purple", "tab:green", "tab:orange", "tab:red", "tab:brown", "tab:pink", "tab:cyan")
 POINTS = 2000  # drawn of a long run, more than a picture has room for
 ENDS = 20  # the first and the last of so many parts of a run are averaged in its summary
 
@@ -61,14 +61,14 @@ def draw(steps: list[dict], title: str, file: Path) -> None:
     figure.suptitle(title, fontsize=12)
     tokens, every = [step["tokens"] for step in steps], max(1, len(steps) // POINTS)
     axes = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
-    for axis, field, colour in zip(axes, panels, cycle(COLOURS), strict=False):
+    for axis, field, color in zip(axes, panels, cycle(COLORS), strict=False):
         values = [step[field] for step in steps]
-        axis.plot(tokens[::every], values[::every], color=colour, alpha=0.25, linewidth=1)
+        axis.plot(tokens[::every], values[::every], color=color, alpha=0.25, linewidth=1)
         smooth = _running_mean(values, max(1, len(values) // ENDS))
-        axis.plot(tokens[::every], smooth[::every], color=colour, linewidth=2)
+        axis.plot(tokens[::every], smooth[::every], color=color, linewidth=2)
         axis.annotate(
             f"{smooth[-1]:.3f}", (tokens[-1], smooth[-1]), xytext=(5, 0), textcoords="offset points", va="center",
-            color=colour,
+            color=color,
         )  # fmt: skip
         axis.set_ylabel(LABELS.get(field, field.replace("_", " ").capitalize()))
         axis.grid(alpha=0.3)

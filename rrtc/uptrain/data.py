@@ -104,7 +104,7 @@ class Mixture:
 def training_text(
     recipe: UptrainRecipe, tokenizer, context: int, windows: int, writer: Source | None, group: PartialState
 ) -> Mixture:
-    """What a run of so many windows learns from, tokenised. writer: the model that writes the text of its own, if that
+    """What a run of so many windows learns from, tokenized. writer: the model that writes the text of its own, if that
     is among the data. Every process of `group` calls this.
 
     Raises RrtcError for a source that is missing, is empty or does not fill a window.

@@ -1,4 +1,4 @@
-"""`rrtc uptrain --dry-run`: what a run would take, from a few of its own steps. Only their text, tokenised,
+"""`rrtc uptrain --dry-run`: what a run would take, from a few of its own steps. Only their text, tokenized,
 is written, into the cache."""
 
 import resource

@@ -13,7 +13,7 @@ from transformers.integrations import integration_utils
 from rrtc.console import note, warn
 from rrtc.errors import RrtcError, WrongUsage
 from rrtc.io.folder import copy_companions
-from rrtc.io.provenance import base_seen_from, check_not_quantised, next_history, read_provenance, write_provenance
+from rrtc.io.provenance import base_seen_from, check_not_quantized, next_history, read_provenance, write_provenance
 from rrtc.io.source import Source, content_hash, find_base, find_model, load_tokenizer, read_config
 from rrtc.io.weights import Weights
 from rrtc.machine import fast_bfloat16, process_group
@@ -35,7 +35,7 @@ class Job:
     """What is trained, from whom and on what. `dtype` is the number format of the folder's weights, `arithmetic`
     that of the computations, and `accumulation` how many micro-batches of one process make a step.
 
-    `taught_by` has the `uri` and the `sha256` of the dense model that is learnt from; None where there is none.
+    `taught_by` has the `uri` and the `sha256` of the dense model that is learned from; None where there is none.
     `teacher` is that model where it has to be run, and None where `cache` has all that it would say.
     """
 
@@ -127,7 +127,7 @@ def prepare(folder: Path, recipe: UptrainRecipe, most_steps: int | None = None) 
     config = read_config(folder)
     if not isinstance(config, RrtConfig):
         raise RrtcError(f"{folder} holds a dense '{config.model_type}' model.", "Compress it first, with 'rrtc init'.")
-    check_not_quantised(folder, config)
+    check_not_quantized(folder, config)
     plan = read_plan(config)
     if recipe.exits:
         _check_exits(folder, plan, provenance)
@@ -137,7 +137,7 @@ def prepare(folder: Path, recipe: UptrainRecipe, most_steps: int | None = None) 
     if arithmetic == "auto":
         arithmetic = "bfloat16" if fast_bfloat16() else "float32"
     taught_by, teacher, cache = None, None, None
-    if recipe.distils:
+    if recipe.distills:
         taught_by = _taught_by(provenance, recipe)
         cache = _cache(recipe, taught_by["sha256"], config, arithmetic)
         # A cache that holds something may hold everything, and then the teacher need not be there.
@@ -225,7 +225,7 @@ def check_reporter(name: str) -> None:
 
 def check_writer(recipe: UptrainRecipe) -> None:
     """Raises WrongUsage where text that the teacher writes is among the data, and there is no teacher."""
-    if OWN_TEXT in recipe.data and not recipe.distils and recipe.teacher is None:
+    if OWN_TEXT in recipe.data and not recipe.distills and recipe.teacher is None:
         raise WrongUsage(
             f"The data '{OWN_TEXT}' is text that the teacher writes, and this run has no teacher.",
             "Name one (teacher), distil from the dense original (losses), or name a text.",

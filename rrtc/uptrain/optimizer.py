@@ -1,4 +1,4 @@
-"""The optimiser of a run: which parameters take which steps.
+"""The optimizer of a run: which parameters take which steps.
 
     role         what it is                                              Muon         weight decay
     embeddings   matrices outside the slots: embedding, head             no           yes
@@ -19,8 +19,8 @@ from rrtc.model.modeling_rrt import Reference, RelaxedLinear, Slot
 from rrtc.recipe.uptrain import UptrainRecipe
 
 
-def make_optimiser(model: torch.nn.Module, recipe: UptrainRecipe, adamw: dict) -> torch.optim.Optimizer:
-    """The optimiser of all parameters of `model` that are trained. adamw: the keyword arguments of its AdamW.
+def make_optimizer(model: torch.nn.Module, recipe: UptrainRecipe, adamw: dict) -> torch.optim.Optimizer:
+    """The optimizer of all parameters of `model` that are trained. adamw: the keyword arguments of its AdamW.
 
     Muon takes only `matrices`, and each of its steps is as long as AdamW's would be (0.2 of the learning rate for an
     entry, as the root of the mean square), so one learning rate serves both. The factors stay with AdamW: Muon makes
@@ -28,7 +28,7 @@ def make_optimiser(model: torch.nn.Module, recipe: UptrainRecipe, adamw: dict) -
     factor of B·A it says nothing of the product, and lets the smallest directions of an SVD move as far as its largest.
     """
     groups = parameter_groups(model, recipe)
-    if recipe.optimiser == "adamw":
+    if recipe.optimizer == "adamw":
         return torch.optim.AdamW(groups, **adamw)
     muon = [group for group in groups if group["role"] == "matrices"]
     rest = [group for group in groups if group["role"] != "matrices"]
@@ -39,7 +39,7 @@ def make_optimiser(model: torch.nn.Module, recipe: UptrainRecipe, adamw: dict) -
 
 
 def parameter_groups(model: torch.nn.Module, recipe: UptrainRecipe) -> list[dict]:
-    """The trained parameters of `model` as an optimiser takes them, each in one group: params, role, visits (that use
+    """The trained parameters of `model` as an optimizer takes them, each in one group: params, role, visits (that use
     each of these parameters), lr and weight_decay. The first group has the recipe's own learning rate, which is the
     one that the Trainer logs."""
     modules = list(model.modules())
@@ -81,7 +81,7 @@ def _scale(recipe: UptrainRecipe, visits: int) -> float:
 
 
 class Together(torch.optim.Optimizer):
-    """Several optimisers, each for parameters of its own, as one: for what wants one to wrap, to schedule and to save.
+    """Several optimizers, each for parameters of its own, as one: for what wants one to wrap, to schedule and to save.
 
     The groups and the state are this object's. The members get them anew for every step, because to load a state, or
     to shard a model, replaces them.

@@ -24,7 +24,7 @@ from rrtc.uptrain.checkpoints import WHOLE
 from rrtc.uptrain.curve import steps_of, summary
 from rrtc.uptrain.data import Stream, given
 from rrtc.uptrain.job import Job
-from rrtc.uptrain.optimizer import make_optimiser
+from rrtc.uptrain.optimizer import make_optimizer
 from rrtc.uptrain.sharding import save_whole, shard, whole_state
 from rrtc.uptrain.student import Student
 from rrtc.uptrain.teacher import LiveTeacher
@@ -108,7 +108,7 @@ class DistillationTrainer(Trainer):
             super()._move_model_to_device(model, device)
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        """The optimiser; with `fsdp`, the model is sharded first. A checkpoint's weights are in it by then."""
+        """The optimizer; with `fsdp`, the model is sharded first. A checkpoint's weights are in it by then."""
         if self.optimizer is not None:
             return self.optimizer
         if self.job.recipe.fsdp:
@@ -119,7 +119,7 @@ class DistillationTrainer(Trainer):
             # the gradients of the head are worked out.
             self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
         _, adamw = self.get_optimizer_cls_and_kwargs(self.args)
-        self.optimizer = make_optimiser(self.model if model is None else model, self.job.recipe, adamw)
+        self.optimizer = make_optimizer(self.model if model is None else model, self.job.recipe, adamw)
         if self.job.recipe.fsdp:
             save_whole(self.optimizer)
         return self.optimizer

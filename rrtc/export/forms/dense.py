@@ -60,7 +60,7 @@ def stock_class(config: RrtConfig) -> str:
     return MODEL_FOR_CAUSAL_LM_MAPPING[type(config.base_config)].__name__
 
 
-def quantised_dense_bytes(config: RrtConfig, bits: int, dtype: torch.dtype) -> int:
+def quantized_dense_bytes(config: RrtConfig, bits: int, dtype: torch.dtype) -> int:
     """About what the dense form would take with its layers' matrices in `bits` and the rest in `dtype`."""
     architecture = read_architecture(config.base_config)
     inside = sum(matrix.size for layer in architecture.layers for matrix in layer.matrices)

@@ -20,7 +20,7 @@ import torch
 from rrtc.console import note
 from rrtc.errors import RrtcError
 from rrtc.export.verify import TOLERANCE, Reference, equal_tokens, in_fresh_process, verify
-from rrtc.io.folder import LICENCE_FILES
+from rrtc.io.folder import LICENSE_FILES
 
 VARIABLE, SCRIPT = "RRTC_LLAMA_CPP", "convert_hf_to_gguf.py"
 WHERE = (
@@ -50,7 +50,7 @@ def find_converter() -> Path:
 
 def convert(dense: Path, folder: Path, dtype: torch.dtype) -> None:
     """Writes the dense form in the folder `dense`, whose tensors were rounded to `dtype`, as a GGUF file into `folder`,
-    and beside it the licence files. Raises RrtcError where the converter fails."""
+    and beside it the license files. Raises RrtcError where the converter fails."""
     script, name = find_converter().absolute(), folder.name.removesuffix(".partial")
     file = folder.absolute() / f"{name}-{TYPES[dtype]}.gguf"
     # Nothing is asked of the hub, and nothing written into a folder that is not ours.
@@ -63,9 +63,9 @@ def convert(dense: Path, folder: Path, dtype: torch.dtype) -> None:
     )  # fmt: skip
     if child.returncode or not file.is_file():
         raise _failed(child)
-    for pattern in LICENCE_FILES:
-        for licence in dense.glob(pattern):
-            shutil.copyfile(licence, folder / licence.name)
+    for pattern in LICENSE_FILES:
+        for license in dense.glob(pattern):
+            shutil.copyfile(license, folder / license.name)
 
 
 def _failed(child: subprocess.CompletedProcess) -> RrtcError:

@@ -1,6 +1,6 @@
 """The two forms of an exported model: its tensors, a block of rows at a time, and its config.
 
-    recursive    the tensors as they are, shared weights once; the modelling code goes along, so that it loads anywhere
+    recursive    the tensors as they are, shared weights once; the modeling code goes along, so that it loads anywhere
     dense        W' + B·A multiplied out for each visit, under the names of the stock architecture; removed FFN neurons
                  are there again, as zeros, because the stock architecture has one width for all layers
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rrtc.errors import RrtcError
-from rrtc.io.provenance import check_not_quantised
+from rrtc.io.provenance import check_not_quantized
 from rrtc.io.source import read_config
 from rrtc.io.trust import without_code
 from rrtc.io.weights import Weights
@@ -39,7 +39,7 @@ def recursive_form(weights: Weights, dtype: torch.dtype | None, each: Callable) 
 
 
 def write_recursive_config(source: Path, folder: Path, dtype: torch.dtype) -> None:
-    """Writes the config of the recursive form, with its three-key auto_map, and the two files of modelling code."""
+    """Writes the config of the recursive form, with its three-key auto_map, and the two files of modeling code."""
     config = without_code(json.loads((source / "config.json").read_text(encoding="utf8")))
     config |= {"architectures": ["RrtForCausalLM"], "auto_map": AUTO_MAP, "dtype": str(dtype).removeprefix("torch.")}
     config["base_config"].pop("_name_or_path", None)  # a place on the machine that made it
@@ -56,5 +56,5 @@ def recursive_config(folder: Path) -> RrtConfig:
             f"{folder} holds a '{config.model_type}' model, not a recursive one.",
             "Export the folder that 'rrtc init' or 'rrtc uptrain' wrote.",
         )
-    check_not_quantised(folder, config)
+    check_not_quantized(folder, config)
     return config

@@ -1,11 +1,11 @@
-"""What quantising costs a recursive model beside its dense original, in one table.
+"""What quantizing costs a recursive model beside its dense original, in one table.
 
-    python benchmarks/quantise.py RRTC_FOLDER --dense FOLDER --calibrate-on TEXT... --score-on TEXT... --work DIR
+    python benchmarks/quantize.py RRTC_FOLDER --dense FOLDER --calibrate-on TEXT... --score-on TEXT... --work DIR
 
-Both models are written plain in bfloat16 and then quantised by the same code, the one of `rrtc export --quantize`, to 8
+Both models are written plain in bfloat16 and then quantized by the same code, the one of `rrtc export --quantize`, to 8
 and to 4 bits, by the same calibration text; nothing else of them changes. Bits per byte are those of all texts to score
 on together: of the plain model, with every weight rounded to its nearest number, and as rrtc writes it. The last column
-is what the written model loses beside the plain one of its own row. DIR is made, and holds the quantised models.
+is what the written model loses beside the plain one of its own row. DIR is made, and holds the quantized models.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from rich.table import Table
 
 from rrtc import console
 from rrtc.export import stage
-from rrtc.export.quantize import BITS, quantise
+from rrtc.export.quantize import BITS, quantize
 from rrtc.io.folder import copy_companions
 from rrtc.io.source import load_tokenizer
 from rrtc.io.weights import Weights
@@ -58,7 +58,7 @@ def main() -> None:
             else:
                 stage.write(args.folder, folder, name, torch.bfloat16, SHARD)
             before = Weights(folder).bytes_on_disk
-            found = quantise(folder, bits, calibration, scored, SHARD).bits_per_byte
+            found = quantize(folder, bits, calibration, scored, SHARD).bits_per_byte
             table.add_row(
                 f"{name}, {number}", console.size(before), *(f"{found[key]:.4f}" for key in found),
                 console.size(Weights(folder).bytes_on_disk), f"{found['calibrated'] - found['plain']:+.4f}",

@@ -1,4 +1,4 @@
-"""Quantised exports: the rounding against brute force, and the folders that others load."""
+"""Quantized exports: the rounding against brute force, and the folders that others load."""
 
 import importlib.util
 import json
@@ -16,7 +16,7 @@ from rrtc import machine
 from rrtc.api import describe
 from rrtc.cli.app import app
 from rrtc.errors import RrtcError, WrongUsage
-from rrtc.export import quantize as quantised_form
+from rrtc.export import quantize as quantized_form
 from rrtc.export import stage
 from rrtc.export.forms import writing
 from rrtc.io import folder as checkpoint
@@ -114,7 +114,7 @@ def test_factors_lose_what_a_truncation_must(shape):
 def test_a_shared_matrix_is_rounded_by_what_all_its_visits_see(tmp_path):
     source = make_rrt(tmp_path / "rrt")
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
-    matrices = quantised_form._matrices(model)
+    matrices = quantized_form._matrices(model)
     assert len(matrices) == 3 * 7
     assert {len(matrix.readers) for matrix in matrices} == {2}
     inputs: dict[torch.nn.Module, list] = {}
@@ -128,7 +128,7 @@ def test_a_shared_matrix_is_rounded_by_what_all_its_visits_see(tmp_path):
             model(ids[None])
     for hook in hooks:
         hook.remove()
-    found = quantised_form._moments(model, matrices, IDS, lambda: None)
+    found = quantized_form._moments(model, matrices, IDS, lambda: None)
     for module, seen in inputs.items():
         x = torch.cat(seen)
         torch.testing.assert_close(found[module], x.T @ x / len(x), atol=1e-5, rtol=1e-4)
@@ -137,8 +137,8 @@ def test_a_shared_matrix_is_rounded_by_what_all_its_visits_see(tmp_path):
 
 
 @pytest.mark.parametrize(("form", "number"), [("recursive", "int4"), ("dense", "int8")])
-def test_a_quantised_export_loads_where_rrtc_is_not(tmp_path, monkeypatch, form, number):
-    monkeypatch.setattr(quantised_form, "MOMENTS_AT_ONCE", 100_000)  # several readings, even of a pico model
+def test_a_quantized_export_loads_where_rrtc_is_not(tmp_path, monkeypatch, form, number):
+    monkeypatch.setattr(quantized_form, "MOMENTS_AT_ONCE", 100_000)  # several readings, even of a pico model
     source, target, plain = save_mixed(tmp_path / "rrt", "llama"), tmp_path / "out", tmp_path / "plain"
     result = stage.export(str(source), str(target), recipe(format=form, quantize=number, max_shard_size="60KB"))
     plain.mkdir()
@@ -178,10 +178,10 @@ def test_calibrated_rounding_moves_the_model_less_than_rounding_to_the_nearest(t
     stage.write(source, target, "recursive", torch.float32, 10**9)
     plain = logits_of(AutoModelForCausalLM.from_pretrained(target))
     nearest = AutoModelForCausalLM.from_pretrained(target)
-    for matrix in quantised_form._matrices(nearest):
+    for matrix in quantized_form._matrices(nearest):
         scale = rounding.widest_scales(matrix.linear.weight.data, 4, matrix.group)
         matrix.linear.weight.data = rounding.round_to_nearest(matrix.linear.weight.data, scale, 4)
-    found = quantised_form.quantise(target, 4, IDS.repeat(4, 1), Windows(IDS, 1.0), 10**9)
+    found = quantized_form.quantize(target, 4, IDS.repeat(4, 1), Windows(IDS, 1.0), 10**9)
     written = logits_of(AutoModelForCausalLM.from_pretrained(target))
     assert (written - plain).square().mean() < 0.5 * (logits_of(nearest) - plain).square().mean()
     assert found.bits_per_byte.keys() == {"plain", "nearest", "calibrated"}
@@ -195,7 +195,7 @@ def test_weights_too_small_for_a_stored_scale_become_zero(bits):
     weight[2] = 1e-8 * torch.randn(32)
     weight[2, 5] = 0
     for scale in (rounding.widest_scales(weight, bits, 16), rounding.best_scales(weight, bits, 16, moments.diagonal())):
-        stored = quantised_form._stored_scale(scale, torch.float16)
+        stored = quantized_form._stored_scale(scale, torch.float16)
         for found in (rounding.round_to_nearest(weight, stored, bits), rounding.gptq(weight, moments, stored, bits)):
             assert found.isfinite().all() and not found[2].any() and found[3].any()
 
@@ -207,7 +207,7 @@ def test_where_inputs_were_never_seen_the_whole_range_is_kept():
     assert torch.equal(best[:, 0], widest[:, 0])
 
 
-def test_a_quantised_export_is_not_worked_on(tmp_path):
+def test_a_quantized_export_is_not_worked_on(tmp_path):
     source = make_rrt(tmp_path / "rrt")
     config = json.loads((source / "config.json").read_text()) | {"quantization_config": {}}
     (source / "config.json").write_text(json.dumps(config))
@@ -215,14 +215,14 @@ def test_a_quantised_export_is_not_worked_on(tmp_path):
         lambda: stage.export(str(source), str(tmp_path / "out"), recipe(format="dense")),
         lambda: uptrain(str(source), str(tmp_path / "out"), Recipe()),
     ):
-        with pytest.raises(RrtcError, match="is quantised, and what was rounded away is gone"):
+        with pytest.raises(RrtcError, match="is quantized, and what was rounded away is gone"):
             work()
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["rrt"]
 
 
-def test_a_model_larger_than_memory_is_not_quantised(tmp_path, monkeypatch):
+def test_a_model_larger_than_memory_is_not_quantized(tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "MODEL_SHARE", 0)
-    with pytest.raises(RrtcError, match="To be quantised, the whole model has to be in memory, and its .* do not fit"):
+    with pytest.raises(RrtcError, match="To be quantized, the whole model has to be in memory, and its .* do not fit"):
         stage.export(str(make_rrt(tmp_path / "rrt")), str(tmp_path / "out"), recipe(quantize="int4"))
 
 
@@ -233,7 +233,7 @@ def test_the_text_is_by_default_what_the_model_was_made_with(tmp_path):
     provenance["recipe"]["init"]["calibrate_on"] = [str(text)]
     config = writing.recursive_config(source)
     default, named, built_in = (
-        stage._texts_to_quantise_by(recipe(calibrate_tokens=512, calibrate_on=on), provenance, source, config)
+        stage._texts_to_quantize_by(recipe(calibrate_tokens=512, calibrate_on=on), provenance, source, config)
         for on in ([], str(text), "pydoc")
     )
     assert torch.equal(default[0], named[0])
@@ -248,14 +248,14 @@ def test_the_text_is_by_default_what_the_model_was_made_with(tmp_path):
         ({"quantize": "int4", "calibrate_on": ["self"]}, "calibrate_on cannot be self"),
     ],
 )
-def test_what_cannot_be_quantised_is_wrong_usage(tmp_path, export, words):
+def test_what_cannot_be_quantized_is_wrong_usage(tmp_path, export, words):
     file = tmp_path / "recipe.yaml"
     file.write_text(json.dumps({"export": export}))
     with pytest.raises(WrongUsage, match=words):
         load_recipe(str(file))
 
 
-def test_a_dense_gpt2_cannot_be_quantised(tmp_path):
+def test_a_dense_gpt2_cannot_be_quantized(tmp_path):
     source = make_rrt(tmp_path / "rrt", "gpt2")
     with pytest.raises(RrtcError, match="A dense 'gpt2' model keeps its matrices transposed"):
         stage.export(str(source), str(tmp_path / "out"), recipe(format="dense", quantize="int4"))
@@ -281,7 +281,7 @@ def test_the_command_shows_what_it_cost(tmp_path):
     assert f"rounded to its nearest int4: {cost['nearest']:.4f}" in shown
 
 
-def test_what_is_quantised_is_compared_with_the_model_before(tmp_path, monkeypatch):
+def test_what_is_quantized_is_compared_with_the_model_before(tmp_path, monkeypatch):
     source, add = make_rrt(tmp_path / "rrt"), ShardWriter.add_blocks
 
     def faulty(self, name, blocks):

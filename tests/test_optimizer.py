@@ -1,4 +1,4 @@
-"""The optimiser: each parameter takes the steps of its role, shared ones shorter steps; schedules are what they say."""
+"""The optimizer: each parameter takes the steps of its role, shared ones shorter steps; schedules are what they say."""
 
 import math
 from dataclasses import asdict
@@ -18,7 +18,7 @@ from rrtc.recipe.schema import load_recipe, with_flags
 from rrtc.recipe.uptrain import UptrainRecipe
 from rrtc.stock.architecture import read_architecture
 from rrtc.uptrain.job import prepare
-from rrtc.uptrain.optimizer import make_optimiser, parameter_groups
+from rrtc.uptrain.optimizer import make_optimizer, parameter_groups
 from rrtc.uptrain.stage import uptrain
 from rrtc.uptrain.trainer import DistillationTrainer
 
@@ -113,9 +113,9 @@ def test_kept_layers_are_not_shared():
     assert visits == {0: 1, 1: 2, 2: 2, 3: 1}
 
 
-@pytest.mark.parametrize("optimiser", ["adamw", "muon"])
-def test_the_rate_that_is_logged_is_the_recipes(optimiser):
-    made = make_optimiser(tied(loops=3, norms="shared"), recipe(optimiser=optimiser), ADAMW)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_rate_that_is_logged_is_the_recipes(optimizer):
+    made = make_optimizer(tied(loops=3, norms="shared"), recipe(optimizer=optimizer), ADAMW)
     assert made.param_groups[0]["lr"] == RATE
 
 
@@ -127,8 +127,8 @@ def test_frozen_parameters_are_left_out():
 
 
 def test_adamw_is_as_fast_as_the_trainers_own(rrt, tmp_path):
-    optimiser = trainer_of(rrt, tmp_path).create_optimizer()
-    assert isinstance(optimiser, torch.optim.AdamW) and optimiser.defaults["fused"]
+    optimizer = trainer_of(rrt, tmp_path).create_optimizer()
+    assert isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults["fused"]
 
 
 # -- muon
@@ -136,24 +136,24 @@ def test_adamw_is_as_fast_as_the_trainers_own(rrt, tmp_path):
 
 def test_muon_takes_the_matrices_in_the_slots():
     model = RrtForCausalLM(mixed_config("llama"))
-    optimiser = make_optimiser(model, recipe(optimiser="muon"), ADAMW)
-    groups = by_name(model, optimiser.param_groups)
+    optimizer = make_optimizer(model, recipe(optimizer="muon"), ADAMW)
+    groups = by_name(model, optimizer.param_groups)
     for name, parameter in model.named_parameters():
         expected = ".slots." in name and parameter.dim() == 2 and not name.endswith((".A", ".B"))
         assert ("momentum" in groups[name]) == expected and ("betas" in groups[name]) == (not expected), name
 
 
-def test_a_step_of_each_is_its_optimisers_own():
+def test_a_step_of_each_is_its_optimizers_own():
     """The parameters of Muon move as under torch.optim.Muon alone, the others as under AdamW alone."""
     mixed, muon, adamw = (tied(loops=3) for _ in range(3))
-    together = make_optimiser(mixed, recipe(optimiser="muon"), ADAMW)
+    together = make_optimizer(mixed, recipe(optimizer="muon"), ADAMW)
     taken = {name for name, group in by_name(mixed, together.param_groups).items() if "momentum" in group}
     alone = [
         torch.optim.Muon(
             [p for n, p in muon.named_parameters() if n in taken and ".shared." in n],
             lr=RATE / 3, weight_decay=0.1, adjust_lr_fn="match_rms_adamw",
         ),
-        make_optimiser(adamw, recipe(), ADAMW),
+        make_optimizer(adamw, recipe(), ADAMW),
     ]  # fmt: skip
     ids = torch.randint(300, (2, 16), generator=torch.Generator().manual_seed(0))
     for _ in range(3):
@@ -162,8 +162,8 @@ def test_a_step_of_each_is_its_optimisers_own():
         for model in (muon, adamw):
             for parameter, other in zip(model.parameters(), mixed.parameters(), strict=True):
                 parameter.grad = other.grad
-        for optimiser in (*alone, together):
-            optimiser.step()
+        for optimizer in (*alone, together):
+            optimizer.step()
     references = dict(muon.named_parameters()), dict(adamw.named_parameters())
     assert len(taken) == 14  # seven in each of two slots
     for name, parameter in mixed.named_parameters():
@@ -175,13 +175,13 @@ def test_muon_heals(rrt, tmp_path):
     measured = uptrain(
         str(rrt),
         str(tmp_path / "out"),
-        settings(tokens=CONTEXT * BATCH * 30, optimiser="muon", losses={"forward_kl": 1.0}),
+        settings(tokens=CONTEXT * BATCH * 30, optimizer="muon", losses={"forward_kl": 1.0}),
     )
     assert measured["last_kl"] < 0.6 * measured["first_kl"]
 
 
 def test_resumed_muon_run_equals_a_straight_one(rrt, tmp_path, monkeypatch):
-    recipe = settings(optimiser="muon", weight_decay=0.1, schedule="warmup_stable_decay", decay=0.5)
+    recipe = settings(optimizer="muon", weight_decay=0.1, schedule="warmup_stable_decay", decay=0.5)
     uptrain(str(rrt), str(tmp_path / "straight"), recipe)
     with monkeypatch.context() as patched:
         interrupt_at(patched, 8)
@@ -212,9 +212,9 @@ def rates(trainer: DistillationTrainer, steps: int) -> list[float]:
     return result
 
 
-@pytest.mark.parametrize("optimiser", ["adamw", "muon"])
-def test_warmup_stable_decay(rrt, tmp_path, optimiser):
-    asked = {"schedule": "warmup_stable_decay", "warmup": 0.1, "decay": 0.4, "optimiser": optimiser}
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_warmup_stable_decay(rrt, tmp_path, optimizer):
+    asked = {"schedule": "warmup_stable_decay", "warmup": 0.1, "decay": 0.4, "optimizer": optimizer}
     expected = [0, 1 / 2, *[1] * 10, *(1 - math.sqrt(i / 8) for i in range(8))]
     assert rates(trainer_of(rrt, tmp_path, 20, **asked), 20) == pytest.approx(expected)
 
@@ -237,7 +237,7 @@ def test_cosine(rrt, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"optimiser": "muom"}, "'optimiser' is wrong: it should be 'adamw' or 'muon'"),
+        ({"optimizer": "muom"}, "'optimizer' is wrong: it should be 'adamw' or 'muon'"),
         ({"schedule": "linear"}, "'schedule' is wrong: it should be 'cosine' or 'warmup_stable_decay'"),
         ({"shared_lr_scale": "visit"}, "'shared_lr_scale' is wrong: it should be visits or a number above 0"),
         ({"shared_lr_scale": "0"}, "it should be visits or a number above 0, not '0'."),
