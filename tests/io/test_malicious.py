@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from gguf_file import write_gguf
 from pico import pico_tokenizer, save_pico
 from safetensors.torch import load_file
-from test_source import write_gguf
 from typer.testing import CliRunner
 
 from rrtc.cli.app import app

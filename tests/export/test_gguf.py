@@ -10,9 +10,9 @@ import gguf
 import pytest
 import sentencepiece
 import torch
+from exports import make_rrt, recipe, run_python
 from huggingface_hub import ModelCard
 from pico import VOCABULARY
-from test_export import make_rrt, recipe, run_python
 from transformers import GemmaTokenizer, LlamaTokenizer
 
 from rrtc.api import describe

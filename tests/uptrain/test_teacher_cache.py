@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from loss_definitions import definitions
 from pico import VOCABULARY, save_pico
-from test_losses import definitions
 from torch import Tensor
 from uptraining import (
     BATCH,

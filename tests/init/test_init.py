@@ -2,14 +2,13 @@
 
 import hashlib
 import json
-from pathlib import Path
 
 import pytest
 import torch
+from initialized import logits, recipe
 from pico import ARCHITECTURES, pico_config, pico_model, save_pico
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 from rrtc.errors import RrtcError
 from rrtc.init.stage import dry_run, init
@@ -19,20 +18,6 @@ from rrtc.stock.trial import find_folds
 from rrtc.tying.tie import tie, truncated_svd
 
 FULL = 10_000  # more than any dimension, so that ranks are clamped to full rank
-
-
-def recipe(**choices) -> Recipe:
-    return Recipe.model_validate({"init": {"measure_tokens": 0} | choices})
-
-
-def logits(folder: Path) -> torch.Tensor:
-    """Logits of the model in `folder` on fixed tokens, longer than the pico models' attention window."""
-    import rrtc.model  # noqa: F401
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    ids = torch.randint(3, 300, (2, 24), generator=torch.Generator().manual_seed(7))
-    with torch.no_grad():
-        return model(ids).logits
 
 
 @pytest.mark.parametrize("shape", [(40, 25), (25, 40), (30, 30)])

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from initialized import logits, recipe
 from pico import ARCHITECTURES, pico_config, save_pico
 from safetensors.torch import load_file, save_file
-from test_init import logits, recipe
 from transformers import AutoModelForCausalLM
 
 from rrtc import machine

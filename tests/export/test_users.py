@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from exports import IDS, logits_of, make_rrt
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from test_export import IDS, logits_of, make_rrt
 from transformers import AutoTokenizer
 
 from rrtc.export import stage

@@ -6,9 +6,9 @@ import re
 
 import pytest
 import torch
+from exports import IDS, STRANGER, logits_of, make_rrt, run_python
+from mixed_forms import save_mixed
 from safetensors.torch import load_file
-from test_export import IDS, STRANGER, logits_of, make_rrt, run_python
-from test_forms import save_mixed
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_export import IDS, make_rrt, recipe
+from exports import IDS, make_rrt, recipe
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -242,7 +242,7 @@ def test_vllm_computes_what_transformers_does(tmp_path):
         [os.environ[VARIABLE], "-c", SERVE, json.dumps([(str(f), d) for f, d in formats.items()]),
          json.dumps(prompts), str(file)],
         env=os.environ | {
-            "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parent.parent), "VLLM_CPU_KVCACHE_SPACE": "1",
+            "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parents[2]), "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1",
         },
         check=True,
@@ -275,7 +275,7 @@ def test_the_plugin_registers_the_text_backend_once(monkeypatch):
 
 
 def test_the_entry_point_names_it_and_nothing_else_of_rrtc_imports_vllm():
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     points = tomllib.loads((root / "pyproject.toml").read_text())["project"]["entry-points"]["vllm.general_plugins"]
     module, _, function = points["rrtc"].partition(":")
     assert getattr(importlib.import_module(module), function) is vllm_plugin.register

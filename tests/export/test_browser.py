@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from chromium import Page
-from test_export import make_rrt, recipe
-from test_onnx import HYBRID, LAYERS, padded_greedy
+from exports import make_rrt, recipe
+from onnx_graph import HYBRID, LAYERS, padded_greedy
 from transformers import AutoTokenizer, GenerationConfig
 
 from rrtc.export import stage
@@ -21,7 +21,7 @@ from rrtc.model import RrtForCausalLM
 
 VARIABLE = "RRTC_TRANSFORMERS_JS"
 CHROMIUM = shutil.which("chromium")
-BROWSER = Path(__file__).parents[1] / "recipes/browser"
+BROWSER = Path(__file__).parents[2] / "recipes/browser"
 PROMPT, TOKENS = "The statement is", 24
 PRESS = "document.getElementById('go').click();"
 

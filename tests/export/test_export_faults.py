@@ -46,7 +46,7 @@ def error_of(result: subprocess.CompletedProcess) -> str:
 
 
 def test_a_killed_export_leaves_nothing_under_the_final_name_and_the_next_one_succeeds(rrt, tmp_path):
-    benchmarks = Path(__file__).parent.parent / "benchmarks"
+    benchmarks = Path(__file__).parents[2] / "benchmarks"
     command = [sys.executable, "-c", KILL, str(benchmarks), str(rrt), str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

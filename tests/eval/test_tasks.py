@@ -21,7 +21,7 @@ from rrtc.eval.tasks import Harness, find_tasks
 from rrtc.io.source import load_for_scoring
 from rrtc.recipe.eval import EvalRecipe
 
-FILES = Path(__file__).parent.parent / "recipes" / "tasks"
+FILES = Path(__file__).parents[2] / "recipes" / "tasks"
 ITEMS = 13
 SAID = ["a", "is", "the", "of", "in"]  # single tokens after a space
 WORDS = ["rain", "wind", "slow", "river", "under", "bridge", "stone", "and", "nobody", "us", "day", "long", *SAID]

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from mixed_forms import mixed_config, mixed_plan
 from pico import pico_config
-from test_forms import mixed_config, mixed_plan
 from uptraining import BATCH, CONTEXT, interrupt_at, metrics, settings, weights
 
 from rrtc.errors import WrongUsage
