@@ -19,6 +19,10 @@ from rrtc.recipe.section import Section
 from rrtc.recipe.uptrain import UptrainRecipe
 
 
+# The recipes that come with rrtc: inside the package in a wheel (pyproject.toml puts them there), else in the checkout.
+SHIPPED = [Path(__file__).parents[1] / "recipes", Path(__file__).parents[2] / "recipes"]
+
+
 class Recipe(Section):
     """One run from a dense model to an exported one."""
 
@@ -32,7 +36,8 @@ class Recipe(Section):
 
 
 def load_recipe(path: str | None) -> Recipe:
-    """The recipe in the YAML file `path`; the defaults where `path` is None.
+    """The recipe in the YAML file `path`; the defaults where `path` is None. `quickstart`, where no file has that name,
+    is the recipe of that name that comes with rrtc.
 
     Raises WrongUsage for a missing file, broken YAML, an unknown key or a value of the wrong kind.
     """
@@ -41,15 +46,23 @@ def load_recipe(path: str | None) -> Recipe:
     import yaml
 
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf8"))
+        values = yaml.safe_load(_file_of(path).read_text(encoding="utf8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise WrongUsage(f"The recipe {path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
+        hint = "rrtc brings one recipe with it, 'quickstart'." if isinstance(error, FileNotFoundError) else ""
+        sentence = f"The recipe {path} cannot be read: {getattr(error, 'strerror', None) or error}."
+        raise WrongUsage(sentence, hint) from error
     except yaml.YAMLError as error:
         raise WrongUsage(f"The recipe {path} is not valid YAML: {' '.join(str(error).split())}.") from error
     if values is not None and not isinstance(values, dict):
         raise WrongUsage(f"The recipe {path} holds no keys.", "Start from one of the files in recipes/.")
     given = {part: value for part, value in (values or {}).items() if value is not None}  # a heading with nothing below
     return _checked(Recipe, given, path)
+
+
+def _file_of(path: str) -> Path:
+    """The file `path`, or the shipped recipe of that bare name where there is none."""
+    shipped = [folder / f"{path}.yaml" for folder in SHIPPED] if re.fullmatch(r"[\w-]+", path) else []
+    return next((file for file in [Path(path), *shipped] if file.is_file()), Path(path))
 
 
 def with_flags(section: Section, flags: dict[str, Any]) -> Section:
