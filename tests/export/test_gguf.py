@@ -20,7 +20,7 @@ from rrtc.errors import RrtcError
 from rrtc.export import stage, verify
 from rrtc.export.forms import gguf as gguf_form
 from rrtc.export.forms.gguf import VARIABLE
-from rrtc.io import folder as checkpoint
+from rrtc.io.provenance import read_provenance
 
 LAYERS = {"num_hidden_layers": 2}
 # What llama.cpp and transformers take for granted in Gemma 3, and no GGUF file says.
@@ -138,7 +138,7 @@ def test_the_file_is_the_model(tmp_path, architecture, tokenizer, options, dtype
     assert (result["format"], result["dtype"], result["bytes"]) == ("gguf", dtype, file.stat().st_size)
     assert (result["read_by"], result["max_logit_difference"] < 1e-5) == ("transformers", True)
     assert (result["rounding_logit_difference"] == 0.0) == (dtype == "float32")
-    assert checkpoint.read_provenance(target)["measured"]["export"] == result
+    assert read_provenance(target)["measured"]["export"] == result
     shown = describe(str(target))
     assert (shown["dtype"], shown["bytes_on_disk"]) == (dtype, result["bytes"])
 

@@ -18,7 +18,7 @@ from rrtc.api import describe
 from rrtc.errors import RrtcError
 from rrtc.export import stage, verify
 from rrtc.export.forms import onnx as onnx_form
-from rrtc.io import folder as checkpoint
+from rrtc.io.provenance import read_provenance
 from rrtc.io.weights import Weights
 from rrtc.model import RrtForCausalLM
 
@@ -78,9 +78,9 @@ def test_the_export_is_small_verified_and_says_so(made, tmp_path):
     assert result["bytes"] < recursive + GRAPH_BYTES
     check_stored_once(graph_of(target), source)
     assert (result["format"], result["dtype"]) == ("onnx", "float32")
-    assert result["parameters"] == checkpoint.read_provenance(source)["measured"]["init"]["params_total"]
+    assert result["parameters"] == read_provenance(source)["measured"]["init"]["params_total"]
     assert 0 < result["max_logit_difference"] < 1e-5 < result["largest_logit"]
-    assert checkpoint.read_provenance(target)["measured"]["export"] == result
+    assert read_provenance(target)["measured"]["export"] == result
     shown = describe(str(target))
     assert (shown["dtype"], shown["bytes_on_disk"]) == ("float32", result["bytes"])
 

@@ -19,7 +19,7 @@ from rrtc.errors import RrtcError, WrongUsage
 from rrtc.export import quantize as quantized_form
 from rrtc.export import stage
 from rrtc.export.forms import writing
-from rrtc.io import folder as checkpoint
+from rrtc.io.provenance import read_provenance
 from rrtc.io.shard_writer import ShardWriter
 from rrtc.io.weights import Weights
 from rrtc.recipe.schema import Recipe, load_recipe
@@ -229,7 +229,7 @@ def test_a_model_larger_than_memory_is_not_quantized(tmp_path, monkeypatch):
 def test_the_text_is_by_default_what_the_model_was_made_with(tmp_path):
     source, text = make_rrt(tmp_path / "rrt"), tmp_path / "own.txt"
     text.write_text("\n\n\n".join(f"Sentence number {n} of a text of its own. " * 9 for n in range(300)))
-    provenance = checkpoint.read_provenance(source)
+    provenance = read_provenance(source)
     provenance["recipe"]["init"]["calibrate_on"] = [str(text)]
     config = writing.recursive_config(source)
     default, named, built_in = (
@@ -275,7 +275,7 @@ def test_the_command_shows_what_it_cost(tmp_path):
     command = ["export", str(source), "-o", str(target), "--quantize", "int4", "--calibrate-tokens", "512"]
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.output
-    cost = checkpoint.read_provenance(target)["measured"]["export"]["bits_per_byte"]
+    cost = read_provenance(target)["measured"]["export"]["bits_per_byte"]
     shown = " ".join(done.output.split())
     assert f"{cost['plain']:.4f} before, {cost['calibrated']:.4f} in int4" in shown
     assert f"rounded to its nearest int4: {cost['nearest']:.4f}" in shown

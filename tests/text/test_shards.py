@@ -237,7 +237,7 @@ def test_of_two_processes_one_tokenizes(tmp_path, cache):
     source, script = write(tmp_path / "a.jsonl", texts(150)), tmp_path / "script.py"
     script.write_text(
         "import os, sys, time\nfrom accelerate import PartialState\nfrom rrtc.io.source import load_tokenizer\n"
-        "from rrtc.uptrain import shards\nwhole = shards._write\n"
+        "from rrtc.text import shards\nwhole = shards._write\n"
         "def slowly(*args):\n"
         "    print('written by', os.environ['RANK'], flush=True)\n    time.sleep(1)\n    return whole(*args)\n"
         "shards._write = slowly\n"

@@ -24,8 +24,9 @@ from rrtc.cli.app import app
 from rrtc.errors import RrtcError
 from rrtc.io.folder import check_unchanged
 from rrtc.io.provenance import read_provenance
+from rrtc.io.weights import Weights
 from rrtc.recipe.uptrain import UptrainRecipe
-from rrtc.uptrain import guards
+from rrtc.uptrain import checkpoints
 from rrtc.uptrain.checkpoints import whole_checkpoints
 from rrtc.uptrain.curve import draw, steps_of, summary
 from rrtc.uptrain.data import Stream
@@ -206,7 +207,7 @@ def test_all_processes_stop_at_the_same_step(rrt, tmp_path):
 
 def test_step_1_is_saved_and_compared(rrt, tmp_path, monkeypatch):
     looked_at = []
-    monkeypatch.setattr(guards, "_missing", lambda folder, state: looked_at.append((folder, set(state))))
+    monkeypatch.setattr(checkpoints, "_missing", lambda folder, state: looked_at.append((folder, set(state))))
     interrupt_at(monkeypatch, 5)
     with pytest.raises(KeyboardInterrupt):
         uptrain(str(rrt), str(tmp_path / "out"), settings(save_every=100))
@@ -270,8 +271,8 @@ def test_damaged_checkpoint_is_found_after_step_1(rrt, tmp_path, monkeypatch, da
 
 
 def test_what_the_written_model_would_lack_is_found_after_step_1(rrt, tmp_path, monkeypatch):
-    original = guards.Weights.shape
-    monkeypatch.setattr(guards.Weights, "shape", lambda self, name: [*original(self, name), 1])
+    original = Weights.shape
+    monkeypatch.setattr(Weights, "shape", lambda self, name: [*original(self, name), 1])
     with pytest.raises(RrtcError, match="the model in memory has no tensor .* of the shape"):
         uptrain(str(rrt), str(tmp_path / "out"), settings())
     assert not list(tmp_path.iterdir())

@@ -188,7 +188,7 @@ class Backend(nn.Module):
 
 @pytest.fixture
 def vllm_model(monkeypatch):
-    """rrtc.export.vllm_model, with stand-ins for what it imports."""
+    """rrtc.vllm.model, with stand-ins for what it imports."""
     for name, content in {"config": {"VllmConfig": None}, "model_executor.models.transformers": {}}.items():
         module = types.ModuleType(f"vllm.{name}")
         vars(module).update(content or {"TransformersForCausalLM": Backend})
@@ -279,9 +279,9 @@ def test_the_entry_point_names_it_and_nothing_else_of_rrtc_imports_vllm():
     points = tomllib.loads((root / "pyproject.toml").read_text())["project"]["entry-points"]["vllm.general_plugins"]
     module, _, function = points["rrtc"].partition(":")
     assert getattr(importlib.import_module(module), function) is vllm_plugin.register
-    code = "import sys, rrtc.export.vllm_plugin; print(sorted({'vllm', 'torch', 'transformers'} & sys.modules.keys()))"
+    code = "import sys, rrtc.vllm.plugin; print(sorted({'vllm', 'torch', 'transformers'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
     asking = {file.name for file in (root / "rrtc").rglob("*.py") if "vllm import" in file.read_text()}
-    assert asking == {"vllm_plugin.py"} and importlib.util.find_spec(vllm_plugin.BACKEND.partition(":")[0])
+    assert asking == {"plugin.py"} and importlib.util.find_spec(vllm_plugin.BACKEND.partition(":")[0])
     asking = {file.name for file in (root / "rrtc").rglob("*.py") if "from vllm." in file.read_text()}
-    assert asking == {"vllm_model.py"}
+    assert asking == {"model.py"}
