@@ -1,32 +1,72 @@
 """What the user sees: results on stdout, progress and notes on stderr, and only from the first process of a run.
 
-Rich itself honors NO_COLOR and writes plain text into pipes.
+Names of files, models and tensors are others' words: nothing in them is taken for markup, and a control character is
+shown as an escape, such as \\x1b. Rich itself honors NO_COLOR and writes plain text into pipes.
 """
 
 import json
 import os
+import re
 import sys
+import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from rrtc.errors import RrtcError, WrongUsage
 from rrtc.machine import is_first_process
 
 results = Console(quiet=not is_first_process, soft_wrap=True)
 notes = Console(stderr=True, quiet=not is_first_process, soft_wrap=True)
+# Control characters, those that turn the direction of writing, and bytes of a file's name that are no text.
+CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+class RrtcWarning(UserWarning):
+    """What the user of the Python API should not miss."""
+
+
+def visible(text: object) -> str:
+    """`text` on one line, with its control characters as escapes."""
+    return CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
+
+
+def plain(text: object, style: str = "") -> Text:
+    """`text`, which may have several lines, for printing: it holds no markup, and is `visible`."""
+    return Text("\n".join(map(visible, str(text).split("\n"))), style)
+
+
+@contextmanager
+def notes_shown(shown: bool) -> Iterator[None]:
+    """Whether notes and progress are shown in the block, and warnings there, or else as Python's."""
+    before, notes.quiet = notes.quiet, not (shown and is_first_process)
+    try:
+        yield
+    finally:
+        notes.quiet = before
 
 
 def note(text: str) -> None:
     """One line about what is going on, on stderr."""
-    notes.print(text, style="dim", highlight=False, markup=False)
+    notes.print(Text(visible(text), "dim"))
 
 
 def warn(text: str) -> None:
+    """One line the user should not miss: on stderr, or, where no notes are shown, an RrtcWarning, which a program can
+    filter, or make an error."""
+    if not notes.quiet:
+        show_warning(text)
+    elif is_first_process:
+        warnings.warn(text, RrtcWarning, stacklevel=2)
+
+
+def show_warning(text: str) -> None:
     """One line the user should not miss, on stderr."""
-    notes.print(f"Note: {text}", style="yellow", highlight=False, markup=False)
+    Console(stderr=True, soft_wrap=True).print(Text(f"Note: {visible(text)}", "yellow"))
 
 
 def show_error(error: RrtcError) -> None:
@@ -34,9 +74,9 @@ def show_error(error: RrtcError) -> None:
     if error.of_all_processes and not is_first_process:
         return
     console = Console(stderr=True, soft_wrap=True)
-    console.print(f"Error: {error.sentence}", style="bold red", highlight=False, markup=False)
+    console.print(Text(f"Error: {visible(error.sentence)}", "bold red"))
     if error.hint:
-        console.print(f"Hint: {error.hint}", style="cyan", highlight=False, markup=False)
+        console.print(Text(f"Hint: {visible(error.hint)}", "cyan"))
 
 
 @contextmanager
@@ -53,11 +93,11 @@ def progress(description: str, total: int, done: int = 0):
     )  # fmt: skip
 
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
         TextColumn("left"), TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal) as bar:
-        task = bar.add_task(description, total=total, completed=done)
+        task = bar.add_task(visible(description), total=total, completed=done)
         yield lambda n=1: bar.advance(task, n)
 
 
@@ -81,11 +121,12 @@ def write_json(value: dict, target: str | None) -> None:
         Path(target).write_text(text, encoding="utf8")
 
 
-def table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
+def table(title: str, columns: list[str], rows: list[list]) -> Table:
     """A Rich table: the first column to the left, the others, numbers, to the right."""
-    made = Table(title=title, title_justify="left", title_style="bold")
+    made = Table(title=plain(title), title_justify="left", title_style="bold")
     for number, column in enumerate(columns):
-        made.add_column(column, justify="left" if number == 0 else "right", overflow="fold", no_wrap=number == 0)
+        justify = "left" if number == 0 else "right"
+        made.add_column(plain(column), justify=justify, overflow="fold", no_wrap=number == 0)
     for row in rows:
-        made.add_row(*[str(cell) for cell in row])
+        made.add_row(*map(plain, row))
     return made

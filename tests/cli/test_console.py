@@ -1,0 +1,52 @@
+"""The console: others' words are shown as they are, and nothing is shown that was not asked for."""
+
+import warnings
+
+import pytest
+from rich.console import Console
+
+from rrtc import console
+from rrtc.errors import RrtcError
+
+NASTY = "a[/x][red]\x1b[31m\u202eb\x07\x9b\udc80"
+SHOWN = r"a[/x][red]\x1b[31m\u202eb\x07\x9b\udc80"
+
+
+def test_control_characters_are_shown_as_escapes():
+    assert console.visible(NASTY) == SHOWN
+    assert console.visible("one\ntwo\r\tthree é 漢") == r"one\ntwo\r\tthree é 漢"
+    assert console.plain("one\ntwo\r").plain == "one\ntwo\\r"
+
+
+def test_nothing_in_a_table_is_markup():
+    paper = Console(width=200, color_system=None)
+    with paper.capture() as captured:
+        paper.print(console.table(NASTY, ["[bold]", NASTY], [["[/x]", NASTY], [NASTY, 3]]))
+    assert captured.get().count(SHOWN) == 4 and "[bold]" in captured.get() and "[/x]" in captured.get()
+
+
+def test_nothing_in_notes_warnings_and_errors_is_markup(capsys):
+    console.note(NASTY)
+    console.warn(NASTY)
+    console.show_error(RrtcError(NASTY, NASTY))
+    assert capsys.readouterr().err.splitlines() == [SHOWN, f"Note: {SHOWN}", f"Error: {SHOWN}", f"Hint: {SHOWN}"]
+
+
+def test_a_progress_bar_shows_its_description_as_it_is(monkeypatch, capsys):
+    terminal = Console(stderr=True, force_terminal=True, color_system=None, width=200)
+    monkeypatch.setattr(console, "notes", terminal)
+    with console.progress(NASTY, total=2) as advance:
+        advance()
+    assert SHOWN in capsys.readouterr().err
+
+
+def test_where_no_notes_are_shown_a_warning_is_pythons(capsys):
+    with console.notes_shown(False), pytest.warns(console.RrtcWarning, match="mind the gap"):
+        console.note("on the way")
+        console.warn("mind the gap")
+    assert capsys.readouterr() == ("", "")
+    with console.notes_shown(True), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        console.note("on the way")
+        console.warn("mind the gap")
+    assert capsys.readouterr().err.splitlines() == ["on the way", "Note: mind the gap"]
