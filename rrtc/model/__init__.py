@@ -2,8 +2,8 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from rrtc.model.configuration_rrt import RrtConfig
-from rrtc.model.modeling_rrt import RrtForCausalLM, RrtModel
+from .configuration_rrt import RrtConfig
+from .modeling_rrt import RrtForCausalLM, RrtModel
 
 AutoConfig.register("rrt", RrtConfig, exist_ok=True)
 AutoModel.register(RrtConfig, RrtModel, exist_ok=True)
