@@ -24,7 +24,7 @@ def imports_of(name: str) -> dict[str, bool]:
             found |= {alias.name: False for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             source = importlib.util.resolve_name("." * node.level + (node.module or ""), name.rpartition(".")[0])
-            found |= {other: node.level > 0 for other in (source, *(f"{source}.{alias.name}" for alias in node.names))}
+            found |= dict.fromkeys((source, *(f"{source}.{alias.name}" for alias in node.names)), node.level > 0)
     return found
 
 
