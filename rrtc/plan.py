@@ -198,6 +198,13 @@ class Plan:
         """As Architecture.kv_bytes_per_token: every visit has a place of its own, so looping saves none."""
         return self.architecture.kv_bytes_per_token(width)
 
+    @property
+    def savings(self) -> str:
+        """What a token of this model saves beside the dense one, as a sentence: see `savings`."""
+        dense = self.architecture
+        kv, dense_kv = (counted.kv_bytes_per_token(1) for counted in (self, dense))
+        return savings(self.flops_per_token, dense.flops_per_token, kv, dense_kv)
+
     def summary(self, width: int) -> dict:
         """The plan as plain data for `--json`, at `width` bytes a parameter."""
         dense = self.architecture
@@ -213,8 +220,24 @@ class Plan:
             "flops_per_token": self.flops_per_token,
             "dense_flops_per_token": dense.flops_per_token,
             "kv_bytes_per_token": self.kv_bytes_per_token(width),
+            "dense_kv_bytes_per_token": dense.kv_bytes_per_token(width),
             "visits": [asdict(visit) for visit in self.visits],
         }
+
+
+def savings(flops: float | None, dense_flops: float, kv_bytes: float, dense_kv_bytes: float) -> str:
+    """What one token saves of the dense model's arithmetic and KV cache, as a sentence for people. flops: None where
+    they are not known yet; then the sentence is about the cache alone."""
+    arithmetic = [] if flops is None else [_saving(flops, dense_flops, "arithmetic")]
+    parts = [*arithmetic, _saving(kv_bytes, dense_kv_bytes, "KV cache")]
+    return f"Beside the dense model, a token {' and '.join(parts)}."
+
+
+def _saving(now: float, dense: float, what: str) -> str:
+    change = f"{abs(1 - now / dense):.1%}"
+    if change == "0.0%":
+        return f"saves no {what}"
+    return f"saves {change} of the {what}" if now < dense else f"takes {change} more {what}"
 
 
 def ends_of_loops(visits: Sequence[Visit]) -> tuple[int, ...]:

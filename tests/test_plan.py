@@ -13,7 +13,7 @@ from rrtc.init.slots import source_layers
 from rrtc.io.source import read_config
 from rrtc.model import RrtConfig, RrtForCausalLM
 from rrtc.patterns import make_plan
-from rrtc.plan import Architecture, Layer, Matrix
+from rrtc.plan import Architecture, Layer, Matrix, savings
 from rrtc.recipe.init import InitRecipe
 from rrtc.recipe.schema import load_recipe
 from rrtc.stock.architecture import read_architecture
@@ -206,6 +206,13 @@ def part_of(name: str, plan) -> str:
     return "head" if name.startswith(("lm_head", "embed_out")) else "norms_and_biases"
 
 
+def test_what_a_token_saves_is_said_from_the_counts():
+    begin = "Beside the dense model, a token "
+    assert savings(75, 100, 50, 100) == begin + "saves 25.0% of the arithmetic and saves 50.0% of the KV cache."
+    assert savings(1031, 1000, 100, 100) == begin + "takes 3.1% more arithmetic and saves no KV cache."
+    assert savings(None, 100, 60, 100) == begin + "saves 40.0% of the KV cache."  # a plan that is not made yet
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_the_summary_counts_as_the_plan_does(architecture):
     plan = plan_of(pico_config(architecture), rank=4)
@@ -214,6 +221,8 @@ def test_the_summary_counts_as_the_plan_does(architecture):
     assert summary["bytes"] == 2 * plan.parameters and summary["dense_bytes"] == 2 * plan.architecture.parameters
     assert summary["dense_params_non_embedding"] == plan.architecture.non_embedding
     assert [visit["slot"] for visit in summary["visits"]] == [0, 1, 2, 0, 1, 2]
+    assert summary["kv_bytes_per_token"] == plan.kv_bytes_per_token(2)
+    assert summary["dense_kv_bytes_per_token"] == plan.architecture.kv_bytes_per_token(2)
 
 
 def test_the_memory_init_needs_is_a_slot_at_a_time_whatever_is_measured():
@@ -230,6 +239,11 @@ def test_looping_saves_neither_arithmetic_nor_kv_cache_and_lora_adds_arithmetic(
     plain, relaxed = make_plan(dense, InitRecipe(rank=0)), make_plan(dense, InitRecipe(rank=4))
     assert plain.flops_per_token == dense.flops_per_token
     assert relaxed.flops_per_token == dense.flops_per_token + 2 * relaxed.parts["lora"]
+    more = 100 * (relaxed.flops_per_token / dense.flops_per_token - 1)
+    assert plain.savings == "Beside the dense model, a token saves no arithmetic and saves no KV cache."
+    assert (
+        relaxed.savings == f"Beside the dense model, a token takes {more:.1f}% more arithmetic and saves no KV cache."
+    )
     head_dim = config.hidden_size // config.num_attention_heads
     assert plain.kv_bytes_per_token(2) == 6 * 2 * config.num_key_value_heads * head_dim * 2
 

@@ -6,12 +6,9 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from rrtc.console import table
+from rrtc.console import plain, table
+from rrtc.plan import savings
 from rrtc.units import count, duration, size
-
-
-def _plain(text: str) -> Text:
-    return Text(text)  # paths and figures hold no markup
 
 
 def visits(rows: list[dict]) -> str:
@@ -65,10 +62,15 @@ def plan(result: dict) -> Group:
             size(result["bytes"]),
             f"{result['bytes'] / result['dense_bytes']:.3f}",
         ],
-        ["KV cache per token", *[size(result["kv_bytes_per_token"])] * 2, "1.000"],
+        [
+            "KV cache per token",
+            size(result["dense_kv_bytes_per_token"]),
+            size(result["kv_bytes_per_token"]),
+            f"{result['kv_bytes_per_token'] / result['dense_kv_bytes_per_token']:.3f}",
+        ],
     ]
-    if flops := result["flops_per_token"]:
-        dense_flops = result["dense_flops_per_token"]
+    flops, dense_flops = result["flops_per_token"], result["dense_flops_per_token"]
+    if flops is not None:
         rows.insert(3, ["FLOPs per token", count(dense_flops), count(flops), f"{flops / dense_flops:.3f}"])
     if result["source_bytes"]:
         ratio = result["bytes"] / result["source_bytes"]
@@ -78,11 +80,12 @@ def plan(result: dict) -> Group:
     else:
         parts = ", ".join(f"{name.replace('_', ' ')} {count(n)}" for name, n in result["params_by_part"].items() if n)
         chosen = [f"Parameters by part: {parts}", visits(result["visits"])]
+    saved = savings(flops, dense_flops, result["kv_bytes_per_token"], result["dense_kv_bytes_per_token"])
     return Group(
         table(f"Plan for {result['model']}", ["", "dense", "compressed", "ratio"], rows),
-        _plain(f"Peak memory of init: about {size(result['init_peak_bytes'])}"),
-        *map(_plain, chosen),
-        _plain("Tying saves memory and disk. It does not save arithmetic or KV cache."),
+        plain(f"Peak memory of init: about {size(result['init_peak_bytes'])}"),
+        *map(plain, chosen),
+        plain(f"Tying saves memory and disk. {saved}"),
     )
 
 
@@ -94,21 +97,21 @@ def init(result: dict, folder: str) -> Group:
     if source:
         sizes += f", {written / source:.3f} of the GGUF file"
     lines = [
-        _plain(f"Wrote {folder}: {count(result['params_total'])} parameters, {sizes}"),
+        plain(f"Wrote {folder}: {count(result['params_total'])} parameters, {sizes}"),
     ]
     if any(kept.values()):
         rows = [[matrix, f"{energy:.1%}"] for matrix, energy in kept.items()]
         lines.append(table("What the LoRA kept of what tying lost", ["matrix", "energy"], rows))
     if result.get("predicted_excess") is not None:
-        lines.append(_plain(f"Predicted excess over the dense model: {result['predicted_excess']:.3f} nats per token"))
+        lines.append(plain(f"Predicted excess over the dense model: {result['predicted_excess']:.3f} nats per token"))
     if loss := result.get("loss"):
         lines.append(
-            _plain(
+            plain(
                 f"Loss before any training: {loss['after_init']:.3f}; dense: {loss['dense']:.3f} "
                 f"(nats per token, {loss['tokens']} tokens)"
             )
         )
-    lines.append(_plain(f"Next: rrtc uptrain {folder} -o HEALED"))
+    lines.append(plain(f"Next: rrtc uptrain {folder} -o HEALED"))
     return Group(*lines)
 
 
@@ -131,23 +134,24 @@ def report(result: dict) -> Group:
     lines += [*_tasks(models), *_passkey(models)]
     scored = ", ".join(f"{name} ({count(n)} tokens)" for name, n in result["tokens"].items())
     lines += [
-        _plain("KL: nats per token from the dense model. top-1: share of tokens on which both agree. [95 % interval]"),
-        _plain(f"Scored on: {scored}"),
+        plain("KL: nats per token from the dense model. top-1: share of tokens on which both agree. [95 % interval]"),
+        plain(f"Scored on: {scored}"),
     ]
     if result["speed"]:
         ratios = (f"{what} {_ratio(result['speed'][what])}" for what in ("prefill", "decode"))
-        lines.append(_plain(f"Speed, as a multiple of the dense model's (quartiles): {', '.join(ratios)}"))
+        lines.append(plain(f"Speed, as a multiple of the dense model's (quartiles): {', '.join(ratios)}"))
     if result["source_bytes"]:
         lines.append(
-            _plain(
+            plain(
                 f"The dense model was read from a GGUF file of {size(result['source_bytes'])}; its size above is what "
                 "it takes in the format of the compressed one."
             )
         )
     for entry in result["not_run"]:
-        lines.append(_plain(f"Not run: {entry['task']}. {entry['why']}"))
+        lines.append(plain(f"Not run: {entry['task']}. {entry['why']}"))
     for said in result["samples"]:
-        lines.append(Text.assemble((f"{said['model']}: ", "bold"), " ".join(said["text"].split()) or "(says nothing)"))
+        words = " ".join(said["text"].split()) or "(says nothing)"
+        lines.append(Text.assemble(plain(f"{said['model']}: ", "bold"), plain(words)))
     return Group(*lines)
 
 
@@ -231,14 +235,14 @@ def uptrain(result: dict, folder: str) -> Group:
     lines = [table(f"Wrote {folder}: {trained}", ["on the training text, nats per token", "first", "last"], rows)]
     if cache := result.get("teacher_cache"):
         lines.append(
-            _plain(
+            plain(
                 f"Teacher cache: {cache['reused']} of {cache['windows']} windows were there before, "
                 f"{cache['bytes_per_token']:.0f} bytes a token."
             )
         )
     return Group(
         *lines,
-        _plain(f"Curves: {folder}/loss.png. Next: rrtc eval {folder} -o REPORT"),
+        plain(f"Curves: {folder}/loss.png. Next: rrtc eval {folder} -o REPORT"),
     )
 
 
@@ -254,7 +258,7 @@ def export(result: dict, folder: str) -> Group:
             f"Bits per byte on held-out text: {found['plain']:.4f} before, {found['calibrated']:.4f} in {number} "
             f"(every weight rounded to its nearest {number}: {found['nearest']:.4f})."
         )
-    return Group(*map(_plain, lines))
+    return Group(*map(plain, lines))
 
 
 def description(result: dict) -> Group:
@@ -274,13 +278,11 @@ def description(result: dict) -> Group:
         rows.append([f"recipe, {stage}", text])
     for stage, figures in result["measured"].items():
         rows.append([f"measured, {stage}", _figures(figures)])
-    made = table(result["folder"], ["", ""], [])
+    made = table(result["folder"], ["", ""], rows)
     made.columns[1].justify = "left"
-    for row in rows:
-        made.add_row(row[0], _plain(str(row[1])))
     lines = [made]
     if result.get("visits"):
-        lines.append(_plain(visits(result["visits"])))
+        lines.append(plain(visits(result["visits"])))
     if "report" in result:
         lines.append(report(result["report"]))
     return Group(*lines)

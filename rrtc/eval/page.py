@@ -1,8 +1,10 @@
 """report.html: report.json to look at, in one file that needs nothing else."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from rrtc.plan import savings
 from rrtc.units import count, size
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -10,10 +12,7 @@ PARTS = {
     "embeddings": "embeddings", "head": "head", "shared": "shared", "own": "own", "lora": "LoRA",
     "low_rank": "low rank", "norms_and_biases": "norms, biases",
 }  # fmt: skip
-LOOPS = (
-    "Using layers several times saves memory and disk. It saves neither arithmetic nor KV cache: every use computes, "
-    "and has a place of its own in the cache."
-)
+LOOPS = "Using layers several times saves memory and disk."
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,7 @@ def _cost(report: dict) -> Table:
             peak = "–" if cost["peak_memory_bytes"] is None else size(cost["peak_memory_bytes"])
             kv = size(cost["kv_bytes_per_token"])
             rows.append([row["model"], kv, count(cost["flops_per_token"]), peak])
-    note = LOOPS
+    note = " ".join([LOOPS, *_savings(report["models"])])
     if speed := report["speed"]:
         ratios = (
             f"{what} {speed[name]['ratio']:.2f} [{speed[name]['low']:.2f}, {speed[name]['high']:.2f}]"
@@ -138,6 +137,18 @@ def _cost(report: dict) -> Table:
             f"{speed['rounds']} rounds, median and quartiles): {', '.join(ratios)}."
         )
     return Table("Cost", ["model", "KV cache a token", "FLOPs a token", "peak memory"], rows, note)
+
+
+def _savings(rows: list[dict]) -> Iterator[str]:
+    """What a token of each compressed model saves: one sentence for all of which the same is true."""
+    measured = [row for row in rows if "cost" in row]
+    said: dict[str, list[str]] = {}
+    for row in (row for row in measured if row["kind"] == "stage"):
+        both = (row["cost"], measured[0]["cost"])  # and the dense model's
+        counts = (cost[key] for key in ("flops_per_token", "kv_bytes_per_token") for cost in both)
+        said.setdefault(savings(*counts), []).append(row["model"])
+    for sentence, models in said.items():
+        yield sentence if len(said) == 1 else f"{', '.join(models)}: {sentence}"
 
 
 def _score(score: dict | None, form: str, scale: float = 1) -> str:

@@ -107,7 +107,7 @@ def test_the_page_says_what_the_report_says(report, tmp_path):
         "Measured against maker/model", "held out (4.08k tokens)", "1.2677 ± 0.0123", "+0.0840 [+0.0740, +0.0940]",
         "0.4917 ± 0.0123", "64.7 % ± 1.2", "piqa (acc_norm, 500 items)", "61.2 ± 1.2 (-7.0 [-8.0, -6.0])", "average",
         "exit after loop 1", "50%", "28.31M", "LoRA", "23.04 kB", "841.5 MB", "reading a prompt 0.97 [0.95, 0.99]",
-        "generating 1.21", "neither arithmetic nor KV cache", "hellaswag: There is no network.",
+        "generating 1.21", "a token saves no arithmetic and saves no KV cache", "hellaswag: There is no network.",
         "The sky is <b>blue</b>",
         "seed 0, 1000 bootstrap samples", "torch 2.13.0",
     ):  # fmt: skip
