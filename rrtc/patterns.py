@@ -55,6 +55,7 @@ def target_parameters(architecture: Architecture, recipe: InitRecipe, width: int
         return architecture.embedding + architecture.head + int(recipe.budget * architecture.non_embedding)
     if recipe.target_params is not None:
         return parse_count(recipe.target_params)
+    assert recipe.target_bytes is not None  # one of the three is given
     return parse_size(recipe.target_bytes) // width
 
 

@@ -74,7 +74,7 @@ class InitRecipe(Section):
         if value is None:
             return None
         if isinstance(value, str) and "=" in value:
-            value = dict(part.split("=", 1) if "=" in part else (part, "") for part in value.split(","))
+            value = dict(part.partition("=")[::2] for part in value.split(","))
         if isinstance(value, dict):
             value = {str(group).strip(): rank for group, rank in value.items()}
             for group in value:

@@ -7,7 +7,7 @@ An unknown key is an error that names the nearest valid one.
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import Field, ValidationError
 
@@ -18,6 +18,7 @@ from rrtc.recipe.init import InitRecipe
 from rrtc.recipe.section import Section
 from rrtc.recipe.uptrain import UptrainRecipe
 
+AnySection = TypeVar("AnySection", bound=Section)
 
 # The recipes that come with rrtc: inside the package in a wheel (pyproject.toml puts them there), else in the checkout.
 SHIPPED = [Path(__file__).parents[1] / "recipes", Path(__file__).parents[2] / "recipes"]
@@ -65,13 +66,13 @@ def _file_of(path: str) -> Path:
     return next((file for file in [Path(path), *shipped] if file.is_file()), Path(path))
 
 
-def with_flags(section: Section, flags: dict[str, Any]) -> Section:
+def with_flags(section: AnySection, flags: dict[str, Any]) -> AnySection:
     """`section` with the values given on the command line (those that are not None) in place of its own."""
     given = {name: value for name, value in flags.items() if value is not None}
     return _checked(type(section), section.model_dump() | given, "the command line") if given else section
 
 
-def _checked(schema: type[Section], values: dict, source: str) -> Section:
+def _checked(schema: type[AnySection], values: dict, source: str) -> AnySection:
     try:
         return schema.model_validate(values)
     except ValidationError as error:
@@ -94,6 +95,7 @@ def _checked(schema: type[Section], values: dict, source: str) -> Section:
 
 
 def _fields_at(schema: type[Section], path: list[str]) -> list[str]:
+    section: Any = schema
     for part in path:
-        schema = schema.model_fields[part].annotation
-    return list(schema.model_fields)
+        section = section.model_fields[part].annotation
+    return list(section.model_fields)

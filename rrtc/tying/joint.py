@@ -12,6 +12,7 @@ better.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,7 +48,8 @@ def joint_costs(group: list[Seen]) -> Tensor:
         costs = costs_by_rank(*_difference(group), slopes)
         return torch.cat([costs[::2], costs.new_zeros(len(costs) - len(costs[::2]))])
     shared = _shared(group)
-    return sum(costs_by_rank(seen.weight - shared, seen.inputs, slopes) for seen in group)
+    first, *others = [costs_by_rank(seen.weight - shared, seen.inputs, slopes) for seen in group]
+    return sum(others, first)
 
 
 def joint(group: list[Seen], rank: int) -> Joint:
@@ -87,7 +89,8 @@ def _shared(group: list[Seen], factors: list[tuple[Tensor, Tensor]] | None = Non
     """The best W' for given factors, (sum of M_b C_b) (sum of C_b)^-1 with M_b = W_b - B_b A_b; some rows at a time."""
     pooled, shared = Moment.pooled([seen.inputs for seen in group]), torch.empty_like(group[0].weight)
     for start in range(0, len(shared), BLOCK):
-        rows, products = slice(start, start + BLOCK), 0
+        rows = slice(start, start + BLOCK)
+        products: Any = 0
         for number, seen in enumerate(group):
             weight = seen.weight[rows].double()
             if factors is not None:

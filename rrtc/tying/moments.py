@@ -11,6 +11,7 @@ f(level I + X^T X) = f(level) I + X^T U diag((f(level + s) - f(level)) / s) U^T 
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -26,6 +27,21 @@ class Moment:
     moment of some entries, in the order of an index, each times its sign. Full and sampled ones also have: solve: M^-1
     x in float64; inverse: for taking entries away (see FullInverse).
     """
+
+    if TYPE_CHECKING:
+        matrix: Tensor
+        samples: Tensor
+        level: float
+
+        def __init__(self, matrix: Tensor): ...
+        @property
+        def diagonal(self) -> Tensor: ...
+        def times(self, x: Tensor) -> Tensor: ...
+        def root_times(self, x: Tensor) -> Tensor: ...
+        def inverse_root_times(self, x: Tensor) -> Tensor: ...
+        def solve(self, x: Tensor) -> Tensor: ...
+        def of(self, index: Tensor, signs: Tensor | None = None) -> "Moment": ...
+        def inverse(self) -> "FullInverse | SampledInverse": ...
 
     def transposed_root_times(self, x: Tensor) -> Tensor:
         return self.root_times(x)  # the root of two forms is the symmetric one
@@ -66,7 +82,7 @@ class Moment:
     @staticmethod
     def parallel(first: "Moment", second: "Moment") -> "Moment":
         """The parallel sum C_1 (C_1 + C_2)^-1 C_2 of two of one form, full or sampled."""
-        if isinstance(first, SampledMoment):
+        if isinstance(first, SampledMoment) and isinstance(second, SampledMoment):
             if len(first.samples) + len(second.samples) < first.samples.shape[1]:
                 return _parallel_of_samples(first, second)
             first, second = first.full(), second.full()

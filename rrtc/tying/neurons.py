@@ -7,6 +7,7 @@ run on random weights and watched.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -82,7 +83,8 @@ def align(first: dict[str, Seen], second: dict[str, Seen], neurons: Neurons) -> 
     Likeness is the inner product of rows and columns in the metric of whiten.py, with the diagonal of the neurons' own
     moment; the assignment is the best of all (Hungarian algorithm).
     """
-    terms = []  # likeness is the sum of (rows of the first, scaled) @ (columns of the second); whether signs turn it
+    # Likeness is the sum of (rows of the first, scaled) @ (columns of the second); and whether signs turn it.
+    terms: list[tuple[bool, Tensor, Tensor, Tensor]] = []
     for name in neurons.matrices:
         a, b = first[name], second[name]
         turned = bool(neurons.signed) and name in (*neurons.signed, neurons.reader)
@@ -96,7 +98,7 @@ def align(first: dict[str, Seen], second: dict[str, Seen], neurons: Neurons) -> 
             for rows, others, size, other_size in zip(*parts, *sizes, strict=True):
                 terms.append((turned, rows, size, inputs.times(others.T).mul_(other_size)))
 
-    def likeness(block: slice, wanted: bool) -> Tensor | int:
+    def likeness(block: slice, wanted: bool) -> Any:  # a tensor, or 0
         return sum(
             rows[block] @ columns * size[block, None] for turned, rows, size, columns in terms if turned is wanted
         )
@@ -109,7 +111,7 @@ def align(first: dict[str, Seen], second: dict[str, Seen], neurons: Neurons) -> 
     _, index = linear_sum_assignment(cost.numpy())
     del cost
     index = torch.from_numpy(index).to(first[neurons.reader].weight.device)
-    signed = sum((rows * columns[:, index].T).sum(1) for turned, rows, _, columns in terms if turned)
+    signed: Any = sum((rows * columns[:, index].T).sum(1) for turned, rows, _, columns in terms if turned)
     signs = torch.ones(neurons.width, device=index.device)
     return index, signs.masked_fill_(signed < 0, -1) if neurons.signed else signs
 
@@ -153,7 +155,7 @@ def removal(readers: list[Seen]) -> Removal:
     gone = torch.zeros(width, dtype=torch.bool, device=readers[0].weight.device)
     order, removed, costs = [], [0], [0.0]
     while removed[-1] + step <= width - max(1, width // 4):
-        needed = sum(columns.square().sum(0) / inverse.diagonal for inverse, columns in states)
+        needed: Any = sum(columns.square().sum(0) / inverse.diagonal for inverse, columns in states)
         chosen = needed.masked_fill(gone, torch.inf).topk(step, largest=False).indices
         cost = costs[-1]
         for inverse, columns in states:

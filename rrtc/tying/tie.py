@@ -64,7 +64,7 @@ def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return (left, right) if wide else (right.T, left.T)
 
 
-def zero_product(shape: tuple[int, int], rank: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def zero_product(shape: tuple[int, ...], rank: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """(B, A) for a matrix of `shape` (outputs, inputs) with B = 0 and A Gaussian of variance 1 / inputs."""
     outputs, inputs = shape
     generator = torch.Generator().manual_seed(0)
