@@ -32,6 +32,7 @@ from rrtc.model.modeling_rrt import RelaxedLinear, find_layers
 from rrtc.scoring import score
 from rrtc.stock.architecture import stock_model
 from rrtc.text.windows import Windows
+from rrtc.tying.moments import Gathering
 from rrtc.tying.rounding import best_factors, best_scales, gptq, round_to_nearest, widest_scales
 
 BITS = {"int8": 8, "int4": 4}
@@ -162,17 +163,14 @@ def _parts(matrices: list[Matrix]) -> Iterator[list[Matrix]]:
 def _moments(model: PreTrainedModel, matrices: list[Matrix], calibration: Tensor, advance) -> dict[nn.Module, Tensor]:
     """The mean of x x^T over all tokens, (inputs, inputs), float32, of what enters each reader of `matrices`.
     `calibration`: (windows, context). Readers of the same input (queries, keys and values) have one tensor."""
-    found: dict[nn.Module, Tensor] = {}
-    last: tuple[Tensor, Tensor] | None = None  # an input, and the moment it went into
+    found: dict[nn.Module, Gathering] = {}
+    last: tuple[Tensor, Gathering] | None = None  # an input, and where it went
 
     def read(module: nn.Module, args: tuple) -> None:
         nonlocal last
         if last is None or last[0] is not args[0]:
-            x = args[0].flatten(0, -2)  # (tokens, inputs)
-            moment = found.get(module)
-            if moment is None:
-                moment = x.new_zeros(x.shape[1], x.shape[1])
-            last = args[0], moment.addmm_(x.T, x, alpha=1 / calibration.numel())
+            last = args[0], found.get(module) or Gathering(calibration.numel(), always_full=True)
+            last[1].add(args[0].flatten(0, -2))
         found[module] = last[1]
 
     hooks = [reader.register_forward_pre_hook(read) for matrix in matrices for reader in matrix.readers]
@@ -183,7 +181,8 @@ def _moments(model: PreTrainedModel, matrices: list[Matrix], calibration: Tensor
     finally:
         for hook in hooks:
             hook.remove()
-    return found
+    means = {gathering: gathering.finish() for gathering in dict.fromkeys(found.values())}
+    return {module: means[gathering] for module, gathering in found.items()}
 
 
 @torch.no_grad()

@@ -7,7 +7,6 @@ all windows are in memory at a time; what enters each layer waits on disk for th
 enough on disk to go on from.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from weakref import WeakValueDictionary
@@ -23,7 +22,7 @@ from rrtc.io.folder import whole_file
 from rrtc.io.weights import all_finite
 from rrtc.plan import Architecture
 from rrtc.stock.streamed import StreamedModel
-from rrtc.tying.moments import Moment
+from rrtc.tying.moments import Gathering, Moment
 from rrtc.tying.neurons import Neurons
 from rrtc.tying.whiten import Seen
 
@@ -89,39 +88,26 @@ class SeenLayer(Mapping[str, Seen]):
 
 
 class Gathered:
-    """What the matrices of one layer see of `tokens` tokens, put together batch by batch in the form that takes least:
-    the inputs themselves where there are fewer tokens than inputs, or else the sum of their outer products."""
+    """What the matrices of one layer see of `tokens` tokens, by the names of those that see the same."""
 
     def __init__(self, tokens: int):
         self._tokens = tokens
-        self._kept: dict[str, Tensor] = {}
-        self._filled: Counter[str] = Counter()
+        self._gatherings: dict[str, Gathering] = {}
 
     def add(self, name: str, rows: Tensor, diagonal: bool = False) -> None:
         """rows: (tokens of a batch, size). diagonal: of the outer products no more than that."""
-        size, start = rows.shape[1], self._filled[name]
-        if name not in self._kept:
-            self._kept[name] = rows.new_zeros((size,) if diagonal else (min(self._tokens, size), size))
-        kept = self._kept[name]
-        if diagonal:
-            kept += rows.square().sum(0)
-        elif self._tokens < size:
-            kept[start : start + len(rows)] = rows
-        else:
-            kept.addmm_(rows.T, rows)
-        self._filled[name] += len(rows)
+        self._gatherings.setdefault(name, Gathering(self._tokens, only_diagonal=diagonal)).add(rows)
 
     def save(self, file: Path) -> None:
-        for name, kept in self._kept.items():
+        found = {name: gathering.finish() for name, gathering in self._gatherings.items()}
+        for name, kept in found.items():
             if not all_finite(kept):
                 raise RrtcError(
                     f"The model computes NaN or infinity on the calibration text ({file.stem}, {name}).",
                     "Its weights are finite; is it the result of a merge, or trained in a wider number format?",
                 )
-            if kept.dim() == 1 or len(kept) == kept.shape[1]:
-                kept /= self._tokens
         with whole_file(file) as temporary:
-            save_file({name: kept.cpu() for name, kept in self._kept.items()}, temporary)
+            save_file({name: kept.cpu() for name, kept in found.items()}, temporary)
 
 
 def calibrate(

@@ -95,6 +95,42 @@ class Moment:
         return FullMoment(found)
 
 
+class Gathering:
+    """What `Moment.estimated` takes, put together batch by batch over `tokens` tokens: what enters a matrix, or the
+    slopes at what leaves it. It is kept in float32, in the form that takes least.
+
+    only_diagonal: no more than the mean of x^2, (size,), is wanted. always_full: the mean of x x^T, (size, size), is
+    wanted even where the rows themselves, (tokens, size), would take less.
+    """
+
+    def __init__(self, tokens: int, only_diagonal: bool = False, always_full: bool = False):
+        self._tokens, self._only_diagonal, self._always_full = tokens, only_diagonal, always_full
+        self._kept: Tensor | None = None
+        self._filled = 0  # rows that were added
+
+    def add(self, rows: Tensor) -> None:
+        """rows: (tokens of a batch, size), float32."""
+        size, end = rows.shape[1], self._filled + len(rows)
+        keeps_rows = self._tokens < size and not self._always_full
+        if self._kept is None:
+            shape = (size,) if self._only_diagonal else (self._tokens if keeps_rows else size, size)
+            self._kept = rows.new_zeros(shape)
+        if self._only_diagonal:
+            self._kept += rows.square().sum(0)
+        elif keeps_rows:
+            self._kept[self._filled : end] = rows
+        else:
+            self._kept.addmm_(rows.T, rows)
+        self._filled = end
+
+    def finish(self) -> Tensor:
+        """The mean over all tokens, or all rows, once every token was added. To be called once: it is the memory in
+        which they were gathered."""
+        kept, self._kept = self._kept, None
+        is_sum = kept.dim() == 1 or len(kept) == kept.shape[1]
+        return kept.div_(self._tokens) if is_sum else kept
+
+
 class FullMoment(Moment):
     def __init__(self, matrix: Tensor):
         self.matrix = matrix

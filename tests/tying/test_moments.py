@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rrtc.tying.joint import joint, joint_costs
-from rrtc.tying.moments import FullMoment, Moment, SampledMoment
+from rrtc.tying.moments import FullMoment, Gathering, Moment, SampledMoment
 from rrtc.tying.neurons import Neurons, align, narrowed, removal, reordered_seen
 from rrtc.tying.tie import truncated_svd
 from rrtc.tying.whiten import Seen, costs_by_rank, spectrum
@@ -27,6 +27,23 @@ def sampled(size: int = SIZE, tokens: int = TOKENS, seed: int = 0) -> SampledMom
 
 def close(found: torch.Tensor, expected: torch.Tensor, relative: float = 1e-5) -> bool:
     return (found - expected).norm().item() <= relative * expected.norm().item()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "wanted", "expected"),
+    [
+        (TOKENS, {}, lambda rows: rows),  # fewer than inputs: the rows themselves take less
+        (TOKENS, {"always_full": True}, lambda rows: rows.T @ rows / TOKENS),
+        (40, {}, lambda rows: rows.T @ rows / 40),
+        (40, {"only_diagonal": True}, lambda rows: rows.square().mean(0)),
+    ],
+)
+def test_batches_are_gathered_in_the_form_that_takes_least(tokens, wanted, expected):
+    rows, gathering = normal(tokens, SIZE), Gathering(tokens, **wanted)
+    for batch in rows.split(4):
+        gathering.add(batch)
+    found = gathering.finish()
+    assert found.shape == expected(rows).shape and close(found, expected(rows))
 
 
 def test_samples_and_their_mean_are_shrunk_alike():
