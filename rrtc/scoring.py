@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rrtc.stock.architecture import decoder_layers
-from rrtc.stock.parts import outputs_of, run_exit, run_head
+from rrtc.stock.parts import Parts, watching
 from rrtc.text.windows import Windows
 
 TOKENS_AT_ONCE = 128  # distributions of so many tokens are compared at a time, to bound memory
@@ -92,10 +91,10 @@ def _scored(logits: Tensor, targets: Tensor, reference_logits: Tensor | None) ->
 def _logits(model, ids: Tensor, exits: Sequence[int]) -> Iterator[Tensor]:
     """The logits (context - 1, vocabulary) that predict the next token of `ids` (1, context): in the end, and at each
     of `exits`, one after the other."""
-    layers = decoder_layers(model) if exits else ()
-    with outputs_of([layers[place] for place in exits]) as outputs:
+    parts, outputs = Parts(model) if exits else None, []
+    with watching(outputs={parts.layers[index]: outputs.append for index in exits}):
         final = model(ids, use_cache=False).logits[0, :-1]
     yield final
     del final
     for output in outputs:
-        yield run_head(model, run_exit(model, ids, output)[0, :-1])
+        yield parts.head(parts.after(ids, output)[0, :-1])

@@ -26,7 +26,7 @@ from rrtc.eval.tasks import Harness, Task
 from rrtc.io.source import load_for_scoring, read_config
 from rrtc.machine import share_of, spread
 from rrtc.recipe.eval import EvalRecipe
-from rrtc.stock.parts import left_after, run_base
+from rrtc.stock.parts import Parts, states_of
 from rrtc.text.windows import Windows, longest_context
 
 RESIDUAL_WINDOWS = 4  # of each text: the residuals are for looking at, and need no interval
@@ -157,7 +157,7 @@ class Examinee:
         return found["utf8"].tobytes().decode()
 
     def _left(self, place: int | None):
-        return nullcontext() if place is None else left_after(self.model, place)
+        return nullcontext() if place is None else Parts(self.model).left_after(place)
 
     def _progress(self, what: str, total: int):
         return progress(f"{self.candidate.name}: {what}", total)
@@ -172,10 +172,16 @@ class Examinee:
 @torch.inference_mode()
 def _residuals(model, dense, ids: torch.Tensor) -> NDArray:
     """(layers,) float64, see Examinee.residuals. ids: (windows, context)."""
-    total = 0.0
+    both, total = [Parts(model), Parts(dense)], 0.0
     for window in ids:
         window = window[None].to(model.device)
-        ours, theirs = (torch.stack(run_base(one, window, True)[1]).float() for one in (model, dense))
+        ours, theirs = (_states(parts, window) for parts in both)
         lost = (ours - theirs).square().sum(-1) / theirs.square().sum(-1)  # (layers, 1, context)
         total = total + lost.double().mean((1, 2)).cpu().numpy()
     return total / len(ids)
+
+
+def _states(parts: Parts, ids: torch.Tensor) -> torch.Tensor:
+    """The hidden states after every layer, (layers, 1, context, width), float32."""
+    _, outputs = parts.run(ids, range(len(parts.layers)))
+    return torch.stack([states_of(output) for output in outputs]).float()

@@ -10,6 +10,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.pytorch_utils import Conv1D
 
 from rrtc.errors import RrtcError
 from rrtc.model.configuration_rrt import RrtConfig
@@ -65,6 +66,11 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
             f"The decoder layers of this '{model.config.model_type}' model were not found: {error}."
         ) from error
     return getattr(parent, name)
+
+
+def transposed_matrices(layer: nn.Module) -> set[str]:
+    """The paths of the weight matrices that a stock decoder layer keeps as (inputs, outputs), as GPT-2 does."""
+    return {path for path, module in matrices_of(layer).items() if isinstance(module, Conv1D)}
 
 
 def read_architecture(config: PreTrainedConfig) -> Architecture:

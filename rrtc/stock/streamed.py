@@ -1,31 +1,24 @@
 """A dense model run layer by layer over many windows of text, for models larger than memory.
 
 In memory at a time are the weights of one layer, the hidden states of all windows (float32, on the CPU), and the
-activations of TOKENS_AT_ONCE tokens. No architecture is written out here. The stock model does everything outside its
-decoder layers, with other things in their place: recorders that learn with which arguments each layer is called, or
-pass-throughs that hand on hidden states. Windows have one length and no padding, so that those arguments (masks,
-positions) depend on nothing but the shape of a batch; this is checked.
+activations of TOKENS_AT_ONCE tokens. No architecture is written out here: the stock model is run in `Parts`.
 
 The two large tables are never whole in memory. Of the embedding, the rows of the tokens at hand are turned to float32;
 the head is a block of vocabulary rows at a time. Whatever the stock forward does to logits (scaling, capping, a bias)
 it does to the blocks: exact, because it treats every entry of the vocabulary alike.
 """
 
-import contextlib
-import copy
-import functools
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.utils import _pytree as pytree
 from transformers import PreTrainedConfig
-from transformers.pytorch_utils import Conv1D
 
 from rrtc.errors import RrtcError
 from rrtc.model.modeling_rrt import matrices_of
-from rrtc.stock.architecture import decoder_layers, stock_model
+from rrtc.stock.architecture import stock_model
+from rrtc.stock.parts import Parts, watching
 
 TOKENS_AT_ONCE = 2048  # in a batch, rounded to whole windows and at least one
 # Of the head's rows in float32 at a time, and of the logits that a batch gets from them, of which there are a few
@@ -36,23 +29,24 @@ HEAD_BYTES = 40_000_000
 class StreamedModel:
     """The model of `config` without its decoder layers' weights, which `run_layer` is given.
 
-    read(name) is the tensor of that name in the stock model, in any number format. It is asked for a table again at
-    every use of some of its rows, so it should answer with a view of a file. `device` is where batches are computed.
+    read(name) is the tensor of that name in the stock model, in any dtype. It is asked for a table again at every use
+    of some of its rows, so it should answer with a view of a file. `device` is where batches are computed.
     `groups[number]` says which matrices of that layer read the same input, in the order in which they run.
     Raises RrtcError for a model whose layers need the tokens, or that has no head.
     """
 
     def __init__(self, config: PreTrainedConfig, read: Callable[[str], Tensor], device: torch.device):
         self._read, self._device = read, device
-        self._stock = stock_model(config)
-        self._stock._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))  # buffers are real
-        self._layers = decoder_layers(self._stock)
+        stock = stock_model(config)
+        stock._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))  # buffers are real
+        self._parts = Parts(stock, device)
+        self._layers = self._parts.layers
         self._width = config.get_text_config().hidden_size
-        self._tied = self._stock.get_expanded_tied_weights_keys()
-        self._embedding, self._head = self._stock.get_input_embeddings(), self._stock.get_output_embeddings()
+        self._tied = stock.get_expanded_tied_weights_keys()
+        self._embedding, self._head = stock.get_input_embeddings(), stock.get_output_embeddings()
         if self._head is None:
             raise RrtcError(f"The output head of this '{config.model_type}' model was not found.")
-        self._paths = {module: path for path, module in self._stock.named_modules()}
+        self._paths = {module: path for path, module in stock.named_modules()}
         self._embedding.padding_idx = None  # it matters for training only, and may lie outside the rows looked up
         self._embedding.forward = self._look_up
         inside = {id(parameter) for parameter in self._layers.parameters()}
@@ -60,14 +54,8 @@ class StreamedModel:
             for name, parameter in list(module.named_parameters(recurse=False)):
                 if module not in (self._embedding, self._head) and id(parameter) not in inside:
                     self._load(module, name, slice(None))
-        self._calls: dict[tuple[int, int], list[tuple]] = {}  # by (windows, context) of a batch
-        self._beside: list[tuple | None] = [None] * len(self._layers)  # what a layer returns beside hidden states
-        self.groups: list[list[tuple[str, ...]]] = [[] for _ in self._layers]
-        self._try_layers()
-        first, other = (self._record(torch.full((1, 2), token, device=device)) for token in (0, 1))
-        pairs = zip(pytree.tree_leaves(first), pytree.tree_leaves(other), strict=True)
-        if not all(torch.equal(a, b) for a, b in pairs if isinstance(a, Tensor)):
-            raise RrtcError(f"The layers of this '{config.model_type}' model need the tokens, not hidden states alone.")
+        self.groups = self._parts.groups
+        self._parts.check_needs_no_tokens()
 
     @torch.no_grad()
     def embed(self, ids: Tensor) -> Tensor:
@@ -75,14 +63,7 @@ class StreamedModel:
         token ids, (windows, context), int64."""
         states = torch.empty(*ids.shape, self._width)
         for part in _batches(ids):
-
-            def keep(number, hidden, *args, part=part, **kwargs):
-                if number == 0:
-                    states[part] = hidden
-                return self._returned(number, hidden)
-
-            with self._instead_of_layers(keep):
-                self._stock.base_model(ids[part].to(self._device), use_cache=False)
+            states[part] = self._parts.embed(ids[part])
         return states
 
     @torch.no_grad()
@@ -101,17 +82,14 @@ class StreamedModel:
         read, (tokens, inputs). advance(windows): called after each batch.
         """
         matrices = matrices_of(self._layers[number])
-        tensors = self._as_stored(number, tensors)
-        with contextlib.ExitStack() as hooks:
-            for names in self.groups[number] if watch is not None else []:
-
-                def show(module, args, names=names):
-                    watch(names, args[0].flatten(0, -2))
-
-                hooks.callback(matrices[names[0]].register_forward_pre_hook(show).remove)
+        watched = {} if watch is None else {
+            matrices[names[0]]: lambda inputs, names=names: watch(names, inputs.flatten(0, -2))
+            for names in self.groups[number]
+        }  # fmt: skip
+        with watching(inputs=watched):
             for part in _batches(states):
                 # A copy, because a matrix may read it as it is, and what is watched should outlast the next line.
-                batch = self._run(number, tensors, states[part].to(self._device, copy=True))
+                batch = self._parts.run_layer(number, tensors, states[part].to(self._device, copy=True))
                 states[part] = batch
                 advance(len(batch))
         return states
@@ -177,20 +155,19 @@ class StreamedModel:
         tensors: as for `run_layer`. states: what enters the layer, left as they are. watch(name, gradient): called for
         each matrix and batch with the gradient with respect to its output, (tokens, outputs).
         """
-        tensors = self._as_stored(number, tensors)
-        with contextlib.ExitStack() as hooks, torch.enable_grad():
-            for name, module in matrices_of(self._layers[number]).items() if watch is not None else ():
 
-                def show(module, args, output, name=name):
-                    def show_gradient(gradient):
-                        watch(name, gradient.flatten(0, -2))
+        def watch_output(name: str, output: Tensor) -> None:
+            def see(gradient: Tensor) -> None:
+                watch(name, gradient.flatten(0, -2))
 
-                    output.register_hook(show_gradient)
+            output.register_hook(see)
 
-                hooks.callback(module.register_forward_hook(show).remove)
+        matrices = {} if watch is None else matrices_of(self._layers[number])
+        watched = {module: partial(watch_output, name) for name, module in matrices.items()}
+        with watching(outputs=watched), torch.enable_grad():
             for part in _batches(states):
                 given = states[part].to(self._device).detach().requires_grad_()
-                output = self._run(number, tensors, given)
+                output = self._parts.run_layer(number, tensors, given)
                 slope = gradient[part].to(self._device, copy=True)  # a copy for the same reason as in run_layer
                 gradient[part] = torch.autograd.grad(output, given, slope)[0]
                 advance(len(given))
@@ -208,72 +185,6 @@ class StreamedModel:
         self._load(self._embedding, "weight", used.cpu())
         return type(self._embedding).forward(self._embedding, places)
 
-    @contextlib.contextmanager
-    def _instead_of_layers(self, forward: Callable) -> Iterator[None]:
-        """Has forward(number, hidden_states, *args, **kwargs) called where the stock model calls a layer. The layer
-        itself stays in its place, because stock forwards read attributes off it."""
-        for number, layer in enumerate(self._layers):
-            layer.forward = functools.partial(forward, number)
-        try:
-            yield
-        finally:
-            for layer in self._layers:
-                del layer.forward
-
-    def _returned(self, number: int, hidden: Tensor):
-        """`hidden` as layer `number` returns hidden states: as they are, or first in a tuple."""
-        beside = self._beside[number]
-        return hidden if beside is None else (hidden, *beside)
-
-    @torch.no_grad()
-    def _try_layers(self) -> None:
-        """Runs every layer once without data, on the meta device: finds what it returns and which matrices share an
-        input."""
-        trials = [copy.deepcopy(layer).to("meta") for layer in self._layers]
-
-        def attempt(number, hidden, *args, **kwargs):
-            read: list[tuple[str, Tensor]] = []  # tensors kept alive, so that identity means something
-            for name, module in matrices_of(trials[number]).items():
-                module.register_forward_pre_hook(lambda module, args, name=name: read.append((name, args[0])))
-            given = pytree.tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (hidden, args, kwargs))
-            output = trials[number](given[0], *given[1], **given[2])
-            self._beside[number] = None if isinstance(output, Tensor) else output[1:]
-            names: dict[int, list[str]] = {}
-            for name, tensor in read:
-                names.setdefault(id(tensor), []).append(name)
-            self.groups[number] = [tuple(group) for group in names.values()]
-            return self._returned(number, hidden)
-
-        with self._instead_of_layers(attempt):
-            self._stock.base_model(torch.zeros(1, 2, dtype=torch.long, device=self._device), use_cache=False)
-
-    @torch.no_grad()
-    def _record(self, ids: Tensor) -> list[tuple]:
-        """The (args, kwargs) beside hidden states with which the stock model calls each layer for a batch of `ids`."""
-        calls = []
-
-        def keep(number, hidden, *args, **kwargs):
-            calls.append((args, kwargs))
-            return self._returned(number, hidden)
-
-        with self._instead_of_layers(keep):
-            self._stock.base_model(ids, use_cache=False)
-        return calls
-
-    def _as_stored(self, number: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of a layer with the matrices of transposed linear layers as those have them."""
-        turned = {f"{n}.weight" for n, m in matrices_of(self._layers[number]).items() if isinstance(m, Conv1D)}
-        return {name: tensor.T if name in turned else tensor for name, tensor in tensors.items()}
-
-    def _run(self, number: int, tensors: dict[str, Tensor], batch: Tensor) -> Tensor:
-        """Layer `number` on (windows, context, width) hidden states."""
-        shape = batch.shape[:2]
-        if shape not in self._calls:
-            self._calls[shape] = self._record(torch.zeros(shape, dtype=torch.long, device=self._device))
-        args, kwargs = self._calls[shape][number]
-        output = functional_call(self._layers[number], tensors, (batch, *args), kwargs)
-        return output if isinstance(output, Tensor) else output[0]
-
     def _logits(self, states: Tensor, ids: Tensor) -> Iterator[tuple[slice, int, Tensor, Tensor]]:
         """Logits block by block of the vocabulary, and batch by batch within: (the batch, the first entry of the block,
         the batch's hidden states, its logits (windows, context, entries)). The head is read once."""
@@ -287,13 +198,7 @@ class StreamedModel:
                 self._load(self._head, parameter, slice(start, start + entries))
             for part in batches:
                 given = states[part].to(self._device).detach().requires_grad_(torch.is_grad_enabled())
-
-                def give(number, hidden, *args, given=given, **kwargs):
-                    return self._returned(number, given)
-
-                with self._instead_of_layers(give):
-                    logits = self._stock(ids[part].to(self._device), use_cache=False).logits
-                yield part, start, given, logits
+                yield part, start, given, self._parts.logits(ids[part], given)
 
 
 def _batches(windows: Tensor) -> list[slice]:

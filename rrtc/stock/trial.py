@@ -1,57 +1,60 @@
 """One decoder layer run on random weights and watched, to learn what no config says: which matrices read which norm,
 and which ones make up the inner dimension of an FFN."""
 
-import contextlib
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedConfig
-from transformers.pytorch_utils import Conv1D
 
 from rrtc.model.modeling_rrt import matrices_of, matrix_shape
-from rrtc.stock.architecture import decoder_layers, stock_model
+from rrtc.stock.architecture import stock_model
+from rrtc.stock.parts import Parts, watching
 from rrtc.tying.neurons import Neurons, reordered
 from rrtc.tying.norms import Fold, apply_folds
 
 TOLERANCE = 1e-4  # of the largest output, in float32
 TRIAL_TOKENS = 6
+NUDGE = 0.1  # what is added to one channel to see where it arrives
 
 
 class Trial:
-    """The stock model with its first layer only, random weights, and no embedding: it is fed hidden states."""
+    """The first layer of a stock model on random weights, fed random hidden states. `tensors`: its parameters by path,
+    float32, matrices as (outputs, inputs)."""
 
     def __init__(self, config: PreTrainedConfig):
         stock = stock_model(config)
-        self.layer = decoder_layers(stock)[0]
-        self.base = stock.base_model
-        del decoder_layers(stock)[1:]
-        for path, module in matrices_of(self.layer).items():
-            if isinstance(module, Conv1D):  # as in the recursive model, and so that all are (outputs, inputs)
-                parent, _, name = path.rpartition(".")
-                linear = nn.Linear(*matrix_shape(module), device="meta")
-                setattr(self.layer.get_submodule(parent), name, linear)
+        self.parts = Parts(stock, torch.device("cpu"))
+        self.layer = self.parts.layers[0]
         generator = torch.Generator().manual_seed(0)
+
+        def drawn(*shape: int) -> Tensor:
+            # Large enough for attention to differ between heads, or moving a channel to another would not show.
+            return torch.randn(shape, generator=generator) * (shape[-1] ** -0.5 if len(shape) > 1 else 0.3)
+
+        self.tensors: dict[str, Tensor] = {}
+        inside = {module: path for path, module in self.layer.named_modules()}
         embedding = stock.get_input_embeddings()
-        for module in self.base.modules():
-            for name, parameter in list(module.named_parameters(recurse=False)):
-                if module is not embedding:
-                    # Large enough for attention to differ between heads, or moving a channel to another would not show.
-                    scale = parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.3
-                    value = torch.randn(parameter.shape, generator=generator) * scale
-                    setattr(module, name, nn.Parameter(value, requires_grad=False))
-        width = config.get_text_config().hidden_size
-        self.states = torch.randn(1, TRIAL_TOKENS, width, generator=generator)
-        self.base.float()
+        others = {embedding, *(module for layer in self.parts.layers[1:] for module in layer.modules())}
+        for module in stock.base_model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if module in inside:
+                    path = inside[module]
+                    turned = path in self.parts.transposed[0] and name == "weight"
+                    shape = parameter.shape[::-1] if turned else parameter.shape
+                    self.tensors[f"{path}.{name}".removeprefix(".")] = drawn(*shape)
+                elif module not in others:
+                    setattr(module, name, nn.Parameter(drawn(*parameter.shape), requires_grad=False))
+        self.states = torch.randn(1, TRIAL_TOKENS, config.get_text_config().hidden_size, generator=generator)
+        stock.float()
+        # What layers are called with beside hidden states does not depend on the tokens, and it is all that is wanted.
+        embedding.forward = lambda ids: torch.zeros(*ids.shape, embedding.embedding_dim)
 
     @torch.no_grad()
     def run(self, tensors: dict[str, Tensor] | None = None) -> Tensor:
-        """The output, with `tensors` of the layer, by path, in place of its own. They can have other shapes."""
-        path = next(path for path, module in self.base.named_modules() if module is self.layer)
-        given = {f"{path}.{name}": tensor for name, tensor in (tensors or {}).items()}
-        arguments = {"inputs_embeds": self.states, "use_cache": False}
-        return functional_call(self.base, given, (), arguments).last_hidden_state
+        """The output of the layer, with `tensors`, by path, in place of its own. They can have other shapes."""
+        return self.parts.run_layer(0, self.tensors | (tensors or {}), self.states)
 
     def readers(self) -> dict[str, tuple[str, ...]]:
         """For each norm of the layer, the matrices whose input is its output. Norms inside attention heads, after an
@@ -65,22 +68,21 @@ class Trial:
         outputs: dict[str, Tensor] = {}  # kept alive, so that identity means something
         read: dict[str, list[str]] = {name: [] for name in norms}
 
-        def keep_output(name):
-            return lambda module, args, output: outputs.__setitem__(name, output)
+        def keep_output(name: str):
+            return lambda output: outputs.__setitem__(name, output)
 
-        def find_input(name):
-            def hook(module, args):
+        def find_input(name: str):
+            def see(given: Tensor) -> None:
                 for norm, output in outputs.items():
-                    if args[0] is output:
+                    if given is output:
                         read[norm].append(name)
 
-            return hook
+            return see
 
-        with contextlib.ExitStack() as hooks:
-            for name, module in norms.items():
-                hooks.callback(module.register_forward_hook(keep_output(name)).remove)
-            for name, module in matrices.items():
-                hooks.callback(module.register_forward_pre_hook(find_input(name)).remove)
+        with watching(
+            inputs={module: find_input(name) for name, module in matrices.items()},
+            outputs={module: keep_output(name) for name, module in norms.items()},
+        ):
             self.run()
         return {name: tuple(readers) for name, readers in read.items()}
 
@@ -88,22 +90,17 @@ class Trial:
     def gain_offset(self, norm: str) -> float:
         """c where the norm multiplies by (weight + c): read off its outputs at weight 0 and at weight 1."""
         module = self.layer.get_submodule(norm)
-        saved = {name: p.clone() for name, p in module.named_parameters()}
-        if getattr(module, "bias", None) is not None:
-            module.bias.zero_()
-        module.weight.zero_()
-        at_zero = module(self.states)
-        module.weight.fill_(1.0)
-        at_one = module(self.states)
-        for name, parameter in module.named_parameters():
-            parameter.copy_(saved[name])
+        zeros = {name: torch.zeros(parameter.shape) for name, parameter in module.named_parameters()}
+        at_zero, at_one = (
+            functional_call(module, zeros | {"weight": torch.full_like(zeros["weight"], value)}, (self.states,))
+            for value in (0.0, 1.0)
+        )
         return round((at_zero.norm() / (at_one - at_zero).norm()).item(), 3)
 
     def is_same(self, transform: Callable[[dict[str, Tensor]], dict[str, Tensor]], reference=lambda t: t) -> bool:
         """Whether the layer gives the same output, to TOLERANCE, with `transform` of its tensors as with `reference`
-        of them. Matrices are (outputs, inputs)."""
-        own = {name: p.detach() for name, p in self.layer.named_parameters()}
-        expected, output = self.run(reference(own)), self.run(transform(own))
+        of them."""
+        expected, output = self.run(reference(self.tensors)), self.run(transform(self.tensors))
         return (output - expected).abs().max().item() <= TOLERANCE * expected.abs().max().item()
 
     @torch.no_grad()
@@ -112,32 +109,25 @@ class Trial:
         fused one has several times as many outputs, its parts do so in turn)."""
         matrices = matrices_of(self.layer)
         width, _ = matrix_shape(matrices[reader])
-        seen: list[Tensor] = []
 
-        def inputs_of_reader(change: tuple[str, int] | None) -> Tensor:
-            seen.clear()
-            with contextlib.ExitStack() as hooks:
-                hooks.callback(
-                    matrices[reader].register_forward_pre_hook(lambda _, args: seen.append(args[0].clone())).remove
-                )
-                if change is not None:
-                    name, channel = change
-
-                    def nudge(module, args, output):
-                        return output + torch.nn.functional.one_hot(torch.tensor(channel), output.shape[-1]) * 0.1
-
-                    hooks.callback(matrices[name].register_forward_hook(nudge).remove)
+        def inputs_of_reader(nudged: dict[nn.Module, Callable]) -> Tensor:
+            seen: list[Tensor] = []
+            with watching(inputs={matrices[reader]: lambda given: seen.append(given.clone())}, outputs=nudged):
                 self.run()
             return seen[0]
 
-        plain = inputs_of_reader(None)
+        def nudge(channel: int):
+            return lambda output: output + NUDGE * nn.functional.one_hot(torch.tensor(channel), output.shape[-1])
+
+        plain = inputs_of_reader({})
         found = []
         for name, module in matrices.items():
             _, outputs = matrix_shape(module)
             if name == reader or outputs % width:
                 continue
             channels = [width // 3 + part * width for part in range(outputs // width)]
-            reached = [(inputs_of_reader((name, c)) - plain).flatten(0, -2).abs().amax(0) > 0 for c in channels]
+            changes = [inputs_of_reader({module: nudge(channel)}) - plain for channel in channels]
+            reached = [change.flatten(0, -2).abs().amax(0) > 0 for change in changes]
             if all(r.nonzero()[:, 0].tolist() == [width // 3] for r in reached):
                 found.append(name)
         return found

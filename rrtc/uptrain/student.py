@@ -13,8 +13,7 @@ from rrtc.model.configuration_rrt import RrtConfig
 from rrtc.model.modeling_rrt import RrtForCausalLM
 from rrtc.plan import Visit, ends_of_loops
 from rrtc.recipe.uptrain import UptrainRecipe
-from rrtc.stock.architecture import decoder_layers
-from rrtc.stock.parts import outputs_of, run_base, run_exit, run_head
+from rrtc.stock.parts import Parts, states_of
 from rrtc.uptrain.losses import chunked_losses, hidden_distance
 from rrtc.uptrain.teacher import LiveLesson
 
@@ -40,12 +39,12 @@ class Student(RrtForCausalLM):
         input_ids, targets: (windows, context), int64. lesson: what the teacher says of the same input_ids, or None.
         kwargs, such as position_ids, go to the stock base model.
         """
-        head = self.stock.get_output_embeddings()
+        parts, head = Parts(self.stock), self.stock.get_output_embeddings()
 
         def compare(hidden: Tensor, weights: dict[str, float], lesson) -> dict[str, Tensor]:
             return chunked_losses(
                 hidden.flatten(0, 1),
-                lambda part: run_head(self.stock, part),
+                parts.head,
                 list(head.parameters()),
                 head.weight.shape[0],
                 targets.flatten(),
@@ -55,22 +54,18 @@ class Student(RrtForCausalLM):
             )
 
         matches = bool(recipe.losses.get("hidden"))
-        with outputs_of(self._exits() if recipe.exits else ()) as outputs:
-            hidden, states = run_base(self.stock, input_ids, keep_states=matches, **kwargs)
+        exits = ends_of_loops([Visit(**visit) for visit in self.config.visits]) if recipe.exits else ()
+        hidden, outputs = parts.run(input_ids, range(len(parts.layers)) if matches else exits, **kwargs)
         means = compare(hidden, recipe.losses, lesson)
         if matches:
-            distance = hidden_distance(states, lesson.states)
+            distance = hidden_distance([states_of(output) for output in outputs], lesson.states)
             means["objective"] = means["objective"] + recipe.losses["hidden"] * distance
             means["hidden"] = distance.detach()
-        own = LiveLesson(self.stock, hidden, recipe.temperature)  # what it says in the end
+            outputs = [outputs[index] for index in exits]
+        own = LiveLesson(parts, hidden, recipe.temperature)  # what it says in the end
         for loop, output in enumerate(outputs, 1):
-            found = compare(run_exit(self.stock, input_ids, output, **kwargs), EXIT_LOSSES, own)
+            found = compare(parts.after(input_ids, output, **kwargs), EXIT_LOSSES, own)
             weight = recipe.exit_weight / len(outputs)
             means["objective"] = means["objective"] + weight * found.pop("objective")
             means |= {f"exit_{loop}_{name}": mean for name, mean in found.items()}
         return means
-
-    def _exits(self) -> list:
-        """The layers after which there is an exit."""
-        layers = decoder_layers(self.stock)
-        return [layers[place] for place in ends_of_loops([Visit(**visit) for visit in self.config.visits])]

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
-from rrtc.stock.parts import run_base, run_head
+from rrtc.stock.parts import Parts, states_of
 
 
 class LiveTeacher:
@@ -19,28 +19,29 @@ class LiveTeacher:
             folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
         )
         self.model.requires_grad_(False).eval().to(device)
-        self.temperature, self.keep_states = temperature, keep_states
+        self.parts, self.temperature = Parts(self.model), temperature
+        self.kept = range(len(self.parts.layers)) if keep_states else ()
 
     @torch.no_grad()
     def __call__(self, ids: Tensor, **kwargs) -> "LiveLesson":
         """ids: (windows, context), int64. kwargs: what else the base model is given."""
-        hidden, states = run_base(self.model, ids, self.keep_states, **kwargs)
-        return LiveLesson(self.model, hidden, self.temperature, states)
+        hidden, outputs = self.parts.run(ids, self.kept, **kwargs)
+        return LiveLesson(self.parts, hidden, self.temperature, [states_of(output) for output in outputs])
 
 
 class LiveLesson:
     """What a model says of one batch, its own head at work. No gradient goes back through it."""
 
-    def __init__(self, model: PreTrainedModel, hidden: Tensor, temperature: float, states: Sequence[Tensor] = ()):
-        """hidden: what the head of `model` is given, (windows, context, width). states: the hidden states after each
+    def __init__(self, parts: Parts, hidden: Tensor, temperature: float, states: Sequence[Tensor] = ()):
+        """hidden: what the head of the model is given, (windows, context, width). states: the hidden states after each
         layer, likewise, if they are kept."""
-        self._model, self._hidden, self._temperature = model, hidden.detach().flatten(0, 1), temperature
+        self._parts, self._hidden, self._temperature = parts, hidden.detach().flatten(0, 1), temperature
         self.states = states
 
     @torch.no_grad()
     def about(self, part: slice) -> Callable[[slice, Tensor], Tensor]:
         """See rrtc.uptrain.losses.Lesson."""
-        logits = run_head(self._model, self._hidden[part])
+        logits = self._parts.head(self._hidden[part])
 
         def log_q(rows: slice, log_p: Tensor) -> Tensor:
             return (logits[rows].float() / self._temperature).log_softmax(-1)

@@ -31,7 +31,7 @@ from rrtc.recipe.init import InitRecipe
 from rrtc.recipe.schema import Recipe
 from rrtc.recipe.uptrain import UptrainRecipe
 from rrtc.stock.architecture import decoder_layers, read_architecture
-from rrtc.stock.parts import left_after, outputs_of, run_exit, run_head
+from rrtc.stock.parts import Parts
 from rrtc.text.windows import Windows
 from rrtc.uptrain import losses
 from rrtc.uptrain.job import prepare
@@ -103,17 +103,15 @@ def test_the_layers_of_a_recursive_model_are_its_visits(loops):
 def test_an_exit_says_what_the_model_cut_off_there_says(architecture, ids):
     model = recursive(RrtForCausalLM, architecture, loops=3)
     with torch.no_grad():
-        layers = decoder_layers(model)
-        with outputs_of([layers[1], layers[3]]) as outputs:
-            final = model(ids, use_cache=False).logits
+        parts, final = Parts(model), model(ids, use_cache=False).logits
+        _, outputs = parts.run(ids, (1, 3))
         for place, output in zip((1, 3), outputs, strict=True):
             expected = cut_off(model, place)(ids, use_cache=False).logits
-            hidden = run_exit(model, ids, output)
-            found = torch.stack([run_head(model, row) for row in hidden])
+            found = torch.stack([parts.head(row) for row in parts.after(ids, output)])
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
             assert (found - final).abs().max() > 0.1
         torch.testing.assert_close(model(ids, use_cache=False).logits, final, rtol=0, atol=0)  # nothing stays behind
-        assert not any(layer._forward_hooks for layer in layers)
+        assert not any(layer._forward_hooks or "forward" in vars(layer) for layer in parts.layers)
 
 
 def test_scores_at_the_exits_are_those_of_the_models_cut_off_there(ids):
@@ -132,7 +130,7 @@ def test_a_model_that_is_left_says_what_the_model_cut_off_there_says(ids):
     model = recursive(RrtForCausalLM, loops=3)
     final = model(ids).logits
     for place in (1, 3):
-        with left_after(model, place):
+        with Parts(model).left_after(place):
             left, said = model(ids).logits, model.generate(ids, max_new_tokens=4, do_sample=False)
         shorter = cut_off(model, place)
         torch.testing.assert_close(left, shorter(ids).logits, rtol=0, atol=0)

@@ -13,7 +13,7 @@ from rrtc.patterns import make_plan
 from rrtc.recipe.init import InitRecipe
 from rrtc.recipe.uptrain import DISTILLATIONS, UptrainRecipe
 from rrtc.stock.architecture import read_architecture
-from rrtc.stock.parts import run_base
+from rrtc.stock.parts import Parts, states_of
 from rrtc.uptrain import losses
 from rrtc.uptrain.losses import chunked_losses
 from rrtc.uptrain.student import Student
@@ -104,7 +104,7 @@ def test_a_student_is_the_model_with_losses_for_logits(architecture, batch, tmp_
 
     logits, theirs = (m(ids, use_cache=False).logits.flatten(0, 1) for m in (model, teacher))
     expected = definitions(logits, theirs.detach(), targets.flatten(), 1.0)
-    states, goals = (run_base(m, ids, keep_states=True)[1] for m in (model.stock, teacher))
+    states, goals = (list(map(states_of, Parts(m).run(ids, range(6))[1])) for m in (model.stock, teacher))
     assert len(states) == len(goals) == config.num_hidden_layers
     relative = [((h - g).norm(dim=-1) / g.norm(dim=-1)).square().mean() for h, g in zip(states, goals, strict=True)]
     hidden = sum(relative) / len(relative)
