@@ -50,6 +50,24 @@ def notes_shown(shown: bool) -> Iterator[None]:
         notes.quiet = before
 
 
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Silence of transformers' bars and remarks in the block: rrtc shows its own progress, and they would run through
+    it. A TRANSFORMERS_VERBOSITY that is set holds for the remarks. Imports transformers, and with it torch."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    if "TRANSFORMERS_VERBOSITY" not in os.environ:
+        logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
 def note(text: str) -> None:
     """One line about what is going on, on stderr."""
     notes.print(Text(visible(text), "dim"))

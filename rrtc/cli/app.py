@@ -1,112 +1,148 @@
-"""The command line: parses, calls a stage, shows what came back. Nothing else happens here.
+"""The command line: parses, calls rrtc.api, shows what came back. Nothing else happens here.
 
-Flags are made from the fields of the recipe, so that a command line and a recipe file say the same things. Heavy
-imports live inside the commands: `rrtc --help` must not wait for torch.
+Flags are made from the fields of the recipe, so that a command line and a recipe file say the same things. Nothing here
+imports torch; rrtc.api does, when the cheap checks have passed.
 """
 
 import functools
+import inspect
 import os
-from collections.abc import Callable
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from rrtc import __version__, console
+from rrtc import __version__, api, console
 from rrtc.cli import tables
 from rrtc.cli.flags import with_fields
+from rrtc.cli.help import Command, Group
 from rrtc.errors import RrtcError, WrongUsage
 from rrtc.io.cache import cache_folder
-from rrtc.recipe.eval import EvalRecipe
-from rrtc.recipe.export import ExportRecipe
-from rrtc.recipe.init import InitRecipe
-from rrtc.recipe.schema import Recipe, load_recipe, with_flags
-from rrtc.recipe.uptrain import UptrainRecipe
+from rrtc.recipe.commented import commented_recipe, recipe_schema
+from rrtc.recipe.schema import Recipe
 
 app = typer.Typer(
+    cls=Group,
     help="Compress a language model: tie its layers, relax them with LoRA, heal by distillation, measure, export.",
-    epilog="Start with: rrtc run recipes/quickstart.yaml -o runs/quickstart",
+    epilog="Start with: rrtc run quickstart -o runs/quickstart",
     no_args_is_help=True,
-    add_completion=False,
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-Json = Annotated[
-    str | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON into FILE; - is stdout.")
-]
-Output = Annotated[str | None, typer.Option("-o", "--output", metavar="DIR", help="New folder to write.")]
-Folder = Annotated[str, typer.Argument(metavar="DIR", help="A folder that rrtc wrote.", show_default=False)]
+Output = Annotated[str | None, typer.Option("-o", "--output", metavar="FOLDER", help="New folder to write.")]
+Folder = Annotated[str, typer.Argument(metavar="FOLDER", help="A folder that rrtc wrote.", show_default=False)]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from where an interrupted run stopped.")]
+JSON_HELP = "Write the result as JSON into FILE; - is stdout."
+QUIET_HELP = "Show the result, warnings and errors, and nothing on the way."
+VERBOSE_HELP = "Show what transformers says, too, and the traceback of an error."
+SHARED = {  # by all commands: their kind and default
+    "json": (Annotated[str | None, typer.Option("--json", metavar="FILE", help=JSON_HELP)], None),
+    "quiet": (Annotated[bool, typer.Option("-q", "--quiet", help=QUIET_HELP)], False),
+    "verbose": (Annotated[bool, typer.Option("-v", "--verbose", help=VERBOSE_HELP)], False),
+}
 
 
-def _guarded(command: Callable) -> Callable:
-    """Turns what can go wrong into one sentence and an exit code: 1 failed, 2 wrong usage."""
+def _command(name: str, part: str | None = None) -> Callable:
+    """Registers a command. It returns a result, and what to print of it; here is what all commands have in common:
+    --json, --quiet and --verbose, and one sentence and an exit code for what can go wrong: 1 failed, 2 wrong usage.
 
-    @functools.wraps(command)
-    def run(*args, **kwargs):
-        try:
-            console.check_json_target(kwargs.get("json"))
-            result = command(*args, **kwargs)
-            console.write_json(result, kwargs.get("json"))
-        except RrtcError as error:
-            console.show_error(error)
-            raise typer.Exit(error.exit_code) from error
-        except KeyboardInterrupt as error:
-            hint = (
-                "What was finished is kept, and nothing unfinished has its final name; init, uptrain and run have "
-                "--resume."
-            )
-            console.show_error(RrtcError("Interrupted.", hint))
-            raise typer.Exit(1) from error
-        except OSError as error:  # no permission, a full disk
-            where = f" ({error.filename})" if error.filename else ""
-            in_cache = Path(str(error.filename)).is_relative_to(cache_folder())
-            hint = "RRTC_CACHE names another folder for what rrtc keeps." if in_cache else ""
-            console.show_error(RrtcError(f"{error.strerror or error}{where}.", hint))
-            raise typer.Exit(1) from error
-        except (MemoryError, RuntimeError) as error:
-            if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
-                hint = (
-                    "Lower --calibrate-tokens (init, export), or micro-batch, context or tokens, or turn on "
-                    "--activation-checkpointing (uptrain)."
-                )
-                console.show_error(RrtcError("The machine ran out of memory.", hint))
-                raise typer.Exit(1) from error
-            raise
+    part: the section of the recipe whose fields are flags of it. The command is called with `shown`, whether notes and
+    progress are.
+    """
 
-    return run
+    def register(command: Callable) -> Callable:
+        command = with_fields(part, Recipe.model_fields[part].annotation)(command) if part else command
+        own = [p for key, p in inspect.signature(command).parameters.items() if key != "shown"]
+        shared = [
+            inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, annotation=kind, default=default)
+            for key, (kind, default) in SHARED.items()
+        ]
+
+        @functools.wraps(command)
+        def run(*, json: str | None, quiet: bool, verbose: bool, **given):
+            _set_up_libraries(verbose)
+            try:
+                with _warnings_are_notes():
+                    target = json and os.path.expanduser(json)
+                    console.check_json_target(target)
+                    result, *shown = command(**given, shown=not quiet)
+                    for renderable in shown if target != "-" else ():
+                        console.results.print(renderable)
+                    console.write_json(result, target)
+            except (RrtcError, KeyboardInterrupt, OSError, MemoryError, RuntimeError) as error:
+                if verbose:
+                    traceback.print_exception(error)
+                explained = _explained(error)
+                console.show_error(explained)
+                raise typer.Exit(explained.exit_code) from error
+
+        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + shared
+        run.__signature__ = inspect.Signature(parameters)
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        return app.command(name, cls=Command)(run)
+
+    return register
+
+
+def _explained(error: BaseException) -> RrtcError:
+    """What to tell the user of `error`. Raises it again where it is no fault of the machine's or the user's."""
+    if isinstance(error, RrtcError):
+        return error
+    if isinstance(error, KeyboardInterrupt):
+        kept = "What was finished is kept, and nothing unfinished has its final name;"
+        return RrtcError("Interrupted.", f"{kept} init, uptrain and run have --resume.")
+    if isinstance(error, OSError):  # no permission, a full disk
+        where = f" ({error.filename})" if error.filename else ""
+        in_cache = Path(str(error.filename)).is_relative_to(cache_folder())
+        hint = "RRTC_CACHE names another folder for what rrtc keeps." if in_cache else ""
+        return RrtcError(f"{error.strerror or error}{where}.", hint)
+    if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
+        return RrtcError(
+            "The machine ran out of memory.",
+            "Lower --calibrate-tokens (init, export), or micro-batch, context or tokens, or turn on "
+            "--activation-checkpointing (uptrain).",
+        )
+    raise error
+
+
+def _set_up_libraries(verbose: bool) -> None:
+    """Before they are imported: what they are to say."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not console.notes.is_terminal:
+        os.environ.setdefault("TQDM_DISABLE", "1")  # bars of other libraries have no place in a log file
+    if verbose:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "info")
+
+
+@contextmanager
+def _warnings_are_notes() -> Iterator[None]:
+    """With --quiet too, a warning of rrtc's is a line on stderr."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", console.RrtcWarning)
+        others = warnings.showwarning
+
+        def show(message, category, *place, **more):
+            if issubclass(category, console.RrtcWarning):
+                console.show_warning(str(message))
+            else:
+                others(message, category, *place, **more)
+
+        warnings.showwarning = show
+        yield
 
 
 def _needs_output(output: str | None) -> str:
     if output is None:
-        raise typer.BadParameter("say where to write with -o DIR, or use --dry-run", param_hint="--output")
+        raise typer.BadParameter("say where to write with -o FOLDER, or use --dry-run", param_hint="--output")
     return output
 
 
-def _needs_one_process(command: str) -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise WrongUsage(f"'rrtc {command}' runs in one process.", "'rrtc uptrain' and 'rrtc eval' are for torchrun.")
-
-
-def _quiet_libraries() -> None:
-    """rrtc shows its own progress; transformers' bars and remarks would run through it."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not console.notes.is_terminal:
-        os.environ.setdefault("TQDM_DISABLE", "1")  # bars of other libraries have no place in a log file
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-
-
-def _print(renderable: Any, json: str | None) -> None:
-    if json != "-":
-        console.results.print(renderable)
-
-
-@app.command("init")
-@_guarded
-@with_fields(("init", InitRecipe))
+@_command("init", "init")
 def init_command(
     model: Annotated[
         str | None,
@@ -121,36 +157,29 @@ def init_command(
         bool, typer.Option("--dry-run", help="Show the plan, its size and its memory; a config.json is enough.")
     ] = False,
     resume: Resume = False,
-    json: Json = None,
     *,
     recipe: Recipe,
+    shown: bool,
 ):
     """Tie a dense model's layers and give each use its own LoRA.
 
-    Example: rrtc init ./SmolLM2-135M -o small --budget 0.7 --calibrate-on corpus.txt
+    \b
+    Example:
+      rrtc init ./SmolLM2-135M -o small --budget 0.7 --calibrate-on corpus.txt
     """
-    model = model or recipe.model
-    if model is None:
+    if model is None and recipe.model is None:
         raise typer.BadParameter("name the dense model, here or in the recipe", param_hint="MODEL")
     if dry_run and resume:
         raise WrongUsage("A dry run does no work that could be resumed.", "Leave out --dry-run or --resume.")
-    target = None if dry_run else _needs_output(output)
-    _needs_one_process("init")
-    _quiet_libraries()
-    from rrtc.init import stage
-
-    if target is None:
-        result = stage.dry_run(model, recipe)
-        _print(tables.plan(result), json)
-    else:
-        result = stage.init(model, target, recipe, resume=resume)
-        _print(tables.init(result, target), json)
-    return result
+    if dry_run:
+        result = api.plan(model, recipe, verbose=shown)
+        return result, tables.plan(result)
+    target = _needs_output(output)
+    result = api.init(model, target, recipe, resume=resume, verbose=shown)
+    return result, tables.init(result, target)
 
 
-@app.command("uptrain")
-@_guarded
-@with_fields(("uptrain", UptrainRecipe))
+@_command("uptrain", "uptrain")
 def uptrain_command(
     folder: Folder,
     output: Output = None,
@@ -158,144 +187,154 @@ def uptrain_command(
         bool, typer.Option("--dry-run", help="Measure a few steps and show steps, memory, FLOPs and time.")
     ] = False,
     resume: Resume = False,
-    json: Json = None,
     *,
     recipe: Recipe,
+    shown: bool,
 ):
     """Heal a tied model by training it to do as its dense original does.
 
-    Example: rrtc uptrain small -o healed --data corpus.jsonl --tokens 10000000. On several GPUs:
-    torchrun --nproc-per-node 8 -m rrtc uptrain small -o healed
+    \b
+    Example:
+      rrtc uptrain small -o healed --data corpus.jsonl --tokens 10000000
+    On several GPUs:
+      torchrun --nproc-per-node 8 -m rrtc uptrain small -o healed
     """
-    target = None if dry_run else _needs_output(output)
-    _quiet_libraries()
-    if target is None:
-        from rrtc.uptrain.estimate import estimate
-
-        result = estimate(folder, recipe)
-        _print(tables.estimate(result), json)
-    else:
-        from rrtc.uptrain import stage
-
-        result = stage.uptrain(folder, target, recipe, resume=resume)
-        _print(tables.uptrain(result, target), json)
-    return result
+    if dry_run:
+        result = api.estimate(folder, recipe, verbose=shown)
+        return result, tables.estimate(result)
+    target = _needs_output(output)
+    result = api.uptrain(folder, target, recipe, resume=resume, verbose=shown)
+    return result, tables.uptrain(result, target)
 
 
-@app.command("eval")
-@_guarded
-@with_fields(("eval", EvalRecipe))
+@_command("eval", "eval")
 def eval_command(
     folders: Annotated[
         list[str],
-        typer.Argument(metavar="DIR…", help="A folder that rrtc wrote, or several to compare.", show_default=False),
+        typer.Argument(metavar="FOLDER…", help="A folder that rrtc wrote, or several to compare.", show_default=False),
     ],
+    output: Annotated[
+        str | None, typer.Option("-o", "--output", metavar="FOLDER", help="New folder for the report.")
+    ] = None,
     against: Annotated[
         str | None, typer.Option("--against", metavar="MODEL", help="The dense original, where it has moved.")
     ] = None,
-    output: Annotated[
-        str | None, typer.Option("-o", "--output", metavar="REPORT_DIR", help="New folder for the report.")
-    ] = None,
-    json: Json = None,
     *,
     recipe: Recipe,
+    shown: bool,
 ):
     """Measure a compressed model beside its dense original, on the same items in the same run.
 
-    Example: rrtc eval healed --text book.txt --tasks paper -o report. What was measured before is not measured again.
-    On several GPUs: torchrun --nproc-per-node 8 -m rrtc eval healed -o report
+    What was measured before is not measured again.
+
+    \b
+    Example:
+      rrtc eval healed --text book.txt --tasks paper -o report
+    On several GPUs:
+      torchrun --nproc-per-node 8 -m rrtc eval healed -o report
     """
-    _quiet_libraries()
-    from rrtc.api import measure
-
-    result = measure(folders, recipe, against, output)
-    _print(tables.report(result), json)
-    if output is not None:
-        _print(f"Pictures: {os.path.join(output, 'report.html')}", json)
-    return result
+    result = api.evaluate(folders, output, against, recipe, verbose=shown)
+    pictures = [] if output is None else [console.plain(f"Pictures: {os.path.join(output, 'report.html')}")]
+    return result, tables.report(result), *pictures
 
 
-@app.command("export")
-@_guarded
-@with_fields(("export", ExportRecipe))
+@_command("export", "export")
 def export_command(
     folder: Folder,
     output: Output = None,
     report: Annotated[
         str | None,
-        typer.Option("--report", metavar="REPORT_DIR", help="What 'rrtc eval -o' wrote, for the model card."),
+        typer.Option("--report", metavar="FOLDER", help="What 'rrtc eval -o' wrote, for the model card."),
     ] = None,
     push_to_hub: Annotated[
         str | None,
         typer.Option("--push-to-hub", metavar="USER/NAME", help="Upload the verified export into a new repository."),
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="Make that repository a private one.")] = False,
-    json: Json = None,
     *,
     recipe: Recipe,
+    shown: bool,
 ):
     """Write a model that loads without rrtc, and check it in a fresh process before saying so.
 
-    Example: rrtc export healed -o release --format dense
+    \b
+    Example:
+      rrtc export healed -o release --format dense
     """
     target = _needs_output(output)
-    if private and push_to_hub is None:
-        raise WrongUsage("Only what is pushed can be private.", "Add --push-to-hub USER/NAME, or leave out --private.")
-    _needs_one_process("export")
-    _quiet_libraries()
-    from rrtc.export import stage
-    from rrtc.export.push import check_push, push
-
-    if push_to_hub is not None:
-        check_push(push_to_hub)
-    result = stage.export(folder, target, recipe, report)
-    _print(tables.export(result, target), json)
-    if push_to_hub is not None:
-        result = result | {"pushed_to": push(target, push_to_hub, private)}
-        _print(f"Pushed to {result['pushed_to']}.", json)
-    return result
+    result = api.export(folder, target, report, push_to_hub, private, recipe, verbose=shown)
+    pushed = [console.plain(f"Pushed to {result['pushed_to']}.")] if "pushed_to" in result else []
+    return result, tables.export(result, target), *pushed
 
 
-@app.command("run")
-@_guarded
+@_command("run")
 def run_command(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE.yaml", help="The recipe.", show_default=False)],
-    output: Annotated[str, typer.Option("-o", "--output", metavar="DIR", help="New folder for the four stages.")],
+    recipe: Annotated[
+        str,
+        typer.Argument(metavar="RECIPE", help="A recipe file, or quickstart, which rrtc brings.", show_default=False),
+    ],
+    output: Annotated[str, typer.Option("-o", "--output", metavar="FOLDER", help="New folder for the four stages.")],
     tokens: Annotated[
-        int | None, typer.Option("--tokens", min=1, help="Train on so many tokens instead of the recipe's.")
+        int | None,
+        typer.Option("--tokens", min=1, metavar="TOKENS", help="Train on so many tokens instead of the recipe's."),
     ] = None,
     resume: Resume = False,
-    json: Json = None,
+    *,
+    shown: bool,
 ):
-    """Run a whole recipe: init, uptrain, eval and export, into DIR/init, DIR/uptrain, DIR/eval and DIR/export.
+    """Run a whole recipe: init, uptrain, eval and export, each into a folder of its name in FOLDER.
 
-    Example: rrtc run recipes/quickstart.yaml -o runs/quickstart
+    \b
+    Example:
+      rrtc run quickstart -o runs/quickstart
     """
-    loaded = load_recipe(recipe)
-    loaded = loaded.model_copy(update={"uptrain": with_flags(loaded.uptrain, {"tokens": tokens})})
-    _needs_one_process("run")
-    _quiet_libraries()
-    from rrtc.api import run
-
-    result = run(loaded, output, resume)
-    _print(tables.report(result["eval"]), json)
-    _print(tables.export(result["export"], os.path.join(output, "export")), json)
-    return result
+    result = api.run(recipe, output, resume, tokens=tokens, verbose=shown)
+    return result, tables.report(result["eval"]), tables.export(result["export"], os.path.join(output, "export"))
 
 
-@app.command("inspect")
-@_guarded
-def inspect_command(folder: Folder, json: Json = None):
+@_command("inspect")
+def inspect_command(folder: Folder, *, shown: bool):
     """Show what an rrtc folder is: plan, origin, sizes, and what was measured.
 
-    Example: rrtc inspect runs/quickstart/uptrain
+    \b
+    Example:
+      rrtc inspect runs/quickstart/uptrain
     """
-    _quiet_libraries()
-    from rrtc.api import describe
+    result = api.inspect(folder)
+    return result, tables.description(result)
 
-    result = describe(folder)
-    _print(tables.description(result), json)
-    return result
+
+@app.command("recipe", cls=Command)
+def recipe_command(
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print the JSON Schema of recipes instead, for editors.")
+    ] = False,
+):
+    """Print a recipe to start from: every field with its default and what it means.
+
+    \b
+    Example:
+      rrtc recipe > recipe.yaml
+      rrtc recipe --schema > recipe.schema.json
+    """
+    if schema:
+        console.write_json(recipe_schema(), "-")
+    else:
+        typer.echo(commented_recipe(), nl=False)
+
+
+@_command("env")
+def env_command(*, shown: bool):
+    """Show what a bug report should say: versions, the machine, and where the cache is.
+
+    \b
+    Example:
+      rrtc env --json env.json
+    """
+    with console.notes_shown(shown):
+        console.note("Looking at this machine")
+        result = api.env()
+    return result, tables.environment(result)
 
 
 def _version(asked: bool) -> None:

@@ -2,44 +2,65 @@
 
 import functools
 import inspect
-import types
+import os
+import typing
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
+from rrtc.recipe.commented import choices_of
 from rrtc.recipe.schema import load_recipe, with_flags
 from rrtc.recipe.section import Section
 
+# The fields that most runs set. They stand beside --output; the other fields of the section come after them.
+COMMON = {
+    "init": ("budget", "loops", "sharing", "keep", "rank", "calibrate_on"),
+    "uptrain": ("data", "tokens", "context", "learning_rate", "batch_size", "micro_batch", "losses"),
+    "eval": ("text", "tokens", "tasks", "baselines"),
+    "export": ("format", "dtype", "quantize"),
+}
+# What the help calls a value. A field that is not here has the word of its type.
+WORDS = {
+    "budget": "SHARE", "target_params": "COUNT", "target_bytes": "SIZE", "max_shard_size": "SIZE", "sharing": "PATTERN",
+    "rank": "N|GROUP=N,…", "shared_init": "START", "lora_init": "START", "dtype": "DTYPE", "precision": "DTYPE",
+    "norms": "HOW", "calibrate_on": "TEXT", "data": "TEXT", "text": "TEXT", "text_field": "NAME", "tokens": "TOKENS",
+    "calibrate_tokens": "TOKENS", "measure_tokens": "TOKENS", "context": "TOKENS", "sample_tokens": "TOKENS",
+    "passkey_lengths": "TOKENS", "data_weights": "W,W,…", "learning_rate": "RATE", "losses": "LOSS=WEIGHT",
+    "shared_lr_scale": "FACTOR|visits", "teacher": "MODEL", "teacher_cache": "FOLDER", "warmup": "SHARE",
+    "decay": "SHARE", "optimizer": "NAME", "schedule": "NAME", "report_to": "TRACKER", "tasks": "TASK",
+    "tasks_dir": "FOLDER", "tasks_data": "FOLDER", "prompt": "TEXT", "format": "FORMAT", "quantize": "BITS",
+}  # fmt: skip
+TYPE_WORDS = {int: "N", float: "NUMBER", str: "TEXT"}
+
 RecipeFile = Annotated[
-    str | None, typer.Option("--recipe", metavar="FILE", help="Recipe to start from; flags given here override it.")
+    str | None,
+    typer.Option("--recipe", metavar="FILE", help="Recipe to start from; flags given here override it."),
 ]
 
 
-def with_fields(*sections: tuple[str, type[Section]]) -> Callable:
-    """Gives a command one flag for each field of the recipe's `sections`, and passes them on as one `recipe`."""
+def with_fields(part: str, schema: type[Section]) -> Callable:
+    """Gives a command one flag for each field of the section `part` of the recipe, and passes them on as one `recipe`.
+
+    The flags of COMMON fields follow the command's own --output, and all others come last, in a panel of their own.
+    """
 
     def decorate(command: Callable) -> Callable:
         signature = inspect.signature(command)
-        flags, owners = [], {}
-        for part, schema in sections:
-            for name, field in schema.model_fields.items():
-                owners[name] = part
-                flags.append(_flag(name, field, part))
-        kept = [p for name, p in signature.parameters.items() if name != "recipe"]
-        kept.append(
-            inspect.Parameter("recipe_file", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=RecipeFile)
-        )
+        fields = schema.model_fields
+        common = [_flag(name, fields[name], None) for name in COMMON[part]]
+        others = [_flag(name, fields[name], f"More: {part}") for name in fields if name not in COMMON[part]]
+        own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for n, p in signature.parameters.items() if n != "recipe"]
+        after = 1 + next(place for place, parameter in enumerate(own) if parameter.name == "output")
+        file = inspect.Parameter("recipe_file", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=RecipeFile)
+        parameters = [*own[:after], *common, file, *own[after:], *others]
 
         @functools.wraps(command)
         def run(*, recipe_file: str | None, **given: Any):
-            recipe = load_recipe(recipe_file)
-            for part, _ in sections:
-                values = {name: given.pop(name) for name, owner in owners.items() if owner == part}
-                recipe = recipe.model_copy(update={part: with_flags(getattr(recipe, part), values)})
-            return command(recipe=recipe, **given)
+            recipe = load_recipe(recipe_file and os.path.expanduser(recipe_file))
+            flags = with_flags(getattr(recipe, part), {name: given.pop(name) for name in fields}, "the command line")
+            return command(recipe=recipe.model_copy(update={part: flags}), **given)
 
-        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in kept] + flags
         run.__signature__ = signature.replace(parameters=parameters)
         run.__annotations__ = {p.name: p.annotation for p in parameters}
         return run
@@ -47,18 +68,38 @@ def with_fields(*sections: tuple[str, type[Section]]) -> Callable:
     return decorate
 
 
-def _flag(name: str, field: Any, part: str) -> inspect.Parameter:
-    dashed = name.replace("_", "-")
-    kind, default = field.annotation, field.default
-    declared = f"--{dashed}/--no-{dashed}" if kind is bool else f"--{dashed}"
-    if isinstance(kind, types.UnionType):
-        kind = str  # such as rank, which the recipe itself parses
+def _flag(name: str, field: Any, panel: str | None) -> inspect.Parameter:
+    dashed, default = name.replace("_", "-"), field.default
+    kind, word = _value(field)
     shown = ", ".join(map(str, default)) if isinstance(default, list) else default
     if isinstance(default, dict):
-        kind, shown = list[str], ", ".join(f"{key}={value:g}" for key, value in default.items())
-    text = field.description if shown in (None, "") else rf"{field.description} \[default: {shown}]"
-    shape = "NAME=NUMBER" if isinstance(default, dict) else None
-    option = typer.Option(declared, help=text, metavar=shape, show_default=False, rich_help_panel=f"Recipe: {part}")
+        shown = ", ".join(f"{key}={value:g}" for key, value in default.items())
+    elif isinstance(default, bool):
+        shown = "on" if default else "off"
+    text = field.description + choices_of(field.annotation)
+    option = typer.Option(
+        f"--{dashed}/--no-{dashed}" if kind is bool else f"--{dashed}",
+        help=text if shown in (None, "") else f"{text} [default: {shown}]",
+        metavar=None if kind is bool else WORDS.get(name, word),
+        show_default=False,
+        rich_help_panel=panel,
+    )
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
     )
+
+
+def _value(field: Any) -> tuple[type, str]:
+    """(the type that typer reads, the word for it) of a recipe's field."""
+    kinds = typing.get_args(field.annotation)
+    optional = type(None) in kinds
+    kind = kinds[0] if optional and len(kinds) == 2 else field.annotation
+    if typing.get_origin(kind) is Literal:
+        return kind, "CHOICE"
+    if typing.get_origin(kind) is dict:
+        return list[str], "NAME=NUMBER"
+    if typing.get_origin(kind) is list and not optional:
+        return kind, TYPE_WORDS[typing.get_args(kind)[0]]
+    if kind in (bool, int, float):
+        return kind, TYPE_WORDS.get(kind, "")
+    return str, "TEXT"  # text, and what the recipe itself parses, such as rank

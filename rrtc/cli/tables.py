@@ -288,6 +288,27 @@ def description(result: dict) -> Group:
     return Group(*lines)
 
 
+def environment(result: dict) -> Group:
+    """What `env` found."""
+    device, memory = result["device"], result["device"]["memory_bytes"]
+    packages = ", ".join(f"{name} {version}" for name, version in result["packages"].items() if version)
+    missing = ", ".join(name for name, version in result["packages"].items() if not version)
+    rows = [
+        ["rrtc", result["rrtc"]],
+        ["Python", result["python"]],
+        ["platform", result["platform"]],
+        ["processor cores", result["cores"]],
+        ["memory", size(result["memory_bytes"])],
+        ["device", f"{device['count']} × {device['name']} ({device['type']}{f', {size(memory)}' if memory else ''})"],
+        ["packages", packages],
+        ["not installed", missing or "–"],
+        ["cache", result["cache_folder"]],
+    ]
+    made = table("Where rrtc runs", ["", ""], rows)
+    made.columns[1].justify = "left"
+    return Group(made)
+
+
 def _figures(figures) -> str:
     if not isinstance(figures, dict):
         return str(figures)

@@ -28,6 +28,7 @@ from torch import Tensor
 from rrtc import __version__, machine
 from rrtc.console import note, warn
 from rrtc.init.calibrate import bytes_on_disk
+from rrtc.init.dtypes import NUMBER_BYTES, stored_dtype
 from rrtc.io.dense import DenseModel
 from rrtc.io.folder import check_target, check_unchanged, partial_of, whole_file
 from rrtc.io.shard_writer import ShardWriter
@@ -45,7 +46,6 @@ from rrtc.tying.norms import Fold
 
 OWN_TEXT_FILE = "own-text.safetensors"  # in the work
 WORK = "work"
-NUMBER_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # What may change between the start of a run and its continuation: it matters only once every slot is finished.
 FREE_ON_RESUME = ("max_shard_size", "measure_tokens")
 
@@ -143,7 +143,7 @@ def prepare(model: str, target: Path, recipe: Recipe) -> Job:
     source = find_model(model)
     check_target(target, source.folder)
     architecture = read_architecture(source.config())
-    dtype = stored_dtype(source, recipe, has_weights=True)
+    dtype = stored_dtype(source, recipe.init.dtype)
     plan = make_plan(architecture, recipe.init, NUMBER_BYTES[dtype])
     tokenizer = load_tokenizer(source.folder)
     dense = DenseModel(source, _folds(source, recipe))
@@ -157,18 +157,6 @@ def prepare(model: str, target: Path, recipe: Recipe) -> Job:
     if own and calibration is not None and not (work / OWN_TEXT_FILE).exists():
         check_writer_fits(architecture.parameters)
     return Job(source, recipe, plan, dense, dtype, calibration, own, scoring, work)
-
-
-def stored_dtype(source: Source, recipe: Recipe, has_weights: bool) -> str:
-    """The number format to write: what the recipe says, or else the source's own, or bfloat16 for a GGUF, which had
-    fewer bits than that before it was dequantized."""
-    if recipe.init.dtype != "auto":
-        return recipe.init.dtype
-    if source.is_gguf:
-        return "bfloat16"
-    stored = source.weights().dtype if has_weights else source.config().dtype or "bfloat16"
-    dtype = str(stored).removeprefix("torch.")
-    return dtype if dtype in NUMBER_BYTES else "float32"
 
 
 def _folds(source: Source, recipe: Recipe) -> list[Fold]:

@@ -19,8 +19,9 @@ from rrtc.console import note, progress
 from rrtc.errors import RrtcError, WrongUsage
 from rrtc.init.budget import explain, measure_groups, plan_under_budget
 from rrtc.init.calibrate import calibrate, layers_done
-from rrtc.init.job import NUMBER_BYTES, OWN_TEXT_FILE, WORK, Job, can_resume, prepare, remove, stored_dtype
-from rrtc.init.memory import PROGRAM_BYTES, init_bytes, return_freed_memory
+from rrtc.init.dtypes import NUMBER_BYTES
+from rrtc.init.job import OWN_TEXT_FILE, WORK, Job, can_resume, prepare, remove
+from rrtc.init.memory import return_freed_memory
 from rrtc.init.slots import joint_slot, paper_slot, source_layers
 from rrtc.io.dense import DenseModel
 from rrtc.io.folder import (
@@ -37,53 +38,21 @@ from rrtc.io.folder import (
 from rrtc.io.provenance import write_provenance
 from rrtc.io.recursive import effective_tensor
 from rrtc.io.shard_writer import ShardWriter
-from rrtc.io.source import find_model, load_tokenizer
+from rrtc.io.source import load_tokenizer
 from rrtc.io.weights import Weights
 from rrtc.model import RrtConfig
-from rrtc.patterns import make_plan, target_parameters
+from rrtc.patterns import target_parameters
 from rrtc.plan import Plan
 from rrtc.recipe.schema import Recipe
-from rrtc.recipe.section import BUILT_IN_TEXT, OWN_TEXT
-from rrtc.stock.architecture import read_architecture
+from rrtc.recipe.section import BUILT_IN_TEXT
 from rrtc.stock.streamed import StreamedModel
 from rrtc.stock.trial import find_neurons
-from rrtc.text.own import check_writer_fits, own_text
+from rrtc.text.own import own_text
 from rrtc.text.windows import Windows
 from rrtc.units import parse_size
 
 # A slot: its tensors and their names in it, float32, and its energies, which fill as they come (slots.paper_slot).
 Slot = tuple[Iterator[tuple[str, Tensor]], dict[str, tuple[float, float]]]
-
-
-def dry_run(model: str, recipe: Recipe) -> dict:
-    """What `init` would do, from the config and, where there are weights, their headers: the plan as plain data.
-
-    Raises RrtcError or WrongUsage for what would stop `init` itself, as far as headers show it.
-    """
-    source = find_model(model, config_only=True)
-    has_weights = any(source.folder.glob("*.safetensors"))
-    architecture = read_architecture(source.config())
-    dtype = stored_dtype(source, recipe, has_weights)
-    plan = make_plan(architecture, recipe.init, NUMBER_BYTES[dtype])
-    if has_weights:
-        DenseModel(source)  # checks names and shapes
-    parse_size(recipe.init.max_shard_size)  # raises for what is none
-    joint = recipe.init.start == "joint"
-    tokens = max(recipe.init.measure_tokens, recipe.init.calibrate_tokens if joint else 0)
-    summary = plan.summary(NUMBER_BYTES[dtype]) | {"init_peak_bytes": init_bytes(plan, tokens, joint)}
-    if joint and OWN_TEXT in recipe.init.calibrate_on:  # the whole model writes it
-        check_writer_fits(architecture.parameters)
-        writing = architecture.parameters * machine.scoring_dtype().itemsize
-        summary["init_peak_bytes"] = max(summary["init_peak_bytes"], PROGRAM_BYTES + writing)
-    source_bytes = source.bytes_on_disk if source.is_gguf else None
-    if recipe.init.has_budget and joint:
-        # What is stored how, and so what it computes, is known once the layers are measured; how much is known now.
-        target = target_parameters(architecture, recipe.init, NUMBER_BYTES[dtype])
-        size = {"params_total": target, "params_non_embedding": target - architecture.embedding - architecture.head}
-        unknown = ("params_by_part", "flops_per_token", "visits")
-        summary |= size | {"bytes": target * NUMBER_BYTES[dtype]} | dict.fromkeys(unknown)
-    asked = {"model": model, "dtype": dtype, "source_bytes": source_bytes, "recipe": recipe.init.resolved()}
-    return asked | summary
 
 
 def init(model: str, output: str, recipe: Recipe, resume: bool = False) -> dict:

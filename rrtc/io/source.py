@@ -14,7 +14,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from rrtc.console import note
+from rrtc.console import note, quiet_libraries
 from rrtc.errors import RrtcError
 from rrtc.io.cache import cache_folder
 from rrtc.io.folder import check_space, whole_folder
@@ -203,7 +203,7 @@ def _dequantized(file: Path) -> Path:
     note(f"Dequantizing {file.name} once, into {target}")
     # Several processes may do this at once, each in a folder of its own: the first one to finish names the cache.
     mine = target.with_name(f"{target.name}-{os.getpid()}")
-    with whole_folder(mine) as folder:
+    with quiet_libraries(), whole_folder(mine) as folder:
         _dequantize(file, folder)
     try:
         mine.rename(target)

@@ -14,7 +14,7 @@ class EvalRecipe(Section):
     context: int = Field(512, ge=8, description="Tokens in one scored window.")
     tasks: list[str] = Field(
         [],
-        description="Tasks of lm-evaluation-harness by name; paper is the paper's seven. Needs the extra rrtc\\[eval].",
+        description="Tasks of lm-evaluation-harness by name; paper is the paper's seven. Needs the extra rrtc[eval].",
     )
     tasks_dir: str | None = Field(None, description="A folder of task files of your own, in the harness's format.")
     tasks_data: str | None = Field(None, description="The folder that stands for {data} in these task files.")
@@ -35,4 +35,6 @@ class EvalRecipe(Section):
     )
     sample_tokens: int = Field(48, ge=0, description="Length of the sample continuation; 0: none.")
 
-    _one_is_a_list = field_validator("text", "tasks", mode="before")(lambda v: [v] if isinstance(v, str) else v)
+    _one_is_a_list = field_validator("text", "tasks", mode="before", json_schema_input_type=str | list[str])(
+        lambda v: [v] if isinstance(v, str) else v
+    )

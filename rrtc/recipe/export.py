@@ -43,7 +43,7 @@ class ExportRecipe(Section):
             raise ValueError(f"quantizing learns from text that there is, so calibrate_on cannot be {OWN_TEXT}")
         return self
 
-    @field_validator("calibrate_on", mode="before")
+    @field_validator("calibrate_on", mode="before", json_schema_input_type=str | list[str])
     @classmethod
     def _one_is_a_list(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value

@@ -68,7 +68,7 @@ class InitRecipe(Section):
         4096, ge=0, description="Tokens on which the loss before any training is measured at the end; 0: not at all."
     )
 
-    @field_validator("rank", mode="before")
+    @field_validator("rank", mode="before", json_schema_input_type=int | str | dict[str, int] | None)
     @classmethod
     def _rank_from_text(cls, value: Any) -> Any:
         if value is None:
@@ -106,7 +106,7 @@ class InitRecipe(Section):
             raise ValueError("shared_init 'joint' chooses the LoRA too, so lora_init cannot be zero")
         return self
 
-    @field_validator("calibrate_on", mode="before")
+    @field_validator("calibrate_on", mode="before", json_schema_input_type=str | list[str])
     @classmethod
     def _one_is_a_list(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value

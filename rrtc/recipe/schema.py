@@ -57,7 +57,7 @@ def load_recipe(path: str | None) -> Recipe:
     if values is not None and not isinstance(values, dict):
         raise WrongUsage(f"The recipe {path} holds no keys.", "Start from one of the files in recipes/.")
     given = {part: value for part, value in (values or {}).items() if value is not None}  # a heading with nothing below
-    return _checked(Recipe, given, path)
+    return checked(Recipe, given, path)
 
 
 def _file_of(path: str) -> Path:
@@ -66,13 +66,16 @@ def _file_of(path: str) -> Path:
     return next((file for file in [Path(path), *shipped] if file.is_file()), Path(path))
 
 
-def with_flags(section: AnySection, flags: dict[str, Any]) -> AnySection:
-    """`section` with the values given on the command line (those that are not None) in place of its own."""
+def with_flags(section: AnySection, flags: dict[str, Any], source: str) -> AnySection:
+    """`section` with the values given in `source`, such as "the command line", in place of its own, where they are not
+    None."""
     given = {name: value for name, value in flags.items() if value is not None}
-    return _checked(type(section), section.model_dump() | given, "the command line") if given else section
+    return checked(type(section), section.model_dump() | given, source) if given else section
 
 
-def _checked(schema: type[AnySection], values: dict, source: str) -> AnySection:
+def checked(schema: type[AnySection], values: dict, source: str) -> AnySection:
+    """The section with these `values`. Raises WrongUsage, naming their `source`, for a value of the wrong kind, and
+    for a key that the section does not have, with the nearest that it has."""
     try:
         return schema.model_validate(values)
     except ValidationError as error:

@@ -96,7 +96,7 @@ class UptrainRecipe(Section):
         "none", description="Tracker that is sent every step's figures; tensorboard writes into the output folder."
     )
 
-    @field_validator("losses", mode="before")
+    @field_validator("losses", mode="before", json_schema_input_type=dict[str, float] | list[str])
     @classmethod
     def _parse_losses(cls, value: Any) -> Any:
         """As on the command line, a list of NAME=WEIGHT, or as in a file, a mapping."""
@@ -166,12 +166,12 @@ class UptrainRecipe(Section):
             raise ValueError("data_weights are all 0, so there is nothing to learn from")
         return self
 
-    @field_validator("data_weights", mode="before")
+    @field_validator("data_weights", mode="before", json_schema_input_type=float | str | list[float] | None)
     @classmethod
     def _weights_from_text(cls, value: Any) -> Any:
         return value.split(",") if isinstance(value, str) else [value] if isinstance(value, int | float) else value
 
-    @field_validator("data", mode="before")
+    @field_validator("data", mode="before", json_schema_input_type=str | list[str])
     @classmethod
     def _one_is_a_list(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value

@@ -23,6 +23,7 @@ from rrtc.recipe.section import BUILT_IN_TEXT, OWN_TEXT
 from rrtc.recipe.uptrain import UptrainRecipe
 from rrtc.stock.architecture import read_architecture, read_plan
 from rrtc.text.windows import longest_context
+from rrtc.uptrain.checks import check_recipe
 from rrtc.uptrain.data import ORDER, Mixture, Stream, training_text
 from rrtc.uptrain.teacher_cache import TeacherCache
 
@@ -119,7 +120,7 @@ def prepare(folder: Path, recipe: UptrainRecipe, most_steps: int | None = None) 
 
     Raises RrtcError or WrongUsage for everything that would stop the run.
     """
-    check_processes(recipe)
+    check_recipe(recipe)
     check_reporter(recipe.report_to)
     provenance = read_provenance(folder)
     if not (folder / "config.json").exists():
@@ -143,7 +144,6 @@ def prepare(folder: Path, recipe: UptrainRecipe, most_steps: int | None = None) 
         # A cache that holds something may hold everything, and then the teacher need not be there.
         if cache is None or cache.is_empty:
             teacher = _teacher(folder, recipe, config, tokenizer)
-    check_writer(recipe)
     writer = teacher
     if OWN_TEXT in recipe.data and teacher is None:
         writer = _teacher(folder, recipe, config, tokenizer)
@@ -208,28 +208,10 @@ def check_tokens(recipe: UptrainRecipe, context: int) -> None:
         )
 
 
-def check_processes(recipe: UptrainRecipe) -> None:
-    """Raises WrongUsage where the model is to be sharded and there is nobody to share it with."""
-    if recipe.fsdp and process_group().num_processes == 1:
-        raise WrongUsage(
-            "--fsdp shards the model over several processes, and this is one.",
-            "Start it as 'torchrun --nproc-per-node 8 -m rrtc uptrain …' on 8 GPUs, or leave --fsdp out.",
-        )
-
-
 def check_reporter(name: str) -> None:
     """Raises RrtcError where the tracker `name` is not installed."""
     if name != "none" and not getattr(integration_utils, f"is_{name}_available")():
         raise RrtcError(f"The package {name} is not installed.", f"Install it: pip install {name}")
-
-
-def check_writer(recipe: UptrainRecipe) -> None:
-    """Raises WrongUsage where text that the teacher writes is among the data, and there is no teacher."""
-    if OWN_TEXT in recipe.data and not recipe.distills and recipe.teacher is None:
-        raise WrongUsage(
-            f"The data '{OWN_TEXT}' is text that the teacher writes, and this run has no teacher.",
-            "Name one (teacher), distil from the dense original (losses), or name a text.",
-        )
 
 
 def _taught_by(provenance: dict, recipe: UptrainRecipe) -> dict:

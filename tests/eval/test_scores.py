@@ -9,7 +9,7 @@ from pico import pico_tokenizer, save_pico
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from rrtc.api import describe
+from rrtc.api import inspect
 from rrtc.errors import RrtcError
 from rrtc.eval.stage import evaluate
 from rrtc.export.stage import export
@@ -115,7 +115,7 @@ def test_what_training_held_out_is_scored(stages):
 def test_the_report_is_written_and_read_back(stages, tmp_path):
     report = evaluate(str(stages / "healed"), recipe(), output=str(tmp_path / "report"))
     assert read_report(tmp_path / "report") == report
-    assert describe(str(tmp_path / "report"))["report"] == report
+    assert inspect(str(tmp_path / "report"))["report"] == report
     assert all(sample["text"] for sample in report["samples"]) and len(report["samples"]) == 3
 
 

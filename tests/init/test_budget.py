@@ -16,7 +16,8 @@ from rrtc.errors import RrtcError, WrongUsage
 from rrtc.init.allocate import allocate, alone, choose, together, visits_of
 from rrtc.init.budget import measure_groups
 from rrtc.init.calibrate import Calibration, calibrate
-from rrtc.init.stage import dry_run, init
+from rrtc.init.dry_run import dry_run
+from rrtc.init.stage import init
 from rrtc.io.dense import DenseModel
 from rrtc.io.provenance import read_provenance
 from rrtc.io.source import find_model, load_tokenizer

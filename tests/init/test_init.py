@@ -11,7 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from rrtc.errors import RrtcError
-from rrtc.init.stage import dry_run, init
+from rrtc.init.dry_run import dry_run
+from rrtc.init.stage import init
 from rrtc.io.provenance import read_provenance
 from rrtc.recipe.schema import Recipe
 from rrtc.stock.trial import find_folds

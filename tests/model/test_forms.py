@@ -14,10 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from rrtc.api import describe
+from rrtc.api import inspect
 from rrtc.cli import tables
 from rrtc.errors import WrongUsage
 from rrtc.export import stage
+from rrtc.export.formats import FORMATS
 from rrtc.model import RrtConfig, RrtForCausalLM
 from rrtc.model.modeling_rrt import RelaxedLinear, find_layers, graft, matrices_of
 from rrtc.patterns import make_plan
@@ -124,7 +125,7 @@ def test_the_dense_export_is_the_stock_model_that_computes_the_same(architecture
     monkeypatch.setattr("rrtc.io.weights.BLOCK_NUMBERS", 500)  # several blocks even for a pico model
     source, target = save_mixed(tmp_path / "rrt", architecture, norms), tmp_path / "dense"
     target.mkdir()
-    parameters = stage.write(source, target, "dense", torch.float32, SHARDS)
+    parameters = FORMATS["dense"].write(source, target, torch.float32, SHARDS)
     stock, info = AutoModelForCausalLM.from_pretrained(target, output_loading_info=True)
     assert not any(info.values()), info
     assert type(stock).__module__.startswith("transformers.")
@@ -147,7 +148,7 @@ def test_the_matrices_of_a_dense_export_are_the_multiplied_out_ones(tmp_path):
     """Phi-3's fused FFN, tensor by tensor, from the names in the recursive file."""
     source, target = save_mixed(tmp_path / "rrt", "phi3"), tmp_path / "dense"
     target.mkdir()
-    stage.write(source, target, "dense", torch.float32, 10**9)
+    FORMATS["dense"].write(source, target, torch.float32, 10**9)
     made, dense = load_file(source / "model.safetensors"), load_file(target / "model.safetensors")
     slot, up, down = "model.slots.2.loops.", "mlp.gate_up_proj", "mlp.down_proj"
     own, low_rank = made[f"{slot}0.{up}.weight"], made[f"{slot}1.{up}.B"] @ made[f"{slot}1.{up}.A"]
@@ -255,7 +256,7 @@ def test_a_recursive_export_loads_and_generates_where_rrtc_is_not(tmp_path):
         source = save_mixed(tmp_path / f"{architecture}-rrt", architecture, norms)
         targets.append(tmp_path / architecture)
         targets[-1].mkdir()
-        parameters = stage.write(source, targets[-1], "recursive", None, 10**9)
+        parameters = FORMATS["recursive"].write(source, targets[-1], None, 10**9)
         assert parameters == mixed_plan(architecture, norms).parameters
     run_python(STRANGER, json.dumps(IDS.tolist()), "out.safetensors", *map(str, targets), cwd=tmp_path)
     found = load_file(tmp_path / "out.safetensors")
@@ -304,7 +305,7 @@ def test_a_config_without_forms_and_shapes_loads_as_before(architecture, tmp_pat
 
 
 def test_inspect_shows_one_line_for_each_visit_with_forms(tmp_path):
-    lines = tables.visits(describe(str(save_mixed(tmp_path, "llama")))["visits"]).splitlines()
+    lines = tables.visits(inspect(str(save_mixed(tmp_path, "llama")))["visits"]).splitlines()
     assert lines[0] == "slot   0   layers 0, 3, LoRA rank 3"
     assert lines[1] == "slot   1   layers 1, 4, LoRA rank 3"
     ffn = "FFN: down_proj 44→48, gate_proj 48→44, up_proj 48→44"  # a config.json is sorted

@@ -1,0 +1,45 @@
+"""`rrtc init --dry-run`: the plan, from the config and, where there are weights, their headers.
+
+Torch and transformers are needed to look at a model for the first time, and not again (rrtc/io/architectures.py).
+"""
+
+from rrtc import machine
+from rrtc.init.dtypes import NUMBER_BYTES, stored_dtype
+from rrtc.init.memory import PROGRAM_BYTES, init_bytes
+from rrtc.io.architectures import dense_of, has_weights
+from rrtc.io.source import find_model
+from rrtc.patterns import make_plan, target_parameters
+from rrtc.recipe.schema import Recipe
+from rrtc.recipe.section import OWN_TEXT
+from rrtc.units import parse_size
+
+
+def dry_run(model: str, recipe: Recipe) -> dict:
+    """What `init` would do, from the config and, where there are weights, their headers: the plan as plain data.
+
+    Raises RrtcError or WrongUsage for what would stop `init` itself, as far as headers show it.
+    """
+    parse_size(recipe.init.max_shard_size)  # raises for what is none
+    source = find_model(model, config_only=True)
+    dense = dense_of(source)
+    architecture, named = dense.architecture, None if has_weights(source) else dense.dtype or "bfloat16"
+    dtype = stored_dtype(source, recipe.init.dtype, named)
+    plan = make_plan(architecture, recipe.init, NUMBER_BYTES[dtype])
+    joint = recipe.init.start == "joint"
+    tokens = max(recipe.init.measure_tokens, recipe.init.calibrate_tokens if joint else 0)
+    summary = plan.summary(NUMBER_BYTES[dtype]) | {"init_peak_bytes": init_bytes(plan, tokens, joint)}
+    if joint and OWN_TEXT in recipe.init.calibrate_on:  # the whole model writes it
+        from rrtc.text.own import check_writer_fits
+
+        check_writer_fits(architecture.parameters)
+        writing = architecture.parameters * machine.scoring_dtype().itemsize
+        summary["init_peak_bytes"] = max(summary["init_peak_bytes"], PROGRAM_BYTES + writing)
+    source_bytes = source.bytes_on_disk if source.is_gguf else None
+    if recipe.init.has_budget and joint:
+        # What is stored how, and so what it computes, is known once the layers are measured; how much is known now.
+        target = target_parameters(architecture, recipe.init, NUMBER_BYTES[dtype])
+        size = {"params_total": target, "params_non_embedding": target - architecture.embedding - architecture.head}
+        unknown = ("params_by_part", "flops_per_token", "visits")
+        summary |= size | {"bytes": target * NUMBER_BYTES[dtype]} | dict.fromkeys(unknown)
+    asked = {"model": model, "dtype": dtype, "source_bytes": source_bytes, "recipe": recipe.init.resolved()}
+    return asked | summary

@@ -1,0 +1,193 @@
+"""What the functions of rrtc/api.py return, and the commands write with --json: plain dictionaries, key by key.
+
+Sizes are in bytes, losses in nats per token, times in seconds. A share is a number from 0 to 1.
+"""
+
+from typing import Any, NotRequired, TypedDict
+
+Report = dict[str, Any]  # of an evaluation; its schema, which other programs read too, is in rrtc/io/report.py
+
+
+class VisitResult(TypedDict):
+    """One use of a slot, which stands for one layer of the dense model."""
+
+    layer: int  # of the dense model
+    slot: int  # whose shared weights it uses
+    loop: int  # its place among the visits of that slot
+    ranks: dict[str, int]  # LoRA rank of each matrix, by its path in the layer; 0: none
+    forms: dict[str, str]  # of the matrices that are not "tied": "low_rank" or "own"
+    shapes: dict[str, tuple[int, int]]  # (inputs, outputs) of the matrices that are smaller than in the dense layer
+
+
+class PlanResult(TypedDict):
+    """Of `plan`, and of `rrtc init --dry-run`."""
+
+    model: str  # as it was named
+    model_type: str  # the dense model's architecture, as transformers calls it
+    dtype: str  # the number format that init would write
+    recipe: dict[str, Any]  # the section init, with what its defaults stand for
+    params_total: int
+    params_non_embedding: int
+    dense_params_total: int
+    dense_params_non_embedding: int
+    # By part: embeddings, head, shared, own, lora, low_rank, norms_and_biases; None where a budget is met by
+    # measuring, as the next None ones.
+    params_by_part: dict[str, int] | None
+    bytes: int  # of the weights in that number format
+    dense_bytes: int  # of the dense model's in the same
+    source_bytes: int | None  # of the GGUF file that the dense model is read from; None where it is none
+    flops_per_token: int | None  # of a forward pass, without attention over the context
+    dense_flops_per_token: int
+    kv_bytes_per_token: int  # that a token takes in the KV cache
+    dense_kv_bytes_per_token: int
+    visits: list[VisitResult] | None
+    init_peak_bytes: int  # memory that init will take, about
+
+
+class LossResult(TypedDict):
+    """The loss before any training."""
+
+    tokens: int  # that were scored
+    dense: float
+    after_init: float
+
+
+class InitResult(TypedDict):
+    """Of `init`."""
+
+    residual_energy_kept: NotRequired[dict[str, float]]  # tied as in the paper: share that LoRA restores, by matrix
+    predicted_excess: NotRequired[float | None]  # tied jointly: loss over the dense model; None without a budget
+    params_total: int
+    params_non_embedding: int
+    bytes: int  # of the weights
+    dense_bytes: int  # of the dense model's in the same number format
+    source_bytes: int | None  # of the GGUF file that was read; None where it was none
+    folded_norms: list[str]  # paths in the layer of the norms whose gains are in the matrices now
+    loss: NotRequired[LossResult]  # not with measure_tokens=0
+    seconds: float
+
+
+class CacheResult(TypedDict):
+    """Of an uptraining with a teacher cache."""
+
+    windows: int  # different ones
+    reused: int  # of them, that the cache had before
+    bytes_per_token: float
+    seconds: float
+
+
+class UptrainResult(TypedDict):
+    """Of `uptrain`. Other losses that were minimized, and those of exits, have a first_… and a last_… too."""
+
+    tokens: int
+    steps: int
+    epochs: float | None  # times through the text; None where it was longer than what was used
+    seconds: float
+    tokens_per_second: float
+    processes: int
+    device: str  # cpu, cuda …
+    arithmetic: str  # float32 or bfloat16
+    teacher: str | None  # URI; None where there was none
+    first_loss: float  # on the training text, the mean over the first twentieth of the steps
+    last_loss: float
+    first_kl: float | None  # from the teacher; None where there was none
+    last_kl: float | None
+    teacher_cache: NotRequired[CacheResult]
+
+
+class EstimateResult(TypedDict):
+    """Of `estimate`, and of `rrtc uptrain --dry-run`."""
+
+    steps: int
+    tokens: int
+    tokens_per_step: int
+    flops_per_token: int  # of training, without attention over the context
+    flops_total: int
+    measured_steps: int
+    seconds_per_step: float
+    seconds_total: float  # of the training alone
+    peak_memory_bytes: int  # of one process: on the accelerator, or on a CPU all that it holds
+    checkpoint_bytes: int  # disk space that checkpoints take on the way
+    device: str
+
+
+class ExportResult(TypedDict):
+    """Of `export`."""
+
+    format: str  # recursive, dense, onnx or gguf
+    dtype: str
+    bytes: int  # of the weights files
+    parameters: int  # shared ones once
+    max_logit_difference: float  # of the export, loaded in a fresh process, from the model in memory
+    largest_logit: float
+    rounding_logit_difference: float  # what the number format costs by itself
+    quantize: NotRequired[str]  # int8 or int4
+    bits_per_byte: NotRequired[dict[str, float]]  # of a quantized model, on held-out text: plain, nearest, calibrated
+    read_by: NotRequired[str]  # gguf: the package whose logits were compared
+    llama_cpp: NotRequired[dict[str, Any] | None]  # gguf: what llama.cpp computed; None where it is not installed
+    files: list[str]
+    seconds: float
+    pushed_to: NotRequired[str]  # URL
+
+
+class RunResult(TypedDict):
+    """Of `run`."""
+
+    init: InitResult
+    uptrain: UptrainResult
+    eval: Report
+    export: ExportResult
+
+
+class BaseResult(TypedDict):
+    """The dense model that a folder was made from."""
+
+    uri: str
+    path: str
+    relative_path: str  # from the folder
+    sha256: str
+    bytes: int
+    license: NotRequired[dict[str, Any]]  # empty where it is not known
+    params_total: NotRequired[int]
+    params_non_embedding: NotRequired[int]
+
+
+class InspectResult(TypedDict):
+    """Of `inspect`: what the folder's rrtc.yaml says, and what is read off its files."""
+
+    folder: str
+    rrtc: str  # version
+    stage: str  # init, uptrain, eval or export
+    path: str  # where it was written
+    made: str  # when, ISO 8601
+    versions: dict[str, str]  # of torch and transformers
+    base: BaseResult
+    recipe: dict[str, Any]  # model, and the sections that were used
+    measured: dict[str, Any]  # by stage, as that stage returned it
+    history: list[dict[str, str]]  # stage, path and made of the folders it was made from, oldest first
+    dtype: NotRequired[str]  # these two where the folder holds a model
+    bytes_on_disk: NotRequired[int]  # of the weights
+    visits: NotRequired[list[VisitResult] | None]  # None for a dense form
+    report: NotRequired[Report]  # of an eval folder
+
+
+class DeviceResult(TypedDict):
+    """What rrtc would compute on."""
+
+    type: str  # cpu, cuda …
+    name: str
+    count: int
+    memory_bytes: int | None  # of one; None where it is not known
+
+
+class EnvResult(TypedDict):
+    """Of `env`: what a bug report should say."""
+
+    rrtc: str  # version
+    python: str
+    platform: str
+    packages: dict[str, str | None]  # versions; None where one is not installed
+    device: DeviceResult
+    cores: int | None
+    memory_bytes: int
+    cache_folder: str

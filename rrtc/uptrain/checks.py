@@ -1,0 +1,22 @@
+"""What the recipe alone can have wrong about an uptraining. Nothing here waits for torch."""
+
+import os
+
+from rrtc.errors import WrongUsage
+from rrtc.recipe.section import OWN_TEXT
+from rrtc.recipe.uptrain import UptrainRecipe
+
+
+def check_recipe(recipe: UptrainRecipe) -> None:
+    """Raises WrongUsage where the model is to be sharded and there is nobody to share it with, and where text that the
+    teacher writes is among the data, and there is no teacher."""
+    if recipe.fsdp and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        raise WrongUsage(
+            "--fsdp shards the model over several processes, and this is one.",
+            "Start it as 'torchrun --nproc-per-node 8 -m rrtc uptrain …' on 8 GPUs, or leave --fsdp out.",
+        )
+    if OWN_TEXT in recipe.data and not recipe.distills and recipe.teacher is None:
+        raise WrongUsage(
+            f"The data '{OWN_TEXT}' is text that the teacher writes, and this run has no teacher.",
+            "Name one (teacher), distil from the dense original (losses), or name a text.",
+        )
