@@ -33,6 +33,7 @@ def commands_in_readme() -> list[str]:
     return [line for block in blocks for line in block.splitlines() if line.startswith("rrtc ")]
 
 
+@pytest.mark.slow
 def test_every_command_in_the_readme_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_pico(tmp_path / "MODEL")
@@ -48,6 +49,7 @@ def test_every_command_in_the_readme_runs(tmp_path, monkeypatch):
     assert {p.name for p in Path("runs/mine").iterdir()} == {"init", "uptrain", "eval", "export"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", BIG, ids=lambda p: p.stem)
 def test_a_recipe_for_a_big_model_runs_on_a_pico_model_of_the_same_architecture(path, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
@@ -76,6 +78,7 @@ def quickstart(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_quickstart_heals_a_real_model(quickstart):
     report = json.loads((quickstart / "eval" / "report.json").read_text())
     rows = {row["model"]: row for row in report["models"]}
@@ -100,6 +103,7 @@ def test_the_quickstart_heals_a_real_model(quickstart):
     assert [sample["model"] for sample in report["samples"]] == list(rows)
 
 
+@pytest.mark.slow
 def test_the_quickstarts_export_is_the_model_that_was_measured(quickstart):
     """The weights on disk are those of the healed model, and the card has the measured table."""
     from safetensors.torch import load_file
@@ -115,6 +119,7 @@ def test_the_quickstarts_export_is_the_model_that_was_measured(quickstart):
     assert (quickstart / "uptrain" / "loss.png").stat().st_size > 5_000
 
 
+@pytest.mark.slow
 def test_a_finished_run_resumes_to_nothing_and_another_recipe_is_refused(quickstart, tmp_path):
     again = rrtc("run", ROOT / "recipes" / "quickstart.yaml", "-o", quickstart, "--tokens", "4096", "--resume")
     assert again.stderr.count("done before") == 4

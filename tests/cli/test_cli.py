@@ -65,6 +65,7 @@ def test_help_of_every_command_teaches_with_an_example():
         assert result.exit_code == 0 and f"rrtc {command} " in result.stdout and "Example" in result.stdout
 
 
+@pytest.mark.slow
 def test_help_does_not_import_torch():
     script = "import sys, rrtc.cli.app; print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
     printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
@@ -263,6 +264,7 @@ def test_a_teacher_with_another_vocabulary(tied, tmp_path):
     fails("eval", tied, "-o", out, "--against", other, says="vocabulary of 400 tokens", output=out)
 
 
+@pytest.mark.slow
 def test_a_dense_model_that_has_moved(dense, tmp_path):
     here = copy(dense, tmp_path / "here")
     assert rrtc("init", here, "-o", tmp_path / "tied", *SMALL).exit_code == 0
@@ -294,6 +296,7 @@ def limited_run(arguments: list, limit: int) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", script, *map(str, arguments)], capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_no_space_left(dense, tmp_path):
     result = limited_run(["init", dense, "-o", tmp_path / "out", *SMALL], 50_000)
     assert result.returncode == 1, result.stderr
@@ -303,6 +306,7 @@ def test_no_space_left(dense, tmp_path):
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_nothing_under_the_final_name(dense, tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
     assert rrtc("init", dense, "-o", tmp_path / "tied", *SMALL).exit_code == 0

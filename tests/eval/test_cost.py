@@ -33,6 +33,7 @@ def test_a_short_context_is_not_exceeded():
     assert found["decode"]["low"] == found["decode"]["ratio"] == found["decode"]["high"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the kernel tells on Linux alone")
 def test_more_weights_take_more_memory(tmp_path):
     wide = {"hidden_size": 1024, "intermediate_size": 4096}
@@ -42,6 +43,7 @@ def test_more_weights_take_more_memory(tmp_path):
     assert peaks[0] > sizes[0] and peaks[1] - peaks[0] > 0.7 * (sizes[1] - sizes[0])
 
 
+@pytest.mark.slow
 def test_a_model_that_does_not_load_says_so(tmp_path):
     with pytest.raises(RrtcError, match="The memory of .* could not be measured"):
         peak_memory(tmp_path, torch.float32)

@@ -22,6 +22,8 @@ from rrtc.recipe.schema import Recipe
 from rrtc.stock.architecture import read_plan
 from rrtc.uptrain.stage import uptrain
 
+pytestmark = pytest.mark.slow
+
 CONTEXT = 64
 TEXT = "It rained, and then it rained again. def f(x): return x * 0x1f\n" * 60
 ASKED = {

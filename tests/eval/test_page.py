@@ -124,6 +124,7 @@ def test_the_page_needs_nothing_else_and_its_pictures_are_whole(report, tmp_path
         assert picture.tag.endswith("svg") and len(list(picture.iter())) > 50
 
 
+@pytest.mark.slow
 def test_the_same_report_gives_the_same_page(report, tmp_path):
     assert page_of(report, tmp_path)[0] == page_of(copy.deepcopy(report), tmp_path)[0]
 
@@ -150,6 +151,7 @@ def test_what_was_not_measured_has_no_section(report, tmp_path):
     assert page.tags.count("img") == 2  # quality against size, loss by position
 
 
+@pytest.mark.slow
 def test_reports_at_their_limits(report, tmp_path):
     def without_errors(value):
         if isinstance(value, dict):

@@ -19,6 +19,8 @@ from rrtc.io.weights import Weights
 from rrtc.recipe.schema import Recipe
 from rrtc.uptrain.stage import uptrain
 
+pytestmark = pytest.mark.slow
+
 TEXTS = {"prose.txt": "It rained, and then it rained again. " * 60, "code.txt": "def f(x): return x * 0x1f\n" * 40}
 CONTEXT = 32
 TEXT_ALONE = {"passkey_trials": 0, "speed_rounds": 0, "context": CONTEXT}

@@ -26,6 +26,7 @@ PROMPT, TOKENS = "The statement is", 24
 PRESS = "document.getElementById('go').click();"
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium"),
     pytest.mark.skipif(
         VARIABLE not in os.environ,

@@ -11,7 +11,7 @@ import torch
 import yaml
 from exports import IDS, LAST_NORM, STRANGER, change_tensors, logits_of, make_rrt, recipe, run_python
 from huggingface_hub import ModelCard
-from pico import ARCHITECTURES, pico_config, save_pico
+from pico import EVERY_ARCHITECTURE, pico_config, save_pico
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.dynamic_module_utils import HF_MODULES_CACHE
@@ -50,7 +50,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("norms", ["per_visit", "shared"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE)
 def test_dense_is_the_same_model_in_the_stock_architecture(tmp_path, architecture, norms, monkeypatch):
     monkeypatch.setattr("rrtc.io.weights.BLOCK_NUMBERS", 500)  # several blocks even for a pico model
     source, target = make_rrt(tmp_path / "rrt", architecture, norms), tmp_path / "dense"
@@ -69,6 +69,7 @@ def test_dense_is_the_same_model_in_the_stock_architecture(tmp_path, architectur
     assert ("lm_head.weight" in Weights(target)) is not config["tie_word_embeddings"]
 
 
+@pytest.mark.slow
 def test_recursive_loads_and_generates_where_rrtc_is_not(tmp_path):
     sources, targets = [], []
     for architecture, norms in CHOSEN:
@@ -91,6 +92,7 @@ def test_recursive_loads_and_generates_where_rrtc_is_not(tmp_path):
         assert torch.equal(found[f"{target}:greedy"], greedy)
 
 
+@pytest.mark.slow
 def test_recursive_export_with_report_and_license(tmp_path):
     source = make_rrt(tmp_path / "rrt")
     (source / "LICENSE").write_text("Apache License\nVersion 2.0, January 2004\n")
@@ -165,6 +167,7 @@ def test_recursive_export_with_report_and_license(tmp_path):
     assert said.strip() and "Do you wish to run" not in said
 
 
+@pytest.mark.slow
 def test_dense_export_in_16_bits_of_a_recursive_export_with_tied_embeddings(tmp_path, monkeypatch, capsys):
     made, source, target = make_rrt(tmp_path / "rrt", "gemma3", "shared"), tmp_path / "recursive", tmp_path / "out"
     source.mkdir()
@@ -197,6 +200,7 @@ def drop(name: str, tensor: torch.Tensor):
     return None if name.endswith("layers.3.mlp.up_proj.weight") else (name, tensor)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault, words", [(damage, "a logit differs by"), (drop, "missing model.layers.3.mlp.up_proj")])
 def test_a_wrong_export_leaves_no_folder(tmp_path, monkeypatch, fault, words):
     source, add = make_rrt(tmp_path / "rrt"), ShardWriter.add_blocks
@@ -328,6 +332,7 @@ def test_what_is_made_ahead_comes_in_order_and_so_do_its_errors():
         torch.set_num_threads(cores)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("architecture", "norms"), CHOSEN)
 def test_a_model_on_disk_is_rounded_and_checked_as_one_in_memory(tmp_path, architecture, norms):
     source = make_rrt(tmp_path / "rrt", architecture, norms)
@@ -338,6 +343,7 @@ def test_a_model_on_disk_is_rounded_and_checked_as_one_in_memory(tmp_path, archi
         assert (inside.rounding > 0) is (dtype is not None)
 
 
+@pytest.mark.slow
 def test_a_model_larger_than_memory_is_checked_from_disk(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(machine, "MODEL_SHARE", 0)
     source, asked = make_rrt(tmp_path / "rrt"), recipe(dtype="bfloat16", max_shard_size="100KB")
@@ -346,6 +352,7 @@ def test_a_model_larger_than_memory_is_checked_from_disk(tmp_path, monkeypatch, 
     assert result["max_logit_difference"] <= 1e-3 * result["largest_logit"]
 
 
+@pytest.mark.slow
 def test_a_wrong_matrix_of_a_model_larger_than_memory_is_found(tmp_path, monkeypatch):
     def write_wrong(source, folder, *args, write=stage.write):
         parameters = write(source, folder, *args)

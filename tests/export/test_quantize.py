@@ -136,6 +136,7 @@ def test_a_shared_matrix_is_rounded_by_what_all_its_visits_see(tmp_path):
     assert found[queries.readers[0]] is found[keys.readers[0]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("form", "number"), [("recursive", "int4"), ("dense", "int8")])
 def test_a_quantized_export_loads_where_rrtc_is_not(tmp_path, monkeypatch, form, number):
     monkeypatch.setattr(quantized_form, "MOMENTS_AT_ONCE", 100_000)  # several readings, even of a pico model
@@ -270,6 +271,7 @@ def test_without_the_package_it_says_how_to_get_it(tmp_path, monkeypatch):
     assert raised.value.hint == "Install it with 'pip install rrtc[quantize]'."
 
 
+@pytest.mark.slow
 def test_the_command_shows_what_it_cost(tmp_path):
     source, target = make_rrt(tmp_path / "rrt"), tmp_path / "out"
     command = ["export", str(source), "-o", str(target), "--quantize", "int4", "--calibrate-tokens", "512"]
@@ -281,6 +283,7 @@ def test_the_command_shows_what_it_cost(tmp_path):
     assert f"rounded to its nearest int4: {cost['nearest']:.4f}" in shown
 
 
+@pytest.mark.slow
 def test_what_is_quantized_is_compared_with_the_model_before(tmp_path, monkeypatch):
     source, add = make_rrt(tmp_path / "rrt"), ShardWriter.add_blocks
 

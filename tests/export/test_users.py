@@ -22,6 +22,8 @@ from rrtc.export import stage
 from rrtc.model import RrtForCausalLM
 from rrtc.recipe.schema import Recipe
 
+pytestmark = pytest.mark.slow
+
 TEMPLATE = (
     "{% for m in messages %}<bos>{{ m.role }}: {{ m.content }}<eos>{% endfor %}"
     "{% if add_generation_prompt %}A:{% endif %}"

@@ -7,6 +7,7 @@ dimension, so that a transposed or mixed-up matrix cannot pass unseen.
 import functools
 from pathlib import Path
 
+import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -35,6 +36,12 @@ ARCHITECTURES: dict[str, tuple[str, dict]] = {
     "granite": ("GraniteConfig", {"logits_scaling": 2.0, "residual_multiplier": 0.7}),
     "gpt2": ("GPT2Config", {"tie_word_embeddings": True}),
 }
+# For parametrize. The fast lane has the plain one, one with windows, norms of 1 + weight and a tied head, one of fused
+# matrices, and one with biases and transposed matrices.
+EVERY_ARCHITECTURE = [
+    pytest.param(name, marks=() if name in ("llama", "gemma3", "phi3", "gpt2") else pytest.mark.slow)
+    for name in ARCHITECTURES
+]
 
 
 def pico_config(architecture: str, **changes) -> PreTrainedConfig:

@@ -131,6 +131,7 @@ def test_a_size_that_cannot_be_is_refused(dense, tmp_path):
         make_baselines(tmp_path / "large", tmp_path, 32)
 
 
+@pytest.mark.slow
 def test_an_evaluation_with_baselines_has_them_at_its_size(tmp_path):
     save_pico(tmp_path / "dense")
     tied = Recipe.model_validate({"init": {"rank": 8, "measure_tokens": 0}})

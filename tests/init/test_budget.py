@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from initialized import logits, recipe
-from pico import ARCHITECTURES, pico_config, save_pico
+from pico import EVERY_ARCHITECTURE, pico_config, save_pico
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -58,7 +58,7 @@ def calibrated(dense, tmp_path_factory):
     return model, calibrate(model, streamed, neurons, windows, folder, CPU, lambda windows: None), neurons
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE)
 def test_a_budget_of_one_changes_nothing(dense, tmp_path, architecture):
     init(str(dense(architecture)), str(tmp_path / "out"), small(budget=1.0))
     expected = logits(dense(architecture))

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from initialized import logits, recipe
-from pico import ARCHITECTURES, pico_config, pico_model, save_pico
+from pico import EVERY_ARCHITECTURE, pico_config, pico_model, save_pico
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -63,7 +63,7 @@ def test_what_rounding_the_shared_matrix_loses_goes_into_the_factors():
         assert torch.allclose(tied.shared + b @ a, weight, atol=1e-5)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE)
 @pytest.mark.parametrize("sharing, loops", [("cycle", 2), ("sequence", 3)])
 def test_full_rank_reproduces_the_dense_logits(architecture, sharing, loops, dense, tmp_path):
     init(str(dense(architecture)), str(tmp_path / "out"), recipe(sharing=sharing, loops=loops, rank=FULL))

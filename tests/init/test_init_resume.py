@@ -123,6 +123,7 @@ def killed(dense, tmp_path_factory):
     return dict(zip(CASES, zip(folders.values(), map(json.loads, done.stdout.splitlines()), strict=True), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_killed_again_and_again_it_comes_to_the_same_end(killed, case):
     folder, codes = killed[case]
@@ -319,6 +320,7 @@ def test_run_refuses_too_few_tokens_before_it_begins(dense, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_run_resumes_a_half_done_init(dense, whole, tmp_path, monkeypatch):
     """Up to the training that follows, which has too little text to start."""
     (tmp_path / "short.txt").write_text("Too short.")

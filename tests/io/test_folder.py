@@ -111,6 +111,7 @@ with whole_folder(Path(sys.argv[1])) as folder:
 """
 
 
+@pytest.mark.slow
 def test_two_runs_cannot_write_the_same_folder_and_a_killed_one_is_not_in_the_way(tmp_path):
     run = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(tmp_path / "out")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -203,6 +204,7 @@ except RrtcError as error:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["tensors", "text"])
 def test_a_full_disk_is_one_clear_sentence_and_leaves_nothing(tmp_path, what):
     command = [sys.executable, "-c", WRITE_A_LOT, str(tmp_path / "out"), what]

@@ -209,6 +209,7 @@ def test_a_malicious_folder_is_refused_by_whatever_reads_it(attack, models, trap
     assert not list(tmp_path.glob("written*"))
 
 
+@pytest.mark.slow
 def test_code_that_is_not_needed_is_neither_run_nor_passed_on(models, trap, tmp_path):
     dense, rrt = models
     for folder in models:
@@ -283,6 +284,7 @@ def test_a_base_that_provenance_names_runs_and_reaches_nothing_else(uri, models,
         find_base(rrt, None, "--against")
 
 
+@pytest.mark.slow
 def test_an_export_asks_nothing_of_the_place_that_provenance_calls_its_base(models, trap, tmp_path):
     rrt = models[1]
     (trap.folder / "README.md").write_text("---\nlicense: mit\n---\n")

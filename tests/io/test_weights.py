@@ -298,6 +298,7 @@ print(1024 * (peak() - before))
 """
 
 
+@pytest.mark.slow
 def test_reading_and_writing_take_the_memory_of_a_tensor_whatever_the_size_of_the_file(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", STREAM_A_LOT, str(tmp_path)], capture_output=True, text=True, check=True

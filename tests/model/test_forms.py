@@ -8,7 +8,8 @@ import pytest
 import torch
 from exports import IDS, STRANGER, logits_of, run_python
 from mixed_forms import RANKS, mixed, mixed_config, mixed_plan, save_mixed
-from pico import ARCHITECTURES, pico_config, pico_model
+from pico import EVERY_ARCHITECTURE, pico_config, pico_model
+from rrtc.export.formats import FORMATS
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
@@ -18,7 +19,6 @@ from rrtc.api import inspect
 from rrtc.cli import tables
 from rrtc.errors import WrongUsage
 from rrtc.export import stage
-from rrtc.export.formats import FORMATS
 from rrtc.model import RrtConfig, RrtForCausalLM
 from rrtc.model.modeling_rrt import RelaxedLinear, find_layers, graft, matrices_of
 from rrtc.patterns import make_plan
@@ -29,7 +29,7 @@ from rrtc.stock.architecture import read_architecture, read_plan
 
 SHARDS = 100_000
 
-everywhere = pytest.mark.parametrize("architecture", ARCHITECTURES)
+everywhere = pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE)
 both_norms = pytest.mark.parametrize("norms", ["per_visit", "shared"])
 
 
@@ -250,6 +250,7 @@ def test_it_loads_as_it_was_saved(architecture, norms, tmp_path):
         assert (tmp_path / "second" / name).read_bytes() == (tmp_path / "first" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_recursive_export_loads_and_generates_where_rrtc_is_not(tmp_path):
     chosen, targets = [("llama", "per_visit"), ("phi3", "per_visit"), ("gpt2", "shared"), ("gpt_neox", "shared")], []
     for architecture, norms in chosen:
@@ -267,6 +268,7 @@ def test_a_recursive_export_loads_and_generates_where_rrtc_is_not(tmp_path):
         assert torch.equal(found[f"{target}:greedy"], greedy)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture, norms", [("phi3", "per_visit"), ("gpt2", "shared")])
 def test_an_export_in_16_bits_is_verified_and_the_card_says_what_the_matrices_are(architecture, norms, tmp_path):
     source = save_mixed(tmp_path / "rrt", architecture, norms)

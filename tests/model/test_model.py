@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pico import ARCHITECTURES, VOCABULARY, pico_config, pico_model
+from pico import EVERY_ARCHITECTURE, VOCABULARY, pico_config, pico_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache
 from transformers.pytorch_utils import Conv1D
@@ -23,7 +23,7 @@ from rrtc.stock.architecture import read_architecture
 EQUAL = 1e-4
 WINDOW = 8  # the sliding window of the pico models: every sequence here is longer
 
-everywhere = pytest.mark.parametrize("architecture", ARCHITECTURES)
+everywhere = pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE)
 both_norms = pytest.mark.parametrize("norms", ["per_visit", "shared"])
 
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from pico import ARCHITECTURES, COMMON, pico_model
+from pico import ARCHITECTURES, COMMON, EVERY_ARCHITECTURE, pico_model
 from transformers import AutoModelForCausalLM
 
 from rrtc import scoring
@@ -34,7 +34,7 @@ OTHERS = {
     "stablelm": ("StableLmConfig", {"num_attention_heads": 3, "num_key_value_heads": 3}),
     "starcoder2": ("Starcoder2Config", {"tie_word_embeddings": True}),
 }  # fmt: skip
-ALL = [*ARCHITECTURES, *OTHERS]
+ALL = [*EVERY_ARCHITECTURE, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
 CPU = torch.device("cpu")
 
 

@@ -12,7 +12,7 @@ import numpy
 import pytest
 import torch
 from accelerate import PartialState
-from pico import ARCHITECTURES, pico_model, pico_tokenizer
+from pico import EVERY_ARCHITECTURE, pico_model, pico_tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 from uptraining import curve, on_two_processes, settings
@@ -233,6 +233,7 @@ def test_a_dataset_is_known_by_its_name(monkeypatch):
     assert tokenized("some/dataset").sha256 == first.sha256
 
 
+@pytest.mark.slow
 def test_of_two_processes_one_tokenizes(tmp_path, cache):
     source, script = write(tmp_path / "a.jsonl", texts(150)), tmp_path / "script.py"
     script.write_text(
@@ -388,7 +389,7 @@ def test_positions_start_anew_with_each_document(tmp_path, begins):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE)
 def test_a_packed_document_is_computed_as_if_alone(tmp_path, architecture, attention):
     """Its windows are longer than the sliding window of the architectures that have one."""
     items = separated(tmp_path, pico_tokenizer())
@@ -408,6 +409,7 @@ def test_a_packed_document_is_computed_as_if_alone(tmp_path, architecture, atten
     assert (packed - attending).abs().max() > 0.1  # without position_ids they do attend to each other
 
 
+@pytest.mark.slow
 def test_teacher_and_student_both_keep_documents_apart(rrt, dense, tmp_path):
     source = write(tmp_path / "a.jsonl", texts(60, most=3))
     recipe = settings(data=[source], separate_documents=True, tokens=64 * 4, context=64)
@@ -464,6 +466,7 @@ def test_own_text_has_an_equal_share_without_weights(dense, tmp_path):
     assert text.sources[1].count == AT_ONCE  # 30 rounded up: none comes twice
 
 
+@pytest.mark.slow
 def test_training_on_own_text_and_another(rrt, dense, tmp_path, monkeypatch):
     recipe = settings(data=["self", "pydoc"], data_weights=[1, 1])
     assert uptrain(str(rrt), str(tmp_path / "out"), recipe)["last_kl"] > 0

@@ -94,6 +94,7 @@ def assert_same_course(folder: Path, other: Path) -> None:
     assert [step["grad_norm"] for step in found] == pytest.approx(norms, rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_shared_out_slot_by_slot(name, cases, two):
     """That the parameters were DTensors, the processes have asserted."""
@@ -108,10 +109,12 @@ def test_shared_out_slot_by_slot(name, cases, two):
         torch.testing.assert_close(found["weights"], expected["weights"], rtol=0, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_several_losses_on_two_processes(one, two):
     assert_same_course(two / "ddp", one / "straight")
 
 
+@pytest.mark.slow
 def test_muon_shared_out(models, one, two, tmp_path):
     """A matrix' step is made from the whole matrix, in bfloat16, which is why the courses part a little."""
     uptrain(models["llama"]["folder"], str(tmp_path / "out"), settings(losses=LOSSES, optimizer="muon"))
@@ -122,11 +125,13 @@ def test_muon_shared_out(models, one, two, tmp_path):
     assert abs(adamw[-1] - expected[-1]) > 2e-2
 
 
+@pytest.mark.slow
 def test_what_was_sharded_goes_on_in_one_process(models, one, two):
     uptrain(models["llama"]["folder"], str(two / "stopped"), settings(losses=LOSSES), resume=True)
     assert_same_course(two / "stopped", one / "straight")
 
 
+@pytest.mark.slow
 def test_what_one_process_began_goes_on_sharded(one, two):
     assert_same_course(one / "begun", one / "straight")
     torch.testing.assert_close(weights(one / "begun"), weights(one / "straight"), rtol=0, atol=1e-4)

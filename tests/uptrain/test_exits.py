@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pico import ARCHITECTURES, pico_config, pico_tokenizer, save_pico
+from pico import EVERY_ARCHITECTURE, pico_config, pico_tokenizer, save_pico
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
@@ -99,7 +99,7 @@ def test_the_layers_of_a_recursive_model_are_its_visits(loops):
 # -- what an exit says
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE)
 def test_an_exit_says_what_the_model_cut_off_there_says(architecture, ids):
     model = recursive(RrtForCausalLM, architecture, loops=3)
     with torch.no_grad():
@@ -239,6 +239,7 @@ def metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_the_exit_learns_and_the_end_does_not_suffer(stages):
     steps = metrics(stages / "exits")
     first, last = steps[0], steps[-1]
@@ -260,17 +261,20 @@ def text_of(renderable) -> str:
     return captured.get()
 
 
+@pytest.mark.slow
 def test_what_a_user_is_shown(stages):
     shown = text_of(tables.uptrain(read_provenance(stages / "exits")["measured"]["uptrain"], "exits"))
     assert "exit after loop 1, loss" in shown and "exit after loop 1, KL to the model's own end" in shown
 
 
+@pytest.mark.slow
 def test_a_step_with_exits_counts_their_heads(stages):
     plain, exits = (prepare(stages / "healed", recipe(stages, exits=on).uptrain) for on in (False, True))
     head = pico_config("llama").vocab_size * pico_config("llama").hidden_size
     assert exits.flops_per_token() - plain.flops_per_token() == 4 * 2 * head
 
 
+@pytest.mark.slow
 def test_a_resumed_run_with_exits_equals_a_straight_one(stages, tmp_path, monkeypatch):
     asked = recipe(stages, exits=True, tokens=CONTEXT * 4 * 8)
     uptrain(str(stages / "healed"), str(tmp_path / "straight"), asked)
@@ -301,6 +305,7 @@ def test_a_resumed_run_with_exits_equals_a_straight_one(stages, tmp_path, monkey
 # -- what is refused
 
 
+@pytest.mark.slow
 def test_a_model_without_exits_is_refused_before_it_is_loaded(stages, tmp_path, monkeypatch):
     for number, sharing in enumerate(({"sharing": "sequence"}, {"loops": 1})):
         folder = tmp_path / f"tied{number}"
@@ -314,6 +319,7 @@ def test_a_model_without_exits_is_refused_before_it_is_loaded(stages, tmp_path, 
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
 
+@pytest.mark.slow
 def test_exits_are_for_a_healed_model(stages, tmp_path, capsys):
     prepare(stages / "tied", recipe(stages, exits=True).uptrain)
     assert "was not healed yet" in capsys.readouterr().err
@@ -328,6 +334,7 @@ def test_exits_are_for_a_healed_model(stages, tmp_path, capsys):
 # -- what eval reports
 
 
+@pytest.mark.slow
 def test_eval_reports_the_exit(stages, tmp_path):
     report = evaluate(str(stages / "exits"), recipe(stages), output=str(tmp_path / "report"))
     rows = report["models"]
@@ -372,6 +379,7 @@ def test_eval_reports_the_exit(stages, tmp_path):
     assert not any("exit" in row["model"] or "layers_computed" in row for row in stock)
 
 
+@pytest.mark.slow
 def test_a_model_without_trained_exits_reports_none(stages):
     healed = evaluate(str(stages / "healed"), recipe(stages))
     assert not any("exit" in row["model"] or "layers_computed" in row for row in healed["models"])

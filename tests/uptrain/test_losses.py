@@ -5,7 +5,7 @@ from dataclasses import asdict
 import pytest
 import torch
 from loss_definitions import definitions
-from pico import ARCHITECTURES, pico_config
+from pico import EVERY_ARCHITECTURE, pico_config
 from transformers import AutoModelForCausalLM
 
 from rrtc.model import RrtConfig, RrtForCausalLM
@@ -84,7 +84,7 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
     return ids[:, :-1], ids[:, 1:]
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE)
 def test_a_student_is_the_model_with_losses_for_logits(architecture, batch, tmp_path, monkeypatch):
     """Whatever the architecture does to its logits: its own model and its own teacher are asked whole."""
     monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 5 * 128)

@@ -171,6 +171,7 @@ def test_a_step_of_each_is_its_optimizers_own():
         assert not torch.equal(parameter, references[name in taken][name]), name
 
 
+@pytest.mark.slow
 def test_muon_heals(rrt, tmp_path):
     measured = uptrain(
         str(rrt),
@@ -180,6 +181,7 @@ def test_muon_heals(rrt, tmp_path):
     assert measured["last_kl"] < 0.6 * measured["first_kl"]
 
 
+@pytest.mark.slow
 def test_resumed_muon_run_equals_a_straight_one(rrt, tmp_path, monkeypatch):
     recipe = settings(optimizer="muon", weight_decay=0.1, schedule="warmup_stable_decay", decay=0.5)
     uptrain(str(rrt), str(tmp_path / "straight"), recipe)

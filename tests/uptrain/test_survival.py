@@ -90,6 +90,7 @@ def check_same(folder: Path, expected: Path) -> None:
 # -- killed and asked to stop
 
 
+@pytest.mark.slow
 def test_killed_run_goes_on_as_if_nothing_had_happened(rrt, straight, tmp_path):
     target = tmp_path / "out"
     run = start(rrt, target, **LONG)
@@ -110,6 +111,7 @@ def test_killed_run_goes_on_as_if_nothing_had_happened(rrt, straight, tmp_path):
     assert not partial.exists() and not (target / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_sigterm_leaves_a_checkpoint(rrt, straight, tmp_path):
     target = tmp_path / "out"
     run = start(rrt, target, **LONG)
@@ -139,6 +141,7 @@ def send_to_itself(monkeypatch, micro_batch: int) -> None:
     monkeypatch.setattr(DistillationTrainer, "compute_loss", asked)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("micro_batch", "step"), [(1, 1), (8, 4), (12, 6)])  # of 6 steps with 2 each
 def test_sigterm_lets_the_step_be_finished(rrt, tmp_path, monkeypatch, micro_batch, step):
     target, handler = tmp_path / "out", signal.getsignal(signal.SIGTERM)
@@ -152,6 +155,7 @@ def test_sigterm_lets_the_step_be_finished(rrt, tmp_path, monkeypatch, micro_bat
     assert [entry["step"] for entry in metrics(target)] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_ctrl_c_at_a_moment_when_python_drops_it_ends_the_run_after_the_step(rrt, tmp_path, monkeypatch):
     class Dying:
@@ -178,6 +182,7 @@ def test_ctrl_c_at_a_moment_when_python_drops_it_ends_the_run_after_the_step(rrt
     assert [entry["step"] for entry in metrics(target)] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 def test_all_processes_stop_at_the_same_step(rrt, tmp_path):
     """SIGTERM reaches only one of two, in the middle of step 3, in which the other one is told at its end."""
     script = tmp_path / "script.py"
@@ -205,6 +210,7 @@ def test_all_processes_stop_at_the_same_step(rrt, tmp_path):
 # -- the checkpoint after step 1
 
 
+@pytest.mark.slow
 def test_step_1_is_saved_and_compared(rrt, tmp_path, monkeypatch):
     looked_at = []
     monkeypatch.setattr(checkpoints, "_missing", lambda folder, state: looked_at.append((folder, set(state))))
@@ -243,6 +249,7 @@ def other_moments(folder: Path) -> None:
     torch.save(saved, folder / "optimizer.pt")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
@@ -270,6 +277,7 @@ def test_damaged_checkpoint_is_found_after_step_1(rrt, tmp_path, monkeypatch, da
     assert steps == [1] and not list(tmp_path.iterdir())  # no later run takes it for a checkpoint
 
 
+@pytest.mark.slow
 def test_what_the_written_model_would_lack_is_found_after_step_1(rrt, tmp_path, monkeypatch):
     original = Weights.shape
     monkeypatch.setattr(Weights, "shape", lambda self, name: [*original(self, name), 1])
@@ -278,6 +286,7 @@ def test_what_the_written_model_would_lack_is_found_after_step_1(rrt, tmp_path, 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_tied_embeddings_are_read_back(tmp_path):
     folder = make_rrt(tmp_path / "rrt", save_pico(tmp_path / "dense", "gemma"), "gemma")
     assert uptrain(str(folder), str(tmp_path / "out"), settings())["steps"] == 6
@@ -309,6 +318,7 @@ def poison(monkeypatch, micro_batch: int, gradients_only: bool = False) -> None:
     monkeypatch.setattr(DistillationTrainer, "compute_loss", poisoned)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gradients_only", [False, True])
 def test_a_batch_that_gives_nan(rrt, tmp_path, monkeypatch, gradients_only):
     poison(monkeypatch, 12, gradients_only)  # the second half of step 6, after which a checkpoint would be written
@@ -331,6 +341,7 @@ def test_a_batch_that_gives_nan(rrt, tmp_path, monkeypatch, gradients_only):
     assert [entry["step"] for entry in metrics(tmp_path / "out.partial")] == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_the_next_step_disproves_goes(rrt, tmp_path, monkeypatch):
     poison(monkeypatch, 7 * 2)  # the first step with what step 6 has written
     with pytest.raises(Stopped, match="at step 7"):
@@ -339,6 +350,7 @@ def test_a_checkpoint_that_the_next_step_disproves_goes(rrt, tmp_path, monkeypat
     assert [c.name for c in saved] == ["checkpoint-3"]
 
 
+@pytest.mark.slow
 def test_a_learning_rate_that_diverges(rrt, tmp_path):
     """It rises so slowly that the first steps are sound. With a checkpoint at every second step, those before the loss
     was lost would be gone if the later ones took their place."""
@@ -429,6 +441,7 @@ def test_a_run_that_cut_its_windows_otherwise_is_not_gone_on_with(rrt):
         check_unchanged(begun, now)
 
 
+@pytest.mark.slow
 def test_checkpoints_may_be_more_frequent_after_a_kill(rrt, tmp_path, monkeypatch):
     target = tmp_path / "out"
     for save_every, micro_batch in ((100, 5), (3, 8)):  # in step 3, in step 5
@@ -443,6 +456,7 @@ def test_checkpoints_may_be_more_frequent_after_a_kill(rrt, tmp_path, monkeypatc
 # -- what is seen on the way
 
 
+@pytest.mark.slow
 def test_metrics_have_each_step_once_after_a_kill_behind_the_checkpoint(rrt, tmp_path, monkeypatch):
     target = tmp_path / "out"
     with monkeypatch.context() as patched:
@@ -477,6 +491,7 @@ def test_the_curve_takes_whatever_losses_there_are(tmp_path):
     assert heights[0] > heights[1]  # a panel more
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
 def test_a_tracker_that_is_not_installed(name, rrt, tmp_path, monkeypatch):
     if importlib.util.find_spec(name):
@@ -490,6 +505,7 @@ def test_a_tracker_that_is_not_installed(name, rrt, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_tensorboard_logs_stay(rrt, tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

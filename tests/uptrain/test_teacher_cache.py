@@ -227,6 +227,7 @@ def segments(cache: Path) -> list[Path]:
     return sorted(cache.glob("*.arrow"))
 
 
+@pytest.mark.slow
 def test_where_the_cache_has_everything_the_teacher_can_be_gone(filled, tmp_path):
     trained, cache = filled
     for name in ("rrt", "cache"):
@@ -251,6 +252,7 @@ def test_where_the_cache_has_everything_the_teacher_can_be_gone(filled, tmp_path
     assert measured["teacher_cache"]["bytes_per_token"] == round(size / (windows * (CONTEXT - 1)), 1)
 
 
+@pytest.mark.slow
 def test_a_run_with_a_whole_vocabulary_is_the_live_one(rrt, tmp_path):
     uptrain(str(rrt), str(tmp_path / "live"), settings())
     uptrain(str(rrt), str(tmp_path / "cached"), cached(tmp_path / "c", teacher_cache_top=VOCABULARY))
@@ -258,6 +260,7 @@ def test_a_run_with_a_whole_vocabulary_is_the_live_one(rrt, tmp_path):
     torch.testing.assert_close(found, live, rtol=0, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_epochs_reuse_it_and_longer_runs_add_to_it(rrt, tmp_path, asked):
     text = tmp_path / "text.txt"
     text.write_text("\n\n\n".join(f"{i} and {i * i % 97}" for i in range(60)))
@@ -271,6 +274,7 @@ def test_epochs_reuse_it_and_longer_runs_add_to_it(rrt, tmp_path, asked):
     assert (found["windows"], found["reused"]) == (distinct, BATCH)
 
 
+@pytest.mark.slow
 def test_micro_batches_and_losses_do_not_matter_to_it(rrt, filled, tmp_path, monkeypatch):
     monkeypatch.setattr(teacher_cache, "LiveTeacher", lambda *_, **__: pytest.fail("all is there"))
     trained, cache = filled
@@ -279,6 +283,7 @@ def test_micro_batches_and_losses_do_not_matter_to_it(rrt, filled, tmp_path, mon
     uptrain(str(rrt), str(tmp_path / "other"), cached(cache, losses={"jensen_shannon": 1.0}, tokens=ONE_STEP, seed=0))
 
 
+@pytest.mark.slow
 def test_what_was_asked_before_a_kill_is_not_asked_again(rrt, filled, tmp_path, asked, monkeypatch):
     trained, _ = filled
     monkeypatch.setattr(teacher_cache, "TOKENS_AT_ONCE", 4 * CONTEXT)
@@ -303,6 +308,7 @@ def test_what_was_asked_before_a_kill_is_not_asked_again(rrt, filled, tmp_path, 
     torch.testing.assert_close(torch.tensor(curve(tmp_path / "out")), torch.tensor(curve(trained)), rtol=0, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_two_processes_fill_it_together(rrt, filled, tmp_path):
     said = uptrain_on_two_processes(rrt, tmp_path / "out", cached(tmp_path / "c", micro_batch=1))
     assert len(segments(tmp_path / "c")) == 2
@@ -311,6 +317,7 @@ def test_two_processes_fill_it_together(rrt, filled, tmp_path):
     assert said.count("The teacher cache has all 24 windows") == 1
 
 
+@pytest.mark.slow
 def test_estimate_reads_the_cache_and_writes_none(rrt, filled, tmp_path, asked):
     live = estimate(str(rrt), cached(tmp_path / "c"))
     assert not (tmp_path / "c").exists() and asked
@@ -328,6 +335,7 @@ def test_estimate_reads_the_cache_and_writes_none(rrt, filled, tmp_path, asked):
 # -- resuming
 
 
+@pytest.mark.slow
 def test_a_resumed_run_reads_what_the_first_part_wrote(rrt, filled, tmp_path, monkeypatch):
     trained, _ = filled
     target, cache = tmp_path / "out", tmp_path / "c"
@@ -362,6 +370,7 @@ def refused(rrt: Path, recipe, sentence: str, monkeypatch) -> RrtcError:
     return error.value
 
 
+@pytest.mark.slow
 def test_a_cache_made_for_something_else(rrt, copy, tmp_path, monkeypatch):
     monkeypatch.setattr("rrtc.uptrain.job.training_text", lambda *_: pytest.fail("text was read"))
     other = save_pico(tmp_path / "other", hidden_size=32)
@@ -380,6 +389,7 @@ def test_a_cache_made_for_something_else(rrt, copy, tmp_path, monkeypatch):
     refused(rrt, cached(segments(copy)[0]), "is a file", monkeypatch)
 
 
+@pytest.mark.slow
 def test_a_segment_that_is_cut_off(rrt, copy, monkeypatch):
     (segment,) = segments(copy)
     whole = segment.read_bytes()
@@ -389,6 +399,7 @@ def test_a_segment_that_is_cut_off(rrt, copy, monkeypatch):
         assert "Delete it" in error.hint
 
 
+@pytest.mark.slow
 def test_a_run_that_met_a_wrong_byte_goes_on_without_that_segment(rrt, filled, copy, tmp_path):
     (segment,) = segments(copy)
     contents = bytearray(segment.read_bytes())

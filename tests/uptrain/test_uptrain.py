@@ -77,6 +77,7 @@ def stop_after_checkpoint(rrt: Path, target: Path, monkeypatch) -> Path:
 # -- the losses
 
 
+@pytest.mark.slow
 def test_first_step_is_what_measure_says(rrt, dense, trained):
     job = prepare(rrt, settings().uptrain)
     windows = Windows(torch.stack([item["input_ids"] for item in first_of(job, BATCH)]), 1.0)
@@ -84,6 +85,7 @@ def test_first_step_is_what_measure_says(rrt, dense, trained):
     assert curve(trained)[0] == pytest.approx((scores.loss, scores.kl), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_model_made_with_dropout_learns_without_it(tmp_path):
     rrt = make_rrt(tmp_path / "rrt", save_pico(tmp_path / "dense", "gpt2"), "gpt2")
     assert load_for_scoring(rrt).config.base_config.attn_pdrop == 0.1
@@ -94,6 +96,7 @@ def test_a_model_made_with_dropout_learns_without_it(tmp_path):
     assert load_for_scoring(tmp_path / "out").config.base_config.attn_pdrop == 0.1
 
 
+@pytest.mark.slow
 def test_training_heals(rrt, tmp_path):
     measured = uptrain(
         str(rrt),
@@ -104,12 +107,14 @@ def test_training_heals(rrt, tmp_path):
     assert measured["steps"] == 40 and measured["tokens"] == CONTEXT * BATCH * 40
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"micro_batch": 4}, {"micro_batch": 1}, {"activation_checkpointing": True}])
 def test_cutting_the_batch_changes_nothing(rrt, trained, tmp_path, changes):
     uptrain(str(rrt), str(tmp_path / "out"), settings(**changes))
     torch.testing.assert_close(torch.tensor(curve(tmp_path / "out")), torch.tensor(curve(trained)), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_compiled_layers_give_the_same_losses(rrt, trained, tmp_path, monkeypatch):
     """One graph serves every visit. Not with the default backend, which takes a C++ compiler and a minute."""
     whole, graphs = torch.nn.Module.compile, []
@@ -124,6 +129,7 @@ def test_compiled_layers_give_the_same_losses(rrt, trained, tmp_path, monkeypatc
     assert len(graphs) == 1
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_losses_of_one(rrt, trained, tmp_path):
     said = uptrain_on_two_processes(rrt, tmp_path / "out", settings(micro_batch=1))
     torch.testing.assert_close(torch.tensor(curve(tmp_path / "out")), torch.tensor(curve(trained)), rtol=0, atol=1e-5)
@@ -132,6 +138,7 @@ def test_two_processes_give_the_losses_of_one(rrt, trained, tmp_path):
     assert said.count(f"step {STEPS} of {STEPS}") == 1  # only the first process speaks
 
 
+@pytest.mark.slow
 def test_what_accelerate_launch_says_of_training_is_for_the_recipe_to_say(rrt, trained, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
@@ -142,6 +149,7 @@ def test_what_accelerate_launch_says_of_training_is_for_the_recipe_to_say(rrt, t
     assert f"{unheard}ACCELERATE_MIXED_PRECISION, ACCELERATE_USE_FSDP\n" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_without_a_teacher(rrt, tmp_path, monkeypatch):
     monkeypatch.setattr("rrtc.uptrain.job.find_base", lambda *_: pytest.fail("no teacher is needed"))
     measured = uptrain(str(rrt), str(tmp_path / "out"), settings(losses={"next_token": 1.0}))
@@ -152,6 +160,7 @@ def test_without_a_teacher(rrt, tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_weights_of_the_losses(rrt, tmp_path):
     uptrain(
         str(rrt),
@@ -175,6 +184,7 @@ def test_bfloat16_arithmetic_keeps_float32_weights(rrt, tmp_path):
     assert len(differences) == 2 and 0 < max(differences) < 0.02
 
 
+@pytest.mark.slow
 def test_learning_rates_are_logged(rrt, tmp_path):
     uptrain(str(rrt), str(tmp_path / "out"), settings(warmup=0.5))
     rates = [step["learning_rate"] for step in metrics(tmp_path / "out")]
@@ -186,6 +196,7 @@ def test_learning_rates_are_logged(rrt, tmp_path):
 # -- the folder
 
 
+@pytest.mark.slow
 def test_the_folder_is_whole(rrt, dense, trained):
     assert {p.name for p in trained.iterdir()} == {
         "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "rrtc.yaml", "metrics.jsonl",
@@ -210,6 +221,7 @@ def test_the_folder_is_whole(rrt, dense, trained):
     assert scores.loss < steps[0]["loss"]
 
 
+@pytest.mark.slow
 def test_dtype_shards_and_tied_embeddings_stay(tmp_path, rrt):
     dense = save_pico(tmp_path / "dense", "gemma")
     source = make_rrt(tmp_path / "rrt", dense, "gemma", dtype=torch.bfloat16, max_shard_size="60KB")
@@ -223,6 +235,7 @@ def test_dtype_shards_and_tied_embeddings_stay(tmp_path, rrt):
     assert model.dtype == torch.bfloat16 and model.config.use_cache
 
 
+@pytest.mark.slow
 def test_shard_size_is_what_init_was_asked_for(rrt, dense, tmp_path):
     import yaml
 
@@ -241,6 +254,7 @@ def test_shard_size_is_what_init_was_asked_for(rrt, dense, tmp_path):
     assert len(Weights(tmp_path / "one").files) == 1 and len(Weights(tmp_path / "small").files) > 1
 
 
+@pytest.mark.slow
 def test_a_trained_folder_can_be_trained_again(trained, tmp_path):
     uptrain(str(trained), str(tmp_path / "again"), settings(tokens=ONE_STEP, seed=5))
     assert [entry["stage"] for entry in read_provenance(tmp_path / "again")["history"]] == ["init", "uptrain"]
@@ -249,6 +263,7 @@ def test_a_trained_folder_can_be_trained_again(trained, tmp_path):
 # -- interrupting and resuming
 
 
+@pytest.mark.slow
 def test_resumed_run_equals_a_straight_one(rrt, trained, tmp_path, monkeypatch):
     target = tmp_path / "out"
     partial = stop_after_checkpoint(rrt, target, monkeypatch)
@@ -264,6 +279,7 @@ def test_resumed_run_equals_a_straight_one(rrt, trained, tmp_path, monkeypatch):
     assert measured["steps"] == STEPS
 
 
+@pytest.mark.slow
 def test_killed_while_checkpoints_are_removed(rrt, trained, tmp_path):
     """The moment is when the last states of the trainer are gone, but not yet the rest of the checkpoints."""
     script, target = tmp_path / "script.py", tmp_path / "out"
@@ -299,6 +315,7 @@ def test_killed_while_checkpoints_are_removed(rrt, trained, tmp_path):
         assert not list((tmp_path / folder).rglob("checkpoint*"))
 
 
+@pytest.mark.slow
 def test_killed_before_the_folder_gets_its_name(rrt, trained, tmp_path, monkeypatch):
     target, rename = tmp_path / "out", Path.rename
 
@@ -317,6 +334,7 @@ def test_killed_before_the_folder_gets_its_name(rrt, trained, tmp_path, monkeypa
     assert {p.name for p in target.iterdir()} == {p.name for p in trained.iterdir()}
 
 
+@pytest.mark.slow
 def test_killed_again_beside_a_checkpoint_that_was_cut_off(rrt, trained, tmp_path, monkeypatch):
     target, touch = tmp_path / "out", Path.touch
     partial = stop_after_checkpoint(rrt, target, monkeypatch)
@@ -336,6 +354,7 @@ def test_killed_again_beside_a_checkpoint_that_was_cut_off(rrt, trained, tmp_pat
     assert content_hash(target) == content_hash(trained) and curve(target) == curve(trained)
 
 
+@pytest.mark.slow
 def test_interrupted_before_a_checkpoint_leaves_nothing(rrt, tmp_path, monkeypatch):
     interrupt_at(monkeypatch, 2)
     with pytest.raises(KeyboardInterrupt):
@@ -343,6 +362,7 @@ def test_interrupted_before_a_checkpoint_leaves_nothing(rrt, tmp_path, monkeypat
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_resume_is_refused_where_something_changed(rrt, dense, tmp_path, monkeypatch):
     target = tmp_path / "out"
     partial = stop_after_checkpoint(rrt, target, monkeypatch)
@@ -370,6 +390,7 @@ def test_resume_is_refused_where_something_changed(rrt, dense, tmp_path, monkeyp
     uptrain(str(rrt), str(target), settings(micro_batch=1), resume=True)
 
 
+@pytest.mark.slow
 def test_what_the_checkpoints_take_already_need_not_be_free_on_resume(rrt, tmp_path, monkeypatch):
     checkpoints = stop_after_checkpoint(rrt, tmp_path / "out", monkeypatch) / "checkpoints"
     there = sum(file.stat().st_size for file in checkpoints.glob("checkpoint-*/*"))
@@ -381,6 +402,7 @@ def test_what_the_checkpoints_take_already_need_not_be_free_on_resume(rrt, tmp_p
     uptrain(str(rrt), str(tmp_path / "out"), settings(), resume=True)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_still_going_on_is_left_alone(rrt, tmp_path, monkeypatch):
     partial = stop_after_checkpoint(rrt, tmp_path / "out", monkeypatch)
     before = {file: file.read_bytes() for file in partial.rglob("*") if file.is_file()}
@@ -395,6 +417,7 @@ def test_nothing_to_resume(rrt, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_full_disk(rrt, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
@@ -406,6 +429,7 @@ def test_full_disk(rrt, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_loss_that_is_not_finite(rrt, tmp_path):
     with pytest.raises(RrtcError, match="The loss became (nan|inf) at step"):
         uptrain(str(rrt), str(tmp_path / "out"), settings(learning_rate=1e30))
@@ -546,6 +570,7 @@ def test_sparkline():
     assert len(sparkline(list(range(1000)))) == 24
 
 
+@pytest.mark.slow
 def test_display(trained):
     class State:
         global_step = 0

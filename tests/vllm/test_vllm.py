@@ -220,6 +220,7 @@ def test_modules_with_relaxed_matrices_have_a_class_of_their_own_for_vllm(tmp_pa
     assert not holders[False] & holders[True] and len(holders[True]) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(VARIABLE not in os.environ, reason=f"needs a Python with vLLM and rrtc, named by {VARIABLE}")
 def test_vllm_computes_what_transformers_does(tmp_path):
     own = own_first(tmp_path / "own", **HEADS)
@@ -274,6 +275,7 @@ def test_the_plugin_registers_the_text_backend_once(monkeypatch):
     assert registered == {"RrtForCausalLM": [vllm_plugin.BACKEND]}
 
 
+@pytest.mark.slow
 def test_the_entry_point_names_it_and_nothing_else_of_rrtc_imports_vllm():
     root = Path(__file__).parents[2]
     points = tomllib.loads((root / "pyproject.toml").read_text())["project"]["entry-points"]["vllm.general_plugins"]
