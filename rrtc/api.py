@@ -22,17 +22,18 @@ Importing this module imports no torch: what takes seconds to import waits until
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from rrtc.console import note, notes_shown, quiet_libraries
+from rrtc.console import note, notes_shown, quiet_downloads, quiet_libraries
 from rrtc.errors import RrtcError, WrongUsage
-from rrtc.io.folder import check_target, difference, partial_of
+from rrtc.io.folder import check_target
 from rrtc.io.provenance import read_provenance
 from rrtc.io.report import read_report
+from rrtc.io.resumable import difference
 from rrtc.io.source import find_model
 from rrtc.io.weights import Weights
 from rrtc.plan import Visit
@@ -80,12 +81,13 @@ def init(
     _check_sizes(asked)
     if not resume:
         check_target(Path(target))
-    with _work(verbose, f"Reading {name}"):
+    with _work(verbose, f"Reading {name}", heavy=False):
         if not Path(name).is_file():  # a GGUF is hashed: once is enough
             find_model(name)
-        from rrtc.init.stage import init
+        with quiet_libraries():
+            from rrtc.init.stage import init
 
-        return cast(InitResult, init(name, target, asked, resume=resume))
+            return cast(InitResult, init(name, target, asked, resume=resume))
 
 
 def plan(model: Place | None, recipe: RecipeLike = None, *, verbose: bool = False, **fields: Any) -> PlanResult:
@@ -196,20 +198,22 @@ def _run(recipe: Recipe, output: Path) -> dict:
     from rrtc.eval.tasks import find_tasks
     from rrtc.export import stage as exporting
     from rrtc.init import stage as initializing
-    from rrtc.init.job import can_resume
+    from rrtc.init.job import resumable as initialized
     from rrtc.uptrain import stage as uptraining
-    from rrtc.uptrain.checkpoints import whole_checkpoints
 
     folders = {stage: str(output / stage) for stage in STAGES}
     made, healed, measured, exported = folders.values()
-    checkpoints = partial_of(Path(healed)) / "checkpoints"
     _check_models(recipe)
     if recipe.eval.tasks and not Path(measured).exists():
         note("Looking for the tasks of the evaluation")
         find_tasks(recipe.eval)
+
+    def begun(resumable: Callable, target: str) -> bool:
+        return bool(resumable(Path(target)).finished())
+
     steps = {
-        "init": lambda: initializing.init(recipe.model, made, recipe, resume=can_resume(Path(made))),
-        "uptrain": lambda: uptraining.uptrain(made, healed, recipe, resume=bool(whole_checkpoints(checkpoints))),
+        "init": lambda: initializing.init(recipe.model, made, recipe, begun(initialized, made)),
+        "uptrain": lambda: uptraining.uptrain(made, healed, recipe, begun(uptraining.resumable, healed)),
         "eval": lambda: _evaluate([healed], recipe, None, measured),
         "export": lambda: exporting.export(healed, exported, recipe, measured),
     }
@@ -264,9 +268,9 @@ def load(model: Place, dtype: Any = "auto", device: Any = "cpu") -> "tuple[PreTr
     run. To load an unexported folder with transformers alone, `import rrtc.model` first, which registers its classes.
     Raises RrtcError where there is no such model, or where it has no tokenizer.
     """
-    folder = find_model(_home(model)).folder
-    Weights(folder)  # refuses what it holds besides safetensors, and paths in its index
-    with _work(False, "", heavy=True):
+    with _work(False, ""):
+        folder = find_model(_home(model)).folder
+        Weights(folder)  # refuses what it holds besides safetensors, and paths in its index
         from transformers import AutoModelForCausalLM
 
         import rrtc.model  # noqa: F401 - registers the recursive model
@@ -310,7 +314,7 @@ def env() -> EnvResult:
 def _work(verbose: bool, about: str, heavy: bool = True) -> Iterator[None]:
     """Shows notes and progress in the block if `verbose`, the first one at once, because imports take seconds; and, if
     what follows is `heavy`, keeps transformers silent."""
-    with notes_shown(verbose):
+    with notes_shown(verbose), nullcontext() if verbose else quiet_downloads():
         note(about)
         with quiet_libraries() if heavy else nullcontext():
             yield

@@ -68,6 +68,20 @@ def quiet_libraries() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+@contextmanager
+def quiet_downloads() -> Iterator[None]:
+    """No bars of huggingface_hub in the block."""
+    from huggingface_hub import utils
+
+    shown = not utils.are_progress_bars_disabled()
+    utils.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            utils.enable_progress_bars()
+
+
 def note(text: str) -> None:
     """One line about what is going on, on stderr."""
     notes.print(Text(visible(text), "dim"))

@@ -211,7 +211,7 @@ def uptrain_command(
 def eval_command(
     folders: Annotated[
         list[str],
-        typer.Argument(metavar="FOLDER…", help="A folder that rrtc wrote, or several to compare.", show_default=False),
+        typer.Argument(metavar="FOLDER", help="A folder that rrtc wrote, or several to compare.", show_default=False),
     ],
     output: Annotated[
         str | None, typer.Option("-o", "--output", metavar="FOLDER", help="New folder for the report.")

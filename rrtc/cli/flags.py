@@ -77,6 +77,8 @@ def _flag(name: str, field: Any, panel: str | None) -> inspect.Parameter:
     elif isinstance(default, bool):
         shown = "on" if default else "off"
     text = field.description + choices_of(field.annotation)
+    if typing.get_origin(kind) is list:
+        text += " Can be given several times."
     option = typer.Option(
         f"--{dashed}/--no-{dashed}" if kind is bool else f"--{dashed}",
         help=text if shown in (None, "") else f"{text} [default: {shown}]",

@@ -15,6 +15,9 @@ NARROW = 26  # columns of the names of flags; what is wider has a line of its ow
 class Command(TyperCommand):
     """A command whose options are listed by the panel (`rich_help_panel`) that they name, common ones first."""
 
+    def collect_usage_pieces(self, ctx) -> list[str]:
+        return [piece.replace("{", "").replace("}", "") for piece in super().collect_usage_pieces(ctx)]
+
     def format_options(self, ctx, formatter) -> None:
         sections: dict[str, list[tuple[str, str]]] = {"Arguments": [], OPTIONS: []}
         for parameter in self.get_params(ctx):
