@@ -127,6 +127,7 @@ class Gathering:
         """The mean over all tokens, or all rows, once every token was added. To be called once: it is the memory in
         which they were gathered."""
         kept, self._kept = self._kept, None
+        assert kept is not None  # tokens were added
         is_sum = kept.dim() == 1 or len(kept) == kept.shape[1]
         return kept.div_(self._tokens) if is_sum else kept
 
