@@ -5,7 +5,7 @@
 FOLDER, which must not exist, gets a recursive model of random weights (bfloat16, two loops in sequence, LoRA of rank
 64) of at least that size, and what is written of it, and is deleted afterwards; MODEL is a folder whose tokenizer is
 copied. Writing is measured alone, in a process of its own, without the verification: its peak is the resident size,
-files that it maps included (ru_maxrss), and may be 1.5 times the largest shard and 1 GiB. The time of each form is
+files that it maps included (ru_maxrss), and may be 1.5 times the largest shard and 1 GiB. The time of each format is
 beside that of `cp` of the model's files just before; file caches are emptied before either, where this is root. Both
 are shown until the program ends, when a part of the files is in memory alone, and until all is on the disk.
 """
@@ -16,7 +16,6 @@ import platform
 import shutil
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -39,9 +38,9 @@ from rrtc.units import parse_size, size
 WRITE = """
 import sys, torch
 from pathlib import Path
-from rrtc.export.stage import write
-source, folder, form, dtype, shard = sys.argv[1:]
-write(Path(source), Path(folder), form, None if dtype == "as it is" else getattr(torch, dtype), int(shard))
+from rrtc.export.formats import FORMATS
+source, folder, name, dtype, shard = sys.argv[1:]
+FORMATS[name].write(Path(source), Path(folder), None if dtype == "as it is" else getattr(torch, dtype), int(shard))
 """
 DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 
@@ -61,7 +60,7 @@ def generate(folder: Path, tokenizer: Path, least_bytes: int, width: int, inner:
     slot = make_plan(read_architecture(base), recipe).parameters - two
     base.num_hidden_layers = 2 * (-(-(least_bytes // 2 - two) // slot) + 1)
     plan = make_plan(read_architecture(base), recipe)
-    config = RrtConfig(base_config=base, visits=[asdict(visit) for visit in plan.visits], norms=recipe.norms)
+    config = RrtConfig.of(plan, base)
     config.save_pretrained(folder)
     with init_empty_weights():
         model = RrtForCausalLM(config)
@@ -106,10 +105,10 @@ def measured(folder: Path, shard: int) -> Table:
     source = folder / "rrt"
     machine = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
     table = Table(
-        "form", "written", "largest shard", "peak", "may be", "time, to disk", "copying, to disk", "ratio, to disk",
+        "format", "written", "largest shard", "peak", "may be", "time, to disk", "copying, to disk", "ratio, to disk",
         title=f"Writing a recursive model of {size(Weights(source).bytes_on_disk)}\n{machine}",
     )  # fmt: skip
-    for form, dtype in (("recursive", "as it is"), ("recursive", "float16"), ("dense", "bfloat16")):
+    for name, dtype in (("recursive", "as it is"), ("recursive", "float16"), ("dense", "bfloat16")):
         out = folder / "out"
         empty_caches()
         _, copying = run([shutil.which("cp"), "-r", str(source), str(out)])
@@ -117,11 +116,11 @@ def measured(folder: Path, shard: int) -> Table:
         shutil.rmtree(out)
         out.mkdir()
         empty_caches()
-        peak, seconds = run([sys.executable, "-c", WRITE, str(source), str(out), form, dtype, str(shard)])
+        peak, seconds = run([sys.executable, "-c", WRITE, str(source), str(out), name, dtype, str(shard)])
         to_disk = seconds + sync_seconds()
         largest = max(file.stat().st_size for file in Weights(out).files)
         table.add_row(
-            f"{form}, {dtype}", size(Weights(out).bytes_on_disk), size(largest), size(peak),
+            f"{name}, {dtype}", size(Weights(out).bytes_on_disk), size(largest), size(peak),
             size(int(1.5 * largest) + 2**30), f"{seconds:.0f} s, {to_disk:.0f} s",
             f"{copying:.0f} s, {copying_to_disk:.0f} s", f"{seconds / copying:.2f}, {to_disk / copying_to_disk:.2f}",
         )  # fmt: skip

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rrtc import console
-from rrtc.export import stage
+from rrtc.export.formats import FORMATS
 from rrtc.export.quantize import BITS, quantize
 from rrtc.io.folder import copy_companions
 from rrtc.io.source import load_tokenizer
@@ -56,7 +56,7 @@ def main() -> None:
             if name == "dense":
                 write_bfloat16(args.dense, folder)
             else:
-                stage.write(args.folder, folder, name, torch.bfloat16, SHARD)
+                FORMATS[name].write(args.folder, folder, torch.bfloat16, SHARD)
             before = Weights(folder).bytes_on_disk
             found = quantize(folder, bits, calibration, scored, SHARD).bits_per_byte
             table.add_row(

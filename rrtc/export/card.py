@@ -10,9 +10,7 @@ from pathlib import Path
 import yaml
 
 from rrtc import __version__
-from rrtc.export.forms.dense import stock_class
-from rrtc.export.forms.gguf import GGUF_LOADING
-from rrtc.export.forms.onnx import ONNX_LOADING
+from rrtc.export.formats import FORMATS
 from rrtc.io.license import forbids_derivatives
 from rrtc.io.provenance import without_places
 from rrtc.model import RrtConfig
@@ -31,25 +29,6 @@ COLUMNS = {
     "task_average": ("tasks, average", "{:.1%}".format),
 }
 
-LIMITS = {
-    "recursive": """- Tying saves memory and disk. It saves no arithmetic: a token still passes through {depth} layers.
-- It does not save KV cache either: each of the {depth} layers keeps a place of its own in it.
-- It is not the base model: what tying cost is above, as far as it was measured.""",
-    "dense": """- This form has the size of the original: what was saved is in the recursive form, not here.
-- It computes what the recursive form does: what tying cost is above, as far as it was measured.""",
-    "gguf": """- This form has the size of the original: what was saved is in the recursive form, not here.
-- It computes what the recursive form does: what tying cost is above, as far as it was measured.
-- Quantizing it further costs quality, which was not measured here.""",
-    "onnx": """- Tying saves download and disk. It saves no arithmetic: a token still passes through {depth} layers.
-- It does not save KV cache either: each of the {depth} layers has its own, which keeps every position.
-- ONNX Runtime may lay out a shared matrix once for each layer that uses it, and then takes more memory than disk.
-- It is not the base model: what tying cost is above, as far as it was measured.""",
-}
-QUANTIZED_LIMITS = """\
-- Quantizing makes this form small, as it would the original: what tying saves is in the recursive form.
-- It computes what the quantized recursive form does only nearly: each is rounded for itself.
-- It is not the base model: what tying cost is above, as far as it was measured."""
-
 
 def write_card(
     folder: Path,
@@ -67,7 +46,7 @@ def write_card(
     report: report.json of an evaluation, or None. license: as rrtc.io.license has it. chat: whether the tokenizer has a
     chat template.
     """
-    form, base = exported["format"], provenance["base"]
+    made_as, base = FORMATS[exported["format"]], provenance["base"]
     named = hub_id(base)
     provenance = without_places(provenance)
     base = provenance["base"]
@@ -75,15 +54,15 @@ def write_card(
         report = without_places(report) | {"samples": report.get("samples", [])}  # which may begin with a slash
     sections = [
         f"# {name}",
-        _summary(form, config, base),
+        f"{_summary(config, base)} {made_as.summary(config)}",
         "## What was tied",
         _tying(config, provenance),
         "## What was measured",
         _measured(provenance, exported, report),
         "## How to load it",
-        how_to_load(exported, name, config, chat),
+        made_as.how_to_load(exported, name, config, chat),
         "## Limits",
-        _limits(exported, config),
+        made_as.limits(exported, config),
         "## License",
         _license(license, base),
         "## Recipe",
@@ -91,12 +70,6 @@ def write_card(
     ]
     text = f"---\n{_metadata(exported, name, config, named, license, report)}\n---\n\n" + "\n\n".join(sections) + "\n"
     (folder / "README.md").write_text(text, encoding="utf8")
-
-
-def _limits(exported: dict, config: RrtConfig) -> str:
-    if exported["format"] == "dense" and "quantize" in exported:
-        return QUANTIZED_LIMITS
-    return LIMITS[exported["format"]].format(depth=len(config.visits))
 
 
 def hub_id(base: dict) -> str | None:
@@ -111,16 +84,17 @@ def _metadata(
 ) -> str:
     from huggingface_hub import ModelCardData
 
-    form, quantized = exported["format"], ["compressed-tensors", exported["quantize"]] if "quantize" in exported else []
+    made_as = FORMATS[exported["format"]]
+    quantized = ["compressed-tensors", exported["quantize"]] if "quantize" in exported else []
     tags = ["rrtc", "recursive-transformer", "compression", config.base_config.model_type, "arxiv:2410.20672"]
     # Of the hub's relations (adapter, merge, quantized, finetune), the one for weights that were changed by training.
     relation = {"base_model": base_id, "base_model_relation": "finetune"} if base_id else {}
     results = _eval_results(report) if report is not None else []
     measured = {"model_name": name, "eval_results": results} if results else {}
     return ModelCardData(
-        library_name={"onnx": "transformers.js", "gguf": "llama.cpp"}.get(form, "transformers"),
+        library_name=made_as.LIBRARY,
         pipeline_tag="text-generation",
-        tags=tags + {"recursive": ["custom_code"], "onnx": ["onnx"], "gguf": ["gguf"]}.get(form, []) + quantized,
+        tags=[*tags, *made_as.TAGS, *quantized],
         **license,
         **relation,
         **measured,
@@ -145,7 +119,7 @@ def _eval_results(report: dict) -> list:
     ]
 
 
-def _summary(form: str, config: RrtConfig, base: dict) -> str:
+def _summary(config: RrtConfig, base: dict) -> str:
     layers, slots = len(config.visits), len({visit["slot"] for visit in config.visits})
     start = f"Made from **{base.get('uri', 'a dense model')}** by rrtc {__version__}"
     if slots == layers:
@@ -157,20 +131,7 @@ def _summary(form: str, config: RrtConfig, base: dict) -> str:
         )
     if any(_lora_ranks(config).values()):
         start += ", and each layer corrects them by a low-rank (LoRA) part of its own"
-    start += "."
-    if form == "recursive":
-        return f"{start} The shared weights are stored once."
-    if form == "onnx":
-        return f"{start} This is an ONNX graph, in which the shared weights are stored once."
-    if form == "gguf":
-        return (
-            f"{start} Here both are multiplied out into ordinary weights for every layer, in one GGUF file for"
-            f" llama.cpp: to it, this is a stock `{stock_class(config)}`."
-        )
-    return (
-        f"{start} Here both are multiplied out into ordinary weights for every layer: this is a stock"
-        f" `{stock_class(config)}`, for whatever reads that architecture."
-    )
+    return f"{start}."
 
 
 def _tying(config: RrtConfig, provenance: dict) -> str:
@@ -218,8 +179,8 @@ def _measured(provenance: dict, exported: dict, report: dict | None) -> str:
         tokens = report.get("tokens", {})
         texts = ", ".join(f"{n} tokens of '{text}'" for text, n in tokens.items()) if isinstance(tokens, dict) else ""
         on = f", on {texts or f'{tokens} tokens'}" if tokens else ""
-        sizes = " Compressed sizes are those of the recursive form." if exported["format"] != "recursive" else ""
-        parts.append(f"By `rrtc eval`{against}{on}; loss and KL in nats per token.{sizes}")
+        sizes = "Compressed sizes are those of the recursive format."
+        parts.append(f"By `rrtc eval`{against}{on}; loss and KL in nats per token. {sizes}")
         parts.append(_table([_flat(row) for row in report["models"]]))
         if any("tasks" in row for row in report["models"]):
             parts.append(_tasks([row for row in report["models"] if "tasks" in row]))
@@ -253,7 +214,7 @@ def _measured(provenance: dict, exported: dict, report: dict | None) -> str:
         f"from the model it was made from, in float32 arithmetic and rounded alike, was "
         f"{exported['max_logit_difference']:.2g}, where the largest logit was {exported['largest_logit']:.3g}.{cast}"
     )
-    if exported["format"] == "gguf":
+    if "llama_cpp" in exported:
         parts.append(_run(exported["llama_cpp"]))
     return "\n\n".join(parts)
 
@@ -269,7 +230,7 @@ def _quantized(exported: dict) -> str:
 
 
 def _run(run: dict | None) -> str:
-    """What came of running a GGUF file in llama.cpp; `run` as gguf_form.verify_gguf returns it."""
+    """What came of running a GGUF file in llama.cpp; `run` as formats.gguf.verify returns it."""
     if run is None:
         return "It was not run in llama.cpp."
     return (
@@ -317,60 +278,3 @@ def _license(license: dict, base: dict) -> str:
         stated = ("" if stated == "other" else f"{stated}, ") + f"see {license['license_link']}"
     forbidden = " It does not allow changed versions, such as this one, to be passed on."
     return f"That of the base model {uri}: {stated}.{forbidden if forbids_derivatives(license) else ''}"
-
-
-CHAT = """inputs = tokenizer.apply_chat_template(
-    [{"role": "user", "content": "Why is the sky blue?"}], add_generation_prompt=True, return_tensors="pt"
-)"""
-TEXT = 'inputs = tokenizer("The sky is blue because", return_tensors="pt")'
-
-
-def how_to_load(exported: dict, name: str, config: RrtConfig, chat: bool) -> str:
-    """Markdown. exported: what the export measured. name: of its folder. chat: whether the tokenizer has a chat
-    template."""
-    form = exported["format"]
-    if form == "gguf":
-        file = next(file for file in exported["files"] if file.endswith(".gguf"))
-        return GGUF_LOADING.format(name=name, file=file, flag="" if chat else " -no-cnv")
-    if form == "onnx":
-        return ONNX_LOADING.format(name=name)
-    needs = "Needs `transformers` (5.16 or later) and `torch`."
-    if "quantize" in exported:
-        needs = "Needs `transformers` (5.16 or later), `torch` and `compressed-tensors`."
-    trust = ""
-    if form == "recursive":
-        trust = ", trust_remote_code=True"
-        needs += (
-            " `trust_remote_code` runs the two Python files of this folder, which import nothing but torch and "
-            "transformers (the tokenizer's class reads the config, so it has to be told too). Where rrtc is installed, "
-            "`import rrtc.model` makes it unnecessary."
-        )
-    else:
-        needs += f" Nothing else: this is a stock `{stock_class(config)}`."
-    return f"""{needs}
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-folder = "{name}"  # where this folder is
-tokenizer = AutoTokenizer.from_pretrained(folder{trust})
-model = AutoModelForCausalLM.from_pretrained(folder{trust})
-{CHAT if chat else TEXT}
-output = model.generate(**inputs, max_new_tokens=40, do_sample=False)
-print(tokenizer.decode(output[0], skip_special_tokens=True))
-```{_adapting(config) if form == "recursive" and "quantize" not in exported else ""}"""
-
-
-def _adapting(config: RrtConfig) -> str:
-    """How to train an adapter on top: a regex that names the shared matrices, and neither containers nor norms."""
-    tied = {m: None for visit in config.visits for m in visit["ranks"] if visit["forms"].get(m, "tied") == "tied"}
-    if not tied:
-        return ""
-    names = "|".join(re.escape(name) for name in tied)
-    return f"""
-
-With PEFT, adapt the shared matrices; each adapter then works in all layers that share the matrix:
-
-```python
-LoraConfig(r=16, target_modules=r".*\\.shared\\.({names})", task_type="CAUSAL_LM")
-```"""

@@ -1,12 +1,12 @@
-"""The quantized forms: the recursive or the dense one with the matrices of its layers in 8 or 4 bits.
+"""Quantized exports: the recursive or the dense format with the matrices of its layers in 8 or 4 bits.
 
 The file format is `pack-quantized` of compressed-tensors, which transformers and vLLM read: weights packed into int32,
 and beside them a scale for each group of inputs. Embeddings, the output projection, norms and every LoRA or
 low-rank factor stay as they are: they are small, or rounding them costs more than it saves.
 
-What is rounded, and how, is in rounding.py. Here the plain form, already written, is loaded, run over the calibration
-text, rounded in memory one slot after the other, and written over. Its bits per byte are measured on text held out of
-the calibration: before, with every weight rounded to its nearest number, and as it is written.
+What is rounded, and how, is in rrtc.tying.rounding. Here the plain export, already written, is loaded, run over the
+calibration text, rounded in memory one slot after the other, and written over. Its bits per byte are measured on text
+held out of the calibration: before, with every weight rounded to its nearest number, and as it is written.
 """
 
 import importlib.util
@@ -18,10 +18,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from rrtc.console import progress
+from rrtc.console import note, progress
 from rrtc.errors import RrtcError
 from rrtc.export.verify import fixed_ids, logits_of
 from rrtc.io.shard_writer import ShardWriter
@@ -30,10 +29,11 @@ from rrtc.machine import device
 from rrtc.model import RrtConfig
 from rrtc.model.modeling_rrt import RelaxedLinear, find_layers
 from rrtc.scoring import score
-from rrtc.stock.architecture import stock_model
+from rrtc.stock.architecture import read_architecture
 from rrtc.text.windows import Windows
 from rrtc.tying.moments import Gathering
 from rrtc.tying.rounding import best_factors, best_scales, gptq, round_to_nearest, widest_scales
+from rrtc.units import size
 
 BITS = {"int8": 8, "int4": 4}
 GROUP = 128  # inputs that have a scale in common, at most
@@ -73,28 +73,12 @@ class Quantized:
     bits_per_byte: dict[str, float]
 
 
-def check_can_quantize(form: str, base: PreTrainedConfig) -> None:
-    """Raises RrtcError where compressed-tensors is not installed, or where a `form` of a model with the dense config
-    `base` cannot be quantized."""
+def check_installed() -> None:
+    """Raises RrtcError where compressed-tensors is not."""
     if importlib.util.find_spec("compressed_tensors") is None:
         raise RrtcError(
             "Quantizing needs compressed-tensors, which is not installed.",
             "Install it with 'pip install rrtc[quantize]'.",
-        )
-    if form == "dense" and any(isinstance(module, Conv1D) for module in stock_model(base).modules()):
-        raise RrtcError(
-            f"A dense '{base.model_type}' model keeps its matrices transposed, which no quantized format does.",
-            "Leave out --format dense: in the recursive form they are ordinary ones.",
-        )
-
-
-def check_has_matrices(form: str, config: RrtConfig) -> None:
-    """Raises RrtcError where the `form` of a model with that config has no matrices to quantize."""
-    forms = {visit["forms"].get(name, "tied") for visit in config.visits for name in visit["ranks"]}
-    if form == "recursive" and forms == {"low_rank"}:
-        raise RrtcError(
-            "Every matrix of this model is a low-rank product, and those are not quantized.",
-            "Add --format dense to multiply them out.",
         )
 
 
@@ -130,7 +114,20 @@ def quantize(folder: Path, bits: int, calibration: Tensor, held_out: Windows, sh
     logits = logits_of(model, ids)
     _write(folder, weights, model, scales, bits, dtype, shard_bytes)
     _write_config(folder, model, matrices, bits)
+    if isinstance(model.config, RrtConfig):
+        _compare_with_dense(model.config, Weights(folder).bytes_on_disk, bits, dtype)
     return Quantized(logits.cpu(), plain.cpu(), (logits - plain).abs().max().item(), found)
+
+
+def _compare_with_dense(config: RrtConfig, written: int, bits: int, dtype: torch.dtype) -> None:
+    """Says so where the dense format, with its layers' matrices in `bits` and the rest in `dtype`, would take less than
+    the recursive one, of so many bytes."""
+    architecture = read_architecture(config.base_config)
+    inside = sum(matrix.size for layer in architecture.layers for matrix in layer.matrices)
+    dense = inside * bits // 8 + (architecture.parameters - inside) * dtype.itemsize
+    if dense < written:
+        number = str(dtype).removeprefix("torch.")
+        note(f"The dense format would take about {size(dense)}: here all LoRA is beside it, in {number}.")
 
 
 def _matrices(model: PreTrainedModel) -> list[Matrix]:

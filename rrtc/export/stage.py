@@ -1,4 +1,4 @@
-"""`rrtc export`: writes a recursive model in the form in which it leaves, and checks that it arrives.
+"""`rrtc export`: writes a recursive model in the format in which it leaves, and checks that it arrives.
 
 The order of the work: what can be known in advance; the logits of the model in memory; the new folder; the same logits
 from that folder in a fresh process; the model card. Only then does the folder get its name.
@@ -16,13 +16,10 @@ from transformers import PreTrainedConfig
 from rrtc.console import note, warn
 from rrtc.errors import RrtcError
 from rrtc.export.card import write_card
-from rrtc.export.forms.dense import quantized_dense_bytes
-from rrtc.export.forms.gguf import find_converter, verify_gguf
-from rrtc.export.forms.onnx import check_needed
-from rrtc.export.forms.recursive import recursive_config
-from rrtc.export.forms.writing import bytes_written, weights_bytes, write
-from rrtc.export.quantize import BITS, check_can_quantize, check_has_matrices, quantize
-from rrtc.export.verify import check_logits, reference, verify
+from rrtc.export.formats import FORMATS
+from rrtc.export.formats.recursive import recursive_config
+from rrtc.export.quantize import BITS, check_installed, quantize
+from rrtc.export.verify import check_logits, reference
 from rrtc.io.folder import check_space, check_target, whole_folder
 from rrtc.io.license import forbids_derivatives, license_of
 from rrtc.io.provenance import base_seen_from, next_history, read_provenance, write_provenance
@@ -36,7 +33,7 @@ from rrtc.recipe.schema import Recipe
 from rrtc.stock.architecture import read_architecture
 from rrtc.text.calibration import calibration_windows
 from rrtc.text.windows import Windows, held_out_windows, longest_context, readable
-from rrtc.units import parse_size, size
+from rrtc.units import parse_size
 
 MEASURED_TOKENS = 4096  # of held-out text, on which the bits per byte of a quantized model are measured
 
@@ -48,7 +45,7 @@ def export(folder: str, output: str, recipe: Recipe, report: str | None = None) 
     weights files), parameters (shared ones once), max_logit_difference (of the export, loaded in a fresh process, from
     the model in memory, rounded and quantized alike), largest_logit, rounding_logit_difference (what that costs by
     itself), files and seconds; where it was quantized also quantize and bits_per_byte, as `Quantized` has them; for the
-    GGUF form also read_by and llama_cpp, as `verify_gguf` has them. Raises RrtcError, and leaves no folder, where the
+    GGUF format also read_by and llama_cpp, as its `verify` has them. Raises RrtcError, and leaves no folder, where the
     export is not the same model.
     """
     started = time.monotonic()
@@ -57,20 +54,16 @@ def export(folder: str, output: str, recipe: Recipe, report: str | None = None) 
     provenance, config, weights = read_provenance(source), recursive_config(source), Weights(source)
     evaluation = _report_about(report, provenance)
     chat = load_tokenizer(source).chat_template is not None
-    form, bits = recipe.export.format, BITS.get(recipe.export.quantize)
+    made_as, bits = FORMATS[recipe.export.format], BITS.get(recipe.export.quantize)
     parameters = max(weights.parameters, read_architecture(config.base_config).parameters)
-    from_disk = check_form(recipe.export, config.base_config, parameters)
-    dtype = recipe.export.dtype
-    if dtype == "auto":
-        dtype = "float32" if form == "onnx" else weights.dtype  # float32 is what every device computes in
-    # The recursive form is copied as it is unless asked otherwise. The dense form has one format: its matrices are new.
-    cast = None if form == "recursive" and recipe.export.dtype == "auto" else getattr(torch, dtype)
+    from_disk = check_format(recipe.export, config.base_config, parameters, config)
+    cast = made_as.number_format(recipe.export.dtype, weights.dtype)
+    dtype = cast or getattr(torch, weights.dtype)  # of most of what is written
     shards = parse_size(recipe.export.max_shard_size)
     if bits is not None:
-        check_has_matrices(form, config)
         texts = _texts_to_quantize_by(recipe, provenance, source, config)
     # The quantized tensors are written while the others are still there.
-    check_space(target, bytes_written(form, weights, config, cast) * (1 if bits is None else 2))
+    check_space(target, made_as.bytes_written(weights, config, cast) * (1 if bits is None else 2))
     base = base_seen_from(target, source, provenance)
     license = license_of(source, base)
     if not license and "license" not in base:
@@ -82,34 +75,29 @@ def export(folder: str, output: str, recipe: Recipe, report: str | None = None) 
     if from_disk:
         note("The model does not fit into memory: it is read from disk, matrix by matrix, to be checked")
     note("Computing logits to compare the export with")
-    expected = reference(source, form, cast, from_disk)
+    expected = reference(source, cast, from_disk, made_as.MULTIPLIED_OUT, made_as.GENERATES)
     gc.collect()  # the model, which the fresh process needs the memory of
     with whole_folder(target) as partial:
-        parameters = write(source, partial, form, cast, shards)
-        beside = {}  # what only some forms have measured
+        parameters = made_as.write(source, partial, cast, shards)
+        quantized = {}
         if bits is not None:
             note(f"Rounding to {bits} bits")
             found = quantize(partial, bits, *texts, shards)
-            check_logits(found.plain, expected.logits, getattr(torch, dtype), form)
+            check_logits(found.plain, expected.logits, dtype)
             expected = replace(expected, logits=found.logits, rounding=found.rounding)
-            beside = {"quantize": recipe.export.quantize, "bits_per_byte": found.bits_per_byte}
-            dense = quantized_dense_bytes(config, bits, getattr(torch, dtype))
-            if form == "recursive" and dense < Weights(partial).bytes_on_disk:
-                note(f"The dense form would take about {size(dense)}: here all LoRA is beside it, in {dtype}.")
+            quantized = {"quantize": recipe.export.quantize, "bits_per_byte": found.bits_per_byte}
         note("Loading the export in a fresh process")
-        if form == "gguf":
-            difference, beside = verify_gguf(partial, expected, getattr(torch, dtype))
-        else:
-            difference = verify(partial, form, expected, getattr(torch, dtype), from_disk)
+        difference, checked = made_as.verify(partial, expected, dtype, from_disk)
         measured = {
-            "format": form,
-            "dtype": dtype,
-            "bytes": weights_bytes(partial, form),
+            "format": recipe.export.format,
+            "dtype": str(dtype).removeprefix("torch."),
+            "bytes": made_as.weights_bytes(partial),
             "parameters": parameters,
             "max_logit_difference": difference,
             "largest_logit": expected.logits.abs().max().item(),
             "rounding_logit_difference": expected.rounding,
-            **beside,
+            **quantized,
+            **checked,
             "files": sorted([*_files(partial), "README.md", "rrtc.yaml"]),
             "seconds": round(time.monotonic() - started, 1),
         }
@@ -125,25 +113,22 @@ def export(folder: str, output: str, recipe: Recipe, report: str | None = None) 
     return measured
 
 
-def check_form(recipe: ExportRecipe, base: PreTrainedConfig, parameters: int) -> bool:
+def check_format(recipe: ExportRecipe, base: PreTrainedConfig, parameters: int, made: RrtConfig | None = None) -> bool:
     """Whether a model of so many parameters does not fit into memory, so that it has to be made and checked from disk.
 
-    base: the config of the dense model. Raises RrtcError where the form cannot be made of such a model, or not from
-    disk, and where what it takes is not installed.
+    base: the config of the dense model. made: that of the recursive one, where there is one already. Raises RrtcError
+    where the format cannot be made of such a model, or not from disk, and where what it takes is not installed.
     """
-    form, quantized = recipe.format, recipe.quantize != "none"
-    if form == "onnx":
-        check_needed()
-    if form == "gguf":
-        find_converter()
+    made_as, quantized = FORMATS[recipe.format], recipe.quantize != "none"
     if quantized:
-        check_can_quantize(form, base)
-    times = 2 if form == "onnx" else 1  # beside the model, its graph has it once more
-    from_disk = is_too_large(times * parameters, torch.float32)
-    if from_disk and (form not in ("recursive", "dense") or quantized):
+        check_installed()
+    made_as.check(recipe, base, made)
+    from_disk = is_too_large(made_as.TIMES_IN_MEMORY * parameters, torch.float32)
+    if from_disk and (quantized or not made_as.FROM_DISK):
         raise too_large(
-            "To be quantized" if quantized else "For this form", parameters, torch.float32,
-            "The recursive and the dense form, not quantized, are made and checked from disk.", times,
+            "To be quantized" if quantized else "For this format", parameters, torch.float32,
+            "The recursive and the dense format, not quantized, are made and checked from disk.",
+            made_as.TIMES_IN_MEMORY,
         )  # fmt: skip
     return from_disk
 

@@ -2,11 +2,11 @@
 compared with those of the model in memory. (One that is quantized is compared before that with the model it is made
 from, and after it with the quantized one in memory.)
 
-Where the export is rounded to 16 bits, the model in memory is given the same rounding (each tensor; for the dense form
-each W' + B·A, not its parts), so that the two must agree up to float32 arithmetic, and the tolerance can be tight
-enough to catch one damaged matrix. What the rounding itself costs is measured beside it. Only one model is in memory at
-a time, here or there; one that is too large for that is read from its files matrix by matrix, in both places, as it is
-computed with.
+Where the export is rounded to 16 bits, the model in memory is given the same rounding (each tensor, or each W' + B·A,
+not its parts, for a format in which they are multiplied out), so that the two must agree up to float32 arithmetic, and
+the tolerance can be tight enough to catch one damaged matrix. What the rounding itself costs is measured beside it.
+Only one model is in memory at a time, here or there; one that is too large for that is read from its files matrix by
+matrix, in both places, as it is computed with.
 """
 
 import contextlib
@@ -35,10 +35,6 @@ ROWS, TOKENS = 2, 48
 PROMPT, NEW_TOKENS = 8, 32  # of greedy generation
 FAILED = "The export was written, but it is not the model it was made from: "
 HINT = "This is a fault in rrtc: please report it with the model's config."
-HINTS = {  # where a difference is more likely somebody else's fault
-    "gguf": "Try a newer llama.cpp in RRTC_LLAMA_CPP. Where the base model has a tokenizer.model, copy that into the "
-    "folder you export: without it, the converter may guess at the tokenizer.",
-}
 # Largest difference of a logit, as a part of the largest logit. In 16 bits a last digit of a product W' + B·A can round
 # the other way when its sum is taken in another order.
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 1e-3, torch.float16: 1e-3}
@@ -49,7 +45,7 @@ class Reference:
     """What the exported model must compute for `ids` (rows, tokens): `logits` (rows, tokens, vocabulary), float32.
 
     rounding: how far the written number format alone moves a logit at most. text_ids: the token ids of TEXT.
-    greedy: for the ONNX and GGUF forms, the tokens that transformers' greedy generation adds to PROMPT tokens of the
+    greedy: for a format that generates, the tokens that transformers' greedy generation adds to PROMPT tokens of the
     first row, and beside each by how much its logit surpassed the second largest.
     """
 
@@ -60,18 +56,31 @@ class Reference:
     greedy: list[tuple[int, float]] = ()
 
 
-def reference(folder: Path, form: str, dtype: torch.dtype | None, from_disk: bool = False) -> Reference:
-    """Runs the recursive model in `folder`, with the rounding that `form` has in `dtype` (None: as the folder has it).
+def reference(
+    folder: Path, dtype: torch.dtype | None, from_disk: bool = False, products: bool = False, generates: bool = False
+) -> Reference:
+    """Runs the recursive model in `folder`, rounded to `dtype` (None: as the folder has it) as the export will be.
 
-    from_disk: no more of it is in memory than the matrix that computes. Raises RrtcError for a folder whose weights are
-    not those its config tells of, or whose model computes no numbers.
+    from_disk: no more of it is in memory than the matrix that computes. products: each W' + B·A is rounded, not its
+    parts. generates: greedy text is wanted too. Raises RrtcError for a folder whose weights are not those its config
+    tells of, or whose model computes no numbers.
     """
     text_ids = load_tokenizer(folder)(TEXT)["input_ids"]
     with _placed(from_disk) as placed:
-        return _reference(folder, form, dtype, text_ids, placed)
+        model = _loaded(folder, placed)
+        ids = fixed_ids(model.config)
+        logits = logits_of(model, ids)
+        if not torch.isfinite(logits).all():
+            raise RrtcError(f"The model in {folder} computes NaN or infinity.", "Its weights are damaged.")
+        rounded = logits
+        if dtype not in (None, torch.float32):
+            _round_when_run(model, dtype, products)
+            rounded = logits_of(model, ids)
+        greedy = greedy_of(model, ids[:1, :PROMPT]) if generates else ()
+    return Reference(ids, rounded, (rounded - logits).abs().max().item(), text_ids, greedy)
 
 
-def _reference(folder: Path, form: str, dtype: torch.dtype | None, text_ids: list[int], placed: dict) -> Reference:
+def _loaded(folder: Path, placed: dict) -> RrtForCausalLM:
     try:
         model, info = RrtForCausalLM.from_pretrained(
             folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **placed
@@ -82,16 +91,7 @@ def _reference(folder: Path, form: str, dtype: torch.dtype | None, text_ids: lis
         if info[kind]:
             name = sorted(map(str, info[kind]))[0]
             raise RrtcError(f"{folder} does not hold the weights of its config: {kind.removesuffix('_keys')} {name}.")
-    ids = fixed_ids(model.config)
-    logits = logits_of(model.eval(), ids)
-    if not torch.isfinite(logits).all():
-        raise RrtcError(f"The model in {folder} computes NaN or infinity.", "Its weights are damaged.")
-    rounded = logits
-    if dtype not in (None, torch.float32):
-        _round_when_run(model, dtype, products=form in ("dense", "gguf"))
-        rounded = logits_of(model, ids)
-    greedy = greedy_of(model, ids[:1, :PROMPT]) if form in ("onnx", "gguf") else ()
-    return Reference(ids, rounded, (rounded - logits).abs().max().item(), text_ids, greedy)
+    return model.eval()
 
 
 def fixed_ids(config) -> Tensor:
@@ -121,7 +121,7 @@ def greedy_of(model: nn.Module, prompt: Tensor) -> list[tuple[int, float]]:
 
 def _round_when_run(model: nn.Module, dtype: torch.dtype, products: bool) -> None:
     """Has each module of a float32 model round its own parameters to what `dtype` can hold before it computes: later
-    may be the first time that they are in memory. products: as the dense form is rounded, each W' + B A, not its
+    may be the first time that they are in memory. products: as the dense format is rounded, each W' + B·A, not its
     parts."""
     for module in model.modules():
         # accelerate's hook, which reads the parameters from disk, comes first.
@@ -162,19 +162,23 @@ def _placed(from_disk: bool):
         yield {"device_map": {"": "disk"}, "offload_folder": scratch} if from_disk else {}
 
 
-def verify(
+def check_loaded(
     folder: Path,
-    form: str,
     expected: Reference,
     dtype: torch.dtype,
+    *,
+    program: str = "reload.py",
+    hint: str = HINT,
+    needs_tokenizer: bool = True,
     from_disk: bool = False,
+    trust_remote_code: bool = False,
     gguf_file: str | None = None,
-    also_in_llama_cpp: bool = False,
 ) -> float:
-    """Loads the export in `folder` in a fresh process and returns the largest difference of a logit.
+    """Loads the export in `folder` in a fresh process, by `program`, and returns the largest difference of a logit.
 
-    dtype: the number format most of it is written in. from_disk: as in `reference`. gguf_file: the file's name, for
-    that form. also_in_llama_cpp: it will run there too, so that transformers need not know its tokenizer.
+    dtype: the number format most of it is written in. hint: for the user, where it is another model. needs_tokenizer:
+    whether it is a failure that transformers cannot build the tokenizer of a GGUF file. from_disk: as in `reference`.
+    gguf_file: the file's name, for that format.
 
     Raises RrtcError where the folder does not load, where a tensor is missing or left over, where the tokenizer is
     another one, where a logit differs by more than TOLERANCE, or where greedy generation, if it is compared, takes
@@ -183,43 +187,40 @@ def verify(
     about = {
         "folder": str(Path(folder).absolute()),
         "gguf_file": gguf_file,
-        "trust_remote_code": form == "recursive",
+        "trust_remote_code": trust_remote_code,
         "from_disk": from_disk,
     }
     report, logits = in_fresh_process(
-        "reload_onnx.py" if form == "onnx" else "reload.py",
+        program,
         about,
         expected,
         "The export was written, but does not load in a fresh process: ",
         "Where memory ran out, free some; otherwise this is a fault in rrtc: please report it.",
     )
-    failed, hint = FAILED, HINTS.get(form, HINT)
     if report["problems"]:
-        raise RrtcError(f"{failed}on loading, {', '.join(report['problems'][:3])}.", hint)
-    if report["token_ids"] is None and not also_in_llama_cpp:
+        raise RrtcError(f"{FAILED}on loading, {', '.join(report['problems'][:3])}.", hint)
+    if report["token_ids"] is None and needs_tokenizer:
         raise RrtcError(
             "The GGUF file was written, but transformers cannot build its tokenizer, so nothing says that it is right.",
             "Have llama.cpp check it: pip install rrtc[gguf]",
         )
     if report["token_ids"] not in (expected.text_ids, None):
-        raise RrtcError(f"{failed}its tokenizer gives other tokens.", hint)
-    scale = expected.logits.abs().max().item()
+        raise RrtcError(f"{FAILED}its tokenizer gives other tokens.", hint)
     if not report.get("hidden_difference", 0.0) <= TOLERANCE[dtype]:
-        raise RrtcError(f"{failed}AutoModel and AutoModelForCausalLM compute different things.", hint)
-    difference = check_logits(logits, expected.logits, dtype, form)
+        raise RrtcError(f"{FAILED}AutoModel and AutoModelForCausalLM compute different things.", hint)
+    difference = check_logits(logits, expected.logits, dtype, hint)
     if "greedy" in report:
-        equal_tokens(expected, report["greedy"], TOLERANCE[dtype] * scale, failed, hint)
+        scale = expected.logits.abs().max().item()
+        equal_tokens(expected, report["greedy"], TOLERANCE[dtype] * scale, FAILED, hint)
     return difference
 
 
-def check_logits(found: Tensor, expected: Tensor, dtype: torch.dtype, form: str) -> float:
-    """The largest difference of a logit. Raises RrtcError where that is more than TOLERANCE allows for an export in
-    `dtype`, or no number."""
+def check_logits(found: Tensor, expected: Tensor, dtype: torch.dtype, hint: str = HINT) -> float:
+    """The largest difference of a logit. Raises RrtcError, with `hint`, where that is more than TOLERANCE allows for an
+    export in `dtype`, or no number."""
     difference, scale = (found - expected).abs().max().item(), expected.abs().max().item()
     if not difference <= TOLERANCE[dtype] * scale:
-        raise RrtcError(
-            f"{FAILED}a logit differs by {difference:.3g}, and the largest is {scale:.3g}.", HINTS.get(form, HINT)
-        )
+        raise RrtcError(f"{FAILED}a logit differs by {difference:.3g}, and the largest is {scale:.3g}.", hint)
     return difference
 
 

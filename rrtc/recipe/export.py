@@ -8,7 +8,7 @@ from rrtc.recipe.section import OWN_TEXT, Section
 
 
 class ExportRecipe(Section):
-    """The form in which the model leaves."""
+    """The format in which the model leaves."""
 
     format: Literal["recursive", "dense", "onnx", "gguf"] = Field(
         "recursive",
@@ -38,7 +38,7 @@ class ExportRecipe(Section):
     @model_validator(mode="after")
     def _check_quantize(self) -> "ExportRecipe":
         if self.quantize != "none" and self.format not in ("recursive", "dense"):
-            raise ValueError(f"quantize is for the recursive and the dense form, not for {self.format}")
+            raise ValueError(f"quantize is for the recursive and the dense format, not for {self.format}")
         if self.quantize != "none" and OWN_TEXT in self.calibrate_on:
             raise ValueError(f"quantizing learns from text that there is, so calibrate_on cannot be {OWN_TEXT}")
         return self

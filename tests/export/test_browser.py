@@ -16,7 +16,7 @@ from onnx_graph import HYBRID, LAYERS, padded_greedy
 from transformers import AutoTokenizer, GenerationConfig
 
 from rrtc.export import stage
-from rrtc.export.forms import onnx as onnx_form
+from rrtc.export.formats import onnx as onnx_format
 from rrtc.model import RrtForCausalLM
 
 VARIABLE = "RRTC_TRANSFORMERS_JS"
@@ -89,13 +89,13 @@ def test_the_page_writes_what_the_export_writes(tmp_path, site, page, architectu
     changes = HYBRID if architecture == "gemma3" else LAYERS
     source, target = make_rrt(tmp_path / "rrt", architecture, **changes), folder / architecture
     stage.export(str(source), str(target), recipe(format="onnx", **options))
-    assert len(list(target.glob(f"{onnx_form.DATA}*"))) == files
+    assert len(list(target.glob(f"{onnx_format.DATA}*"))) == files
 
     tokenizer = AutoTokenizer.from_pretrained(target)
     ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
     expected, _ = padded_greedy(target, ids, torch.ones_like(ids), TOKENS)
     model = RrtForCausalLM.from_pretrained(source).eval()
-    onnx_form.round_tensors(model, getattr(torch, options.get("dtype", "float32")))
+    onnx_format.round_tensors(model, getattr(torch, options.get("dtype", "float32")))
     model.generation_config = GenerationConfig(pad_token_id=2)
     assert torch.equal(model.generate(ids, max_new_tokens=TOKENS, do_sample=False), expected)
 

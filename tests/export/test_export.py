@@ -1,4 +1,5 @@
-"""Export: both forms are the model they were made from, load where rrtc is not, and say the truth about themselves."""
+"""Export: the recursive and the dense format are the model they were made from, load where rrtc is not, and say the
+truth about themselves."""
 
 import hashlib
 import json
@@ -19,6 +20,7 @@ from transformers.dynamic_module_utils import HF_MODULES_CACHE
 from rrtc import machine
 from rrtc.errors import RrtcError, WrongUsage
 from rrtc.export import stage, verify
+from rrtc.export.formats import FORMATS
 from rrtc.io import license
 from rrtc.io.provenance import read_provenance
 from rrtc.io.shard_writer import ShardWriter, map_ahead
@@ -55,7 +57,7 @@ def test_dense_is_the_same_model_in_the_stock_architecture(tmp_path, architectur
     monkeypatch.setattr("rrtc.io.weights.BLOCK_NUMBERS", 500)  # several blocks even for a pico model
     source, target = make_rrt(tmp_path / "rrt", architecture, norms), tmp_path / "dense"
     target.mkdir()
-    parameters = stage.write(source, target, "dense", torch.float32, SHARDS)
+    parameters = FORMATS["dense"].write(source, target, torch.float32, SHARDS)
     model, info = AutoModelForCausalLM.from_pretrained(target, output_loading_info=True)
     assert not any(info.values()), info
     assert type(model).__module__.startswith("transformers.")
@@ -76,7 +78,7 @@ def test_recursive_loads_and_generates_where_rrtc_is_not(tmp_path):
         sources.append(make_rrt(tmp_path / f"{architecture}-rrt", architecture, norms))
         targets.append(tmp_path / f"{architecture}-{norms}")
         targets[-1].mkdir()
-        parameters = stage.write(sources[-1], targets[-1], "recursive", None, 4_000_000_000)
+        parameters = FORMATS["recursive"].write(sources[-1], targets[-1], None, 4_000_000_000)
         size = Weights(targets[-1]).bytes_on_disk
         assert parameters * 4 < size < parameters * 4 * 1.05
         assert parameters == read_provenance(sources[-1])["measured"]["init"]["params_total"]
@@ -171,7 +173,7 @@ def test_recursive_export_with_report_and_license(tmp_path):
 def test_dense_export_in_16_bits_of_a_recursive_export_with_tied_embeddings(tmp_path, monkeypatch, capsys):
     made, source, target = make_rrt(tmp_path / "rrt", "gemma3", "shared"), tmp_path / "recursive", tmp_path / "out"
     source.mkdir()
-    stage.write(made, source, "recursive", None, SHARDS)
+    FORMATS["recursive"].write(made, source, None, SHARDS)
     (source / "rrtc.yaml").write_bytes((made / "rrtc.yaml").read_bytes())
     before = digests(source)
     options = recipe(format="dense", dtype="bfloat16", max_shard_size="100KB")
@@ -336,8 +338,10 @@ def test_what_is_made_ahead_comes_in_order_and_so_do_its_errors():
 @pytest.mark.parametrize(("architecture", "norms"), CHOSEN)
 def test_a_model_on_disk_is_rounded_and_checked_as_one_in_memory(tmp_path, architecture, norms):
     source = make_rrt(tmp_path / "rrt", architecture, norms)
-    for form, dtype in (("recursive", None), ("recursive", torch.bfloat16), ("dense", torch.bfloat16)):
-        inside, outside = (verify.reference(source, form, dtype, from_disk) for from_disk in (False, True))
+    for name, dtype in (("recursive", None), ("recursive", torch.bfloat16), ("dense", torch.bfloat16)):
+        inside, outside = (
+            verify.reference(source, dtype, from_disk, FORMATS[name].MULTIPLIED_OUT) for from_disk in (False, True)
+        )
         assert torch.equal(inside.logits, outside.logits)
         assert inside.rounding == outside.rounding
         assert (inside.rounding > 0) is (dtype is not None)
@@ -354,7 +358,7 @@ def test_a_model_larger_than_memory_is_checked_from_disk(tmp_path, monkeypatch, 
 
 @pytest.mark.slow
 def test_a_wrong_matrix_of_a_model_larger_than_memory_is_found(tmp_path, monkeypatch):
-    def write_wrong(source, folder, *args, write=stage.write):
+    def write_wrong(source, folder, *args, write=FORMATS["dense"].write):
         parameters = write(source, folder, *args)
         tensors = load_file(folder / "model.safetensors")
         tensors["model.layers.1.mlp.up_proj.weight"] *= 1.5
@@ -362,7 +366,7 @@ def test_a_wrong_matrix_of_a_model_larger_than_memory_is_found(tmp_path, monkeyp
         return parameters
 
     monkeypatch.setattr(machine, "MODEL_SHARE", 0)
-    monkeypatch.setattr(stage, "write", write_wrong)
+    monkeypatch.setattr(FORMATS["dense"], "write", write_wrong)
     source = make_rrt(tmp_path / "rrt")
     with pytest.raises(RrtcError, match="it is not the model it was made from: a logit differs"):
         stage.export(str(source), str(tmp_path / "out"), recipe(format="dense", dtype="bfloat16"))

@@ -1,4 +1,4 @@
-"""The GGUF form: what the user is told where the converter is missing or fails; and with a real converter, named by
+"""The GGUF format: what the user is told where the converter is missing or fails; and with a real converter, named by
 RRTC_LLAMA_CPP, that the file is the model, in transformers and (where llama-cpp-python is installed) in llama.cpp."""
 
 import importlib.util
@@ -15,11 +15,11 @@ from huggingface_hub import ModelCard
 from pico import VOCABULARY
 from transformers import GemmaTokenizer, LlamaTokenizer
 
-from rrtc.api import describe
+from rrtc.api import inspect
 from rrtc.errors import RrtcError
 from rrtc.export import stage, verify
-from rrtc.export.forms import gguf as gguf_form
-from rrtc.export.forms.gguf import VARIABLE
+from rrtc.export.formats import gguf as gguf_format
+from rrtc.export.formats.gguf import VARIABLE
 from rrtc.io.provenance import read_provenance
 
 LAYERS = {"num_hidden_layers": 2}
@@ -57,7 +57,7 @@ def known_tokenizer(folder: Path, tokenizer: type = LlamaTokenizer) -> Path:
 def converter(folder: Path, program: str) -> str:
     """A folder with a converter that is this Python program."""
     folder.mkdir()
-    (folder / gguf_form.SCRIPT).write_text(program)
+    (folder / gguf_format.SCRIPT).write_text(program)
     return str(folder)
 
 
@@ -143,7 +143,7 @@ def test_the_file_is_the_model(tmp_path, architecture, tokenizer, options, dtype
     assert (result["read_by"], result["max_logit_difference"] < 1e-5) == ("transformers", True)
     assert (result["rounding_logit_difference"] == 0.0) == (dtype == "float32")
     assert read_provenance(target)["measured"]["export"] == result
-    shown = describe(str(target))
+    shown = inspect(str(target))
     assert (shown["dtype"], shown["bytes_on_disk"]) == (dtype, result["bytes"])
 
     content = gguf.GGUFReader(file)
@@ -205,7 +205,7 @@ matrix.data.flush()
 """
     monkeypatch.setenv(VARIABLE, converter(tmp_path / "converter", program))
     if reader == "llama_cpp":
-        monkeypatch.setattr(gguf_form, "_architecture", lambda file: ("llama", False))
+        monkeypatch.setattr(gguf_format, "_architecture", lambda file: ("llama", False))
     source = known_tokenizer(make_rrt(tmp_path / "rrt", **LAYERS))
     refused(source, "is not the model it was made from: a logit differs by")
 
@@ -216,10 +216,10 @@ matrix.data.flush()
 def test_other_tokens_in_llama_cpp_are_a_failure_unless_two_were_equally_good(tmp_path):
     source, target = known_tokenizer(make_rrt(tmp_path / "rrt", **LAYERS)), tmp_path / "out"
     stage.export(str(source), str(target), recipe(format="gguf"))
-    expected = verify.reference(source, "gguf", torch.float32)
+    expected = verify.reference(source, torch.float32, products=True, generates=True)
     (token, lead), *others = expected.greedy
     expected.greedy[:] = [(token + 1, 0.0), *others]
-    assert gguf_form._run(target, expected, torch.float32)["equal_tokens"] == 0
+    assert gguf_format._run(target, expected, torch.float32)["equal_tokens"] == 0
     expected.greedy[:] = [(token + 1, lead), *others]
     with pytest.raises(RrtcError, match="greedy generation differs from token 1 on"):
-        gguf_form._run(target, expected, torch.float32)
+        gguf_format._run(target, expected, torch.float32)

@@ -1,4 +1,4 @@
-"""The ONNX form: the model it was made from, with any lengths, padding and cache, and shared weights stored once."""
+"""The ONNX format: the model it was made from, with any lengths, padding and cache, and shared weights stored once."""
 
 import importlib.util
 import json
@@ -14,10 +14,11 @@ from onnx_graph import HYBRID, LAYERS, padded_greedy
 from transformers import GenerationConfig
 
 from rrtc import machine
-from rrtc.api import describe
+from rrtc.api import inspect
 from rrtc.errors import RrtcError
 from rrtc.export import stage, verify
-from rrtc.export.forms import onnx as onnx_form
+from rrtc.export.formats import FORMATS
+from rrtc.export.formats import onnx as onnx_format
 from rrtc.io.provenance import read_provenance
 from rrtc.io.weights import Weights
 from rrtc.model import RrtForCausalLM
@@ -30,21 +31,21 @@ GRAPH_BYTES = 60_000  # the graph itself, of two layers
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> tuple[Path, Path, dict]:
-    """(an rrtc folder, its ONNX form, what export returned); tests must not change them."""
+    """(an rrtc folder, its ONNX export, what export returned); tests must not change them."""
     folder = tmp_path_factory.mktemp("onnx")
     source = make_rrt(folder / "rrt", **LAYERS)
     return source, folder / "out", stage.export(str(source), str(folder / "out"), recipe(format="onnx"))
 
 
 def graph_of(folder: Path):
-    return ir.load(folder / onnx_form.GRAPH)
+    return ir.load(folder / onnx_format.GRAPH)
 
 
 def compare_padded_greedy(source: Path, folder: Path, dtype: torch.dtype = torch.float32) -> None:
     """Asserts that both generate the same, for rows of different lengths and past a sliding window of 8 tokens; the
     weights in `folder` are rounded to `dtype`."""
     model = RrtForCausalLM.from_pretrained(source).eval()
-    onnx_form.round_tensors(model, dtype)
+    onnx_format.round_tensors(model, dtype)
     model.generation_config = GenerationConfig(pad_token_id=2)
     ids, mask = IDS[:, :11], torch.ones_like(IDS[:, :11])
     mask[1, :4] = 0
@@ -75,14 +76,14 @@ def test_the_export_is_small_verified_and_says_so(made, tmp_path):
     )
     assert {"onnx/model.onnx", "onnx/model.onnx_data", "tokenizer.json"} < set(result["files"])
     assert "model.safetensors" not in result["files"]
-    assert (target / onnx_form.DATA).stat().st_size <= recursive
+    assert (target / onnx_format.DATA).stat().st_size <= recursive
     assert result["bytes"] < recursive + GRAPH_BYTES
     check_stored_once(graph_of(target), source)
     assert (result["format"], result["dtype"]) == ("onnx", "float32")
     assert result["parameters"] == read_provenance(source)["measured"]["init"]["params_total"]
     assert 0 < result["max_logit_difference"] < 1e-5 < result["largest_logit"]
     assert read_provenance(target)["measured"]["export"] == result
-    shown = describe(str(target))
+    shown = inspect(str(target))
     assert (shown["dtype"], shown["bytes_on_disk"]) == ("float32", result["bytes"])
 
     config = json.loads((target / "config.json").read_text())
@@ -103,7 +104,7 @@ def test_the_export_is_small_verified_and_says_so(made, tmp_path):
 
 @pytest.mark.slow
 def test_more_files_than_a_browser_reads_are_refused(made, tmp_path, monkeypatch):
-    monkeypatch.setattr(onnx_form, "MOST_FILES", 3)
+    monkeypatch.setattr(onnx_format, "MOST_FILES", 3)
     with pytest.raises(RrtcError, match="would be [0-9]+ files, and transformers.js reads at most 3") as error:
         stage.export(str(made[0]), str(tmp_path / "out"), recipe(format="onnx", max_shard_size="8KB"))
     assert "--max-shard-size" in error.value.hint and not list(tmp_path.iterdir())
@@ -117,8 +118,8 @@ def test_padding_cache_and_any_length(made):
 def test_sliding_windows_and_shared_norms(tmp_path):
     source, target = make_rrt(tmp_path / "rrt", "gemma3", "shared", **HYBRID), tmp_path / "out"
     target.mkdir()
-    stage.write(source, target, "onnx", torch.float32, 10**9)
-    assert (target / onnx_form.DATA).stat().st_size <= (source / "model.safetensors").stat().st_size
+    FORMATS["onnx"].write(source, target, torch.float32, 10**9)
+    assert (target / onnx_format.DATA).stat().st_size <= (source / "model.safetensors").stat().st_size
     compare_padded_greedy(source, target)
 
 
@@ -127,7 +128,7 @@ def test_sixteen_bits_take_half_the_space_and_compute_the_rounded_model(tmp_path
     source, target = make_rrt(tmp_path / "rrt", "gpt2", **LAYERS), tmp_path / "out"
     result = stage.export(str(source), str(target), recipe(format="onnx", dtype="float16"))
     assert result["max_logit_difference"] < 1e-5 < result["rounding_logit_difference"]
-    assert (target / onnx_form.DATA).stat().st_size < 0.55 * (source / "model.safetensors").stat().st_size
+    assert (target / onnx_format.DATA).stat().st_size < 0.55 * (source / "model.safetensors").stat().st_size
     matrices = [value for value in graph_of(target).graph.initializers.values() if len(value.shape) == 2]
     assert {value.dtype for value in matrices} == {ir.DataType.FLOAT16}
     compare_padded_greedy(source, target, torch.float16)
@@ -137,11 +138,11 @@ def test_sixteen_bits_take_half_the_space_and_compute_the_rounded_model(tmp_path
 def test_large_weights_are_several_files(tmp_path):
     source, target = make_rrt(tmp_path / "rrt", **LAYERS), tmp_path / "out"
     result = stage.export(str(source), str(target), recipe(format="onnx", max_shard_size="62KB"))
-    files = [target / f"{onnx_form.DATA}{end}" for end in ("", "_1", "_2", "_3")]
-    assert sorted((target / "onnx").iterdir()) == [target / onnx_form.GRAPH, *files]
+    files = [target / f"{onnx_format.DATA}{end}" for end in ("", "_1", "_2", "_3")]
+    assert sorted((target / "onnx").iterdir()) == [target / onnx_format.GRAPH, *files]
     sizes = [file.stat().st_size for file in files]
     assert max(sizes) <= 62_000 < sizes[0] + sizes[1]
-    assert result["bytes"] == (target / onnx_form.GRAPH).stat().st_size + sum(sizes)
+    assert result["bytes"] == (target / onnx_format.GRAPH).stat().st_size + sum(sizes)
     config = json.loads((target / "config.json").read_text())
     assert config["transformers.js_config"]["use_external_data_format"] == {"model.onnx": 4}
     check_stored_once(graph_of(target), source)
@@ -156,7 +157,7 @@ def test_a_wrong_graph_leaves_no_folder(made, tmp_path, monkeypatch):
         value.const_value = ir.tensor(value.const_value.numpy()[::-1].copy(), name=value.name)
         return graph
 
-    monkeypatch.setattr(onnx_form, "_trace", damaged)
+    monkeypatch.setattr(onnx_format, "_trace", damaged)
     with pytest.raises(RrtcError, match="a logit differs by"):
         stage.export(str(made[0]), str(tmp_path / "out"), recipe(format="onnx"))
     assert not list(tmp_path.iterdir())
@@ -165,14 +166,14 @@ def test_a_wrong_graph_leaves_no_folder(made, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_other_tokens_are_a_failure_unless_two_were_equally_good(made):
     source, target, _ = made
-    expected = verify.reference(source, "onnx", None)
+    expected = verify.reference(source, None, generates=True)
     assert len(expected.greedy) == verify.NEW_TOKENS
     (token, lead), *others = expected.greedy
     expected.greedy[:] = [(token + 1, 0.0), *others]
-    verify.verify(target, "onnx", expected, torch.float32)
+    onnx_format.verify(target, expected, torch.float32, from_disk=False)
     expected.greedy[:] = [(token + 1, lead), *others]
     with pytest.raises(RrtcError, match="greedy generation differs from token 1 on"):
-        verify.verify(target, "onnx", expected, torch.float32)
+        onnx_format.verify(target, expected, torch.float32, from_disk=False)
 
 
 @pytest.mark.slow
@@ -183,7 +184,7 @@ def test_what_cannot_be_exported_is_one_sentence(made, tmp_path, monkeypatch):
         raise NotImplementedError("no such operation\nand much advice")
 
     with monkeypatch.context() as patched:
-        patched.setattr(onnx_form._Cached, "forward", untraceable)
+        patched.setattr(onnx_format._Cached, "forward", untraceable)
         with pytest.raises(RrtcError, match="ONNX graph: NotImplementedError no such operation$"):
             stage.export(str(source), str(output), recipe(format="onnx"))
     with monkeypatch.context() as patched:
@@ -194,7 +195,7 @@ def test_what_cannot_be_exported_is_one_sentence(made, tmp_path, monkeypatch):
         assert "pip install rrtc[onnx]" in error.value.hint
     with monkeypatch.context() as patched:
         patched.setattr(machine, "MODEL_SHARE", 0)
-        with pytest.raises(RrtcError, match=r"For this form, the whole model .* and 2 times its 271\.3 kB do not fit"):
+        with pytest.raises(RrtcError, match=r"For this format, the .* and 2 times its 271\.3 kB do not fit"):
             stage.export(str(source), str(output), recipe(format="onnx"))
     change_tensors(source, lambda tensors: tensors[LAST_NORM].fill_(1e6))
     with pytest.raises(RrtcError, match="does not fit float16"):

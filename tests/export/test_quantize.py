@@ -13,12 +13,13 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from rrtc import machine
-from rrtc.api import describe
+from rrtc.api import inspect
 from rrtc.cli.app import app
 from rrtc.errors import RrtcError, WrongUsage
-from rrtc.export import quantize as quantized_form
+from rrtc.export import quantize as quantizing
 from rrtc.export import stage
-from rrtc.export.forms import writing
+from rrtc.export.formats import FORMATS
+from rrtc.export.formats.recursive import recursive_config
 from rrtc.io.provenance import read_provenance
 from rrtc.io.shard_writer import ShardWriter
 from rrtc.io.weights import Weights
@@ -114,7 +115,7 @@ def test_factors_lose_what_a_truncation_must(shape):
 def test_a_shared_matrix_is_rounded_by_what_all_its_visits_see(tmp_path):
     source = make_rrt(tmp_path / "rrt")
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
-    matrices = quantized_form._matrices(model)
+    matrices = quantizing._matrices(model)
     assert len(matrices) == 3 * 7
     assert {len(matrix.readers) for matrix in matrices} == {2}
     inputs: dict[torch.nn.Module, list] = {}
@@ -128,7 +129,7 @@ def test_a_shared_matrix_is_rounded_by_what_all_its_visits_see(tmp_path):
             model(ids[None])
     for hook in hooks:
         hook.remove()
-    found = quantized_form._moments(model, matrices, IDS, lambda: None)
+    found = quantizing._moments(model, matrices, IDS, lambda: None)
     for module, seen in inputs.items():
         x = torch.cat(seen)
         torch.testing.assert_close(found[module], x.T @ x / len(x), atol=1e-5, rtol=1e-4)
@@ -137,17 +138,17 @@ def test_a_shared_matrix_is_rounded_by_what_all_its_visits_see(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("form", "number"), [("recursive", "int4"), ("dense", "int8")])
-def test_a_quantized_export_loads_where_rrtc_is_not(tmp_path, monkeypatch, form, number):
-    monkeypatch.setattr(quantized_form, "MOMENTS_AT_ONCE", 100_000)  # several readings, even of a pico model
+@pytest.mark.parametrize(("made_as", "number"), [("recursive", "int4"), ("dense", "int8")])
+def test_a_quantized_export_loads_where_rrtc_is_not(tmp_path, monkeypatch, made_as, number):
+    monkeypatch.setattr(quantizing, "MOMENTS_AT_ONCE", 100_000)  # several readings, even of a pico model
     source, target, plain = save_mixed(tmp_path / "rrt", "llama"), tmp_path / "out", tmp_path / "plain"
-    result = stage.export(str(source), str(target), recipe(format=form, quantize=number, max_shard_size="60KB"))
+    result = stage.export(str(source), str(target), recipe(format=made_as, quantize=number, max_shard_size="60KB"))
     plain.mkdir()
-    stage.write(source, plain, form, torch.float32, 10**9)
+    FORMATS[made_as].write(source, plain, torch.float32, 10**9)
     assert result["max_logit_difference"] <= 1e-4 * result["largest_logit"]
     before, files = Weights(plain), Weights(target)
     assert len(files.files) > 1
-    shown = describe(str(target))
+    shown = inspect(str(target))
     assert (shown["dtype"], shown["bytes_on_disk"]) == (f"{number} and float32", result["bytes"])
     assert result["bytes"] == files.bytes_on_disk < before.bytes_on_disk * (0.65 if number == "int4" else 0.75)
     packed = {name.removesuffix("_packed") for name in files if name.endswith("_packed")}
@@ -170,19 +171,19 @@ def test_a_quantized_export_loads_where_rrtc_is_not(tmp_path, monkeypatch, form,
     card = (target / "README.md").read_text()
     assert f"The matrices of the layers are in {number}, everything else is in float32." in card
     assert "`compressed-tensors`" in card and "LoraConfig" not in card
-    assert ("as it would the original" in card) is (form == "dense")
+    assert ("as it would the original" in card) is (made_as == "dense")
 
 
 def test_calibrated_rounding_moves_the_model_less_than_rounding_to_the_nearest(tmp_path):
     source, target = make_rrt(tmp_path / "rrt"), tmp_path / "out"
     target.mkdir()
-    stage.write(source, target, "recursive", torch.float32, 10**9)
+    FORMATS["recursive"].write(source, target, torch.float32, 10**9)
     plain = logits_of(AutoModelForCausalLM.from_pretrained(target))
     nearest = AutoModelForCausalLM.from_pretrained(target)
-    for matrix in quantized_form._matrices(nearest):
+    for matrix in quantizing._matrices(nearest):
         scale = rounding.widest_scales(matrix.linear.weight.data, 4, matrix.group)
         matrix.linear.weight.data = rounding.round_to_nearest(matrix.linear.weight.data, scale, 4)
-    found = quantized_form.quantize(target, 4, IDS.repeat(4, 1), Windows(IDS, 1.0), 10**9)
+    found = quantizing.quantize(target, 4, IDS.repeat(4, 1), Windows(IDS, 1.0), 10**9)
     written = logits_of(AutoModelForCausalLM.from_pretrained(target))
     assert (written - plain).square().mean() < 0.5 * (logits_of(nearest) - plain).square().mean()
     assert found.bits_per_byte.keys() == {"plain", "nearest", "calibrated"}
@@ -196,7 +197,7 @@ def test_weights_too_small_for_a_stored_scale_become_zero(bits):
     weight[2] = 1e-8 * torch.randn(32)
     weight[2, 5] = 0
     for scale in (rounding.widest_scales(weight, bits, 16), rounding.best_scales(weight, bits, 16, moments.diagonal())):
-        stored = quantized_form._stored_scale(scale, torch.float16)
+        stored = quantizing._stored_scale(scale, torch.float16)
         for found in (rounding.round_to_nearest(weight, stored, bits), rounding.gptq(weight, moments, stored, bits)):
             assert found.isfinite().all() and not found[2].any() and found[3].any()
 
@@ -232,7 +233,7 @@ def test_the_text_is_by_default_what_the_model_was_made_with(tmp_path):
     text.write_text("\n\n\n".join(f"Sentence number {n} of a text of its own. " * 9 for n in range(300)))
     provenance = read_provenance(source)
     provenance["recipe"]["init"]["calibrate_on"] = [str(text)]
-    config = writing.recursive_config(source)
+    config = recursive_config(source)
     default, named, built_in = (
         stage._texts_to_quantize_by(recipe(calibrate_tokens=512, calibrate_on=on), provenance, source, config)
         for on in ([], str(text), "pydoc")
@@ -245,7 +246,7 @@ def test_the_text_is_by_default_what_the_model_was_made_with(tmp_path):
 @pytest.mark.parametrize(
     ("export", "words"),
     [
-        ({"format": "onnx", "quantize": "int4"}, "quantize is for the recursive and the dense form, not for onnx"),
+        ({"format": "onnx", "quantize": "int4"}, "quantize is for the recursive and the dense format, not for onnx"),
         ({"quantize": "int4", "calibrate_on": ["self"]}, "calibrate_on cannot be self"),
     ],
 )

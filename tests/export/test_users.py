@@ -1,4 +1,4 @@
-"""The recursive form where its users load it: a process that cannot import rrtc, and what people do with models there.
+"""The recursive format where its users load it: a process that cannot import rrtc, and what people do with models.
 
 One process does it all, because it takes longer to start than what it does; each test looks at one part of what it
 found.

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from rrtc.cli.app import app
 from rrtc.errors import RrtcError, WrongUsage
 from rrtc.export import stage
+from rrtc.export.formats import FORMATS
 from rrtc.io.cache import cache_folder
 from rrtc.io.license import find_license
 from rrtc.io.provenance import read_provenance
@@ -226,7 +227,7 @@ def test_code_that_is_not_needed_is_neither_run_nor_passed_on(models, trap, tmp_
     # The recursive form is loaded with trust_remote_code to be verified: what goes along with it would run here.
     stage.export(str(rrt), str(tmp_path / "recursive"), Recipe())
     (tmp_path / "stock").mkdir()
-    stage.write(rrt, tmp_path / "stock", "dense", torch.float32, 10**9)
+    FORMATS["dense"].write(rrt, tmp_path / "stock", torch.float32, 10**9)
     for folder in (tmp_path / name for name in ("out", "recursive", "stock")):
         assert not list(folder.glob("*evil*"))
         assert all("evil" not in file.read_text() for file in folder.glob("*.json"))

@@ -1,1 +1,1 @@
-"""Programs that load an export as somebody without rrtc does. They run in a process of their own."""
+"""Programs that load an export as somebody without rrtc does, each in a process of its own; importing does nothing."""

@@ -9,19 +9,20 @@ float32, and `report`, JSON with
 
     problems             the keys that were missing, unexpected or of the wrong shape on loading
     token_ids            of the text; null where transformers cannot build the tokenizer of a GGUF file
-    hidden_difference    recursive form: by how much AutoModel's last hidden state differs from AutoModelForCausalLM's,
-                         as a part of its largest number
+    hidden_difference    with trust_remote_code: by how much AutoModel's last hidden state differs from
+                         AutoModelForCausalLM's, as a part of its largest number
 """
 
 import json
 import sys
 from pathlib import Path
 
-sys.modules["rrtc"] = None  # "import rrtc" now fails, installed or not
+if __name__ == "__main__":
+    sys.modules["rrtc"] = None  # "import rrtc" now fails, installed or not
 
-import torch  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 
 def main(job: dict) -> dict:

@@ -15,17 +15,19 @@ import json
 import sys
 from pathlib import Path
 
-sys.modules["rrtc"] = None  # "import rrtc" now fails, installed or not
+if __name__ == "__main__":
+    sys.modules["rrtc"] = None  # "import rrtc" now fails, installed or not
 
-import numpy  # noqa: E402
-import onnxruntime  # noqa: E402
-from safetensors.numpy import save_file  # noqa: E402
-from transformers import AutoConfig, AutoTokenizer  # noqa: E402
+import numpy
+from safetensors.numpy import save_file
+from transformers import AutoConfig, AutoTokenizer
 
 FIRST = 7  # tokens given at once; the others follow one by one
 
 
 def main(job: dict) -> dict:
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors alone
     session = onnxruntime.InferenceSession(f"{job['folder']}/onnx/model.onnx", options, ["CPUExecutionProvider"])

@@ -14,14 +14,16 @@ import json
 import sys
 from pathlib import Path
 
-sys.modules["rrtc"] = None  # "import rrtc" now fails, installed or not
+if __name__ == "__main__":
+    sys.modules["rrtc"] = None  # "import rrtc" now fails, installed or not
 
-import llama_cpp  # noqa: E402
-import numpy  # noqa: E402
-from safetensors.numpy import save_file  # noqa: E402
+import numpy
+from safetensors.numpy import save_file
 
 
 def main(job: dict) -> dict:
+    import llama_cpp
+
     longest = max(len(job["ids"][0]), len(job["prompt"]) + job["new_tokens"])
     model = llama_cpp.Llama(
         job["file"], n_ctx=longest, n_batch=longest, n_gpu_layers=0, logits_all=True, verbose=False, flash_attn=False,

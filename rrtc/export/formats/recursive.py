@@ -1,0 +1,147 @@
+"""The recursive format: the tensors as they are, shared weights once. The modeling code goes along, so that it loads
+anywhere."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedConfig
+
+import rrtc.model
+from rrtc.errors import RrtcError
+from rrtc.export.formats.loading import in_transformers
+from rrtc.export.formats.writing import Tensors, write_tensors
+from rrtc.export.verify import Reference, check_loaded
+from rrtc.io.provenance import check_not_quantized
+from rrtc.io.source import read_config
+from rrtc.io.trust import without_code
+from rrtc.io.weights import Weights
+from rrtc.model import RrtConfig
+from rrtc.recipe.export import ExportRecipe
+from rrtc.stock.architecture import read_plan
+
+LIBRARY, TAGS = "transformers", ("custom_code",)
+FROM_DISK, TIMES_IN_MEMORY = True, 1
+MULTIPLIED_OUT = False
+GENERATES = False
+
+# AutoModel is there for vLLM, which refuses remote code without it.
+AUTO_MAP = {
+    "AutoConfig": "configuration_rrt.RrtConfig",
+    "AutoModel": "modeling_rrt.RrtModel",
+    "AutoModelForCausalLM": "modeling_rrt.RrtForCausalLM",
+}
+
+
+def check(recipe: ExportRecipe, base: PreTrainedConfig, made: RrtConfig | None = None) -> None:
+    """base: the config of the dense model. made: that of the recursive one, where there is one already. Raises
+    RrtcError where the model has no matrices to quantize."""
+    if recipe.quantize == "none" or made is None:
+        return
+    forms = {visit["forms"].get(name, "tied") for visit in made.visits for name in visit["ranks"]}
+    if forms == {"low_rank"}:
+        raise RrtcError(
+            "Every matrix of this model is a low-rank product, and those are not quantized.",
+            "Add --format dense to multiply them out.",
+        )
+
+
+def number_format(asked: str, stored: str) -> torch.dtype | None:
+    """What the tensors are cast to, where the recipe says `asked` and most are `stored` in; None: each is as it was."""
+    return None if asked == "auto" else getattr(torch, asked)
+
+
+def bytes_written(weights: Weights, config: RrtConfig, dtype: torch.dtype | None) -> int:
+    """About how many bytes of weights `write` will write."""
+    return weights.bytes_on_disk if dtype is None else weights.parameters * dtype.itemsize
+
+
+def write(source: Path, folder: Path, dtype: torch.dtype | None, shard_bytes: int) -> int:
+    """Writes the rrtc model in `source` into the existing `folder`, without checking it; returns its parameter count,
+    shared ones once.
+
+    dtype: as `number_format` gives it. Raises RrtcError for a tensor with NaN or infinity.
+    """
+    recursive_config(source)  # raises for another model
+    weights = Weights(source)
+    write_config(source, folder, dtype or getattr(torch, weights.dtype))
+
+    def tensors(each: Callable) -> Tensors:
+        for name in weights:
+            yield name, weights.blocks(name, dtype, each)
+
+    return write_tensors(source, folder, shard_bytes, len(list(weights)), tensors)
+
+
+def write_config(source: Path, folder: Path, dtype: torch.dtype) -> None:
+    """Writes the config, with its three-key auto_map, and the modeling code: all of rrtc.model that an export needs is
+    in files whose names end in _rrt.py."""
+    config = without_code(json.loads((source / "config.json").read_text(encoding="utf8")))
+    config |= {"architectures": ["RrtForCausalLM"], "auto_map": AUTO_MAP, "dtype": str(dtype).removeprefix("torch.")}
+    config["base_config"].pop("_name_or_path", None)  # a place on the machine that made it
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf8")
+    for file in Path(rrtc.model.__file__).parent.glob("*_rrt.py"):
+        shutil.copyfile(file, folder / file.name)
+
+
+def recursive_config(folder: Path) -> RrtConfig:
+    """The config of the rrtc model in `folder`. Raises RrtcError where that is another model."""
+    config = read_config(folder)
+    if not isinstance(config, RrtConfig):
+        raise RrtcError(
+            f"{folder} holds a '{config.model_type}' model, not a recursive one.",
+            "Export the folder that 'rrtc init' or 'rrtc uptrain' wrote.",
+        )
+    check_not_quantized(folder, config)
+    return config
+
+
+def weights_bytes(folder: Path) -> int:
+    """The size of the weights files in `folder`."""
+    return Weights(folder).bytes_on_disk
+
+
+def verify(folder: Path, expected: Reference, dtype: torch.dtype, from_disk: bool) -> tuple[float, dict]:
+    """(the largest difference of a logit, nothing else that was measured). Raises RrtcError as `check_loaded` does."""
+    return check_loaded(folder, expected, dtype, from_disk=from_disk, trust_remote_code=True), {}
+
+
+def summary(config: RrtConfig) -> str:
+    return "The shared weights are stored once."
+
+
+def limits(exported: dict, config: RrtConfig) -> str:
+    return f"""- Tying saves memory and disk. {read_plan(config).savings} It passes through {len(config.visits)} \
+layers, each with a place of its own in the cache.
+- It is not the base model: what tying cost is above, as far as it was measured."""
+
+
+def how_to_load(exported: dict, name: str, config: RrtConfig, chat: bool) -> str:
+    """Markdown. exported: what the export measured. name: of its folder. chat: whether the tokenizer has a chat
+    template."""
+    code = [file for file in exported["files"] if file.endswith(".py")]
+    remark = (
+        f"`trust_remote_code` runs the {len(code)} Python files of this folder, which import nothing but torch and "
+        "transformers (the tokenizer's class reads the config, so it has to be told too). Where rrtc is installed, "
+        "`import rrtc.model` makes it unnecessary."
+    )
+    shown = in_transformers(exported, name, chat, remark, ", trust_remote_code=True")
+    return shown if "quantize" in exported else shown + _adapting(config)
+
+
+def _adapting(config: RrtConfig) -> str:
+    """How to train an adapter on top: a regex that names the shared matrices, and neither containers nor norms."""
+    tied = {m: None for visit in config.visits for m in visit["ranks"] if visit["forms"].get(m, "tied") == "tied"}
+    if not tied:
+        return ""
+    names = "|".join(re.escape(name) for name in tied)
+    return f"""
+
+With PEFT, adapt the shared matrices; each adapter then works in all layers that share the matrix:
+
+```python
+LoraConfig(r=16, target_modules=r".*\\.shared\\.({names})", task_type="CAUSAL_LM")
+```"""

@@ -1,1 +1,0 @@
-"""The forms in which a model leaves, a file each."""
