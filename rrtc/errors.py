@@ -9,6 +9,7 @@ class RrtcError(Exception):
 
     exit_code = 1
     of_all_processes = False  # whether all processes of a run meet it alike, so that it is enough if one says it
+    says_what_is_kept = False  # whether the sentence or the hint says what can be gone on with
 
     def __init__(self, sentence: str, hint: str = ""):
         super().__init__(sentence)

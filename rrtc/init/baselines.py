@@ -9,8 +9,8 @@ Both are made in one pass of the dense model over calibration text, of which one
 """
 
 import copy
-from collections.abc import Iterator
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,15 +23,15 @@ from rrtc.init.slots import joint_slot
 from rrtc.io.dense import DenseModel
 from rrtc.io.folder import check_space, copy_companions, whole_folder
 from rrtc.io.provenance import read_provenance
+from rrtc.io.recursive import in_slot, write_recursive
 from rrtc.io.shard_writer import ShardWriter
 from rrtc.io.source import Source, find_base, load_tokenizer, read_config
 from rrtc.io.weights import Weights
 from rrtc.machine import device
 from rrtc.model import RrtConfig
-from rrtc.model.modeling_rrt import find_layers
 from rrtc.plan import Architecture, Plan, Visit
 from rrtc.recipe.init import InitRecipe
-from rrtc.stock.architecture import decoder_layers, read_architecture, read_plan, stock_model
+from rrtc.stock.architecture import decoder_layers, layers_path, read_architecture, read_plan, stock_model
 from rrtc.stock.streamed import TOKENS_AT_ONCE, StreamedModel
 from rrtc.text.calibration import calibration_windows, own_windows
 from rrtc.text.own import own_text
@@ -133,20 +133,16 @@ def write_low_rank(dense: DenseModel, plan: Plan, ids: Tensor, dtype: str, folde
     """Writes the model of `plan`, made by `low_rank_plan`, into `folder`, calibrated on `ids` (windows, context).
     Returns the influence of each layer of the dense model."""
     stored, influences = getattr(torch, dtype), []
-    writer = ShardWriter(folder, parse_size(InitRecipe().max_shard_size))
-    with progress("Whitened SVD of every layer", dense.depth) as advance:
+
+    def slots(advance: Callable[[], None]) -> Iterator[tuple[str, Tensor]]:
         for visit, (tensors, seen, influence) in zip(plan.visits, _layers_seen(dense, ids), strict=True):
             for name, tensor in joint_slot(plan, [visit], {visit.layer: tensors}, {visit.layer: seen}, []):
-                writer.add(f"{dense.parent}.slots.{visit.slot}.{name}", tensor.to(stored).cpu())
+                yield in_slot(dense.parent, visit.slot, name), tensor.to(stored).cpu()
             influences.append(influence)
             advance()
-    for name in dense.others():
-        writer.add_blocks(name, dense.blocks(name, stored))
-    writer.finish()
-    config = RrtConfig(base_config=dense.config, visits=[asdict(visit) for visit in plan.visits], norms=plan.norms)
-    config.architectures, config.dtype = ["RrtForCausalLM"], dtype
-    config.save_pretrained(folder)
-    copy_companions(dense.weights.folder, folder)
+
+    with progress("Whitened SVD of every layer", dense.depth) as advance:
+        write_recursive(folder, dense, plan, slots(advance), dtype, parse_size(InitRecipe().max_shard_size))
     return influences
 
 
@@ -205,7 +201,7 @@ def write_shorter(dense: DenseModel, kept: list[int], dtype: str, folder: Path) 
             "cannot be dropped."
         )
     stored = getattr(torch, dtype)
-    _, layers = find_layers(stock_model(dense.config), dense.depth)
+    _, layers = layers_path(stock_model(dense.config))
     renamed = {name: name for name in dense.others()}
     for place, number in enumerate(kept):
         old, new = (f"{dense.parent}.{layers}.{n}" for n in (number, place))

@@ -2,7 +2,6 @@
 layer by layer, so that a model need not fit into memory, and can do more."""
 
 import copy
-from dataclasses import asdict
 
 from accelerate import init_empty_weights
 from torch import Tensor, nn
@@ -43,9 +42,9 @@ def tie_in_memory(model: PreTrainedModel, plan: Plan) -> RrtForCausalLM:
     for k, (visits, sources) in enumerate(zip(plan.slots, source_layers(plan, AS_IN_PAPER.start), strict=True)):
         dense = {number: _tensors(layers[number]) for number in {visit.layer for visit in visits} | set(sources)}
         for path, tensor in paper_slot(plan, visits, dense, sources, AS_IN_PAPER, model.dtype, {}):
-            state[f"{base}.slots.{k}.{path}"] = tensor.to(model.dtype)
-    visits = [asdict(visit) for visit in plan.visits]
-    config = RrtConfig(base_config=model.config, visits=visits, norms=plan.norms, dtype=model.dtype)
+            state[f"{base}.slots.{k}.{path}"] = tensor.to(model.dtype, copy=True)
+    config = RrtConfig.of(plan, model.config)
+    config.dtype = model.dtype
     with init_empty_weights(include_buffers=False):
         made = RrtForCausalLM(config)
     made.load_state_dict(state, assign=True)

@@ -2,15 +2,14 @@
 
 While it runs, NAME.partial/work has, each of them whole where it is there at all:
 
-    job.yaml                         what the work belongs to
+    started.json                     what the work belongs to
     own-text.safetensors             what the model wrote to be calibrated on
     inputs-3, slopes-3.safetensors   what layer 3 sees, and what the loss feels of it (calibrate.py)
     states-3, gradient-3.safetensors what calibration needs to go on (calibrate.py)
     group-3.pt, group-3-4.pt         the choices there are for these layers (budget.py)
     slot-3/                          a finished slot, as it will be stored
 
-It is removed when NAME.partial has become NAME, so that a kill at any moment leaves either work to go on from or a
-whole model, at worst one with a folder `work` that nothing reads.
+rrtc/io/resumable.py says when it goes.
 """
 
 import hashlib
@@ -22,15 +21,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import yaml
 from torch import Tensor
 
-from rrtc import __version__, machine
-from rrtc.console import note, warn
+from rrtc import machine
+from rrtc.console import note
 from rrtc.init.calibrate import bytes_on_disk
 from rrtc.init.dtypes import NUMBER_BYTES, stored_dtype
 from rrtc.io.dense import DenseModel
-from rrtc.io.folder import check_target, check_unchanged, partial_of, whole_file
+from rrtc.io.folder import check_target, partial_of, whole_file
+from rrtc.io.recursive import in_slot
+from rrtc.io.resumable import STARTED, Resumable, discard
 from rrtc.io.shard_writer import ShardWriter
 from rrtc.io.source import Source, find_model, load_tokenizer
 from rrtc.io.weights import Weights
@@ -89,21 +89,6 @@ class Job:
             waiting = bytes_on_disk(self.plan.architecture, (windows + self.own_windows) * context)
         return 2 * self.plan.parameters * NUMBER_BYTES[self.dtype] + waiting
 
-    def check_same(self) -> None:
-        """Raises RrtcError where the work in the folder is that of another model, recipe or text; names what
-        differs."""
-        before = yaml.safe_load((self.work / "job.yaml").read_text(encoding="utf8"))
-        check_unchanged(before["fingerprint"], self.fingerprint())
-        if before["rrtc"] != __version__:
-            warn(f"The run was started with rrtc {before['rrtc']}, and goes on with {__version__}.")
-
-    def write_down(self) -> None:
-        """Makes the folder of the work, and writes into it what it belongs to."""
-        self.work.mkdir()
-        made = {"rrtc": __version__, "model": self.source.uri, "fingerprint": self.fingerprint()}
-        with whole_file(self.work / "job.yaml") as file:
-            file.write_text(yaml.safe_dump(made, sort_keys=False, allow_unicode=True), encoding="utf8")
-
     def missing_slots(self, plan: Plan) -> list[int]:
         """The numbers of the slots of `plan` that are not finished."""
         return [number for number in range(len(plan.slots)) if not self._slot_folder(number).exists()]
@@ -117,7 +102,7 @@ class Job:
         writing.mkdir()
         writer = ShardWriter(writing, sys.maxsize)
         for name, tensor in slot:
-            writer.add(f"{self.dense.parent}.slots.{number}.{name}", tensor.to(getattr(torch, self.dtype)).cpu())
+            writer.add(in_slot(self.dense.parent, number, name), tensor.to(getattr(torch, self.dtype)).cpu())
         writer.finish()
         with whole_file(writing / "energies.json") as file:
             file.write_text(json.dumps(energies), encoding="utf8")
@@ -168,15 +153,17 @@ def _folds(source: Source, recipe: Recipe) -> list[Fold]:
     return folds
 
 
-def can_resume(target: Path) -> bool:
-    """Whether an interrupted run into `target` has finished something: text, a layer's calibration, or a slot."""
-    work = partial_of(target) / WORK
-    finished = [*work.glob(OWN_TEXT_FILE), *work.glob("inputs-*.safetensors"), *work.glob("slot-*")]
-    return (work / "job.yaml").exists() and bool(finished)
+def resumable(target: Path) -> Resumable:
+    """The making of `target`. There is something to go on from once a text, a layer's calibration or a slot is
+    finished."""
+    partial = partial_of(target)
+    work = partial / WORK
 
+    def finished() -> list[Path]:
+        some = any(any(work.glob(pattern)) for pattern in (OWN_TEXT_FILE, "inputs-*.safetensors", "slot-*"))
+        return list(work.iterdir()) if some and (work / STARTED).exists() else []
 
-def remove(partial: Path) -> None:
-    """Removes `partial` and the work in it. What says what the work belongs to goes first, so that what a kill on the
-    way leaves behind is not taken for work to go on from."""
-    (partial / WORK / "job.yaml").unlink(missing_ok=True)
-    shutil.rmtree(partial, ignore_errors=True)
+    def unfinished() -> set[Path]:  # of a model that was not finished
+        return set(partial.iterdir()) - {work}
+
+    return Resumable(target, WORK, finished, unfinished, discard)

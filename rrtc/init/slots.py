@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor
 
+from rrtc.io.recursive import own_name, shared_name
 from rrtc.plan import Matrix, Plan, Visit
 from rrtc.recipe.init import InitRecipe
 from rrtc.tying.joint import joint
@@ -35,7 +36,7 @@ def paper_slot(
             recipe.lora_init,
             dtype,
         )
-        yield f"shared.{name}", found.shared
+        yield shared_name(name), found.shared
         for visit, factors in zip(visits, found.factors, strict=True):
             if factors is not None:
                 yield from _factors(visit, matrix.name, factors)
@@ -74,18 +75,18 @@ def _joint_matrix(visits: list[Visit], matrix: Matrix, seen: dict[int, Seen]) ->
     """One matrix of a slot: W' where visits tie it, and what each visit has of its own. seen: by layer."""
     tied = [visit for visit in visits if visit.form(matrix) == "tied"]
     if len(tied) == 1:  # at rank 0, the layer's own
-        yield f"shared.{matrix.name}.weight", seen[tied[0].layer].weight
+        yield shared_name(f"{matrix.name}.weight"), seen[tied[0].layer].weight
     elif tied:
         rank = tied[0].ranks[matrix.name]
         found = joint([seen[visit.layer] for visit in tied], rank)
-        yield f"shared.{matrix.name}.weight", found.shared
+        yield shared_name(f"{matrix.name}.weight"), found.shared
         for visit, factors in zip(tied, found.factors, strict=True):
             if rank:
                 yield from _factors(visit, matrix.name, factors)
     for visit in visits:
         rank, one = visit.ranks[matrix.name], seen[visit.layer]
         if visit.form(matrix) == "own":
-            yield f"loops.{visit.loop}.{matrix.name}.weight", one.weight
+            yield own_name(visit, f"{matrix.name}.weight"), one.weight
         elif visit.form(matrix) == "low_rank":
             yield from _factors(visit, matrix.name, one.spectrum(rank).factors(slice(0, rank)))
 
@@ -122,7 +123,7 @@ def _vectors_of(layer: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _factors(visit: Visit, matrix: str, factors: tuple[Tensor, Tensor]) -> Named:
     for letter, factor in zip("BA", factors, strict=True):
-        yield f"loops.{visit.loop}.{matrix}.{letter}", factor
+        yield own_name(visit, f"{matrix}.{letter}"), factor
 
 
 def _vectors(plan: Plan, visits: list[Visit], layers: Layers, sources: list[int]) -> Named:
@@ -137,9 +138,9 @@ def _vectors(plan: Plan, visits: list[Visit], layers: Layers, sources: list[int]
         if plan.norms == "shared":
             sharing = [number for number in sources if number not in {visit.layer for visit in untied}]
             if sharing:
-                yield f"shared.{name}", torch.stack([layers[number][name] for number in sharing]).mean(0)
+                yield shared_name(name), torch.stack([layers[number][name] for number in sharing]).mean(0)
         for visit in untied if plan.norms == "shared" else visits:
-            yield f"loops.{visit.loop}.{name}", layers[visit.layer][name]
+            yield own_name(visit, name), layers[visit.layer][name]
 
 
 def source_layers(plan: Plan, shared_init: str) -> list[list[int]]:

@@ -4,10 +4,8 @@ What is finished waits in NAME.partial/work (job.py), so that an interrupted run
 """
 
 import gc
-import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -16,31 +14,20 @@ from torch import Tensor
 
 from rrtc import machine
 from rrtc.console import note, progress
-from rrtc.errors import RrtcError, WrongUsage
+from rrtc.errors import WrongUsage
 from rrtc.init.budget import explain, measure_groups, plan_under_budget
 from rrtc.init.calibrate import calibrate, layers_done
 from rrtc.init.dtypes import NUMBER_BYTES
-from rrtc.init.job import OWN_TEXT_FILE, WORK, Job, can_resume, prepare, remove
+from rrtc.init.job import OWN_TEXT_FILE, Job, prepare, resumable
 from rrtc.init.memory import return_freed_memory
 from rrtc.init.slots import joint_slot, paper_slot, source_layers
 from rrtc.io.dense import DenseModel
-from rrtc.io.folder import (
-    check_incomplete,
-    check_not_interrupted,
-    check_space,
-    check_target,
-    copy_companions,
-    only_run,
-    partial_of,
-    whole_file,
-    whole_folder,
-)
+from rrtc.io.folder import only_run, whole_file
 from rrtc.io.provenance import write_provenance
-from rrtc.io.recursive import effective_tensor
-from rrtc.io.shard_writer import ShardWriter
+from rrtc.io.recursive import EffectiveLayers, write_recursive
+from rrtc.io.resumable import discard
 from rrtc.io.source import load_tokenizer
 from rrtc.io.weights import Weights
-from rrtc.model import RrtConfig
 from rrtc.patterns import target_parameters
 from rrtc.plan import Plan
 from rrtc.recipe.schema import Recipe
@@ -71,50 +58,28 @@ def _init(model: str, target: Path, recipe: Recipe, resume: bool) -> dict:
     started = time.monotonic()
     return_freed_memory()
     shard_bytes = parse_size(recipe.init.max_shard_size)
-    if resume:
-        check_incomplete(target, WORK)
-    check_target(target)
-    check_not_interrupted(target, WORK)
-    partial = partial_of(target)
-    if resume and not can_resume(target):
-        raise RrtcError(f"There is nothing to resume: {partial} holds no finished work.", "Start without --resume.")
-    if not resume and can_resume(target):
-        raise RrtcError(
-            f"{partial} holds the work of an interrupted run.", "Continue it with --resume, or delete that folder."
-        )
+    folder = resumable(target)
+    folder.check(resume)
     job = prepare(model, target, recipe)
     if resume:
-        job.check_same()
-    check_space(target, job.disk_bytes() - sum(file.stat().st_size for file in partial.rglob("*")))
-
-    if resume:
-        for file in set(partial.iterdir()) - {job.work}:  # of a model that was not finished
-            file.unlink()
-    else:
-        remove(partial)  # of a run that was killed before it had finished anything
-    with whole_folder(target, keep_partial=True) as folder:
+        folder.check_same(job.fingerprint())
+    folder.check_space(job.disk_bytes())
+    with folder.folder(resume, job.fingerprint()) as partial:
         try:
-            if not resume:
-                job.write_down()
             plan, measured = _tie(job)
-            measured |= _write(job, plan, folder, shard_bytes)
-            if job.scoring is not None:
-                measured["loss"] = _closing_measurement(job.dense, folder, plan, job.scoring)
-            measured["seconds"] = round(time.monotonic() - started, 1)
-            base = job.source.provenance(target) | {
-                "params_total": plan.architecture.parameters,
-                "params_non_embedding": plan.architecture.non_embedding,
-            }
-            kept = {"model": job.source.uri, "init": recipe.init.resolved()}
-            write_provenance(folder, "init", base, kept, {"init": measured}, [])
-        except BaseException as error:
-            # A recipe that turns out to be impossible stays so, and the work is for no other.
-            if isinstance(error, WrongUsage) or not can_resume(target):
-                remove(partial)
-            else:
-                note(f"What is finished is in {job.work}: --resume goes on from there.")
+        except WrongUsage:  # a recipe that turns out to be impossible stays so, and the work is for no other
+            discard(partial)
             raise
-    shutil.rmtree(target / WORK, ignore_errors=True)
+        measured |= _write(job, plan, partial, shard_bytes)
+        if job.scoring is not None:
+            measured["loss"] = _closing_measurement(job.dense, partial, plan, job.scoring)
+        measured["seconds"] = round(time.monotonic() - started, 1)
+        base = job.source.provenance(target) | {
+            "params_total": plan.architecture.parameters,
+            "params_non_embedding": plan.architecture.non_embedding,
+        }
+        kept = {"model": job.source.uri, "init": recipe.init.resolved()}
+        write_provenance(partial, "init", base, kept, {"init": measured}, [])
     return measured
 
 
@@ -201,21 +166,12 @@ def _make_slots(job: Job, plan: Plan, make: Callable[[int], Slot]) -> None:
 def _write(job: Job, plan: Plan, folder: Path, shard_bytes: int) -> dict:
     """Writes the model into `folder`, all but its rrtc.yaml, from the finished slots and what lies outside them.
     Returns its sizes."""
-    writer, config = ShardWriter(folder, shard_bytes), job.source.config()
-    for k in range(len(plan.slots)):
-        for name, tensor in job.slot(k):
-            writer.add(name, tensor)
-    for name in job.dense.others():
-        writer.add_blocks(name, job.dense.blocks(name, getattr(torch, job.dtype)))
-    writer.finish()
-    made = RrtConfig(base_config=config, visits=[asdict(visit) for visit in plan.visits], norms=plan.norms)
-    made.architectures, made.dtype = ["RrtForCausalLM"], job.dtype
-    made.save_pretrained(folder)
-    copy_companions(job.source.folder, folder)
+    slots = (named for k in range(len(plan.slots)) for named in job.slot(k))
+    written = write_recursive(folder, job.dense, plan, slots, job.dtype, shard_bytes)
     return {
         "params_total": plan.parameters,
         "params_non_embedding": plan.non_embedding,
-        "bytes": writer.total_bytes,
+        "bytes": written,
         "dense_bytes": plan.architecture.parameters * NUMBER_BYTES[job.dtype],
         "source_bytes": job.source.bytes_on_disk if job.source.is_gguf else None,
         "folded_norms": [fold.norm for fold in job.dense.folds],
@@ -226,12 +182,10 @@ def _closing_measurement(dense: DenseModel, compressed: Path, plan: Plan, window
     """The loss of the dense and of the compressed model before any training, in nats per token. Both are run layer by
     layer, so that neither is ever in memory whole."""
     weights, device = Weights(compressed), machine.device()
+    effective = EffectiveLayers(weights, plan, dense.parent)
 
     def compressed_layer(number: int) -> dict[str, torch.Tensor]:
-        visit = plan.visits[number]
-        slot, matrices = f"{dense.parent}.slots.{visit.slot}", {m.name: m for m in plan.matrices(visit)}
-        tensors = {path: effective_tensor(weights, slot, asdict(visit), path, matrices) for path in dense.paths(number)}
-        return {path: tensor.to(device) for path, tensor in tensors.items()}
+        return {path: effective.tensor(number, path).to(device) for path in dense.paths(number)}
 
     losses = {"tokens": windows.ids.shape[0] * (windows.ids.shape[1] - 1)}
     with progress("Measuring", 2 * dense.depth * len(windows.ids)) as advance:

@@ -6,12 +6,10 @@ import torch
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
-from transformers.pytorch_utils import Conv1D
 
 from rrtc.errors import RrtcError
 from rrtc.io.source import Source
-from rrtc.model.modeling_rrt import find_layers, matrices_of
-from rrtc.stock.architecture import stock_model
+from rrtc.stock.architecture import decoder_layers, layers_path, stock_model, transposed_matrices
 from rrtc.tying.norms import Fold, apply_folds
 
 
@@ -27,16 +25,11 @@ class DenseModel:
         self.weights = source.weights()
         self.config = source.config()
         self._stock = stock_model(self.config)
-        depth = self._stock.config.get_text_config().num_hidden_layers
-        parent, name = find_layers(self._stock, depth)
-        self.parent = next(path for path, module in self._stock.named_modules() if module is parent)
-        self._layers = getattr(parent, name)
+        self.parent, name = layers_path(self._stock)
+        self._layers = decoder_layers(self._stock)
         self._layer_prefix = f"{self.parent}.{name}."
         self._disk_names = self._match_names()
-        self._turned = [
-            {f"{n}.weight" for n, module in matrices_of(layer).items() if isinstance(module, Conv1D)}
-            for layer in self._layers
-        ]
+        self._turned = [{f"{path}.weight" for path in transposed_matrices(layer)} for layer in self._layers]
         self._check_shapes()
 
     def _match_names(self) -> dict[str, str]:

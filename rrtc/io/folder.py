@@ -18,7 +18,6 @@ from filelock import FileLock, Timeout
 
 from rrtc.errors import RrtcError, WrongUsage
 from rrtc.io.cache import cache_folder
-from rrtc.io.provenance import PROVENANCE
 from rrtc.io.trust import without_code
 from rrtc.io.weights import disk_error
 
@@ -132,37 +131,6 @@ def copy_companions(source: Path, target: Path) -> None:
                 if values != (kept := without_code(values)):
                     text = json.dumps(kept, indent=2, ensure_ascii=False) + "\n"
                     (Path(target) / file.name).write_text(text, encoding="utf8")
-
-
-def check_incomplete(target: Path, work: str) -> None:
-    """Raises RrtcError where `target` is complete, so that there is nothing to resume. `work` is the name of the folder
-    that held what was finished; a kill at the very end leaves a part of it."""
-    if (target / PROVENANCE).exists():
-        left = target / work
-        hint = f"The run was stopped while it removed {left}, which can be deleted." if left.exists() else ""
-        raise RrtcError(f"There is nothing to resume: {target} is complete.", hint)
-
-
-def check_unchanged(before: dict, now: dict) -> None:
-    """Raises RrtcError where a run with the fingerprint `now` cannot go on from one with the fingerprint `before`; it
-    names what differs."""
-    changed = difference(before["recipe"], now["recipe"])
-    others = [name for name in before | now if name != "recipe" and before.get(name) != now.get(name)]
-    if changed is None and others:
-        changed = f"the {others[0]} has changed since it was started"
-    if changed is not None:
-        raise RrtcError(
-            f"The run cannot be resumed, because {changed}.",
-            "Go on with what the run was started with, or start a new one under another name.",
-        )
-
-
-def difference(before: dict, now: dict) -> str | None:
-    """The first field of `now` that was another in `before`, in words; None where there is none."""
-    for field, value in now.items():
-        if before.get(field) != value:
-            return f"{field} was {before.get(field)} and is now {value}"
-    return None
 
 
 @contextmanager

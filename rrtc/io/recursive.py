@@ -1,61 +1,114 @@
-"""What a visit computes with: the tensors of the dense layer that its slot, factors and norms amount to."""
+"""A recursive model on disk: what its tensors are called, the dense layers that they amount to, and writing one.
 
-from collections.abc import Callable, Iterator
+model.slots.3.shared.self_attn.q_proj.weight    W' of slot 3
+model.slots.3.loops.1.self_attn.q_proj.A        what the visit of loop 1 has of its own: factors, full matrices
+model.slots.3.loops.1.input_layernorm.weight    that no other visit uses, norms and biases
+model.embed_tokens.weight                       all that lies outside the layers, as the stock model calls it
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from rrtc.io.dense import DenseModel
+from rrtc.io.folder import copy_companions
+from rrtc.io.shard_writer import ShardWriter
 from rrtc.io.weights import Weights, row_blocks
-from rrtc.plan import Matrix
+from rrtc.model import RrtConfig
+from rrtc.plan import Matrix, Plan, Visit
 
 
-def effective_tensor(
-    weights: Weights, slot: str, visit: dict, path: str, matrices: dict[str, Matrix], each: Callable = map
-) -> Tensor:
-    """The tensor at `path` of the decoder layer that `visit` stands for, float32; matrices as (outputs, inputs).
-
-    slot: the name of the visit's slot. matrices: the weight matrices of the dense layer by their path. each: a `map`
-    that may work ahead, over blocks of its rows.
-    """
-    return torch.cat(list(effective_blocks(weights, slot, visit, path, matrices, each)))
+def in_slot(parent: str, slot: int, name: str) -> str:
+    """The name of a tensor that a slot calls `name`. parent: the module that holds the list of layers."""
+    return f"{parent}.slots.{slot}.{name}".removeprefix(".")
 
 
-def effective_blocks(
-    weights: Weights, slot: str, visit: dict, path: str, matrices: dict[str, Matrix], each: Callable = map
-) -> Iterator[Tensor]:
-    """The same in blocks of its rows. What a narrowed matrix lacks are zeros: removed neurons are at the end of each
-    part of the outputs and at the end of the inputs, and compute some number times zero."""
-    own, shared = f"{slot}.loops.{visit['loop']}", f"{slot}.shared"
-    module, _, kind = path.rpartition(".")
-    matrix, narrowed = matrices.get(module), visit["shapes"].get(module)
-    if matrix and kind == "weight":
-        inputs, outputs = narrowed or (matrix.inputs, matrix.outputs)
-        shape, rows_of = (outputs, inputs), _product(weights, own, shared, visit, module)
-    else:  # norms and biases are the visit's own, or the slot's
-        name = f"{own}.{path}" if f"{own}.{path}" in weights else f"{shared}.{path}"
-        shape, rows_of = weights.shape(name), lambda rows: weights.read(name, rows)
-    if not narrowed:
-        yield from each(rows_of, row_blocks(shape))
-        return
-    present = shape[0] // len(matrix.parts)
-    missing_columns = (0, matrix.inputs - shape[1]) if kind == "weight" else ()
-    for number, (_, width) in enumerate(matrix.parts):
-        for block in each(rows_of, row_blocks((present, *shape[1:]), first=number * present)):
-            yield nn.functional.pad(block, missing_columns)
-        if width > present:
-            yield torch.zeros(width - present, *([matrix.inputs] if kind == "weight" else []))
+def shared_name(path: str) -> str:
+    """What a slot calls the shared tensor at `path` of a layer."""
+    return f"shared.{path}"
 
 
-def _product(weights: Weights, own: str, shared: str, visit: dict, matrix: str) -> Callable[[slice], Tensor]:
-    """What `matrix` of `visit` multiplies by, whatever its form: rows of it, (rows, inputs), float32."""
-    form = visit["forms"].get(matrix, "tied")
-    full = None if form == "low_rank" else f"{shared if form == 'tied' else own}.{matrix}.weight"
-    if not visit["ranks"][matrix]:
-        return lambda rows: weights.read(full, rows)
-    inner = weights.read(f"{own}.{matrix}.A")
+def own_name(visit: Visit, path: str) -> str:
+    """What a slot calls the tensor at `path` of a layer that is the visit's own."""
+    return f"loops.{visit.loop}.{path}"
 
-    def product(rows: slice) -> Tensor:
-        outer = weights.read(f"{own}.{matrix}.B", rows)
-        return outer @ inner if full is None else weights.read(full, rows).addmm_(outer, inner)
 
-    return product
+class EffectiveLayers:
+    """What the visits of a recursive model compute with: the tensors of the dense layers that slots, factors and norms
+    amount to, float32, matrices as (outputs, inputs)."""
+
+    def __init__(self, weights: Weights, plan: Plan, parent: str):
+        """parent: the path of the module that holds the list of layers."""
+        self._weights, self._plan, self._parent = weights, plan, parent
+
+    def tensor(self, number: int, path: str, each: Callable = map) -> Tensor:
+        """The tensor at `path` of layer `number`. each: a `map` that may work ahead, over blocks of its rows."""
+        return torch.cat(list(self.blocks(number, path, each)))
+
+    def blocks(self, number: int, path: str, each: Callable = map) -> Iterator[Tensor]:
+        """The same in blocks of its rows. What a narrowed matrix lacks are zeros: removed neurons are at the end of
+        each part of the outputs and at the end of the inputs, and compute some number times zero."""
+        visit = self._plan.visits[number]
+        module, _, kind = path.rpartition(".")
+        matrix = next((m for m in self._plan.matrices(visit) if m.name == module), None)
+        if matrix and kind == "weight":
+            inputs, outputs = visit.shape(matrix)
+            shape, rows_of = (outputs, inputs), self._product(visit, matrix)
+        else:
+            name = self._own(visit, path)
+            if name not in self._weights:  # norms and biases that the slot has once
+                name = self._shared(visit, path)
+            shape, rows_of = self._weights.shape(name), lambda rows: self._weights.read(name, rows)
+        if module not in visit.shapes:
+            yield from each(rows_of, row_blocks(shape))
+            return
+        present = shape[0] // len(matrix.parts)
+        missing_columns = (0, matrix.inputs - shape[1]) if kind == "weight" else ()
+        for part, (_, width) in enumerate(matrix.parts):
+            for block in each(rows_of, row_blocks((present, *shape[1:]), first=part * present)):
+                yield nn.functional.pad(block, missing_columns)
+            if width > present:
+                yield torch.zeros(width - present, *([matrix.inputs] if kind == "weight" else []))
+
+    def _product(self, visit: Visit, matrix: Matrix) -> Callable[[slice], Tensor]:
+        """What `matrix` of `visit` multiplies by, whatever its form: rows of it, (rows, inputs)."""
+        weights, form, full = self._weights, visit.form(matrix), None
+        if form != "low_rank":
+            place = self._shared if form == "tied" else self._own
+            full = place(visit, f"{matrix.name}.weight")
+        if not visit.ranks[matrix.name]:
+            return lambda rows: weights.read(full, rows)
+        inner, outer = (self._own(visit, f"{matrix.name}.{factor}") for factor in "AB")
+        a = weights.read(inner)
+
+        def product(rows: slice) -> Tensor:
+            b = weights.read(outer, rows)
+            return b @ a if full is None else weights.read(full, rows).addmm_(b, a)
+
+        return product
+
+    def _own(self, visit: Visit, path: str) -> str:
+        return in_slot(self._parent, visit.slot, own_name(visit, path))
+
+    def _shared(self, visit: Visit, path: str) -> str:
+        return in_slot(self._parent, visit.slot, shared_name(path))
+
+
+def write_recursive(
+    folder: Path, dense: DenseModel, plan: Plan, slots: Iterable[tuple[str, Tensor]], dtype: str, shard_bytes: int
+) -> int:
+    """Writes the recursive model that `plan` makes of `dense` into the existing `folder`, all but its rrtc.yaml;
+    returns the bytes of its tensors. slots: the tensors of all slots by their full names, in `dtype`."""
+    writer = ShardWriter(folder, shard_bytes)
+    for name, tensor in slots:
+        writer.add(name, tensor)
+    for name in dense.others():
+        writer.add_blocks(name, dense.blocks(name, getattr(torch, dtype)))
+    writer.finish()
+    config = RrtConfig.of(plan, dense.config)
+    config.architectures, config.dtype = ["RrtForCausalLM"], dtype
+    config.save_pretrained(folder)
+    copy_companions(dense.weights.folder, folder)
+    return writer.total_bytes

@@ -4,6 +4,7 @@ This file is shipped in every export beside modeling_rrt.py and imports nothing 
 """
 
 import copy
+import dataclasses
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
@@ -36,6 +37,12 @@ class RrtConfig(PreTrainedConfig):
     base_config: dict | PreTrainedConfig | None = None
     visits: list | None = None
     norms: str = "per_visit"
+
+    @classmethod
+    def of(cls, plan, base: PreTrainedConfig, **fields) -> "RrtConfig":
+        """The config of the model that a plan (rrtc.plan.Plan) makes of the dense model whose config is `base`."""
+        visits = [dataclasses.asdict(visit) for visit in plan.visits]
+        return cls(base_config=base, visits=visits, norms=plan.norms, **fields)
 
     def __post_init__(self, **kwargs):
         base = self.base_config

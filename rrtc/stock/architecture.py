@@ -68,6 +68,12 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     return getattr(parent, name)
 
 
+def layers_path(model: PreTrainedModel) -> tuple[str, str]:
+    """(the path of the module that holds the list of decoder layers of `model`, the list's name in it)."""
+    parent, name = find_layers(model, model.config.get_text_config().num_hidden_layers)
+    return next(path for path, module in model.named_modules() if module is parent), name
+
+
 def transposed_matrices(layer: nn.Module) -> set[str]:
     """The paths of the weight matrices that a stock decoder layer keeps as (inputs, outputs), as GPT-2 does."""
     return {path for path, module in matrices_of(layer).items() if isinstance(module, Conv1D)}

@@ -50,6 +50,7 @@ class Trial:
         stock.float()
         # What layers are called with beside hidden states does not depend on the tokens, and it is all that is wanted.
         embedding.forward = lambda ids: torch.zeros(*ids.shape, embedding.embedding_dim)
+        self.run()  # records how the layer is called, before anything watches it
 
     @torch.no_grad()
     def run(self, tensors: dict[str, Tensor] | None = None) -> Tensor:

@@ -37,7 +37,7 @@ SHOWN = 40  # characters of the text that an error shows
 class Stopped(RrtcError):
     """The run stopped, and the sentence and the hint say what is kept of it."""
 
-    of_all_processes = True
+    of_all_processes = says_what_is_kept = True
 
 
 class Terminated(Stopped):

@@ -1,32 +1,19 @@
 """`rrtc uptrain`: heals an rrtc folder by training, and writes the result as a new folder.
 
-While it runs, NAME.partial/checkpoints holds its checkpoints and resume.json, which says what they belong to, and
-metrics.jsonl and loss.png beside them show its course. The checkpoints are removed when NAME.partial has become NAME,
-so that a kill at any moment leaves either a run to resume or a whole model, at worst one with a folder `checkpoints`
-that nothing reads.
+While it runs, NAME.partial/checkpoints holds its checkpoints (rrtc/io/resumable.py), and metrics.jsonl and loss.png
+beside them show its course.
 """
 
 import contextlib
 import dataclasses
-import json
 from pathlib import Path
 
 import torch
 from transformers.utils.logging import disable_progress_bar
 
 from rrtc.console import note
-from rrtc.errors import RrtcError
-from rrtc.io.folder import (
-    check_incomplete,
-    check_not_interrupted,
-    check_space,
-    check_target,
-    check_unchanged,
-    only_run,
-    partial_of,
-    whole_file,
-    whole_folder,
-)
+from rrtc.io.folder import only_run, partial_of
+from rrtc.io.resumable import Resumable
 from rrtc.io.shard_writer import ShardWriter
 from rrtc.io.weights import Weights
 from rrtc.machine import is_first_process, process_group
@@ -36,14 +23,13 @@ from rrtc.uptrain.checkpoints import Checkpoints, remove, whole_checkpoints
 from rrtc.uptrain.curve import draw, steps_of, write_metrics
 from rrtc.uptrain.data import Stream
 from rrtc.uptrain.display import Display
-from rrtc.uptrain.guards import Course, LossGuard, Stopped, Termination, reporters
+from rrtc.uptrain.guards import Course, LossGuard, Termination, reporters
 from rrtc.uptrain.job import Job, prepare
 from rrtc.uptrain.sharding import whole_state
 from rrtc.uptrain.teacher_cache import fill
 from rrtc.uptrain.trainer import DistillationTrainer
 
 CHECKPOINTS = "checkpoints"
-RESUME = "resume.json"
 
 
 def uptrain(folder: str, output: str, recipe: Recipe, resume: bool = False) -> dict:
@@ -61,68 +47,36 @@ def uptrain(folder: str, output: str, recipe: Recipe, resume: bool = False) -> d
 
 def _uptrain(folder: Path, target: Path, recipe: Recipe, resume: bool) -> dict:
     disable_progress_bar()  # transformers' own
-    if resume:
-        check_incomplete(target, CHECKPOINTS)
-    check_target(target, folder)
-    check_not_interrupted(target, CHECKPOINTS)
-    partial = partial_of(target)
-    checkpoints = partial / CHECKPOINTS
-    saved = whole_checkpoints(checkpoints)
-    if resume and not saved:
-        raise RrtcError(f"There is nothing to resume: {partial} holds no checkpoint.", "Start without --resume.")
-    if saved and not resume:
-        raise RrtcError(
-            f"{partial} holds the checkpoints of an interrupted run.",
-            "Continue it with --resume, or delete that folder.",
-        )
+    making = resumable(target)
+    making.check(resume, folder)
     job = prepare(folder, recipe.uptrain)
-    max_shard_bytes = _max_shard_bytes(job, recipe)
-    fingerprint = job.fingerprint()
+    max_shard_bytes, fingerprint = _max_shard_bytes(job, recipe), job.fingerprint()
     if resume:
-        check_unchanged(_begun_with(checkpoints), fingerprint)
-    there = sum(file.stat().st_size for checkpoint in saved for file in checkpoint.rglob("*"))
-    check_space(target, job.checkpoint_bytes() - there)
+        making.check_same(fingerprint)
+    making.check_space(job.checkpoint_bytes())
+    saved = making.finished()
 
     # Every process has now seen the disk as it was. From here on, the first one changes it.
     process_group().wait_for_everyone()
-    if is_first_process and not resume:
-        remove(partial)  # of a run that was killed before its first checkpoint
-    elif is_first_process:
-        # One that was cut off would count among the two last ones, and the last whole one could go in its place.
-        for unfinished in set(checkpoints.glob("checkpoint-*")) - set(saved):
-            remove(unfinished)
-    with whole_folder(target, keep_partial=True) if is_first_process else contextlib.nullcontext():
-        try:
-            if is_first_process:
-                checkpoints.mkdir(exist_ok=True)
-                with whole_file(checkpoints / RESUME) as file:
-                    file.write_text(json.dumps(fingerprint, indent=2) + "\n", encoding="utf8")
-            job, cached = _fill_cache(job)
-            trainer = _train(job, checkpoints, saved[-1] if resume else None)
-            measured, state = trainer.measured() | cached, whole_state(trainer.model)
-            if is_first_process:
-                _write(job, trainer, state, measured, partial, target, max_shard_bytes)
-        except BaseException as error:
-            if is_first_process and not whole_checkpoints(checkpoints):
-                remove(partial)
-            elif is_first_process and not isinstance(error, Stopped):
-                note(f"The checkpoints are in {checkpoints}: --resume goes on from the last one.")
-            raise
-    if is_first_process:
-        remove(target / CHECKPOINTS)
+    with making.folder(resume, fingerprint) as partial:
+        job, cached = _fill_cache(job)
+        trainer = _train(job, making.kept, saved[-1] if resume else None)
+        measured, state = trainer.measured() | cached, whole_state(trainer.model)
+        if is_first_process:
+            _write(job, trainer, state, measured, partial, target, max_shard_bytes)
     process_group().wait_for_everyone()  # nobody goes on before the folder is there
     return measured
 
 
-def _begun_with(checkpoints: Path) -> dict:
-    """The fingerprint of the run that wrote `checkpoints`."""
-    try:
-        return json.loads((checkpoints / RESUME).read_text(encoding="utf8"))
-    except (OSError, ValueError) as error:
-        raise RrtcError(
-            f"The run cannot be resumed: {checkpoints / RESUME}, which says what it was started with, is damaged.",
-            "Begin a new run from its last checkpoint: rrtc uptrain CHECKPOINT -o NEW.",
-        ) from error
+def resumable(target: Path) -> Resumable:
+    """The making of `target`. There is something to go on from once a checkpoint is whole."""
+    checkpoints = partial_of(target) / CHECKPOINTS
+
+    def unfinished() -> set[Path]:
+        # One that was cut off would count among the two last ones, and the last whole one could go in its place.
+        return set(checkpoints.glob("checkpoint-*")) - set(whole_checkpoints(checkpoints))
+
+    return Resumable(target, CHECKPOINTS, lambda: whole_checkpoints(checkpoints), unfinished, remove)
 
 
 def _max_shard_bytes(job: Job, recipe: Recipe) -> int:

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -51,7 +50,7 @@ def make_rrt(folder: Path, architecture: str = "llama", norms: str = "per_visit"
     config, recipe = pico_config(architecture, **changes), InitRecipe(rank=6, norms=norms)
     plan = make_plan(read_architecture(config), recipe)
     torch.manual_seed(sum(architecture.encode()))
-    model = RrtForCausalLM(RrtConfig(base_config=config, visits=[asdict(v) for v in plan.visits], norms=norms))
+    model = RrtForCausalLM(RrtConfig.of(plan, config))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:

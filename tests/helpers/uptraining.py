@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -39,7 +38,7 @@ def make_rrt(folder: Path, dense: Path, architecture: str = "llama", dtype=torch
     recipe = InitRecipe(rank=4, **init)
     plan = make_plan(read_architecture(config), recipe)
     torch.manual_seed(1)
-    model = RrtForCausalLM(RrtConfig(base_config=config, visits=[asdict(v) for v in plan.visits])).to(dtype)
+    model = RrtForCausalLM(RrtConfig.of(plan, config)).to(dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(".B"):

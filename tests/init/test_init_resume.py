@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from rrtc.api import run
 from rrtc.cli.app import app
 from rrtc.errors import RrtcError, WrongUsage
-from rrtc.init.job import can_resume
+from rrtc.init.job import resumable
 from rrtc.init.stage import init
 from rrtc.io.folder import check_not_interrupted, only_run
 from rrtc.io.shard_writer import HEADER_ROOM
@@ -38,7 +38,7 @@ CASES = {
 KILLED_AGAIN_AND_AGAIN = """
 import json, os, signal, sys
 from pathlib import Path
-from rrtc.init.job import can_resume
+from rrtc.init.job import resumable
 from rrtc.init.stage import init
 from rrtc.recipe.schema import Recipe
 
@@ -55,7 +55,7 @@ def attempt(model, target, recipe, files):
     child = os.fork()
     if child == 0:
         Path.rename = rename_or_die
-        init(model, str(target), recipe, resume=can_resume(target))
+        init(model, str(target), recipe, resume=bool(resumable(target).finished()))
         os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
@@ -64,7 +64,7 @@ for folder, (model, recipe) in json.loads(sys.argv[1]).items():
     first = 5 if recipe.init.start == "joint" else 4  # files and folders, so that something is finished
     codes = [attempt(model, folder / "whole", recipe, 1000), attempt(model, folder / "out", recipe, first)]
     while codes[-1] == -signal.SIGKILL and len(codes) < 30:
-        assert can_resume(folder / "out")
+        assert resumable(folder / "out").finished()
         codes.append(attempt(model, folder / "out", recipe, 2 + len(codes)))
     print(json.dumps(codes))
 """
@@ -172,7 +172,7 @@ def test_interrupted_while_it_measures(dense, whole, tmp_path, monkeypatch, caps
 
 
 def test_interrupted_before_anything_is_finished_nothing_is_left(dense, tmp_path, monkeypatch):
-    for choices, name in ((PAPER, "slot-0"), (BUDGET, "inputs-0.safetensors"), (BUDGET, "job.yaml")):
+    for choices, name in ((PAPER, "slot-0"), (BUDGET, "inputs-0.safetensors"), (BUDGET, "started.json")):
         interrupted_before(
             name, monkeypatch, lambda c=choices: init(str(dense("llama")), str(tmp_path / "out"), asked(**c))
         )
@@ -182,7 +182,7 @@ def test_interrupted_before_anything_is_finished_nothing_is_left(dense, tmp_path
 def test_killed_before_anything_is_finished_it_starts_over(dense, whole, tmp_path):
     work = tmp_path / "out.partial" / "work"
     work.mkdir(parents=True)
-    (work / "job.yaml").write_text("")
+    (work / "started.json").write_text("")
     (work / "writing").mkdir()
     with pytest.raises(RrtcError, match="nothing to resume: .* holds no finished work"):
         init(str(dense("llama")), str(tmp_path / "out"), asked(**PAPER), resume=True)
@@ -223,7 +223,7 @@ def test_a_changed_tensor_is_named(halfway, tmp_path):
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(RrtcError, match=r"the tensor model\.layers\.3\.mlp\.up_proj\.weight has changed") as refused:
         init(str(other), str(target), asked(**BUDGET, calibrate_on=[str(text)]), resume=True)
-    assert "start a new one" in refused.value.hint and can_resume(target)
+    assert "start a new one" in refused.value.hint and resumable(target).finished()
 
 
 def test_a_changed_config_is_named(halfway, tmp_path):
@@ -267,7 +267,7 @@ def test_unfinished_work_is_not_swept_away(halfway, dense):
     assert "Continue it with --resume" in result.stderr
     with pytest.raises(RrtcError, match="holds the work of an interrupted run") as refused:
         check_not_interrupted(target, "checkpoints")  # as uptrain, eval and export ask
-    assert "rrtc init --resume" in refused.value.hint and can_resume(target)
+    assert "rrtc init --resume" in refused.value.hint and resumable(target).finished()
 
 
 def test_what_matters_only_at_the_end_may_change_and_the_model_may_move(halfway, tmp_path):

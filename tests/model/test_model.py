@@ -4,7 +4,6 @@ import copy
 import functools
 import json
 import pickle
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -30,7 +29,7 @@ both_norms = pytest.mark.parametrize("norms", ["per_visit", "shared"])
 def rrt_config(architecture: str, base=None, **recipe) -> RrtConfig:
     base = base or pico_config(architecture)
     plan = make_plan(read_architecture(base), InitRecipe(**({"rank": 3} | recipe)))
-    return RrtConfig(base_config=base, visits=[asdict(visit) for visit in plan.visits], norms=plan.norms)
+    return RrtConfig.of(plan, base)
 
 
 def randomize(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:

@@ -3,7 +3,6 @@
 import copy
 import json
 import math
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -47,7 +46,7 @@ def recursive(kind: type, architecture: str = "llama", **recipe) -> RrtForCausal
     config = pico_config(architecture)
     plan = make_plan(read_architecture(config), InitRecipe(rank=3, **recipe))
     torch.manual_seed(0)
-    model = kind(RrtConfig(base_config=config, visits=[asdict(visit) for visit in plan.visits])).eval()
+    model = kind(RrtConfig.of(plan, config)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(".B") or parameter.dim() == 1:

@@ -1,7 +1,5 @@
 """The losses of uptraining are their definitions, in value and gradient, in however many pieces they are computed."""
 
-from dataclasses import asdict
-
 import pytest
 import torch
 from loss_definitions import definitions
@@ -93,7 +91,7 @@ def test_a_student_is_the_model_with_losses_for_logits(architecture, batch, tmp_
     teacher = AutoModelForCausalLM.from_config(config).eval()
     teacher.save_pretrained(tmp_path / "dense")
     plan = make_plan(read_architecture(config), InitRecipe(rank=2))
-    model = RrtForCausalLM(RrtConfig(base_config=config, visits=[asdict(v) for v in plan.visits])).eval()
+    model = RrtForCausalLM(RrtConfig.of(plan, config)).eval()
     model.save_pretrained(tmp_path / "small")
 
     ids, targets = batch

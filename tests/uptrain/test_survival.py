@@ -22,8 +22,8 @@ from uptraining import BATCH, CONTEXT, interrupt_at, make_rrt, metrics, on_two_p
 
 from rrtc.cli.app import app
 from rrtc.errors import RrtcError
-from rrtc.io.folder import check_unchanged
 from rrtc.io.provenance import read_provenance
+from rrtc.io.resumable import check_unchanged
 from rrtc.io.weights import Weights
 from rrtc.recipe.uptrain import UptrainRecipe
 from rrtc.uptrain import checkpoints

@@ -380,11 +380,11 @@ def test_resume_is_refused_where_something_changed(rrt, dense, tmp_path, monkeyp
         patched.setattr("rrtc.text.sources._built_in", lambda: text)
         with pytest.raises(RrtcError, match="the text has changed"):
             uptrain(str(rrt), str(target), settings(), resume=True)
-    saved = (partial / "checkpoints" / "resume.json").read_text()
-    (partial / "checkpoints" / "resume.json").write_text(saved[:40])
+    saved = (partial / "checkpoints" / "started.json").read_text()
+    (partial / "checkpoints" / "started.json").write_text(saved[:40])
     with pytest.raises(RrtcError, match="which says what it was started with, is damaged"):
         uptrain(str(rrt), str(target), settings(), resume=True)
-    (partial / "checkpoints" / "resume.json").write_text(saved)
+    (partial / "checkpoints" / "started.json").write_text(saved)
     assert whole_checkpoints(partial / "checkpoints")
     # What only changes the cost of a step may change, as after running out of memory.
     uptrain(str(rrt), str(target), settings(micro_batch=1), resume=True)
