@@ -40,10 +40,15 @@ class Layer:
     matrices: tuple[Matrix, ...]
     vectors: tuple[tuple[str, int], ...]
 
+    @property
+    def kv_width(self) -> int:
+        """Numbers that the layer stores in the KV cache for one token."""
+        return sum(outputs for matrix in self.matrices for group, outputs in matrix.parts if group == "kv")
+
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a dense model is made of, in parameters. `rrtc.model.skeleton` reads it off a config."""
+    """What a dense model is made of, in parameters. `rrtc.stock.architecture` reads it off a config."""
 
     model_type: str
     layers: tuple[Layer, ...]
@@ -51,7 +56,6 @@ class Architecture:
     head: int  # the output projection; 0 where it is tied to the embedding
     head_flops: int  # multiply-adds of the output projection for one token
     rest: int  # what is left: the final norm
-    kv_width: int  # numbers that one layer stores in the KV cache for one token
 
     @property
     def parameters(self) -> int:
@@ -73,7 +77,7 @@ class Architecture:
 
     def kv_bytes_per_token(self, width: int) -> int:
         """Bytes that one token takes in the KV cache, at `width` bytes a number."""
-        return len(self.layers) * self.kv_width * width
+        return width * sum(layer.kv_width for layer in self.layers)
 
     @property
     def flops_per_token(self) -> int:
@@ -196,7 +200,7 @@ class Plan:
 
     def kv_bytes_per_token(self, width: int) -> int:
         """As Architecture.kv_bytes_per_token: every visit has a place of its own, so looping saves none."""
-        return self.architecture.kv_bytes_per_token(width)
+        return width * sum(self.architecture.layers[visit.layer].kv_width for visit in self.visits)
 
     @property
     def savings(self) -> str:

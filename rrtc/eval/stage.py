@@ -35,7 +35,7 @@ from rrtc.text.windows import longest_context, scoring_texts
 
 CURVE_POINTS = 400  # of a training curve, in the report
 
-MakeBaselines = Callable[[Path, Path, int, str | None], tuple[dict[str, Path], list[dict]]]
+MakeBaselines = Callable[[Path, Path, str | None], tuple[dict[str, Path], list[dict]]]
 
 
 def evaluate(
@@ -49,7 +49,7 @@ def evaluate(
     it and its page into that new folder.
 
     against: the dense model to compare with, by default the one that was compressed. make_baselines(folder, work,
-    context, against) makes the models of the same size for `recipe.eval.baselines`. Raises RrtcError where the models
+    against) makes the models of the same size for `recipe.eval.baselines`. Raises RrtcError where the models
     do not share a vocabulary, the dense model cannot be found, a text is too short, or there is no such task.
     """
     machine.process_group()  # before any model is loaded: it says which accelerator is this process's
@@ -86,7 +86,7 @@ def evaluate(
         work = from_first_process(own)
         candidates = candidates_of(paths)
         if recipe.eval.baselines and make_baselines is not None:
-            made, missing = on_first_process(lambda: make_baselines(paths[0], Path(work), context, against))
+            made, missing = on_first_process(lambda: make_baselines(paths[0], Path(work), against))
             not_run += missing
             candidates += [Candidate(name, "baseline", folder) for name, folder in made.items()]
         rows, last, samples = _measure(dense_candidate(dense), candidates, questions, stored_dtype(paths[-1]))

@@ -142,7 +142,7 @@ def _texts_to_quantize_by(recipe: Recipe, provenance: dict, source: Path, config
         named = made["uptrain"]["data"] if trained else made["init"]["calibrate_on"]
         field = made["uptrain" if trained else "init"]["text_field"]
         wanted = wanted.model_copy(update={"calibrate_on": readable(named), "text_field": field})
-    tokenizer, context = load_tokenizer(source), longest_context(config.base_config, recipe.eval.context)
+    tokenizer, context = load_tokenizer(source), longest_context(config.base_config, wanted.calibrate_context)
     held_out = held_out_windows(wanted.calibrate_on, wanted.text_field, tokenizer, context, MEASURED_TOKENS)
     return calibration_windows(wanted, tokenizer, context), held_out
 

@@ -40,17 +40,23 @@ from rrtc.tying.moments import DiagonalMoment, Moment
 from rrtc.tying.whiten import Seen
 from rrtc.units import parse_size
 
-CALIBRATION = ("calibrate_on", "calibrate_tokens", "text_field", "seed")  # what of an init recipe says on which text
+CALIBRATION = (
+    "calibrate_on",
+    "calibrate_tokens",
+    "calibrate_context",
+    "text_field",
+    "seed",
+)  # what of an init recipe says on which text
 
 
 def make_baselines(
-    folder: Path, work: Path, context: int, against: str | None = None
+    folder: Path, work: Path, against: str | None = None
 ) -> tuple[dict[str, Path], list[dict[str, str]]]:
     """Makes the baselines for the compressed model in the rrtc folder `folder`. Returns their model folders, new ones
     in `work`, by name; and {task, why} of one that cannot be made.
 
     They have at most as many parameters without embeddings, in the same number format, and learn from the text that
-    `folder` was calibrated on, in windows of `context` tokens; where it was on none, from the text that is the default.
+    `folder` was calibrated on, in the same windows; where it was on none, from the text that is the default.
     against: the dense model, by default the one that `folder` was made from. The same folder gives the same baselines
     on the same machine. Raises RrtcError, before any work, for a folder as large as the dense model or too small, and
     where the dense model or the text is gone.
@@ -67,7 +73,7 @@ def make_baselines(
     plan = low_rank_plan(architecture, size)
     # Each waits tensor by tensor before it is put together.
     check_space(work, 2 * (2 * plan.parameters * getattr(torch, dtype).itemsize))
-    ids = _calibration_text(folder, source, longest_context(dense.config, context))
+    ids = _calibration_text(folder, source)
     made, missing = {"whitened SVD, nothing tied": work / "whitened-svd"}, []
     with whole_folder(work / "whitened-svd") as partial:
         influences = write_low_rank(dense, plan, ids, dtype, partial)
@@ -90,10 +96,12 @@ def _size_of(folder: Path) -> int:
     return read_provenance(folder)["measured"]["init"]["params_non_embedding"]
 
 
-def _calibration_text(folder: Path, source: Source, context: int) -> Tensor:
+def _calibration_text(folder: Path, source: Source) -> Tensor:
     """The text that `folder` was calibrated on: ids (windows, context), int64."""
     asked, tokenizer = read_provenance(folder)["recipe"]["init"], load_tokenizer(source.folder)
-    recipe = InitRecipe(**{name: asked[name] for name in CALIBRATION} if asked["shared_init"] == "joint" else {})
+    said = {name: asked[name] for name in CALIBRATION if name in asked}  # a folder of rrtc 0.1 lacks some
+    recipe = InitRecipe(**said if asked["shared_init"] == "joint" else {})
+    context = longest_context(source.config(), recipe.calibrate_context)
     try:
         ids = calibration_windows(recipe, tokenizer, context)
     except RrtcError as error:

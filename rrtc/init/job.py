@@ -132,10 +132,11 @@ def prepare(model: str, target: Path, recipe: Recipe) -> Job:
     plan = make_plan(architecture, recipe.init, NUMBER_BYTES[dtype])
     tokenizer = load_tokenizer(source.folder)
     dense = DenseModel(source, _folds(source, recipe))
-    context = longest_context(source.config(), recipe.eval.context)
     calibration = scoring = None
     if recipe.init.measure_tokens:
+        context = longest_context(dense.config, recipe.eval.context)
         scoring = next(iter(scoring_texts(recipe, tokenizer, context, recipe.init.measure_tokens).values()))
+    context = longest_context(dense.config, recipe.init.calibrate_context)
     if recipe.init.start == "joint":
         calibration = calibration_windows(recipe.init, tokenizer, context)
     own, work = own_windows(recipe.init, context), partial_of(target) / WORK

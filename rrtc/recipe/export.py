@@ -32,6 +32,7 @@ class ExportRecipe(Section):
         "calibrated on.",
     )
     calibrate_tokens: int = Field(16_384, ge=1, description="For quantize: tokens of that text in all.")
+    calibrate_context: int = Field(512, ge=8, description="For quantize: tokens in one window of that text.")
     text_field: str = Field("text", description="The field that holds it in jsonl, parquet and datasets.")
     seed: int = Field(0, description="For quantize: which pieces of that text are taken.")
 

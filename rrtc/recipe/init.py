@@ -52,6 +52,7 @@ class InitRecipe(Section):
         min_length=1,
     )
     calibrate_tokens: int = Field(16_384, ge=1, description="Tokens of that text in all.")
+    calibrate_context: int = Field(512, ge=8, description="Tokens in one window of that text.")
     text_field: str = Field("text", description="The field that holds the text in jsonl, parquet and datasets.")
     seed: int = Field(0, description="Which pieces of the calibration text are taken.")
     norms: Literal["per_visit", "shared"] = Field(

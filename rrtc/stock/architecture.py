@@ -116,7 +116,6 @@ def read_architecture(config: PreTrainedConfig) -> Architecture:
         head=0 if tied else sum(p.numel() for p in output.parameters()),
         head_flops=output.weight.numel() if output is not None else 0,
         rest=sum(p.numel() for p in model.parameters() if id(p) not in outside),
-        kv_width=sum(outputs for matrix in layers[0].matrices for group, outputs in matrix.parts if group == "kv"),
     )
 
 

@@ -128,7 +128,7 @@ def test_a_size_that_cannot_be_is_refused(dense, tmp_path):
     settings = {"init": {"rank": 64, "measure_tokens": 0}}  # more than the dense model has
     init(str(dense("llama")), str(tmp_path / "large"), Recipe.model_validate(settings))
     with pytest.raises(RrtcError, match="nothing that a baseline of its size would have to leave out"):
-        make_baselines(tmp_path / "large", tmp_path, 32)
+        make_baselines(tmp_path / "large", tmp_path)
 
 
 @pytest.mark.slow

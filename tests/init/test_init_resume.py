@@ -19,7 +19,6 @@ from rrtc.init.job import resumable
 from rrtc.init.stage import init
 from rrtc.io.folder import check_not_interrupted, only_run
 from rrtc.io.shard_writer import HEADER_ROOM
-from rrtc.recipe.eval import EvalRecipe
 from rrtc.recipe.schema import Recipe
 from rrtc.stock.streamed import StreamedModel
 
@@ -71,7 +70,7 @@ for folder, (model, recipe) in json.loads(sys.argv[1]).items():
 
 
 def asked(**choices) -> Recipe:
-    return Recipe.model_validate({"init": choices, "eval": {"context": 64}})
+    return Recipe.model_validate({"init": {"calibrate_context": 64} | choices, "eval": {"context": 64}})
 
 
 def weights(folder: Path) -> dict[str, bytes]:
@@ -244,7 +243,7 @@ def test_a_changed_recipe_is_named(halfway):
     ):
         with pytest.raises(RrtcError, match=says):
             init(str(model), str(target), asked(**BUDGET | change, calibrate_on=[str(text)]), resume=True)
-    narrower = asked(**BUDGET, calibrate_on=[str(text)]).model_copy(update={"eval": EvalRecipe(context=32)})
+    narrower = asked(**BUDGET, calibrate_on=[str(text)], calibrate_context=32)
     with pytest.raises(RrtcError, match="context was 64 and is now 32"):
         init(str(model), str(target), narrower, resume=True)
 
