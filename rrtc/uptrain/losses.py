@@ -73,7 +73,8 @@ def losses_and_slope(
     """Sums over the tokens of `loss` (next token), of `kl` (forward, with a teacher) and of the other divergences that
     have a weight; and the gradient of the weighted sum by the logits, (tokens, vocabulary).
 
-    logits: (tokens, vocabulary), float32. targets: (tokens,). log_q_of(log_p): the teacher's log-probabilities at
+    logits: (tokens, vocabulary), float32, and so is all that is made of them: under autocast, the inner products would
+    be bfloat16, in which a KL of 0.01 is lost. targets: (tokens,). log_q_of(log_p): the teacher's log-probabilities at
     `temperature`, given the model's; None without a teacher. Every line that makes or changes a table is a pass over
     memory, and these passes are what the loss costs: hence the work in place.
     """
@@ -157,7 +158,8 @@ class _ChunkedLosses(torch.autograd.Function):
             for rows in chunks(len(logits), vocabulary, COMPARED_AT_ONCE if on_cpu else LOGITS_AT_ONCE):
                 log_q_of = None if log_q is None else functools.partial(log_q, rows)
                 compared = logits.detach()[rows].float(), targets[part][rows]
-                sums, slope_of_rows = losses_and_slope(*compared, weights, temperature, log_q_of)
+                with torch.autocast(logits.device.type, enabled=False):  # whatever the model computes in
+                    sums, slope_of_rows = losses_and_slope(*compared, weights, temperature, log_q_of)
                 if learns:
                     slope[rows] = slope_of_rows.div_(tokens)
                 totals = {name: totals.get(name, 0) + value for name, value in sums.items()}

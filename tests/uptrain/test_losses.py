@@ -118,6 +118,26 @@ def test_a_student_is_the_model_with_losses_for_logits(architecture, batch, tmp_
             torch.testing.assert_close(ours.grad, whole.grad, rtol=1e-3, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize("spread", [0.02, 0.1, 1.0])
+def test_what_is_reported_is_float32_under_autocast(spread):
+    """A KL of 2e-4, 5e-3 or 0.5 of logits that the head makes in bfloat16 is what float64 makes of these logits."""
+    torch.manual_seed(0)
+    hidden, matrix = torch.randn(TOKENS, WIDTH), torch.randn(VOCABULARY, WIDTH)
+    targets = torch.randint(VOCABULARY, (TOKENS,))
+    weights = {"next_token": 0.5, "forward_kl": 1.0, "reverse_kl": 1.0, "jensen_shannon": 1.0, "total_variation": 1.0}
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = torch.nn.functional.linear(hidden, matrix)
+        teacher = logits.float() + spread * torch.randn(TOKENS, VOCABULARY)
+        found = chunked_losses(
+            hidden, lambda part: torch.nn.functional.linear(part, matrix), [matrix], VOCABULARY, targets, weights, 1.0,
+            Lesson(teacher, 1.0),
+        )  # fmt: skip
+    assert logits.dtype == torch.bfloat16 and {value.dtype for value in found.values()} == {torch.float32}
+    expected = definitions(logits.double(), teacher.double(), targets, 1.0)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[losses.REPORTED.get(name, name)].double(), value, rtol=1e-3, atol=1e-7)
+
+
 def test_a_lesson_is_taken_at_its_temperature(batch, tmp_path):
     torch.manual_seed(0)
     teacher = AutoModelForCausalLM.from_config(pico_config("llama")).eval()
