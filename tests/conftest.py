@@ -1,6 +1,7 @@
 """Shared by all tests: no hub, no colors, no progress bars of other libraries; the dense pico models."""
 
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,24 @@ def cache_of_all_tests(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("RRTC_CACHE", str(cache))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def warm_processes():
+    """The fresh processes in which rrtc reloads its exports and measures memory start warm; with `cold`, as they do for
+    users."""
+    import warm
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(subprocess, "run", warm.run_isolated)
+        yield
+
+
+@pytest.fixture
+def cold(monkeypatch):
+    from warm import cold_run
+
+    monkeypatch.setattr(subprocess, "run", cold_run)
 
 
 @pytest.fixture(scope="session")

@@ -44,18 +44,21 @@ def light(*arguments, code: int = 0) -> subprocess.CompletedProcess:
     return done
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("statement", ["import rrtc.cli.app", "from rrtc import api", "import rrtc.init.dry_run"])
 def test_imports_are_light(statement):
     done = python(f"import sys\n{statement}\n{REPORT}")
     assert done.stderr == "HEAVY []\n"
 
 
+@pytest.mark.slow
 def test_what_needs_no_torch_waits_for_none(rrt):
     for arguments in (["--version"], ["init", "--help"], ["recipe"], ["recipe", "--schema"], ["inspect", rrt]):
         light(*arguments)
     assert json.loads(light("inspect", rrt, "--json", "-").stdout)["stage"] == "init"
 
 
+@pytest.mark.slow
 def test_errors_that_flags_or_the_recipe_alone_decide(dense, rrt, tmp_path):
     model, out, there = dense("llama"), tmp_path / "out", tmp_path / "there"
     there.mkdir()
@@ -84,6 +87,7 @@ def test_errors_that_flags_or_the_recipe_alone_decide(dense, rrt, tmp_path):
         assert says in light(*arguments, code=code).stderr, says
 
 
+@pytest.mark.slow
 def test_the_first_word_comes_before_torch(dense, tmp_path):
     """What is on its way is said by the line before the import."""
     code = f"import sys, rrtc.console as c\nc.notes_shown\nbefore = c.note\ndef note(text):\n    before(text)\n    {REPORT}\n"
@@ -93,6 +97,7 @@ def test_the_first_word_comes_before_torch(dense, tmp_path):
         assert said == [f"Reading {dense('llama')}", "HEAVY []"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3", "phi3"])
 def test_the_second_dry_run_of_a_model_needs_no_torch_and_says_the_same(architecture, dense, cache):
     arguments = ["init", dense(architecture), "--dry-run", "--json", "-", "--loops", "3", "--rank", "4"]
@@ -147,7 +152,9 @@ def test_what_is_kept_never_hides_a_refusal(tmp_path, cache):
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 12}))
     with pytest.raises(RrtcError, match="is missing"):
         api.plan(folder, rank=4)
-    (folder / "config.json").write_text(json.dumps(config | {"model_type": "nothing", "auto_map": {"AutoModel": "x.y"}}))
+    (folder / "config.json").write_text(
+        json.dumps(config | {"model_type": "nothing", "auto_map": {"AutoModel": "x.y"}})
+    )
     with pytest.raises(RrtcError, match="needs Python code of its own"):
         api.plan(folder, rank=4)
 

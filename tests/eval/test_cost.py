@@ -35,7 +35,7 @@ def test_a_short_context_is_not_exceeded():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the kernel tells on Linux alone")
-def test_more_weights_take_more_memory(tmp_path):
+def test_more_weights_take_more_memory(tmp_path, cold):
     wide = {"hidden_size": 1024, "intermediate_size": 4096}
     small, large = (save_pico(tmp_path / str(n), num_hidden_layers=n, **wide) for n in (1, 3))
     sizes = [(folder / "model.safetensors").stat().st_size for folder in (small, large)]

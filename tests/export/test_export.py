@@ -72,7 +72,7 @@ def test_dense_is_the_same_model_in_the_stock_architecture(tmp_path, architectur
 
 
 @pytest.mark.slow
-def test_recursive_loads_and_generates_where_rrtc_is_not(tmp_path):
+def test_recursive_loads_and_generates_where_rrtc_is_not(tmp_path, cold):
     sources, targets = [], []
     for architecture, norms in CHOSEN:
         sources.append(make_rrt(tmp_path / f"{architecture}-rrt", architecture, norms))
@@ -95,7 +95,7 @@ def test_recursive_loads_and_generates_where_rrtc_is_not(tmp_path):
 
 
 @pytest.mark.slow
-def test_recursive_export_with_report_and_license(tmp_path):
+def test_recursive_export_with_report_and_license(tmp_path, cold):
     source = make_rrt(tmp_path / "rrt")
     (source / "LICENSE").write_text("Apache License\nVersion 2.0, January 2004\n")
     (source / "tokenizer_config.json").unlink()  # old models have none that says much

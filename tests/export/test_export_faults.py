@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm
 import yaml
 from huggingface_hub import ModelCard
 
@@ -35,7 +36,7 @@ def run(*arguments, limit: int | None = None, prefix: tuple = ()) -> subprocess.
     limited = f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))" if limit else "pass"
     code = f"import resource; {limited}; from rrtc.cli.app import main; main()"
     command = [*prefix, sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return (subprocess.run if prefix else warm.run)(command, capture_output=True, text=True)
 
 
 def error_of(result: subprocess.CompletedProcess) -> str:

@@ -75,6 +75,7 @@ except FileNotFoundError:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda file: file.stem)
 def test_a_program_that_checks_exports_cannot_import_rrtc(tmp_path, program):
     assert run_python(UNTIL_ITS_JOB, str(program), cwd=tmp_path).strip() == "rrtc cannot be imported"

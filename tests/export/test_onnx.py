@@ -115,6 +115,7 @@ def test_padding_cache_and_any_length(made):
     compare_padded_greedy(*made[:2])
 
 
+@pytest.mark.slow
 def test_sliding_windows_and_shared_norms(tmp_path):
     source, target = make_rrt(tmp_path / "rrt", "gemma3", "shared", **HYBRID), tmp_path / "out"
     target.mkdir()

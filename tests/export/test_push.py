@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import warm
 import yaml
 from typer.testing import CliRunner
 
@@ -141,8 +142,7 @@ def hub():
 
 
 def python(code: str, *arguments, **environment) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, **environment)
+    return warm.run([sys.executable, "-c", code, *map(str, arguments)], **environment)
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from exports import IDS, logits_of, make_rrt
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
+from warm import cold_run
 
 from rrtc.export import stage
 from rrtc.model import RrtForCausalLM
@@ -36,6 +37,7 @@ USER = """
 import json, os, sys
 sys.modules["rrtc"] = None  # "import rrtc" now fails, installed or not
 import torch
+from warm import cold_run
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
 
@@ -157,7 +159,7 @@ def found(tmp_path_factory) -> Found:
     environment = os.environ | {
         "HF_MODULES_CACHE": str(workplace / "modules"), "HF_HOME": str(workplace / "home"), "OMP_NUM_THREADS": "1",
     }  # fmt: skip
-    done = subprocess.run(
+    done = cold_run(
         [sys.executable, "-P", "-c", USER, json.dumps(job)],
         cwd=workplace, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
     )  # fmt: skip

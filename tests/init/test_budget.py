@@ -58,6 +58,7 @@ def calibrated(dense, tmp_path_factory):
     return model, calibrate(model, streamed, neurons, windows, folder, CPU, lambda windows: None), neurons
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE)
 def test_a_budget_of_one_changes_nothing(dense, tmp_path, architecture):
     init(str(dense(architecture)), str(tmp_path / "out"), small(budget=1.0))
@@ -66,6 +67,7 @@ def test_a_budget_of_one_changes_nothing(dense, tmp_path, architecture):
     assert plan_in(tmp_path / "out").non_embedding == read_architecture(pico_config(architecture)).non_embedding
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama", "phi3", "gpt2", "gemma3", "gpt_neox"])
 @pytest.mark.parametrize("sharing", ["auto", "cycle", "middle_sequence"])
 def test_a_budget_is_met_within_a_per_cent(dense, tmp_path, architecture, sharing):
@@ -81,6 +83,7 @@ def test_a_budget_is_met_within_a_per_cent(dense, tmp_path, architecture, sharin
     assert torch.isfinite(logits(tmp_path / "out")).all()
 
 
+@pytest.mark.slow
 def test_biases_of_untied_matrices_are_the_visits_own_where_norms_are_shared(dense, tmp_path):
     init(str(dense("gpt2")), str(tmp_path / "out"), small(budget=0.8, norms="shared"))
     assert torch.isfinite(logits(tmp_path / "out")).all()
@@ -88,6 +91,7 @@ def test_biases_of_untied_matrices_are_the_visits_own_where_norms_are_shared(den
     assert stored == plan_in(tmp_path / "out").parameters
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama", "phi3", "gpt2", "gemma3"])
 def test_joint_at_full_rank_is_the_dense_model(dense, tmp_path, architecture):
     choices = small(shared_init="joint", sharing="sequence", rank=10_000)
@@ -105,6 +109,7 @@ def test_joint_is_closer_to_the_dense_model_than_average(dense, tmp_path):
     assert far["joint"] < 0.7 * far["average"]
 
 
+@pytest.mark.slow
 def test_targets_in_parameters_and_bytes(dense, tmp_path):
     by_count = init(str(dense("llama")), str(tmp_path / "a"), small(target_params="0.12M"))
     assert 0.99 * 120_000 < by_count["params_total"] <= 120_000
@@ -163,6 +168,7 @@ def test_a_dry_run_under_a_budget_tells_the_size(dense):
     assert told["visits"] is None
 
 
+@pytest.mark.slow
 def test_the_planner_never_does_worse_than_either_parent(calibrated, tmp_path):
     model, calibration, neurons = calibrated
     seen = [calibration.seen(number, model.layer(number, CPU)) for number in range(model.depth)]
@@ -221,6 +227,7 @@ def test_predicted_costs_are_those_of_what_is_written(calibrated):
     assert [(v.layer, v.slot, v.loop) for v in visits] == [(1, 0, 0), (2, 0, 1)]
 
 
+@pytest.mark.slow
 def test_the_order_of_documents_does_not_matter(dense, tmp_path):
     from pydoc_data.topics import topics
 
@@ -307,6 +314,7 @@ def test_a_model_that_computes_infinity_is_refused(tmp_path):
         init(str(folder), str(tmp_path / "out"), small(budget=0.7))
 
 
+@pytest.mark.slow
 def test_calibration_on_the_models_own_text(dense, tmp_path):
     own = small(budget=0.7, calibrate_on=["self"])
     both = small(budget=0.7, calibrate_on=["self", "pydoc"])
@@ -326,6 +334,7 @@ def test_calibration_gathers_what_the_layers_see(calibrated):
     assert seen["mlp.up_proj"].slopes.matrix.dim() == 1 and seen["mlp.down_proj"].slopes.matrix.dim() == 2
 
 
+@pytest.mark.slow
 def test_what_was_chosen_is_in_the_provenance(dense, tmp_path):
     init(str(dense("llama")), str(tmp_path / "out"), small(budget=0.7))
     found = read_provenance(tmp_path / "out")

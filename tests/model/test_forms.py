@@ -9,7 +9,6 @@ import torch
 from exports import IDS, STRANGER, logits_of, run_python
 from mixed_forms import RANKS, mixed, mixed_config, mixed_plan, save_mixed
 from pico import EVERY_ARCHITECTURE, pico_config, pico_model
-from rrtc.export.formats import FORMATS
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
@@ -19,6 +18,7 @@ from rrtc.api import inspect
 from rrtc.cli import tables
 from rrtc.errors import WrongUsage
 from rrtc.export import stage
+from rrtc.export.formats import FORMATS
 from rrtc.model import RrtConfig, RrtForCausalLM
 from rrtc.model.modeling_rrt import RelaxedLinear, find_layers, graft, matrices_of
 from rrtc.patterns import make_plan

@@ -278,6 +278,7 @@ def test_gradients_are_those_of_an_ordinary_backward(name, cases, batches):
         assert difference(torch.cat(found[key]), slope) < 1e-4
 
 
+@pytest.mark.slow
 def test_labels_are_sampled_from_the_models_own_distribution(cases, batches):
     case = cases("llama")
     ids = case.ids[:1, :3].expand(1000, 3)

@@ -171,6 +171,7 @@ def test_weights_of_the_losses(rrt, tmp_path):
     assert step["objective"] == pytest.approx(0.25 * step["loss"] + 3 * step["kl"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16_arithmetic_keeps_float32_weights(rrt, tmp_path):
     job = prepare(rrt, settings(precision="bfloat16").uptrain)
     trainer = DistillationTrainer(job, 2, tmp_path, save=False, callbacks=[])
