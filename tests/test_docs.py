@@ -75,6 +75,7 @@ def test_every_python_block_compiles_and_imports_what_there_is(page):
                     assert hasattr(module, alias.name) or importlib.util.find_spec(f"{node.module}.{alias.name}")
 
 
+@pytest.mark.slow
 def test_the_lines_of_python_in_the_readme_run(tmp_path, monkeypatch, capsys):
     (lines,) = blocks("README.md", "python")
     assert len(lines.splitlines()) <= 10
