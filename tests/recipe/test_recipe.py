@@ -161,19 +161,19 @@ def test_middle_sharings_are_keep_1_by_another_name(sharing, keep, order, kept):
 
 def test_flags_override_the_file_and_those_not_given_do_not(tmp_path):
     section = load(tmp_path, "init: {loops: 3, rank: 8, norms: shared}").init
-    assert with_flags(section, {"loops": None, "rank": None}) is section
-    changed = with_flags(section, {"loops": 2, "rank": "q=4,ffn=2", "keep": None})
+    assert with_flags(section, {"loops": None, "rank": None}, "the command line") is section
+    changed = with_flags(section, {"loops": 2, "rank": "q=4,ffn=2", "keep": None}, "the command line")
     assert changed == InitRecipe(loops=2, rank={"q": 4, "ffn": 2}, norms="shared")
-    assert with_flags(section, {"rank": 0}).rank == 0
+    assert with_flags(section, {"rank": 0}, "the command line").rank == 0
 
 
 def test_flags_are_checked_as_the_file_is():
     with pytest.raises(WrongUsage, match="In the command line, 'rank' is wrong: .* not 'x'."):
-        with_flags(InitRecipe(), {"rank": "q=64,kv=x"})
+        with_flags(InitRecipe(), {"rank": "q=64,kv=x"}, "the command line")
     with pytest.raises(WrongUsage, match="it should be 'recursive', 'dense', 'onnx' or 'gguf'"):
-        with_flags(ExportRecipe(), {"format": "pickle"})
+        with_flags(ExportRecipe(), {"format": "pickle"}, "the command line")
     with pytest.raises(WrongUsage, match="keeps one layer at each end, but keep is 3"):
-        with_flags(InitRecipe(keep=3), {"sharing": "middle_cycle"})
+        with_flags(InitRecipe(keep=3), {"sharing": "middle_cycle"}, "the command line")
 
 
 def test_a_recipe_survives_being_written_down():

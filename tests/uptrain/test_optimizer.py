@@ -250,11 +250,11 @@ def test_cosine(rrt, tmp_path):
 )  # fmt: skip
 def test_bad_values_are_refused(flags, message):
     with pytest.raises(WrongUsage) as refused:
-        with_flags(UptrainRecipe(), flags)
+        with_flags(UptrainRecipe(), flags, "the command line")
     assert message in str(refused.value) and "\n" not in str(refused.value)
 
 
 def test_the_scale_can_be_said_in_a_file(tmp_path):
     (tmp_path / "recipe.yaml").write_text("uptrain: {shared_lr_scale: 0.5}")
-    assert load_recipe(tmp_path / "recipe.yaml").uptrain.shared_lr_scale == 0.5
-    assert with_flags(UptrainRecipe(), {"shared_lr_scale": "0.25"}).shared_lr_scale == 0.25
+    assert load_recipe(str(tmp_path / "recipe.yaml")).uptrain.shared_lr_scale == 0.5
+    assert with_flags(UptrainRecipe(), {"shared_lr_scale": "0.25"}, "the command line").shared_lr_scale == 0.25

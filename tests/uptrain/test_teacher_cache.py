@@ -414,7 +414,11 @@ def test_a_run_that_met_a_wrong_byte_goes_on_without_that_segment(rrt, filled, c
 
 def test_hidden_states_are_not_kept(tmp_path):
     with pytest.raises(WrongUsage, match="keeps no hidden states"):
-        with_flags(UptrainRecipe(), {"teacher_cache": str(tmp_path), "losses": ["hidden=1", "forward_kl=1"]})
+        with_flags(
+            UptrainRecipe(),
+            {"teacher_cache": str(tmp_path), "losses": ["hidden=1", "forward_kl=1"]},
+            "the command line",
+        )
 
 
 def test_a_disk_that_is_too_small(rrt, tmp_path, monkeypatch):
