@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from logging import ERROR, getLogger
 from pathlib import Path
 
 from rich.console import Console
@@ -57,13 +58,17 @@ def quiet_libraries() -> Iterator[None]:
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    offloading = getLogger("accelerate.big_modeling")  # remarks that what was to be read from disk is on disk
+    offloading_level = offloading.level
     logging.disable_progress_bar()
     if "TRANSFORMERS_VERBOSITY" not in os.environ:
         logging.set_verbosity_error()
+        offloading.setLevel(ERROR)
     try:
         yield
     finally:
         logging.set_verbosity(level)
+        offloading.setLevel(offloading_level)
         if bars:
             logging.enable_progress_bar()
 

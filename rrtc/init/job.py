@@ -127,11 +127,11 @@ def prepare(model: str, target: Path, recipe: Recipe) -> Job:
     weights. Raises RrtcError or WrongUsage for everything that would stop the run."""
     source = find_model(model)
     check_target(target, source.folder)
-    architecture = read_architecture(source.config())
+    dense = DenseModel(source, _folds(source, recipe))
+    architecture = read_architecture(dense.config)
     dtype = stored_dtype(source, recipe.init.dtype)
     plan = make_plan(architecture, recipe.init, NUMBER_BYTES[dtype])
     tokenizer = load_tokenizer(source.folder)
-    dense = DenseModel(source, _folds(source, recipe))
     calibration = scoring = None
     if recipe.init.measure_tokens:
         context = longest_context(dense.config, recipe.eval.context)

@@ -20,6 +20,7 @@ from rrtc.init.calibrate import calibrate, layers_done
 from rrtc.init.dtypes import NUMBER_BYTES
 from rrtc.init.job import OWN_TEXT_FILE, Job, prepare, resumable
 from rrtc.init.memory import return_freed_memory
+from rrtc.init.prove import prove
 from rrtc.init.slots import joint_slot, paper_slot, source_layers
 from rrtc.io.dense import DenseModel
 from rrtc.io.folder import only_run, whole_file
@@ -63,6 +64,8 @@ def _init(model: str, target: Path, recipe: Recipe, resume: bool) -> dict:
     job = prepare(model, target, recipe)
     if resume:
         folder.check_same(job.fingerprint())
+    else:
+        prove(job.dense, machine.device())
     folder.check_space(job.disk_bytes())
     with folder.folder(resume, job.fingerprint()) as partial:
         try:

@@ -56,10 +56,8 @@ def read_dense(source: Source) -> Dense:
     from rrtc.stock.architecture import read_architecture
 
     with quiet_libraries():
-        config = source.config()
+        config = DenseModel(source).config if has_weights(source) else source.config()
         architecture = read_architecture(config)
-        if has_weights(source):
-            DenseModel(source)  # checks names and shapes
     dtype = getattr(config, "dtype", None)
     return Dense(architecture, dtype and str(dtype).removeprefix("torch."))
 

@@ -1,5 +1,6 @@
 """A dense model on disk, read layer by layer under the names that its stock class uses."""
 
+import copy
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -7,8 +8,10 @@ from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
+from rrtc.console import note
 from rrtc.errors import RrtcError
 from rrtc.io.source import Source
+from rrtc.io.weights import FLOATS, row_blocks
 from rrtc.stock.architecture import decoder_layers, layers_path, stock_model, transposed_matrices
 from rrtc.tying.norms import Fold, apply_folds
 
@@ -17,7 +20,9 @@ class DenseModel:
     """The layers and other tensors of a dense model, in float32, never more in memory than is asked for. Layers come
     with `folds` done.
 
-    Raises RrtcError where the weights lack a tensor or hold one of another shape than the config says.
+    It is the model that transformers would load: tensors that the config ties and the files hold with other numbers
+    are untied in `config`, which is then another one than the folder's. Raises RrtcError where the weights lack a
+    tensor, or hold one of another shape than the config says, in a quantized format, or in place of a constant.
     """
 
     def __init__(self, source: Source, folds: Sequence[Fold] = ()):
@@ -25,12 +30,18 @@ class DenseModel:
         self.weights = source.weights()
         self.config = source.config()
         self._stock = stock_model(self.config)
+        self._disk_names = self._match_names()
+        if untied := self._untied():
+            self.config = copy.deepcopy(self.config)
+            self.config.tie_word_embeddings = self.config.get_text_config().tie_word_embeddings = False
+            self._stock = stock_model(self.config)
+            note(f"{untied} is stored with numbers of its own, although the config ties it: it is kept so.")
         self.parent, name = layers_path(self._stock)
         self._layers = decoder_layers(self._stock)
         self._layer_prefix = f"{self.parent}.{name}."
-        self._disk_names = self._match_names()
         self._turned = [{f"{path}.weight" for path in transposed_matrices(layer)} for layer in self._layers]
-        self._check_shapes()
+        self._check_tensors()
+        self._check_buffers()
 
     def _match_names(self) -> dict[str, str]:
         """Model name -> name on disk. transformers knows the renamings of older checkpoints; a checkpoint of the bare
@@ -46,20 +57,64 @@ class DenseModel:
                 if candidate in wanted:
                     found[candidate] = on_disk
                     break
+        for target, source in self._stock.get_expanded_tied_weights_keys().items():
+            if source not in found and target in found:  # stored under the other one's name
+                found[source] = found[target]
         return found
 
-    def _check_shapes(self) -> None:
-        tied = self._stock.get_expanded_tied_weights_keys()
+    def _untied(self) -> str | None:
+        """A tensor that the config ties to another one and the files hold with other numbers; None where all agree."""
+        for target, source in self._stock.get_expanded_tied_weights_keys().items():
+            both = [self._disk_names.get(name) for name in (target, source)]
+            if None not in both and both[0] != both[1] and not self._equal(*both):
+                return target
+        return None
+
+    def _equal(self, first: str, second: str) -> bool:
+        """Whether two tensors on disk are the same, looking at some rows at a time."""
+        shape = self.weights.shape(first)
+        return shape == self.weights.shape(second) and all(
+            torch.equal(self.weights.raw(first)[rows], self.weights.raw(second)[rows]) for rows in row_blocks(shape)
+        )
+
+    def _check_tensors(self) -> None:
+        tied, folder = self._stock.get_expanded_tied_weights_keys(), self.weights.folder
         for name, parameter in self._stock.named_parameters(remove_duplicate=False):
             if name in self._disk_names:
-                on_disk = self.weights.shape(self._disk_names[name])
-                if on_disk != list(parameter.shape):
+                on_disk = self._disk_names[name]
+                if self.weights.format(on_disk) not in FLOATS:
                     raise RrtcError(
-                        f"The tensor {name} has shape {on_disk}, but the config asks for {list(parameter.shape)}.",
+                        f"{folder} holds {on_disk} as {self.weights.format(on_disk)}, a quantized format.",
+                        "Use the model in 16 bits.",
+                    )
+                if (shape := self.weights.shape(on_disk)) != list(parameter.shape):
+                    raise RrtcError(
+                        f"The tensor {name} has shape {shape}, but the config asks for {list(parameter.shape)}.",
                         "config.json and the weights do not belong together.",
                     )
             elif name not in tied:
-                raise RrtcError(f"The tensor {name} is missing from {self.weights.folder}.", "Download it again.")
+                raise RrtcError(f"The tensor {name} is missing from {folder}.", self._why_missing(name))
+
+    def _why_missing(self, name: str) -> str:
+        """A hint: what the files hold instead."""
+        module, _, kind = name.rpartition(".")
+        packed = next((o for o in self.weights if o.startswith(f"{module}.") and not o.endswith(".bias")), None)
+        longer = next((other for other in self.weights if other.endswith(f".{name}")), None)
+        if longer is not None:
+            return f"It is there as {longer}: save the model itself, without what it was wrapped in."
+        if kind == "weight" and packed is not None:
+            return f"It is there as {packed}, as quantized models have it: use the model in 16 bits."
+        return "Download it again."
+
+    def _check_buffers(self) -> None:
+        """Raises RrtcError where the files hold a buffer with other numbers than it has by the config: what is streamed
+        has those, and transformers would load these."""
+        stored, made = set(self._stock.state_dict()), dict(self._stock.named_buffers())
+        for name in stored & made.keys() & set(self.weights):
+            if not torch.equal(self.weights.raw(name).to(made[name].dtype), made[name]):
+                raise RrtcError(
+                    f"{self.weights.folder} holds the buffer {name} with numbers that the config does not give."
+                )
 
     def layer(self, number: int, device: torch.device) -> dict[str, Tensor]:
         """The tensors of one decoder layer by their path in it, in float32; matrices as (outputs, inputs)."""

@@ -19,7 +19,7 @@ from rrtc.errors import RrtcError
 from rrtc.io.cache import cache_folder
 from rrtc.io.folder import check_space, whole_folder
 from rrtc.io.license import find_license
-from rrtc.io.provenance import read_provenance
+from rrtc.io.provenance import check_not_quantized, read_provenance
 from rrtc.io.trust import check_folder, check_no_own_code, leads_outside
 from rrtc.io.weights import Weights
 from rrtc.machine import device, scoring_dtype
@@ -45,10 +45,11 @@ class Source:
 
     def config(self):
         """The transformers config of the model. Raises RrtcError where there is none that transformers knows, or where
-        the model is not dense any more."""
+        the model is not dense any more, or quantized."""
         config = read_config(self.folder)
         if config.model_type == "rrt":
             raise RrtcError(f"{self.uri} is compressed already.", "Name the dense model it was made from.")
+        check_not_quantized(self.folder, config)
         return config
 
     def weights(self) -> Weights:

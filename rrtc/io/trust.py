@@ -37,6 +37,11 @@ def check_folder(folder: Path) -> None:
             "Merge it into the model first (PEFT's merge_and_unload), or remove it.",
         )
     config, tokenizer = _json(folder / "config.json"), _json(folder / "tokenizer_config.json")
+    if "configuration_files" in config:
+        raise RrtcError(
+            f"The config of {folder} names configs for other versions (configuration_files), which rrtc does not read.",
+            "Keep the one that this version of transformers should read as config.json, and remove that key from it.",
+        )
     if "transformers_weights" in config:
         raise RrtcError(
             f"The config of {folder} names a weights file of its own (transformers_weights).",

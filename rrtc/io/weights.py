@@ -17,6 +17,7 @@ DTYPES = {
     "F64": "float64", "I64": "int64", "F32": "float32", "I32": "int32", "BF16": "bfloat16", "F16": "float16",
     "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
+FLOATS = ("F64", "F32", "BF16", "F16")
 SAMPLE = 4096  # bytes
 
 
@@ -36,11 +37,18 @@ class Weights:
         for file in self.files:
             header, self._data_starts[file] = _header(file)
             for name, entry in header.items():
+                if name in self._where:
+                    where = f"{self._where[name].name} and {file.name}"
+                    raise RrtcError(f"The tensor {name} is in two files of {self.folder}: {where}.", "Keep one.")
                 if name != "__metadata__":
                     self._where[name], self._headers[name] = file, entry
 
     def _file_names(self) -> list[str]:
+        """The files that transformers would load: of the two that a folder can have, the one that it looks for first,
+        so that a folder which was saved into twice is the same model to both."""
         index = self.folder / "model.safetensors.index.json"
+        if (self.folder / "model.safetensors").exists():
+            return ["model.safetensors"]
         if index.exists():
             try:
                 names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -55,13 +63,14 @@ class Weights:
                     f"The weights file {missing[0]} is missing from {self.folder}.", "Download the model again."
                 )
             return names
-        if (self.folder / "model.safetensors").exists():
-            return ["model.safetensors"]
-        shards = [p.name for p in self.folder.glob("*.safetensors")]
-        if shards and not any(re.search(r"-\d+-of-\d+", name) for name in shards):
-            return shards
-        if shards:
+        others = sorted(p.name for p in self.folder.glob("*.safetensors"))
+        if any(re.search(r"-\d+-of-\d+", name) for name in others):
             raise RrtcError(f"{self.folder} holds shards but no model.safetensors.index.json.", "Download it again.")
+        if others:
+            raise RrtcError(
+                f"{self.folder} holds {others[0]}, which transformers does not look for.",
+                "Call the file with the model's weights model.safetensors.",
+            )
         pickles = [*self.folder.glob("*.bin"), *self.folder.glob("*.pt")]
         if pickles:
             raise RrtcError(
@@ -85,6 +94,10 @@ class Weights:
         """How many numbers there are."""
         return sum(math.prod(self.shape(name)) for name in self)
 
+    def format(self, name: str) -> str:
+        """The number format of the tensor `name` as safetensors calls it, such as BF16."""
+        return self._headers[name]["dtype"]
+
     def shape(self, name: str) -> list[int]:
         return self._headers[name]["shape"]
 
@@ -95,7 +108,7 @@ class Weights:
         for entry in self._headers.values():
             counts[entry["dtype"]] = counts.get(entry["dtype"], 0) + math.prod(entry["shape"])
         most = max(counts, key=counts.__getitem__)
-        if most not in ("F64", "F32", "F16", "BF16"):
+        if most not in FLOATS:
             raise RrtcError(f"{self.folder} holds its weights as {most}, a quantized format.", "Use the 16-bit model.")
         return DTYPES[most]
 

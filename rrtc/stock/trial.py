@@ -9,7 +9,7 @@ from torch.func import functional_call
 from transformers import PreTrainedConfig
 
 from rrtc.model.modeling_rrt import matrices_of, matrix_shape
-from rrtc.stock.architecture import stock_model
+from rrtc.stock.architecture import stock_model, transposed_matrices
 from rrtc.stock.parts import Parts, watching
 from rrtc.tying.neurons import Neurons, reordered
 from rrtc.tying.norms import Fold, apply_folds
@@ -27,6 +27,9 @@ class Trial:
         stock = stock_model(config)
         self.parts = Parts(stock, torch.device("cpu"))
         self.layer = self.parts.layers[0]
+        for path in transposed_matrices(self.layer):  # as in the recursive model: these would keep their width
+            inputs, outputs = matrix_shape(self.layer.get_submodule(path))
+            self.layer.set_submodule(path, nn.Linear(inputs, outputs, device="meta"))
         generator = torch.Generator().manual_seed(0)
 
         def drawn(*shape: int) -> Tensor:
@@ -40,10 +43,7 @@ class Trial:
         for module in stock.base_model.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 if module in inside:
-                    path = inside[module]
-                    turned = path in self.parts.transposed[0] and name == "weight"
-                    shape = parameter.shape[::-1] if turned else parameter.shape
-                    self.tensors[f"{path}.{name}".removeprefix(".")] = drawn(*shape)
+                    self.tensors[f"{inside[module]}.{name}".removeprefix(".")] = drawn(*parameter.shape)
                 elif module not in others:
                     setattr(module, name, nn.Parameter(drawn(*parameter.shape), requires_grad=False))
         self.states = torch.randn(1, TRIAL_TOKENS, config.get_text_config().hidden_size, generator=generator)

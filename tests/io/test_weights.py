@@ -59,9 +59,10 @@ def test_shards_are_read_as_one(tmp_path):
     assert weights.bytes_on_disk == sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
 
 
-def test_a_single_file_of_another_name_is_found(tmp_path):
+def test_a_file_that_transformers_does_not_look_for_is_refused(tmp_path):
     save_file(TENSORS, tmp_path / "pytorch_model.safetensors")
-    assert set(Weights(tmp_path)) == set(TENSORS)
+    with pytest.raises(RrtcError, match=r"holds pytorch_model\.safetensors, which transformers does not look for"):
+        Weights(tmp_path)
 
 
 def test_the_number_format_is_that_of_most_parameters(tmp_path):

@@ -1,0 +1,48 @@
+"""The proof, before any work, that the model that is read layer by layer is the one that transformers loads."""
+
+import tempfile
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from rrtc.console import quiet_libraries
+from rrtc.errors import RrtcError
+from rrtc.io.dense import DenseModel
+from rrtc.stock.streamed import StreamedModel
+from rrtc.text.windows import longest_context
+
+TOKENS = 48
+TOLERANCE = 1e-4  # of the loss: both are float32, and norms that are folded round otherwise
+
+
+def prove(dense: DenseModel, device: torch.device) -> None:
+    """Raises RrtcError where the loss of `dense`, streamed, on one window of fixed token ids is not that of the model
+    which from_pretrained makes of its folder. That one is read from disk too, matrix by matrix, as it computes."""
+    vocabulary = dense.config.get_text_config().vocab_size
+    ids = (torch.arange(longest_context(dense.config, TOKENS)) * 7919 % vocabulary)[None]
+    model = StreamedModel(dense.config, dense.raw, device)
+    states = model.embed(ids)
+    for number in range(dense.depth):
+        model.run_layer(number, dense.layer(number, device), states)
+    streamed = model.loss(states, ids)
+    with tempfile.TemporaryDirectory(prefix="rrtc-prove-") as scratch, quiet_libraries():
+        try:
+            # accelerate asks for the folder, and writes nothing into it where the weights are safetensors already.
+            loaded = _loss(dense, ids, device_map={"": "disk"}, offload_folder=scratch)
+        except KeyError:  # transformers does not find a tied table on disk that is stored under its other name
+            loaded = _loss(dense, ids)
+    if not abs(streamed - loaded) <= TOLERANCE * max(1.0, loaded):
+        raise RrtcError(
+            f"rrtc reads the model in {dense.weights.folder} otherwise than transformers does: on the same tokens its "
+            f"loss is {streamed:.4f}, and should be {loaded:.4f}.",
+            "This is a fault in rrtc: please report it with the model's config.",
+        )
+
+
+@torch.inference_mode()
+def _loss(dense: DenseModel, ids: torch.Tensor, **placed) -> float:
+    """The loss of the model that from_pretrained makes."""
+    safe = {"use_safetensors": True, "trust_remote_code": False}
+    model = AutoModelForCausalLM.from_pretrained(dense.weights.folder, dtype=torch.float32, **safe, **placed).eval()
+    logits = model(ids, use_cache=False).logits[0, :-1].float()
+    return torch.nn.functional.cross_entropy(logits, ids[0, 1:]).item()
