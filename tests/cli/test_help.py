@@ -12,7 +12,7 @@ from rrtc.cli.flags import COMMON, WORDS
 from rrtc.recipe.schema import Recipe
 
 PARTS = ("init", "uptrain", "eval", "export")
-COMMANDS = {name: command for name, command in typer.main.get_command(app).commands.items()}
+COMMANDS = typer.main.get_command(app).commands
 
 
 def help_of(*command: str) -> str:

@@ -90,8 +90,17 @@ def test_errors_that_flags_or_the_recipe_alone_decide(dense, rrt, tmp_path):
 @pytest.mark.slow
 def test_the_first_word_comes_before_torch(dense, tmp_path):
     """What is on its way is said by the line before the import."""
-    code = f"import sys, rrtc.console as c\nc.notes_shown\nbefore = c.note\ndef note(text):\n    before(text)\n    {REPORT}\n"
-    code += "    raise SystemExit(0)\nimport rrtc.api\nrrtc.api.note = note\nfrom rrtc.cli.app import main\nmain()"
+    code = f"""
+import sys, rrtc.api
+from rrtc.cli.app import main
+before = rrtc.api.note
+def note(text):
+    before(text)
+    {REPORT}
+    raise SystemExit(0)
+rrtc.api.note = note
+main()
+"""
     for arguments in (["init", dense("llama"), "--dry-run"], ["init", dense("llama"), "-o", tmp_path / "out"]):
         said = python(code, *arguments).stderr.splitlines()
         assert said == [f"Reading {dense('llama')}", "HEAVY []"]
