@@ -23,8 +23,10 @@ PAGES = {
     str(file.relative_to(ROOT)): file.read_text(encoding="utf8")
     for file in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 }
-COMMANDS = typer.main.get_command(app).commands
-FLAGS = {flag for command in COMMANDS.values() for one in command.params for flag in (*one.opts, *one.secondary_opts)}
+GROUP = typer.main.get_command(app)
+COMMANDS = GROUP.commands
+PARAMETERS = [one for command in (GROUP, *COMMANDS.values()) for one in command.params]
+FLAGS = {flag for one in PARAMETERS for flag in (*one.opts, *one.secondary_opts)}
 OTHERS_FLAGS = {"--help", "--no-deps", "--target", "--dist"}  # of every command, pip and pytest
 TEXT = "\n\n\n".join(f"Chapter {n}. It was the {n}th of May, and the rain had not stopped. " * 30 for n in range(40))
 
