@@ -19,7 +19,7 @@ from rrtc import console
 from rrtc.export.formats import FORMATS
 from rrtc.export.quantize import BITS, quantize
 from rrtc.io.folder import copy_companions
-from rrtc.io.source import load_tokenizer
+from rrtc.io.source import load_tokenizer, read_config
 from rrtc.io.weights import Weights
 from rrtc.recipe.export import ExportRecipe
 from rrtc.text.calibration import calibration_windows
@@ -42,10 +42,12 @@ def main() -> None:
     if set(args.score_on) & set(args.calibrate_on):
         parser.error("a text to score on is also calibrated on")
     tokenizer = load_tokenizer(args.dense)
-    calibration = calibration_windows(ExportRecipe(calibrate_on=args.calibrate_on), tokenizer, CONTEXT)
-    texts = [
-        pack(beginning(t, "text", args.score_tokens), tokenizer, CONTEXT, args.score_tokens) for t in args.score_on
-    ]
+    vocabulary = read_config(args.dense).get_text_config().vocab_size
+    calibration = calibration_windows(ExportRecipe(calibrate_on=args.calibrate_on), tokenizer, vocabulary, CONTEXT)
+    texts = []
+    for source in args.score_on:
+        found = beginning(source, "text", tokenizer, args.score_tokens)
+        texts.append(pack(found, tokenizer, vocabulary, CONTEXT, args.score_tokens))
     scored = Windows(torch.cat([t.ids for t in texts]), sum(t.bytes_per_token for t in texts) / len(texts))
 
     table = Table("model", "size", "plain", "rounded to nearest", "as written", "size", "lost")

@@ -24,7 +24,8 @@ def scores(recipe: Recipe, folder: Path) -> dict:
     """`losses` in nats a token by text, and `params_non_embedding`; `tokens` scored in all, and `threads` used."""
     dense = find_model(recipe.model)
     context = longest_context(dense.config(), recipe.eval.context)
-    texts = scoring_texts(recipe, load_tokenizer(dense.folder), context, recipe.eval.tokens)
+    vocabulary = dense.config().get_text_config().vocab_size
+    texts = scoring_texts(recipe, load_tokenizer(dense.folder), vocabulary, context, recipe.eval.tokens)
     config = read_config(folder)
     counted = read_plan(config) if isinstance(config, RrtConfig) else read_architecture(config)
     model = load_for_scoring(folder)

@@ -26,7 +26,8 @@ def main(recipe_file: str, output: Path) -> None:
     source = find_model(recipe.model)
     dense, architecture = DenseModel(source), read_architecture(source.config())
     context = longest_context(source.config(), recipe.eval.context)
-    text = calibration_windows(recipe.init, load_tokenizer(source.folder), context)
+    vocabulary = source.config().get_text_config().vocab_size
+    text = calibration_windows(recipe.init, load_tokenizer(source.folder), vocabulary, context)
     plan = low_rank_plan(architecture, int(recipe.init.budget * architecture.non_embedding))
     with whole_folder(output) as folder:
         write_low_rank(dense, plan, text, dense.weights.dtype, folder)

@@ -50,7 +50,7 @@ from rrtc.results import (
     RunResult,
     UptrainResult,
 )
-from rrtc.text.sources import documents
+from rrtc.text.sources import check_source
 from rrtc.units import parse_count, parse_size
 from rrtc.uptrain.checks import check_recipe
 
@@ -408,7 +408,7 @@ def _check_recipe(recipe: Recipe) -> None:
     )  # fmt: skip
     for part, sources in texts:
         for source in sources:
-            next(documents(source, part.text_field))
+            check_source(source, part.text_field)
 
 
 def _check_models(recipe: Recipe) -> None:

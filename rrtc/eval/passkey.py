@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from rrtc.errors import WrongUsage
-from rrtc.text.windows import begin_and_end
+from rrtc.text.tokens import begin_and_end
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)  # where the key is hidden: 0 is before all of the filler, 1 after it
 # The wording matters more to a small model than the distance: with the key said twice, or asked for by a question,

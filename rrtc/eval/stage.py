@@ -76,7 +76,7 @@ def evaluate(
     config = read_config(paths[0])
     context = longest_context(config, recipe.eval.context)
     held_out = _held_out_of_their_training(recipe, paths, provenances)
-    texts = scoring_texts(held_out, tokenizer, context, recipe.eval.tokens)
+    texts = scoring_texts(held_out, tokenizer, config.get_text_config().vocab_size, context, recipe.eval.tokens)
     tasks, not_run = find_tasks(recipe.eval) if recipe.eval.tasks else ([], [])
     probes, too_long = _probes(recipe.eval, tokenizer, config)
     not_run += too_long

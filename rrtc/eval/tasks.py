@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from rrtc.errors import RrtcError, WrongUsage
 from rrtc.recipe.eval import EvalRecipe
-from rrtc.text.windows import begin_and_end
+from rrtc.text.tokens import begin_and_end
 
 if TYPE_CHECKING:
     import numpy as np

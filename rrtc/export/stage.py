@@ -143,8 +143,9 @@ def _texts_to_quantize_by(recipe: Recipe, provenance: dict, source: Path, config
         field = made["uptrain" if trained else "init"]["text_field"]
         wanted = wanted.model_copy(update={"calibrate_on": readable(named), "text_field": field})
     tokenizer, context = load_tokenizer(source), longest_context(config.base_config, wanted.calibrate_context)
-    held_out = held_out_windows(wanted.calibrate_on, wanted.text_field, tokenizer, context, MEASURED_TOKENS)
-    return calibration_windows(wanted, tokenizer, context), held_out
+    rows, field = config.vocab_size, wanted.text_field
+    held_out = held_out_windows(wanted.calibrate_on, field, tokenizer, rows, context, MEASURED_TOKENS)
+    return calibration_windows(wanted, tokenizer, rows, context), held_out
 
 
 def _files(folder: Path) -> list[str]:

@@ -103,7 +103,7 @@ def _calibration_text(folder: Path, source: Source) -> Tensor:
     recipe = InitRecipe(**said if asked["shared_init"] == "joint" else {})
     context = longest_context(source.config(), recipe.calibrate_context)
     try:
-        ids = calibration_windows(recipe, tokenizer, context)
+        ids = calibration_windows(recipe, tokenizer, source.config().get_text_config().vocab_size, context)
     except RrtcError as error:
         raise RrtcError(error.sentence, f"The baselines need the text that {folder} was calibrated on.") from error
     own = own_windows(recipe, context)

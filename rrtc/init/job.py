@@ -133,12 +133,14 @@ def prepare(model: str, target: Path, recipe: Recipe) -> Job:
     plan = make_plan(architecture, recipe.init, NUMBER_BYTES[dtype])
     tokenizer = load_tokenizer(source.folder)
     calibration = scoring = None
+    vocabulary = dense.config.get_text_config().vocab_size
     if recipe.init.measure_tokens:
         context = longest_context(dense.config, recipe.eval.context)
-        scoring = next(iter(scoring_texts(recipe, tokenizer, context, recipe.init.measure_tokens).values()))
+        texts = scoring_texts(recipe, tokenizer, vocabulary, context, recipe.init.measure_tokens)
+        scoring = next(iter(texts.values()))
     context = longest_context(dense.config, recipe.init.calibrate_context)
     if recipe.init.start == "joint":
-        calibration = calibration_windows(recipe.init, tokenizer, context)
+        calibration = calibration_windows(recipe.init, tokenizer, vocabulary, context)
     own, work = own_windows(recipe.init, context), partial_of(target) / WORK
     if own and calibration is not None and not (work / OWN_TEXT_FILE).exists():
         check_writer_fits(architecture.parameters)

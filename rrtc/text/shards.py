@@ -4,11 +4,12 @@ A shard is a folder in rrtc's cache, named by a hash of what its tokens depend o
 
     ids.bin      the tokens of its documents, an end-of-text token after each of them: uint16 or uint32
     offsets.bin  where in it each document begins, and where the last one ends: int64
-    about.json   what it is, and whether it is all that the source has
+    about.json   what it is, whether it is all that the source has, and hashes of the two others
 
-It is built beside its place and renamed when it is whole. Of processes that come for it at once, one writes and the
-others wait. A source is read only as far as a run needs it; a later run that needs more writes the shard anew. What a
-run sees does not depend on how much was there before: `Shard.beginning`.
+It is built beside its place and renamed when it is whole, and made again where its files are not what about.json says.
+Of processes that come for it at once, one writes and the others wait. A source is read only as far as a run needs it; a
+later run that needs more writes the shard anew. What a run sees does not depend on how much was there before:
+`Shard.beginning`.
 """
 
 import hashlib
@@ -29,13 +30,13 @@ from rrtc.io.folder import partial_of, whole_folder
 from rrtc.io.source import Source, content_hash
 from rrtc.text.own import AT_ONCE, own_text
 from rrtc.text.sources import FEW, HELD_OUT_OF, cut, documents, source_fingerprint, training_documents
-from rrtc.text.windows import begin_and_end
+from rrtc.text.tokens import begin_and_end, encoded, tokenizer_fingerprint
 from rrtc.units import count
 
 LONGEST = 1_000_000  # characters of a document: a longer one is cut, and each piece counts as a document
 CHARACTERS_AT_ONCE = 1_000_000  # are given to the tokenizer, which spreads documents over the cores
 SAMPLE = 1_000_000  # tokens at each end of a shard that its hash looks at
-VERSION = 1  # of the files
+VERSION = 2  # of the files, and of how documents become tokens
 
 
 @dataclass(frozen=True)
@@ -72,22 +73,23 @@ class Shard:
         return digest.hexdigest()
 
 
-def text_shard(source: str, text_field: str, tokenizer, tokens: int, group: PartialState) -> Shard:
+def text_shard(source: str, text_field: str, tokenizer, vocabulary: int, tokens: int, group: PartialState) -> Shard:
     """The documents of `source` that may be trained on, from its start: `tokens` tokens or a little more, or all there
-    are. Every process of `group` calls this.
+    are. vocabulary: how many tokens the model has embeddings of. Every process of `group` calls this.
 
-    Raises RrtcError as `documents` does.
+    Raises RrtcError as `documents` and `encoded` do.
     """
     made_from = {
         "text": source_fingerprint(source),
         "text_field": text_field,
-        "tokenizer": _tokenizer_fingerprint(tokenizer),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "vocabulary": vocabulary,
         "held out": [HELD_OUT_OF, FEW],
         "longest": LONGEST,
     }
-    texts = (piece for text in training_documents(documents(source, text_field)) for piece in cut(text, LONGEST))
-    found = _tokenized(texts, tokenizer, f"Tokenizing {source}", tokens)
-    vocabulary = max(tokenizer.get_vocab().values()) + 1
+    whole = training_documents(documents(source, text_field, tokenizer))
+    texts = (piece for text in whole for piece in cut(text, LONGEST))
+    found = _tokenized(texts, tokenizer, vocabulary, f"Tokenizing {source}", tokens)
     return _shard(f"The text {source} is tokenized already", made_from, tokens, vocabulary, found, group)
 
 
@@ -116,14 +118,13 @@ def own_shard(teacher: Source, tokenizer, windows: int, context: int, seed: int,
     return _shard(f"Text by {teacher.uri} is written already", made_from, tokens, vocabulary, found(), group)
 
 
-def _tokenized(texts: Iterable[str], tokenizer, title: str, total: int) -> Iterator[list[int]]:
+def _tokenized(texts: Iterable[str], tokenizer, vocabulary: int, title: str, total: int) -> Iterator[list[int]]:
     """The token ids of each text, and an end-of-text token."""
-    _, end = begin_and_end(tokenizer)
     with progress(title, total) as advance:
         for batch in _batches(texts):
-            for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
-                yield ids + end
-                advance(len(ids + end))
+            for ids, _ in encoded(batch, tokenizer, vocabulary):
+                yield ids
+                advance(len(ids))
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
@@ -136,11 +137,6 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
             batch, characters = [], 0
     if batch:
         yield batch
-
-
-def _tokenizer_fingerprint(tokenizer) -> str:
-    begin, end = begin_and_end(tokenizer)  # calls the tokenizer, which clears what an earlier call may have left in it
-    return hashlib.sha256(f"{begin} {end} {tokenizer.backend_tokenizer.to_str()}".encode()).hexdigest()
 
 
 def _shard(
@@ -157,14 +153,14 @@ def _shard(
             note(f"{cached}: {count(shard.tokens)} tokens in {folder}")
             return shard.beginning(tokens)
         shutil.rmtree(partial_of(folder), ignore_errors=True)
-        if shard is not None:
+        if folder.exists():
             folder.rename(partial_of(folder))  # for whole_folder to remove: a kill meanwhile leaves half of it there
         with whole_folder(folder) as partial, closing(found):
             dtype = "uint16" if vocabulary <= 2**16 else "uint32"
             complete = _write(partial, found, dtype, tokens)
-            about = {"complete": complete, "dtype": dtype, "made_from": made_from}
+            about = {"complete": complete, "dtype": dtype, "sha256": _hashes(partial), "made_from": made_from}
             (partial / "about.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf8")
-        return _read(folder).beginning(tokens)
+        return _opened(folder, about).beginning(tokens)
 
 
 @contextmanager
@@ -195,10 +191,28 @@ def _write(folder: Path, found: Iterable[Sequence[int]], dtype: str, tokens: int
 
 
 def _read(folder: Path) -> Shard | None:
-    """The shard in `folder`; None where there is none."""
+    """The shard in `folder`; None where there is none, or one that is damaged, which a note says."""
     if not folder.exists():
         return None
-    about = json.loads((folder / "about.json").read_text(encoding="utf8"))
+    try:
+        about = json.loads((folder / "about.json").read_text(encoding="utf8"))
+        if about["sha256"] == _hashes(folder):
+            return _opened(folder, about)
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        pass  # whatever else it says, it is not what was written
+    note(f"The tokens in {folder} are damaged, and are made again.")
+    return None
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    found = {}
+    for name in ("ids.bin", "offsets.bin"):
+        with open(folder / name, "rb") as stream:
+            found[name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return found
+
+
+def _opened(folder: Path, about: dict) -> Shard:
     ids, offsets = _mapped(folder / "ids.bin", about["dtype"]), _mapped(folder / "offsets.bin", "int64")
     return Shard(folder.name, ids, offsets, about["complete"])
 

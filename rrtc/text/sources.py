@@ -1,57 +1,63 @@
-"""Text sources: from the name of a source to its documents, and which of them are held out."""
+"""Text sources: from the name of a source to its documents, and which of them are held out.
+
+A source is `pydoc` (the language reference that Python ships), a file, a folder of files, or the name of a dataset that
+the `datasets` library can load. Files are read by rrtc/text/files.py, rows of data by rrtc/text/rows.py.
+"""
 
 import hashlib
 import itertools
-import json
 import re
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 from rrtc.errors import RrtcError
 from rrtc.recipe.section import BUILT_IN_TEXT
+from rrtc.text.files import files_in, kind, local_path, texts_in
+from rrtc.text.rows import Conversation, row_text, written_out
 
 HELD_OUT_OF = 10  # a document, or a character, of so many is held out
 FEW = 100  # documents: of fewer, a part of each is held out
 CHARACTERS_PER_TOKEN = 32  # more than any tokenizer puts into one on average
-CHARACTERS_AT_ONCE = 1_000_000  # of a plain file
-SUFFIXES = (".txt", ".jsonl", ".parquet")
 
 
-def documents(source: str, text_field: str = "text") -> Iterator[str]:
-    """The documents of one source, in its own order.
+def documents(source: str, text_field: str, tokenizer) -> Iterator[str]:
+    """The documents of one source, in its own order. A conversation is one, as the chat template of `tokenizer` writes
+    it out.
 
-    Raises RrtcError for a source that does not exist, is empty, or has no field of that name.
+    Raises RrtcError for a source that does not exist, is empty, or has no field of that name, and for conversations
+    that the tokenizer has no template for.
     """
+    for found in _found(source, text_field):
+        text = found if isinstance(found, str) else written_out(found, tokenizer, source)
+        # JSON can spell half a surrogate pair, which is no text.
+        yield text.encode("utf8", "replace").decode()
+
+
+def check_source(source: str, text_field: str) -> None:
+    """Raises RrtcError as `documents` does before the first one, but for what takes a tokenizer to tell."""
+    next(_found(source, text_field))
+
+
+def _found(source: str, text_field: str) -> Iterator[str | Conversation]:
+    """What is in a source and is not empty."""
     empty = True
-    for text in _documents(source, text_field):
-        if text.strip():
+    for found in _everything(source, text_field):
+        if found.strip() if isinstance(found, str) else found:
             empty = False
-            yield text
+            yield found
     if empty:
         raise RrtcError(f"The text {source} is empty.")
 
 
-def _documents(source: str, text_field: str) -> Iterator[str]:
+def _everything(source: str, text_field: str) -> Iterator[str | Conversation]:
     if source == BUILT_IN_TEXT:
         yield from _built_in()
         return
-    path = Path(source)
-    if path.exists():
-        for file in _files(path):
-            yield from _from_file(file, text_field)
-    elif path.suffix in SUFFIXES or source.startswith((".", "/", "~")):
-        raise RrtcError(f"There is no text at {source}.")
-    else:
+    path = local_path(source)
+    if path is None:
         yield from _from_datasets(source, text_field)
-
-
-def _files(path: Path) -> list[Path]:
-    if not path.is_dir():
-        return [path]
-    files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
-    if not files:
-        raise RrtcError(f"The folder {path} holds no text.", f"rrtc reads {', '.join(SUFFIXES)}.")
-    return files
+        return
+    for file in files_in(path):
+        yield from texts_in(file, text_field)
 
 
 def source_fingerprint(source: str) -> list:
@@ -59,12 +65,12 @@ def source_fingerprint(source: str) -> list:
     name alone."""
     if source == BUILT_IN_TEXT:
         return [hashlib.sha256("\0".join(_built_in()).encode()).hexdigest()]
-    if not Path(source).exists():
+    path, found = local_path(source), []
+    if path is None:
         return [source]
-    found = []
-    for file in _files(Path(source)):
+    for file in files_in(path):
         with open(file, "rb") as stream:
-            found.append([file.suffix, hashlib.file_digest(stream, "sha256").hexdigest()])
+            found.append([*kind(file), hashlib.file_digest(stream, "sha256").hexdigest()])
     return found
 
 
@@ -79,63 +85,14 @@ def _built_in() -> list[str]:
     ]
 
 
-def _from_file(file: Path, text_field: str) -> Iterator[str]:
-    readers = {".jsonl": _from_jsonl, ".parquet": _from_parquet}
-    try:
-        yield from readers.get(file.suffix, _from_plain)(file, text_field)
-    except UnicodeDecodeError as error:
-        raise RrtcError(f"The text {file} is not UTF-8.") from error
-
-
-def _from_plain(file: Path, text_field: str) -> Iterator[str]:
-    with open(file, encoding="utf8") as stream:
-        rest = ""
-        # A document that is longer than a piece makes the pieces longer, or it would be copied once for each of them.
-        while piece := stream.read(max(CHARACTERS_AT_ONCE, len(rest))):
-            *found, rest = (rest + piece).split("\n\n\n")
-            yield from found
-        yield rest
-
-
-def _from_jsonl(file: Path, text_field: str) -> Iterator[str]:
-    with open(file, encoding="utf8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise RrtcError(f"Line {number} of {file} is not JSON.") from error
-            # JSON can spell half a surrogate pair, which is no text.
-            yield _field(row, text_field, str(file)).encode("utf8", "replace").decode()
-
-
-def _from_parquet(file: Path, text_field: str) -> Iterator[str]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.ParquetFile(file)
-    except pyarrow.ArrowInvalid as error:
-        raise RrtcError(f"{file} is not a parquet file, or is damaged.") from error
-    fields = table.schema_arrow.names
-    if text_field not in fields:
-        raise _no_field(text_field, str(file), fields)
-    for batch in table.iter_batches(columns=[text_field]):
-        for text in batch.column(0).to_pylist():
-            if not isinstance(text, str | None):
-                raise _no_field(text_field, str(file), fields)
-            yield text or ""
-
-
-def _from_datasets(name: str, text_field: str) -> Iterator[str]:
+def _from_datasets(name: str, text_field: str) -> Iterator[str | Conversation]:
     from datasets import load_dataset
 
     (path, _, config), read = name.partition(":"), 0
     try:
         rows = load_dataset(path, config or None, split="train", streaming=True)
         for row in rows:
-            yield _field(row, text_field, name)
+            yield row_text(row, text_field, name)
             read += 1
     except RrtcError:
         raise
@@ -148,27 +105,15 @@ def _from_datasets(name: str, text_field: str) -> Iterator[str]:
             ) from error
         raise RrtcError(
             f"There is no file or folder {name}, and no dataset of that name could be loaded: {reason}.",
-            "Name a .txt, .jsonl or .parquet file, or 'pydoc' for the text that Python ships.",
+            "Name a file (.txt, .jsonl, .json, .csv, .parquet), or 'pydoc' for the text that Python ships.",
         ) from error
 
 
-def _field(row: dict, name: str, source: str) -> str:
-    """The text in a row; "" where the row says that it has none."""
-    if not isinstance(row, dict) or not isinstance(row.get(name, 0), str | None):
-        raise _no_field(name, source, row.keys() if isinstance(row, dict) else [])
-    return row[name] or ""
-
-
-def _no_field(name: str, source: str, fields) -> RrtcError:
-    found = f"Its fields are {', '.join(map(str, fields))}; see text_field." if fields else "Its rows have no fields."
-    return RrtcError(f"{source} has no text field '{name}'.", found)
-
-
-def beginning(source: str, text_field: str, tokens: int) -> list[str]:
+def beginning(source: str, text_field: str, tokenizer, tokens: int) -> list[str]:
     """Documents of one source, from its start, that hold at least `tokens` tokens in any tokenizer we know of, or all
     there are. A source can be larger than memory, and text that will not be used would only cost time."""
     found, characters = [], 0
-    for document in documents(source, text_field):
+    for document in documents(source, text_field, tokenizer):
         found.append(document)
         characters += len(document)
         # With at least FEW documents, what is held out does not depend on how many more there are.

@@ -1,8 +1,6 @@
-"""Text: from the names of sources to packed windows of tokens.
+"""Windows of tokens: documents packed one after the other, and the windows that a model is scored on.
 
-A source is `pydoc` (the language reference that Python ships), a .txt, .jsonl or .parquet file, a folder of them, or
-the name of a dataset that the `datasets` library can load. Documents in a .txt file are separated by two empty lines.
-A tenth is held out: training never sees it and evaluation scores on it.
+Of all text that training is given, a tenth is held out: training never sees it and evaluation scores on it.
 """
 
 import math
@@ -15,6 +13,7 @@ from rrtc.errors import RrtcError
 from rrtc.recipe.schema import Recipe
 from rrtc.recipe.section import BUILT_IN_TEXT, OWN_TEXT
 from rrtc.text.sources import CHARACTERS_PER_TOKEN, HELD_OUT_OF, beginning, split
+from rrtc.text.tokens import begin_and_end, encoded
 
 if TYPE_CHECKING:
     import torch
@@ -29,37 +28,26 @@ class Windows:
     bytes_per_token: float
 
 
-def begin_and_end(tokenizer) -> tuple[list[int], list[int]]:
-    """(the token that the tokenizer begins every text with, the end-of-text token); [] for one that there is not."""
-    always = tokenizer("")["input_ids"]
-    begin = always[:1] if always[:1] == [tokenizer.bos_token_id] else []
-    return begin, [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-
-
-def pack(texts: Iterable[str], tokenizer, context: int, limit: int | None = None) -> Windows:
+def pack(texts: Iterable[str], tokenizer, vocabulary: int, context: int, limit: int | None = None) -> Windows:
     """Documents as windows of `context` tokens, packed without padding, an end-of-text token after each document.
 
     Where the tokenizer begins every text with a token (Gemma's <bos>, without which it is lost), every window begins
-    with it. limit: stop after so many tokens, rounded up to whole windows. Raises RrtcError where the text does not
-    fill a window.
+    with it. limit: stop after so many tokens, rounded up to whole windows. vocabulary: how many tokens the model has
+    embeddings of. Raises RrtcError where the text does not fill a window, and as `encoded` does.
     """
     import torch
 
-    beginning_token, separator = begin_and_end(tokenizer)
+    beginning_token, _ = begin_and_end(tokenizer)
     width = context - len(beginning_token)  # tokens of text in a window
     wanted = math.inf if limit is None else max(1, -(-limit // context)) * width
     ids: list[int] = []
-    sizes: list[int] = []  # UTF-8 bytes of each token
+    sizes: list[float] = []  # UTF-8 bytes of each token
     for text in texts:
         if wanted < math.inf:
             text = text[: CHARACTERS_PER_TOKEN * (wanted - len(ids))]  # no more of a long document than will be used
-        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        ids += [*encoded["input_ids"], *separator]
-        end = 0
-        for _, stop in encoded["offset_mapping"]:  # a character can take several tokens, which all have its end
-            sizes.append(len(text[end:stop].encode()))
-            end = max(end, stop)
-        sizes += [0] * len(separator)
+        for tokens, lengths in encoded([text], tokenizer, vocabulary, sizes=True):
+            ids += tokens
+            sizes += lengths
         if len(ids) >= wanted:
             break
     windows = min(len(ids), wanted) // width
@@ -79,7 +67,7 @@ def longest_context(config, wanted: int) -> int:
     return min(wanted, getattr(config.get_text_config(), "max_position_embeddings", None) or wanted)
 
 
-def scoring_texts(recipe: Recipe, tokenizer, context: int, limit: int) -> dict[str, Windows]:
+def scoring_texts(recipe: Recipe, tokenizer, vocabulary: int, context: int, limit: int) -> dict[str, Windows]:
     """What a model is scored on, by name: the recipe's eval texts, whole, or else what training holds out of its data.
 
     `limit` tokens of each at most, rounded up to whole windows. Of text that the teacher writes nothing is held out: a
@@ -90,10 +78,13 @@ def scoring_texts(recipe: Recipe, tokenizer, context: int, limit: int) -> dict[s
         field = recipe.eval.text_field
         short = [Path(source).name for source in recipe.eval.text]
         return {
-            name if short.count(name) == 1 else source: pack(beginning(source, field, limit), tokenizer, context, limit)
+            name if short.count(name) == 1 else source: pack(
+                beginning(source, field, tokenizer, limit), tokenizer, vocabulary, context, limit
+            )
             for name, source in zip(short, recipe.eval.text, strict=True)
         }
-    return {"held out": held_out_windows(recipe.uptrain.data, recipe.uptrain.text_field, tokenizer, context, limit)}
+    used = recipe.uptrain
+    return {"held out": held_out_windows(used.data, used.text_field, tokenizer, vocabulary, context, limit)}
 
 
 def readable(sources: Sequence[str]) -> list[str]:
@@ -101,7 +92,11 @@ def readable(sources: Sequence[str]) -> list[str]:
     return [source for source in sources if source != OWN_TEXT] or [BUILT_IN_TEXT]
 
 
-def held_out_windows(sources: Sequence[str], text_field: str, tokenizer, context: int, limit: int) -> Windows:
+def held_out_windows(
+    sources: Sequence[str], text_field: str, tokenizer, vocabulary: int, context: int, limit: int
+) -> Windows:
     """`limit` tokens at most of what is held out of the `readable` ones of `sources`."""
-    held_out = [d for source in readable(sources) for d in split(beginning(source, text_field, HELD_OUT_OF * limit))[1]]
-    return pack(held_out, tokenizer, context, limit)
+    held_out = []
+    for source in readable(sources):
+        held_out += split(beginning(source, text_field, tokenizer, HELD_OUT_OF * limit))[1]
+    return pack(held_out, tokenizer, vocabulary, context, limit)

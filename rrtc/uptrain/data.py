@@ -19,7 +19,7 @@ from rrtc.io.source import Source
 from rrtc.recipe.section import OWN_TEXT
 from rrtc.recipe.uptrain import UptrainRecipe
 from rrtc.text.shards import Shard, own_shard, text_shard
-from rrtc.text.windows import begin_and_end
+from rrtc.text.tokens import begin_and_end
 
 ORDER = 2  # the version of how windows are cut and ordered: a run that another one began is not gone on with
 LEAST = 2_000_000  # tokens to choose from, where a source has them: the first pages of a text do not stand for it
@@ -102,12 +102,18 @@ class Mixture:
 
 
 def training_text(
-    recipe: UptrainRecipe, tokenizer, context: int, windows: int, writer: Source | None, group: PartialState
+    recipe: UptrainRecipe,
+    tokenizer,
+    vocabulary: int,
+    context: int,
+    windows: int,
+    writer: Source | None,
+    group: PartialState,
 ) -> Mixture:
-    """What a run of so many windows learns from, tokenized. writer: the model that writes the text of its own, if that
-    is among the data. Every process of `group` calls this.
+    """What a run of so many windows learns from, tokenized. vocabulary: how many tokens the model has embeddings of.
+    writer: the model that writes the text of its own, if that is among the data. Every process of `group` calls this.
 
-    Raises RrtcError for a source that is missing, is empty or does not fill a window.
+    Raises RrtcError for a source that is missing, is empty, does not fill a window, or has a token beyond these.
     """
     begin, _ = begin_and_end(tokenizer)
     weights = recipe.data_weights or [1.0] * len(recipe.data)
@@ -123,7 +129,8 @@ def training_text(
         else:
             # Without weights, this may turn out to be the only source that has much.
             most = math.ceil(share * windows) if recipe.data_weights else windows
-            shard = text_shard(source, recipe.text_field, tokenizer, max(most * context, LEAST), group)
+            enough = max(most * context, LEAST)
+            shard = text_shard(source, recipe.text_field, tokenizer, vocabulary, enough, group)
         seed = (recipe.seed % 2**64, number)
         found[number] = Packed(source, shard, context, begin, recipe.separate_documents, seed)
         if found[number].count == 0:

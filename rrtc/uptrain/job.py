@@ -163,7 +163,7 @@ def prepare(folder: Path, recipe: UptrainRecipe, most_steps: int | None = None) 
     windows = min(steps, most_steps or steps) * recipe.batch_size
     if recipe.data == [BUILT_IN_TEXT]:
         note("Training on Python's language reference alone. --data takes text like what the model is for.")
-    text = training_text(recipe, tokenizer, context, windows, writer, process_group())
+    text = training_text(recipe, tokenizer, config.vocab_size, context, windows, writer, process_group())
     for source, share in zip(text.sources, text.shares, strict=True):
         epochs = share * steps * recipe.batch_size / source.count
         if epochs > 1 and source.shard.complete:

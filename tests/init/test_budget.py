@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from initialized import logits, recipe
-from pico import EVERY_ARCHITECTURE, pico_config, save_pico
+from pico import EVERY_ARCHITECTURE, VOCABULARY, pico_config, save_pico
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -51,7 +51,7 @@ def calibrated(dense, tmp_path_factory):
     """(dense model, calibration, neurons) of the pico Llama."""
     source = find_model(str(dense("llama")))
     model = DenseModel(source, find_folds(source.config())[0])
-    windows = calibration_windows(InitRecipe(calibrate_tokens=768), load_tokenizer(source.folder), 128)
+    windows = calibration_windows(InitRecipe(calibrate_tokens=768), load_tokenizer(source.folder), VOCABULARY, 128)
     neurons = find_neurons(source.config())
     streamed = StreamedModel(source.config(), model.raw, CPU)
     folder = tmp_path_factory.mktemp("calibration")
@@ -255,7 +255,7 @@ def test_calibration_reads_only_what_training_may_see(dense, tmp_path):
     text.write_text("\n\n\n".join(documents), encoding="utf8")
     tokenizer = load_tokenizer(dense("llama"))
     choices = InitRecipe(calibrate_on=[str(text)], calibrate_tokens=100_000)
-    decoded = tokenizer.decode(calibration_windows(choices, tokenizer, 64).flatten())
+    decoded = tokenizer.decode(calibration_windows(choices, tokenizer, VOCABULARY, 64).flatten())
     training, held_out = split(documents)
     numbers = set(re.findall(r"document number (\d+) ", decoded))
     assert numbers and not numbers & {re.search(r"number (\d+) ", d)[1] for d in held_out}
@@ -295,10 +295,10 @@ def test_a_model_larger_than_memory_cannot_write_text(dense, tmp_path, monkeypat
 def test_little_calibration_text_is_said(dense, tmp_path, capfd):
     (tmp_path / "notes.txt").write_text("A few words of nobody in particular. " * 40)
     tokenizer = load_tokenizer(dense("llama"))
-    found = calibration_windows(InitRecipe(calibrate_on=[str(tmp_path / "notes.txt")]), tokenizer, 128)
+    found = calibration_windows(InitRecipe(calibrate_on=[str(tmp_path / "notes.txt")]), tokenizer, VOCABULARY, 128)
     said = " ".join(capfd.readouterr().err.split())
     assert f"notes.txt has only {found.numel()} tokens to calibrate on, where 16384 were wanted" in said
-    calibration_windows(InitRecipe(calibrate_tokens=found.numel()), tokenizer, 128)
+    calibration_windows(InitRecipe(calibrate_tokens=found.numel()), tokenizer, VOCABULARY, 128)
     assert not capfd.readouterr().err
 
 

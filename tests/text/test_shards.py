@@ -3,7 +3,6 @@
 import json
 import random
 import shutil
-import sys
 import tracemalloc
 from collections import Counter
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy
 import pytest
 import torch
 from accelerate import PartialState
-from pico import EVERY_ARCHITECTURE, pico_model, pico_tokenizer
+from pico import EVERY_ARCHITECTURE, VOCABULARY, pico_model, pico_tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 from uptraining import curve, on_two_processes, settings
@@ -22,7 +21,7 @@ from rrtc.errors import RrtcError, WrongUsage
 from rrtc.io.source import find_model
 from rrtc.recipe.schema import Recipe
 from rrtc.recipe.uptrain import UptrainRecipe
-from rrtc.text import shards
+from rrtc.text import files, shards
 from rrtc.text.own import AT_ONCE, own_text
 from rrtc.text.shards import Shard, own_shard, text_shard
 from rrtc.text.sources import FEW, documents, split
@@ -62,14 +61,15 @@ def write(file: Path, found: list[str]) -> str:
 
 
 def tokenized(source: str, tokens: int = ALL, tokenizer=None, field: str = "text") -> Shard:
-    return text_shard(source, field, tokenizer or pico_tokenizer(), tokens, PartialState(cpu=True))
+    return text_shard(source, field, tokenizer or pico_tokenizer(), VOCABULARY, tokens, PartialState(cpu=True))
 
 
 def mixture(
     sources: list[str], windows: int = 10, context: int = 16, tokenizer=None, writer=None, **choices
 ) -> Mixture:
     recipe = UptrainRecipe(data=sources, **choices)
-    return training_text(recipe, tokenizer or pico_tokenizer(), context, windows, writer, PartialState(cpu=True))
+    tokenizer = tokenizer or pico_tokenizer()
+    return training_text(recipe, tokenizer, VOCABULARY, context, windows, writer, PartialState(cpu=True))
 
 
 def words(shard: Shard) -> list[str]:
@@ -98,7 +98,7 @@ def test_windows_are_what_pack_makes_of_the_documents(tmp_path):
     source = write(tmp_path / "a.jsonl", texts(150))
     training, orders = split(texts(150))[0], []
     for tokenizer in (pico_tokenizer(), beginning_tokenizer()):
-        expected = pack(training, tokenizer, 24).ids
+        expected = pack(training, tokenizer, VOCABULARY, 24).ids
         (packed,) = mixture([source], context=24, tokenizer=tokenizer, seed=3).sources
         for epoch in range(2):
             turns = range(epoch * packed.count, (epoch + 1) * packed.count)
@@ -142,7 +142,7 @@ def test_a_long_document_is_cut_into_several(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("suffix", ["jsonl", "txt"])
 def test_memory_does_not_grow_with_the_text(tmp_path, monkeypatch, suffix):
-    for module in (shards, sys.modules["rrtc.text.sources"]):
+    for module in (shards, files):
         monkeypatch.setattr(module, "CHARACTERS_AT_ONCE", 10_000)
     peaks = []
     for number in (200, 2000):
@@ -242,7 +242,8 @@ def test_of_two_processes_one_tokenizes(tmp_path, cache):
         "def slowly(*args):\n"
         "    print('written by', os.environ['RANK'], flush=True)\n    time.sleep(1)\n    return whole(*args)\n"
         "shards._write = slowly\n"
-        "shard = shards.text_shard(sys.argv[1], 'text', load_tokenizer(sys.argv[2]), 10**9, PartialState(cpu=True))\n"
+        "tokenizer = load_tokenizer(sys.argv[2])\n"
+        "shard = shards.text_shard(sys.argv[1], 'text', tokenizer, 320, 10**9, PartialState(cpu=True))\n"
         "print('has', shard.sha256, flush=True)\n"
     )
     pico_tokenizer().save_pretrained(tmp_path / "tokenizer")
@@ -494,8 +495,8 @@ def test_own_text_without_a_teacher_is_refused(rrt, tmp_path, monkeypatch):
 def test_a_model_trained_on_own_text_is_scored_on_what_others_hold_out():
     def scored(*sources: str) -> torch.Tensor:
         recipe = Recipe(uptrain=UptrainRecipe(data=list(sources)))
-        return scoring_texts(recipe, pico_tokenizer(), 16, 2000)["held out"].ids
+        return scoring_texts(recipe, pico_tokenizer(), VOCABULARY, 16, 2000)["held out"].ids
 
     assert torch.equal(scored("self"), scored("pydoc")) and torch.equal(scored("self", "pydoc"), scored("pydoc"))
-    held_out = split(list(documents("pydoc")))[1]
+    held_out = split(list(documents("pydoc", "text", pico_tokenizer())))[1]
     assert pico_tokenizer().decode(scored("self")[0]) in held_out[0]

@@ -2,13 +2,14 @@
 
 import json
 import re
+from pathlib import Path
 from pydoc_data.topics import topics
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from pico import pico_config, pico_tokenizer
+from pico import VOCABULARY, pico_config, pico_tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from rrtc.errors import RrtcError
@@ -20,13 +21,24 @@ from rrtc.text.windows import longest_context, pack, scoring_texts
 
 
 def read(source, field: str = "text") -> list[str]:
-    return list(documents(str(source), field))
+    return list(documents(str(source), field, pico_tokenizer()))
 
 
 def refused(source, field: str = "text") -> RrtcError:
     with pytest.raises(RrtcError) as error:
         read(source, field)
     return error.value
+
+
+def in_rows(file: Path, rows: list[dict]) -> Path:
+    """Writes rows as the suffix of `file` asks."""
+    if file.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    elif file.suffix == ".json":
+        file.write_text(json.dumps(rows, indent=1), encoding="utf8")
+    else:
+        file.write_text("\n".join(map(json.dumps, rows)), encoding="utf8")
+    return file
 
 
 def numbered(count: int) -> list[str]:
@@ -102,15 +114,24 @@ def test_empty_jsonl_and_parquet_files_are_refused(tmp_path):
         assert refused(tmp_path / name).sentence.endswith(f"{name} is empty.")
 
 
-@pytest.mark.parametrize("rows", [[{"id": 1, "content": "words"}], [{"id": 1, "content": "words", "text": 7}]])
-def test_a_missing_field_names_the_fields_there_are(tmp_path, rows):
-    jsonl, parquet = tmp_path / "a.jsonl", tmp_path / "a.parquet"
-    jsonl.write_text(json.dumps(rows[0]))
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), parquet)
-    for file in (jsonl, parquet):
+def test_a_missing_field_names_the_fields_there_are(tmp_path):
+    row = {"id": 1, "content": "words"}
+    (tmp_path / "a.csv").write_text("id,content\n1,words\n")
+    for name in ("a.jsonl", "a.json", "a.parquet"):
+        in_rows(tmp_path / name, [row])
+    for name in ("a.jsonl", "a.json", "a.csv", "a.parquet"):
+        file = tmp_path / name
         error = refused(file)
         assert error.sentence == f"{file} has no text field 'text'."
-        assert error.hint.startswith("Its fields are id, content") and "text_field" in error.hint
+        assert error.hint == "Its fields are id, content; see text_field."
+
+
+@pytest.mark.parametrize("value", [7, ["a", "list"], {"an": "object"}, [{"no": "role"}]])
+def test_a_field_that_holds_no_text_is_refused_by_what_it_holds(tmp_path, value):
+    for name in ("a.jsonl", "a.json", "a.parquet"):
+        file = in_rows(tmp_path / name, [{"id": 1, "text": value}])
+        kind = type(value).__name__
+        assert refused(file).sentence == f"The field 'text' of {file} holds no text, but a value of the type {kind}."
 
 
 def test_rows_that_are_no_objects_are_refused(tmp_path):
@@ -144,7 +165,7 @@ def test_a_dataset_that_ends_in_the_middle_is_not_called_missing(monkeypatch):
         raise ConnectionError("the line is dead.")
 
     monkeypatch.setattr("datasets.load_dataset", rows)  # there is no network here
-    found = documents("maker/corpus", "text")
+    found = documents("maker/corpus", "text", pico_tokenizer())
     assert next(found) == "one"
     with pytest.raises(
         RrtcError, match="^Reading the dataset maker/corpus ended after 1 documents: the line is dead.$"
@@ -183,18 +204,18 @@ def test_a_large_source_is_read_only_as_far_as_it_is_needed(tmp_path):
     with open(file, "w") as lines:
         lines.writelines(json.dumps({"text": text}) + "\n" for text in numbered(5000))
         lines.write("this line is not JSON, and is never reached")
-    found = beginning(str(file), "text", 200)
+    found = beginning(str(file), "text", pico_tokenizer(), 200)
     assert FEW <= len(found) < 1000 and found == numbered(len(found))
     assert len(pico_tokenizer()("".join(found))["input_ids"]) >= 200
     with pytest.raises(RrtcError, match="Line 5001"):
-        beginning(str(file), "text", 10**6)
+        beginning(str(file), "text", pico_tokenizer(), 10**6)
 
 
 def test_training_and_scoring_agree_on_what_is_held_out_however_much_each_reads(tmp_path):
     for count in (3, FEW - 1, FEW, 3000):
         file = tmp_path / f"{count}.jsonl"
         file.write_text("\n".join(json.dumps({"text": text}) for text in numbered(count)))
-        little, much = (beginning(str(file), "text", tokens) for tokens in (10, 10**9))
+        little, much = (beginning(str(file), "text", pico_tokenizer(), tokens) for tokens in (10, 10**9))
         trained, scored = "\n".join(split(much)[0]), split(little)[1]
         assert scored and not any(text in trained for text in scored if len(text) > 20)
 
@@ -204,7 +225,7 @@ def test_training_and_scoring_agree_on_what_is_held_out_however_much_each_reads(
 
 def test_documents_are_packed_one_after_the_other_with_an_end_after_each():
     tokenizer, texts = pico_tokenizer(), numbered(4)
-    windows = pack(texts, tokenizer, context=16)
+    windows = pack(texts, tokenizer, VOCABULARY, context=16)
     expected = []
     for text in texts:
         expected += [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
@@ -219,7 +240,7 @@ def test_documents_are_packed_one_after_the_other_with_an_end_after_each():
 def test_bytes_per_token_is_that_of_the_tokens_kept(limit):
     """A byte-level token is written with one character a byte, so the bytes of the kept tokens can be counted."""
     tokenizer, texts = pico_tokenizer(), ["Ein schöner Tag, 漢字. " * 9 + "0f3c9a" * 40, "Another day." * 5]
-    windows = pack(texts, tokenizer, 8, limit)
+    windows = pack(texts, tokenizer, VOCABULARY, 8, limit)
     kept = windows.ids.flatten().tolist()
     end = tokenizer.eos_token_id
     expected = sum(len(token) for token, i in zip(tokenizer.convert_ids_to_tokens(kept), kept, strict=True) if i != end)
@@ -232,11 +253,11 @@ def test_a_long_document_is_cut_before_it_is_tokenized():
 
     class Recording(type(pico_tokenizer())):
         def __call__(self, text, **options):
-            seen.append(len(text))
+            seen.extend(map(len, text))
             return super().__call__(text, **options)
 
     tokenizer = Recording(tokenizer_object=pico_tokenizer().backend_tokenizer, eos_token="<eos>")
-    assert len(pack(["word " * 100_000], tokenizer, 8, 16).ids) == 2
+    assert len(pack(["word " * 100_000], tokenizer, VOCABULARY, 8, 16).ids) == 2
     assert max(seen) <= 32 * 16
 
 
@@ -245,7 +266,8 @@ def test_every_window_begins_as_the_tokenizer_begins_a_text():
     backend = type(plain.backend_tokenizer).from_str(plain.backend_tokenizer.to_str())
     backend.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
     tokenizer = type(plain)(tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>")
-    windows, without = pack(["abc def " * 30], tokenizer, 8).ids, pack(["abc def " * 30], plain, 7).ids
+    windows = pack(["abc def " * 30], tokenizer, VOCABULARY, 8).ids
+    without = pack(["abc def " * 30], plain, VOCABULARY, 7).ids
     assert (windows[:, 0] == 0).all()
     assert torch.equal(windows[:, 1:], without)
 
@@ -253,7 +275,7 @@ def test_every_window_begins_as_the_tokenizer_begins_a_text():
 def test_a_tokenizer_without_an_end_token_packs_without_ends():
     tokenizer = type(pico_tokenizer())(tokenizer_object=pico_tokenizer().backend_tokenizer)
     assert tokenizer.eos_token_id is None
-    windows = pack(["abcdefgh" * 4], tokenizer, context=8)
+    windows = pack(["abcdefgh" * 4], tokenizer, VOCABULARY, context=8)
     ids = tokenizer("abcdefgh" * 4)["input_ids"]
     assert windows.ids.flatten().tolist() == ids[: len(ids) // 8 * 8]
 
@@ -263,7 +285,7 @@ def test_a_limit_is_rounded_up_to_a_window(limit, count):
     tokenizer = pico_tokenizer()
     tokens = len(tokenizer("a b c d", add_special_tokens=False)["input_ids"]) + 1
     texts = ["a b c d"] * (30 * 16 // tokens + 1)
-    assert len(pack(texts, tokenizer, 16, limit).ids) == count
+    assert len(pack(texts, tokenizer, VOCABULARY, 16, limit).ids) == count
 
 
 def test_with_a_limit_no_more_text_is_taken_than_needed():
@@ -274,7 +296,7 @@ def test_with_a_limit_no_more_text_is_taken_than_needed():
             taken.append(text)
             yield text
 
-    pack(texts(), pico_tokenizer(), context=16, limit=32)
+    pack(texts(), pico_tokenizer(), VOCABULARY, context=16, limit=32)
     assert len(taken) < 5
 
 
@@ -282,10 +304,10 @@ def test_a_text_shorter_than_one_context_is_refused():
     tokenizer = pico_tokenizer()
     tokens = len(tokenizer("Too short.", add_special_tokens=False)["input_ids"]) + 1
     with pytest.raises(RrtcError) as error:
-        pack(["Too short."], tokenizer, context=512)
+        pack(["Too short."], tokenizer, VOCABULARY, context=512)
     assert error.value.sentence == f"The text has only {tokens} tokens, fewer than one context of 512."
     assert "smaller context" in error.value.hint
-    assert pack(["Too short."], tokenizer, context=tokens).ids.shape == (1, tokens)
+    assert pack(["Too short."], tokenizer, VOCABULARY, context=tokens).ids.shape == (1, tokens)
 
 
 def test_a_context_is_at_most_what_the_model_can_see():
@@ -298,12 +320,13 @@ def test_scoring_texts_are_the_named_ones_whole_or_else_what_training_holds_out(
         (tmp_path / f"{name}.txt").write_text("\n\n\n".join(f"{name} {text}" for text in numbered(20)))
     sources = [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]
     tokenizer = pico_tokenizer()
-    named = scoring_texts(Recipe(eval=EvalRecipe(text=sources)), tokenizer, 16, 10**6)
+    named = scoring_texts(Recipe(eval=EvalRecipe(text=sources)), tokenizer, VOCABULARY, 16, 10**6)
     assert list(named) == ["a.txt", "b.txt"]
-    assert torch.equal(named["b.txt"].ids, pack(read(sources[1]), tokenizer, 16).ids)
-    held_out = scoring_texts(Recipe(uptrain=UptrainRecipe(data=sources)), tokenizer, 16, 10**6)
+    assert torch.equal(named["b.txt"].ids, pack(read(sources[1]), tokenizer, VOCABULARY, 16).ids)
+    held_out = scoring_texts(Recipe(uptrain=UptrainRecipe(data=sources)), tokenizer, VOCABULARY, 16, 10**6)
     ends = [end for source in sources for end in split(read(source))[1]]
-    assert list(held_out) == ["held out"] and torch.equal(held_out["held out"].ids, pack(ends, tokenizer, 16).ids)
+    assert list(held_out) == ["held out"]
+    assert torch.equal(held_out["held out"].ids, pack(ends, tokenizer, VOCABULARY, 16).ids)
     assert sum(map(len, ends)) < sum(len(text) for source in sources for text in read(source)) / (HELD_OUT_OF - 1)
 
 
@@ -312,4 +335,5 @@ def test_scoring_texts_of_the_same_file_name_are_all_scored(tmp_path):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "test.txt").write_text(f"{folder} " * 200)
     sources = [str(tmp_path / folder / "test.txt") for folder in ("one", "two")]
-    assert list(scoring_texts(Recipe(eval=EvalRecipe(text=sources)), pico_tokenizer(), 16, 10**6)) == sources
+    recipe = Recipe(eval=EvalRecipe(text=sources))
+    assert list(scoring_texts(recipe, pico_tokenizer(), VOCABULARY, 16, 10**6)) == sources
