@@ -8,12 +8,20 @@ import dataclasses
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-# What the outside world asks a config for. They are answered by the dense model's config and stored nowhere else.
-ANSWERED_BY_BASE = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "max_position_embeddings", "layer_types", "sliding_window", "use_cache",
-    "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range",
-)  # fmt: skip
+# What is said of the recursive model itself. Everything else is a setting of the dense model, kept in its config alone,
+# whoever reads or writes it: the stock model reads it there.
+OWN = {
+    "model_type", "base_config", "visits", "norms", "architectures", "auto_map", "custom_pipelines", "dtype",
+    "name_or_path", "quantization_config", "return_dict", "torch_dtype", "transformers_version", "transformers_weights",
+}  # fmt: skip
+# Settings in names that would otherwise be this object's: private ones, and those that have a default in the class.
+PRIVATE_SETTINGS = {"_attn_implementation_internal", "_experts_implementation_internal", "_output_attentions"}
+SETTINGS_WITH_DEFAULT = {field.name for field in dataclasses.fields(PreTrainedConfig)} - OWN
+
+
+def is_setting(name: str) -> bool:
+    """Whether an attribute of a RrtConfig is kept in the dense model's config."""
+    return name in PRIVATE_SETTINGS or not (name in OWN or name.startswith("_"))
 
 
 class RrtConfig(PreTrainedConfig):
@@ -45,29 +53,65 @@ class RrtConfig(PreTrainedConfig):
         return cls(base_config=base, visits=visits, norms=plan.norms, **fields)
 
     def __post_init__(self, **kwargs):
-        base = self.base_config
+        base = vars(self).pop("base_config")  # until it is back, nothing goes to it
         if isinstance(base, dict):
             values = dict(base)
-            self.base_config = CONFIG_MAPPING[values.pop("model_type")](**values)
+            base = CONFIG_MAPPING[values.pop("model_type")](**values)
         else:
             # A copy: what transformers sets on this config (the attention kernel, the number format) must not reach
             # the dense model that the caller may be using.
-            self.base_config = copy.deepcopy(base)
+            base = copy.deepcopy(base)
         if base is not None:
-            self.base_config._attn_implementation = None  # what the caller's model runs is no choice for this one
+            base._attn_implementation = None  # what the caller's model runs is no choice for this one
             # These say which class and which code load the dense model, and must not load this one.
-            self.base_config.architectures = None
-            vars(self.base_config).pop("auto_map", None)
-            vars(self.base_config).pop("custom_pipelines", None)
-        self.visits = [{"forms": {}, "shapes": {}} | visit for visit in self.visits or []]
+            base.architectures = None
+            vars(base).pop("auto_map", None)
+            vars(base).pop("custom_pipelines", None)
+        given = {name: kwargs.pop(name) for name in list(kwargs) if is_setting(name) and hasattr(base, name)}
         super().__post_init__(**kwargs)
+        self.visits = [{"forms": {}, "shapes": {}} | visit for visit in self.visits or []]
+        if base is not None:
+            defaults = vars(PreTrainedConfig())
+            made = {name: vars(self).pop(name) for name in list(vars(self)) if is_setting(name)}
+            given |= {name: value for name, value in made.items() if value != defaults.get(name)}
+        self.base_config = base
+        for name, value in given.items():
+            setattr(self, name, value)
+
+    def __setattr__(self, name, value):
+        base = self.__dict__.get("base_config")
+        if base is not None and is_setting(name):
+            setattr(base, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def __getattribute__(self, name):
+        if name in SETTINGS_WITH_DEFAULT and (base := self.__dict__.get("base_config")) is not None:
+            return getattr(base, name)
+        return super().__getattribute__(name)
 
     def __getattr__(self, name):
         # Runs only where the ordinary look-up found nothing.
         base = self.__dict__.get("base_config")
-        if name in ANSWERED_BY_BASE and base is not None:
+        if base is not None and is_setting(name) and hasattr(base, name):
             return getattr(base, name)
         raise AttributeError(f"{type(self).__name__} has no attribute '{name}'")
+
+    def __delattr__(self, name):
+        if self.base_config is not None and is_setting(name):
+            delattr(self.base_config, name)
+        else:
+            super().__delattr__(name)
+
+    def to_dict(self):
+        """With the dense model's settings beside this config's own, as PEFT and others look for them."""
+        own = super().to_dict()
+        return own if self.base_config is None else self.base_config.to_dict() | own
+
+    def to_diff_dict(self):
+        """What config.json holds: the dense model's settings stand in `base_config` alone."""
+        own, written = super().to_dict(), super().to_diff_dict()
+        return {name: value for name, value in written.items() if name in own}
 
     def get_text_config(self, decoder=None, encoder=None):
         """The dense model's config: caches and embeddings are made from it."""

@@ -15,9 +15,17 @@ This file is shipped in every export beside configuration_rrt.py and imports not
 
 import torch
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, GenerationMixin, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    MODEL_MAPPING,
+    GenerationMixin,
+    PreTrainedModel,
+)
 from transformers import initialization as init
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import can_return_tuple
 
 from .configuration_rrt import RrtConfig
 
@@ -241,21 +249,36 @@ class RrtPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: RrtConfig):
         base = config.base_config
-        # vLLM asks for its kernel in the dense config. Where nobody asks for one, the stock model chooses.
-        if config._attn_implementation is not None:
-            base._attn_implementation = config._attn_implementation
-        super().__init__(config)
+        if type(base) not in self._stock_classes:
+            raise ValueError(
+                f"transformers has no {type(self).__name__.removeprefix('Rrt')} for '{base and base.model_type}', of "
+                "which this model is made. Load RrtModel (AutoModel) and put a head of your own on its hidden states."
+            )
         stock = self._stock_classes[type(base)](base)
         graft(stock, config.visits, config.norms)
-        config._attn_implementation_internal = base._attn_implementation  # what the stock model runs
-        self.__dict__["stock"] = stock
-        self.__dict__["_modules"] = stock._modules
+        super().__init__(config)
+        self._adopt(stock)
         self.base_model_prefix = stock.base_model_prefix
         self._tied_weights_keys = stock._tied_weights_keys
         self._keys_to_ignore_on_load_unexpected = stock._keys_to_ignore_on_load_unexpected
         self._can_compile_fullgraph = stock._can_compile_fullgraph
+        stock.save_pretrained, stock.base_model.save_pretrained = self.save_pretrained, self._save_base_model
         self.post_init()
+        for module in (self, stock, stock.base_model):  # the dense model's plans name layers that are not there
+            module._tp_plan, module._ep_plan, module._pp_plan = {}, {}, {}
 
+    def _adopt(self, stock: PreTrainedModel) -> None:
+        self.__dict__["stock"] = stock
+        self.__dict__["_modules"] = stock._modules
+
+    def _save_base_model(self, *args, **kwargs):
+        """`save_pretrained` of the stock base model. Its own would write the dense model's config to these weights."""
+        with torch.device("meta"):
+            base = RrtModel(self.config)
+        base._adopt(self.stock.base_model)
+        base.save_pretrained(*args, **kwargs)
+
+    @can_return_tuple
     def forward(
         self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
         use_cache=None, output_attentions=None, output_hidden_states=None, **kwargs,
@@ -286,9 +309,12 @@ class RrtPreTrainedModel(PreTrainedModel):
         self.stock.training = mode
         return super().train(mode)
 
-    def set_attn_implementation(self, attn_implementation, *args, **kwargs):
-        self.stock.set_attn_implementation(attn_implementation, *args, **kwargs)
-        self.config._attn_implementation_internal = self.stock.config._attn_implementation
+    def set_attn_implementation(self, *args, **kwargs):
+        self.stock.set_attn_implementation(*args, **kwargs)
+
+    def _set_gradient_checkpointing(self, **settings):
+        # The stock model has a flag of its own, and is not among this object's modules.
+        self.stock._set_gradient_checkpointing(**settings)
 
     def get_input_embeddings(self):
         return self.stock.get_input_embeddings()
@@ -303,20 +329,49 @@ class RrtModel(RrtPreTrainedModel):
     _stock_classes = MODEL_MAPPING
 
 
-class RrtForCausalLM(RrtPreTrainedModel, GenerationMixin):
-    """The recursive decoder with its output projection."""
-
-    _stock_classes = MODEL_FOR_CAUSAL_LM_MAPPING
+class RrtWithHead(RrtPreTrainedModel):
+    """A recursive decoder with a head that can compute a loss."""
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None,
                 inputs_embeds=None, labels=None, use_cache=None, output_attentions=None, output_hidden_states=None,
-                logits_to_keep=0, **kwargs):  # fmt: skip
+                **kwargs):  # fmt: skip
         """As the stock model's forward."""
         if labels is not None:
             kwargs["labels"] = labels
         return super().forward(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, output_attentions,
-            output_hidden_states, logits_to_keep=logits_to_keep, **kwargs,
+            output_hidden_states, **kwargs,
+        )  # fmt: skip
+
+
+class RrtForSequenceClassification(RrtWithHead):
+    """The recursive decoder with a label for each sequence."""
+
+    _stock_classes = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+
+class RrtForTokenClassification(RrtWithHead):
+    """The recursive decoder with a label for each token."""
+
+    _stock_classes = MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
+
+
+class RrtForCausalLM(RrtWithHead, GenerationMixin):
+    """The recursive decoder with its output projection."""
+
+    _stock_classes = MODEL_FOR_CAUSAL_LM_MAPPING
+
+    def __init__(self, config: RrtConfig):
+        super().__init__(config)
+        self.prepare_inputs_for_generation = self.stock.prepare_inputs_for_generation
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None,
+                inputs_embeds=None, labels=None, use_cache=None, output_attentions=None, output_hidden_states=None,
+                logits_to_keep=0, **kwargs):  # fmt: skip
+        """As the stock model's forward."""
+        return super().forward(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, labels, use_cache,
+            output_attentions, output_hidden_states, logits_to_keep=logits_to_keep, **kwargs,
         )  # fmt: skip
 
     def get_output_embeddings(self):
@@ -324,6 +379,3 @@ class RrtForCausalLM(RrtPreTrainedModel, GenerationMixin):
 
     def set_output_embeddings(self, new_embeddings):
         self.stock.set_output_embeddings(new_embeddings)
-
-    def prepare_inputs_for_generation(self, *args, **kwargs):
-        return self.stock.prepare_inputs_for_generation(*args, **kwargs)
