@@ -24,7 +24,7 @@ class PlanResult(TypedDict):
 
     model: str  # as it was named
     model_type: str  # the dense model's architecture, as transformers calls it
-    dtype: str  # the number format that init would write
+    dtype: str  # the dtype that init would write
     recipe: dict[str, Any]  # the section init, with what its defaults stand for
     params_total: int
     params_non_embedding: int
@@ -33,7 +33,7 @@ class PlanResult(TypedDict):
     # By part: embeddings, head, shared, own, lora, low_rank, norms_and_biases; None where a budget is met by
     # measuring, as the next None ones.
     params_by_part: dict[str, int] | None
-    bytes: int  # of the weights in that number format
+    bytes: int  # of the weights in that dtype
     dense_bytes: int  # of the dense model's in the same
     source_bytes: int | None  # of the GGUF file that the dense model is read from; None where it is none
     flops_per_token: int | None  # of a forward pass, without attention over the context
@@ -56,11 +56,11 @@ class InitResult(TypedDict):
     """Of `init`."""
 
     residual_energy_kept: NotRequired[dict[str, float]]  # tied as in the paper: share that LoRA restores, by matrix
-    predicted_excess: NotRequired[float | None]  # tied jointly: loss over the dense model; None without a budget
+    predicted_excess: NotRequired[float | None]  # a lower bound of what was lost on the calibration text
     params_total: int
     params_non_embedding: int
     bytes: int  # of the weights
-    dense_bytes: int  # of the dense model's in the same number format
+    dense_bytes: int  # of the dense model's in the same dtype
     source_bytes: int | None  # of the GGUF file that was read; None where it was none
     folded_norms: list[str]  # paths in the layer of the norms whose gains are in the matrices now
     loss: NotRequired[LossResult]  # not with measure_tokens=0
@@ -120,7 +120,7 @@ class ExportResult(TypedDict):
     parameters: int  # shared ones once
     max_logit_difference: float  # of the export, loaded in a fresh process, from the model in memory
     largest_logit: float
-    rounding_logit_difference: float  # what the number format costs by itself
+    rounding_logit_difference: float  # what the dtype costs by itself
     quantize: NotRequired[str]  # int8 or int4
     bits_per_byte: NotRequired[dict[str, float]]  # of a quantized model, on held-out text: plain, nearest, calibrated
     read_by: NotRequired[str]  # gguf: the package whose logits were compared

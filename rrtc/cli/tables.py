@@ -102,8 +102,6 @@ def init(result: dict, folder: str) -> Group:
     if any(kept.values()):
         rows = [[matrix, f"{energy:.1%}"] for matrix, energy in kept.items()]
         lines.append(table("What the LoRA kept of what tying lost", ["matrix", "energy"], rows))
-    if result.get("predicted_excess") is not None:
-        lines.append(plain(f"Predicted excess over the dense model: {result['predicted_excess']:.3f} nats per token"))
     if loss := result.get("loss"):
         lines.append(
             plain(

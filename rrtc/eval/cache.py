@@ -9,16 +9,19 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 from numpy.typing import NDArray
 
+import rrtc
 from rrtc.console import warn
 from rrtc.errors import RrtcError
 from rrtc.io.cache import cache_folder
 from rrtc.io.folder import whole_file
 from rrtc.machine import from_first_process, is_first_process
 
-VERSION = 2  # of what is measured and how; old measurements are not found under another
+# What a measurement is made by: with another line in one of these files, it is another measurement.
+CODE = ("eval", "model", "stock", "scoring.py")
 
 Measurement = dict[str, NDArray]  # figures of single items by what they are
 
@@ -26,21 +29,14 @@ Measurement = dict[str, NDArray]  # figures of single items by what they are
 def remembered(made_from: dict, measure: Callable[[], Measurement]) -> tuple[Measurement, bool]:
     """What `measure` returns, and whether it was there before and did not have to run.
 
-    made_from: plain data that the measurement depends on. Of several processes the first one reads and writes, and all
-    of them call `measure` or none does.
+    made_from: plain data that the measurement depends on, beside the code that makes it. Of several processes the first
+    one reads and writes, and all of them call `measure` or none does. What is damaged is measured again.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file, save_file
+    from safetensors.numpy import save_file
 
-    key = hashlib.sha256(json.dumps({"version": VERSION, **made_from}, sort_keys=True).encode()).hexdigest()
+    key = hashlib.sha256(json.dumps({"code": _code(), **made_from}, sort_keys=True).encode()).hexdigest()
     file = cache_folder() / "eval" / f"{key}.safetensors"
-    found = None
-    if is_first_process and file.exists():
-        try:
-            found = load_file(file)
-        except (OSError, SafetensorError):  # damaged: measured again
-            found = None
-    found = from_first_process(found)
+    found = from_first_process(_read(file) if is_first_process else None)
     if found is not None:
         return found, True
     made = measure()
@@ -48,10 +44,39 @@ def remembered(made_from: dict, measure: Callable[[], Measurement]) -> tuple[Mea
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             with whole_file(file) as temporary:
-                save_file(made, temporary)
+                save_file(made, temporary, {"sha256": _sha256(made)})
         except (OSError, RrtcError):  # a full or a foreign disk is no reason to lose what was measured
             _warn_once(f"Measurements cannot be kept in {file.parent}: another evaluation will make them again.")
     return made, False
+
+
+def _read(file: Path) -> Measurement | None:
+    """The measurement in `file`; None where there is none, or where it is not as it was written."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "numpy") as tensors:
+            found = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 - no dictionary
+            return found if tensors.metadata().get("sha256") == _sha256(found) else None
+    except (OSError, SafetensorError, AttributeError):
+        return None
+
+
+def _sha256(made: Measurement) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(made):
+        digest.update(f"{name} {made[name].dtype} {made[name].shape} ".encode() + made[name].tobytes())
+    return digest.hexdigest()
+
+
+@functools.cache
+def _code() -> str:
+    """SHA-256 of the files that make measurements."""
+    root, digest = Path(rrtc.__file__).parent, hashlib.sha256()
+    for name in CODE:
+        for file in sorted((root / name).rglob("*.py")) or [root / name]:
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 @functools.cache

@@ -93,5 +93,5 @@ def trained_exits(folder: Path) -> tuple[int, ...]:
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """The number format that the weights in `folder` have."""
+    """The dtype that the weights in `folder` have."""
     return getattr(torch, Weights(folder).dtype)

@@ -2,9 +2,9 @@
 
     python -m rrtc.eval.footprint FOLDER DTYPE
 
-loads the model in that number format, generates a few tokens, and prints the peak meanwhile in bytes: of the
+loads the model in that dtype, generates a few tokens, and prints the peak meanwhile in bytes: of the
 accelerator's memory where there is one, else of this process's resident size. Loading does not count: for a file in
-another number format it takes more, and how much depends on the file and not on the model.
+another dtype it takes more, and how much depends on the file and not on the model.
 """
 
 import gc

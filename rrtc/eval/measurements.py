@@ -6,10 +6,12 @@ not there yet.
 
 import gc
 import hashlib
+import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 
 import numpy
 import torch
@@ -21,13 +23,13 @@ from rrtc.console import progress
 from rrtc.eval.cache import Measurement, remembered
 from rrtc.eval.candidates import Candidate
 from rrtc.eval.passkey import Probe, found
-from rrtc.eval.sample import prompt_ids, sample
+from rrtc.eval.sample import sample
 from rrtc.eval.tasks import Harness, Task
 from rrtc.io.source import load_for_scoring, read_config
 from rrtc.machine import share_of, spread
 from rrtc.recipe.eval import EvalRecipe
 from rrtc.stock.parts import Parts, states_of
-from rrtc.text.windows import Windows, longest_context
+from rrtc.text.windows import Windows
 
 RESIDUAL_WINDOWS = 4  # of each text: the residuals are for looking at, and need no interval
 
@@ -41,6 +43,17 @@ class Questions:
     texts: dict[str, Windows]
     tasks: Sequence[Task]
     probes: Sequence[Probe]
+
+    @cached_property
+    def tokenizer_sha256(self) -> str:
+        """Of all that the tokenizer would write: its vocabulary, its settings, its chat template."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.tokenizer.save_pretrained(folder)
+            digest = hashlib.sha256()
+            for file in sorted(Path(folder).rglob("*")):
+                if file.is_file():
+                    digest.update(file.name.encode() + file.read_bytes())
+            return digest.hexdigest()
 
 
 @dataclass
@@ -115,7 +128,10 @@ class Examinee:
                 harness = Harness(self.model, self._questions.tokenizer, self._questions.recipe)
                 return harness.run(task, advance)
 
-        return self._remembered(run, what="task", task=task.fingerprint, exit=place)
+        return self._remembered(
+            run, what="task", task=task.fingerprint, exit=place, tokenizer=self._questions.tokenizer_sha256,
+            generation=generation_fingerprint(self.candidate.folder),
+        )  # fmt: skip
 
     def _passkey(self, place: int | None) -> NDArray:
         probes = self._questions.probes
@@ -148,12 +164,14 @@ class Examinee:
         recipe, tokenizer = self._questions.recipe, self._questions.tokenizer
 
         def run() -> Measurement:
-            ids = prompt_ids(tokenizer, recipe.prompt)
-            length = longest_context(self.model.config, ids.shape[1] + recipe.sample_tokens) - ids.shape[1]
-            said = sample(self.model, tokenizer, ids, length) if length > 0 else "(the prompt leaves no room)"
+            said = sample(self.model, tokenizer, recipe.prompt, recipe.sample_tokens)
             return {"utf8": numpy.frombuffer(said.encode(), numpy.uint8)}
 
-        found = self._remembered(run, what="sample", prompt=recipe.prompt, tokens=recipe.sample_tokens)
+        asked = {"prompt": recipe.prompt, "tokens": recipe.sample_tokens}
+        stop = generation_fingerprint(self.candidate.folder)
+        found = self._remembered(
+            run, what="sample", asked=asked, tokenizer=self._questions.tokenizer_sha256, generation=stop
+        )
         return found["utf8"].tobytes().decode()
 
     def _left(self, place: int | None):
@@ -167,6 +185,12 @@ class Examinee:
         value, was_there = remembered({"model": self._fingerprint, "machine": made_on, **asked}, run)
         self.reused, self.made = self.reused + was_there, self.made + (not was_there)
         return value
+
+
+def generation_fingerprint(folder: Path) -> str:
+    """SHA-256 of the generation defaults in a model folder; that of nothing where it has none."""
+    file = folder / "generation_config.json"
+    return hashlib.sha256(file.read_bytes() if file.exists() else b"").hexdigest()
 
 
 @torch.inference_mode()

@@ -20,9 +20,9 @@ from rrtc.eval.cost import peak_memory, speed
 from rrtc.eval.measurements import Examinee, Questions
 from rrtc.eval.page import write_page
 from rrtc.eval.passkey import Probe, make_probes
-from rrtc.eval.statistics import RESAMPLES
+from rrtc.eval.statistics import FEWEST, RESAMPLES
 from rrtc.eval.summary import scores_of
-from rrtc.eval.tasks import find_tasks
+from rrtc.eval.tasks import Task, find_tasks
 from rrtc.io.folder import check_target, whole_folder
 from rrtc.io.provenance import base_seen_from, next_history, read_provenance, write_provenance
 from rrtc.io.report import PAGE, SCHEMA, write_report
@@ -31,7 +31,7 @@ from rrtc.machine import from_first_process, on_first_process
 from rrtc.plan import Plan
 from rrtc.recipe.eval import EvalRecipe
 from rrtc.recipe.schema import Recipe
-from rrtc.text.windows import longest_context, scoring_texts
+from rrtc.text.windows import Windows, longest_context, scoring_texts
 
 CURVE_POINTS = 400  # of a training curve, in the report
 
@@ -80,6 +80,7 @@ def evaluate(
     tasks, not_run = find_tasks(recipe.eval) if recipe.eval.tasks else ([], [])
     probes, too_long = _probes(recipe.eval, tokenizer, config)
     not_run += too_long
+    not_run += _without_intervals(texts, tasks)
     questions = Questions(recipe.eval, tokenizer, texts, tasks, probes)
 
     with tempfile.TemporaryDirectory(prefix="rrtc-baselines-") as own:
@@ -156,6 +157,20 @@ def _probes(recipe: EvalRecipe, tokenizer, config) -> tuple[list[Probe], list[di
         except WrongUsage as error:
             not_run.append({"task": f"pass keys in {length} tokens", "why": error.sentence})
     return probes, not_run
+
+
+def _without_intervals(texts: dict[str, Windows], tasks: Sequence[Task]) -> list[dict]:
+    """For `not_run`: what has too few items to tell how sure its scores are."""
+    counts = {f"'{name}'": (len(windows.ids), "windows") for name, windows in texts.items()}
+    counts |= {task.name: (task.items, "items") for task in tasks}
+    return [
+        {
+            "task": f"intervals of {name}",
+            "why": f"It has {n} {items}, and it takes {FEWEST} to tell how sure a score is.",
+        }
+        for name, (n, items) in counts.items()
+        if n < FEWEST
+    ]
 
 
 def _measure(

@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 RESAMPLES = 1000
 INTERVAL = (2.5, 97.5)  # percentiles
 BINS = 15  # of probabilities, equally wide
+FEWEST = 8  # items: a spread of fewer says little of what others would have been, and nothing where all are alike
 AT_ONCE = 50  # resamples: bounds the memory for tasks of many items
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A ratio of sums over items, and what it was in each of RESAMPLES bootstrap samples (None for a single item);
-    the same for its difference from the dense model's, None where there is nothing to compare with."""
+    """A ratio of sums over items, and what it was in each of RESAMPLES bootstrap samples (None for fewer than FEWEST
+    items); the same for its difference from the dense model's, None where there is nothing to compare with."""
 
     value: float
     resampled: NDArray | None
@@ -53,7 +54,7 @@ def estimate(values: NDArray, sizes: NDArray | None, dense: NDArray | None, seed
         return ours.sum(axis=axis) / sizes.sum(axis=axis)
 
     def resampled(ours):
-        if len(ours) == 1:
+        if len(ours) < FEWEST:
             return None
         drawn = bootstrap(
             (ours, sizes), ratio, paired=True, vectorized=True, n_resamples=RESAMPLES, batch=AT_ONCE,
@@ -88,7 +89,7 @@ def calibration_error(
     once = numpy.ones((1, windows))
     drawn = numpy.random.default_rng(seed).multinomial(windows, numpy.full(windows, 1 / windows), RESAMPLES)
     ours = gaps(confidence, correct)
-    value, resampled = float(errors(ours, once)[0]), errors(ours, drawn) if windows > 1 else None
+    value, resampled = float(errors(ours, once)[0]), errors(ours, drawn) if windows >= FEWEST else None
     if dense is None:
         return Estimate(value, resampled)
     theirs = gaps(*dense)

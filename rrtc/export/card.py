@@ -252,7 +252,8 @@ def _tasks(rows: list[dict]) -> str:
     lines = [["task (metric, items)", *(row["model"] for row in rows)], ["---", *["---:"] * len(rows)]]
     for name, found in rows[0]["tasks"].items():
         scores = [row["tasks"][name] for row in rows]
-        shown = ["–" if s["stderr"] is None else f"{s['value']:.1%} ± {s['stderr']:.1%}" for s in scores]
+        errors = ["" if score["stderr"] is None else f" ± {score['stderr']:.1%}" for score in scores]
+        shown = [f"{score['value']:.1%}{error}" for score, error in zip(scores, errors, strict=True)]
         lines.append([f"{name} ({found['metric']}, {found['items']})", *shown])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

@@ -152,7 +152,7 @@ def or_apart(group: Group, singles: list[Group]) -> Group:
 
 def _low_rank(layer: int, name: str, seen: Seen) -> Curve:
     outputs, inputs = seen.weight.shape
-    costs = costs_by_rank(seen.weight, seen.inputs, seen.slopes)
+    costs = costs_by_rank(seen.weight, seen.inputs, seen.gradients)
     # At least 1, and less than where the factors are larger than the matrix.
     ranks = range(1, max(2, math.ceil(outputs * inputs / (outputs + inputs))))
     numbers = [float(rank * (outputs + inputs)) for rank in ranks] + [float(outputs * inputs)]

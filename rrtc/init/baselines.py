@@ -55,7 +55,7 @@ def make_baselines(
     """Makes the baselines for the compressed model in the rrtc folder `folder`. Returns their model folders, new ones
     in `work`, by name; and {task, why} of one that cannot be made.
 
-    They have at most as many parameters without embeddings, in the same number format, and learn from the text that
+    They have at most as many parameters without embeddings, in the same dtype, and learn from the text that
     `folder` was calibrated on, in the same windows; where it was on none, from the text that is the default.
     against: the dense model, by default the one that `folder` was made from. The same folder gives the same baselines
     on the same machine. Raises RrtcError, before any work, for a folder as large as the dense model or too small, and

@@ -130,4 +130,5 @@ def explain(plan: Plan, predicted: float, free: bool) -> str:
         said.append(f"{len(kept)} FFNs keep {min(kept):.0%} to {max(kept):.0%} of their neurons")
     if low:
         said.append(f"{len(low)} of {len(matrices)} matrices are of low rank (median {median(low):.0f})")
-    return "; ".join(said) + f". Predicted to cost {predicted:.2f} nats a token, to second order."
+    bound = f"On the calibration text this costs at least about {predicted:.2f} nats a token"
+    return "; ".join(said) + f". {bound}: each change by itself, to second order; what they do together comes on top."

@@ -38,10 +38,10 @@ def bytes_on_disk(architecture: Architecture, tokens: int) -> int:
 
 def layers_done(folder: Path, depth: int) -> tuple[int, int]:
     """Of how many layers, counted from the first, `folder` has the inputs, and of how many, counted from the last, it
-    has the slopes."""
+    has the gradients."""
     return tuple(
         sum((Path(folder) / f"{kind}-{number}.safetensors").exists() for number in range(depth))
-        for kind in ("inputs", "slopes")
+        for kind in ("inputs", "output-gradients")
     )
 
 
@@ -53,7 +53,7 @@ class Calibration:
 
     def seen(self, number: int, tensors: dict[str, Tensor]) -> "SeenLayer":
         """How each matrix of layer `number` is seen, by path. `tensors`: of that layer, norms folded."""
-        files = [self._folder / f"{side}-{number}.safetensors" for side in ("inputs", "slopes")]
+        files = [self._folder / f"{side}-{number}.safetensors" for side in ("inputs", "output-gradients")]
         return SeenLayer(*files, self._tokens, tensors)
 
 
@@ -61,8 +61,8 @@ class SeenLayer(Mapping[str, Seen]):
     """How the matrices of one layer are seen, by path. Moments are read when they are asked for and kept no longer than
     someone has them: those of a whole layer can be larger than the layer."""
 
-    def __init__(self, inputs: Path, slopes: Path, tokens: int, tensors: dict[str, Tensor]):
-        self._inputs, self._slopes, self._tokens, self._tensors = inputs, slopes, tokens, tensors
+    def __init__(self, inputs: Path, gradients: Path, tokens: int, tensors: dict[str, Tensor]):
+        self._inputs, self._gradients, self._tokens, self._tensors = inputs, gradients, tokens, tensors
         with safe_open(inputs, "pt") as file:
             self._keys = {name: key for key in file.keys() for name in key.split(",")}  # noqa: SIM118 - no dictionary
         self._alive: WeakValueDictionary[tuple[Path, str], Moment] = WeakValueDictionary()
@@ -70,7 +70,7 @@ class SeenLayer(Mapping[str, Seen]):
     def __getitem__(self, name: str) -> Seen:
         weight = self._tensors[f"{name}.weight"]
         inputs = self._moment(self._inputs, self._keys[name], weight.device)
-        return Seen(weight, inputs, self._moment(self._slopes, name, weight.device))
+        return Seen(weight, inputs, self._moment(self._gradients, name, weight.device))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._keys)
@@ -104,7 +104,7 @@ class Gathered:
             if not all_finite(kept):
                 raise RrtcError(
                     f"The model computes NaN or infinity on the calibration text ({file.stem}, {name}).",
-                    "Its weights are finite; is it the result of a merge, or trained in a wider number format?",
+                    "Its weights are finite; is it the result of a merge, or trained in a wider dtype?",
                 )
         with whole_file(file) as temporary:
             save_file({name: kept.cpu() for name, kept in found.items()}, temporary)
@@ -125,8 +125,8 @@ def calibrate(
     Goes on after the last layer that is finished in `folder` (see `layers_done`). For that, states-k is what enters
     layer k, and gradient-k the gradient with respect to it; each is there before the layer that it comes from counts as
     finished, and gone when it has served.
-    Of the slopes of matrices that produce `neurons`, only the diagonal is gathered: neurons are wide, and the rest of
-    it was measured to make no difference (benchmarks/LOG.md).
+    Of the output gradients of matrices that produce `neurons`, only the diagonal is gathered: neurons are wide, and the
+    rest of it was measured to make no difference (benchmarks/LOG.md).
     """
     folder, depth, tokens = Path(folder), dense.depth, ids.numel()
     forward, back = layers_done(folder, depth)
@@ -139,15 +139,15 @@ def calibrate(
     for number in reversed(range(depth - back)):
         gathered = Gathered(tokens)
 
-        def gather_slopes(name, slopes, gathered=gathered):
-            gathered.add(name, slopes, diagonal=name in producers)
+        def gather_gradients(name, gradients, gathered=gathered):
+            gathered.add(name, gradients, diagonal=name in producers)
 
         entering = _load(folder, "states", number)
-        model.back_through(number, dense.layer(number, device), entering, gradient, gather_slopes, advance)
+        model.back_through(number, dense.layer(number, device), entering, gradient, gather_gradients, advance)
         del entering
         if number:
             _save(gradient, folder, "gradient", number)
-        gathered.save(folder / f"slopes-{number}.safetensors")
+        gathered.save(folder / f"output-gradients-{number}.safetensors")
         _states_file(folder, "gradient", number + 1).unlink()
         _states_file(folder, "states", number).unlink()
     return Calibration(folder, tokens)

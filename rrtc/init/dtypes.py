@@ -1,4 +1,4 @@
-"""The number format that `init` writes."""
+"""The dtype that `init` writes."""
 
 from rrtc.io.source import Source
 

@@ -22,7 +22,7 @@ def tie_in_memory(model: PreTrainedModel, plan: Plan) -> RrtForCausalLM:
     """The recursive model that `plan` makes of the stock causal language model `model`: each shared matrix is the mean
     of its layers', and LoRA is the truncated SVD of what that loses (paper §2.2 and §2.3, Average and SVD).
 
-    It has the number format, device and mode of `model`, which stays as it is and shares no storage with it. Norms are
+    It has the dtype, device and mode of `model`, which stays as it is and shares no storage with it. Norms are
     not folded. Raises WrongUsage where the plan is of another architecture, or asks for forms that a joint start alone
     chooses, and RrtcError where `model` is no decoder that rrtc can tie.
     """

@@ -2,12 +2,13 @@
 
 While it runs, NAME.partial/work has, each of them whole where it is there at all:
 
-    started.json                     what the work belongs to
-    own-text.safetensors             what the model wrote to be calibrated on
-    inputs-3, slopes-3.safetensors   what layer 3 sees, and what the loss feels of it (calibrate.py)
-    states-3, gradient-3.safetensors what calibration needs to go on (calibrate.py)
-    group-3.pt, group-3-4.pt         the choices there are for these layers (budget.py)
-    slot-3/                          a finished slot, as it will be stored
+    started.json                    what the work belongs to
+    own-text.safetensors            what the model wrote to be calibrated on
+    inputs-3.safetensors            what the matrices of layer 3 see of the text (calibrate.py)
+    output-gradients-3.safetensors  what the loss feels of their outputs (calibrate.py)
+    states-3, gradient-3            what calibration needs to go on (calibrate.py)
+    group-3.pt, group-3-4.pt        the choices there are for these layers (budget.py)
+    slot-3/                         a finished slot, as it will be stored
 
 rrtc/io/resumable.py says when it goes.
 """
@@ -53,7 +54,7 @@ FREE_ON_RESUME = ("max_shard_size", "measure_tokens")
 @dataclass(frozen=True)
 class Job:
     """What is compressed, how, and into which folder of slots. `plan` is the pattern, of which a budget may make
-    something else; `dtype` the number format to write; `calibration` the text to learn from, ids (windows, context),
+    something else; `dtype` the dtype to write; `calibration` the text to learn from, ids (windows, context),
     None where none is needed, to which `own_windows` are added that the model writes; `scoring` the text for the
     closing measurement, None where there is none."""
 
@@ -96,7 +97,7 @@ class Job:
     def save_slot(self, number: int, slot: Iterable[tuple[str, Tensor]], energies: dict) -> None:
         """Saves the tensors of slot `number`, by their names in it, as they will be stored, one at a time; and beside
         them `energies`, which slots.paper_slot adds up as it yields them. Raises RrtcError where a tensor does not fit
-        the number format."""
+        the dtype."""
         writing = self.work / "writing"
         shutil.rmtree(writing, ignore_errors=True)
         writing.mkdir()

@@ -1,7 +1,7 @@
 """What dense models are made of, remembered: to read it off a config takes torch and transformers, and seconds.
 
 It is kept in rrtc's cache under a key of all that it depends on: the contents of config.json, the headers of the
-weights files (names, shapes and number formats of the tensors), the code that reads it, and the versions of rrtc and
+weights files (names, shapes and dtypes of the tensors), the code that reads it, and the versions of rrtc and
 transformers. Nothing is kept of a model that was refused.
 """
 
@@ -27,7 +27,7 @@ READ_BY = ("io/dense.py", "model/modeling_rrt.py", "plan.py", "stock/architectur
 
 @dataclass(frozen=True)
 class Dense:
-    """A dense model: its architecture, and the number format that its config names (None where it names none)."""
+    """A dense model: its architecture, and the dtype that its config names (None where it names none)."""
 
     architecture: Architecture
     dtype: str | None

@@ -155,7 +155,7 @@ def only_run(target: Path) -> Iterator[None]:
 
     Raises RrtcError where one of them has it.
     """
-    name = hashlib.sha256(str(Path(target).resolve()).encode()).hexdigest()[:32]
+    name = hashlib.sha256(os.fsencode(Path(target).resolve())).hexdigest()[:32]
     file = cache_folder() / "locks" / f"{name}.lock"
     lock = FileLock(file)
     try:

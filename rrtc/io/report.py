@@ -9,7 +9,7 @@ models         a row a model, dense first, then the stages that the folder went 
                    model            its name: dense, after init, after uptrain, exit after loop 1, whitened SVD …
                    kind             dense, stage, exit or baseline
                    layers_computed  share from 0 to 1; in all rows where exits were trained, else in none
-                   params_total, params_non_embedding, bytes (as stored; the dense model's in the same number format),
+                   params_total, params_non_embedding, bytes (as stored; the dense model's in the same dtype),
                    parts            parameters by part: embeddings, head, shared, own, lora, low_rank, norms_and_biases
                    scores           loss (nats per token), bits_per_byte, calibration_error (share from 0 to 1: how far
                                     the probability of the most probable token is from how often it is right), kl
@@ -37,8 +37,9 @@ source_bytes   the size of the file the dense model was read from, where that is
 samples        a continuation by each model: model, text
 
 A score is {value, stderr, difference}: the bootstrap's standard error over the items (windows, questions, keys), null
-for a single item; and the difference from the dense model on the same items with its 95 % interval, {value, low, high},
-null for the dense model and for what is a comparison with it already.
+for fewer than 8 items; and the difference from the dense model on the same items with its 95 % interval, {value, low,
+high}, the latter two null for fewer than 8 items, all of it null for the dense model and for what is a comparison with
+it already.
 """
 
 import json

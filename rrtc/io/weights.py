@@ -12,7 +12,7 @@ from rrtc.errors import RrtcError
 # Numbers of a block. What is done to a block stays in a processor's cache, and in memory that the process has already:
 # the pages of a larger tensor come from the kernel anew at every step, which takes longer than the arithmetic.
 BLOCK_NUMBERS = 1 << 19
-# The number formats of safetensors as torch calls them, widest first.
+# The dtypes of safetensors as torch calls them, widest first.
 DTYPES = {
     "F64": "float64", "I64": "int64", "F32": "float32", "I32": "int32", "BF16": "bfloat16", "F16": "float16",
     "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
@@ -95,7 +95,7 @@ class Weights:
         return sum(math.prod(self.shape(name)) for name in self)
 
     def format(self, name: str) -> str:
-        """The number format of the tensor `name` as safetensors calls it, such as BF16."""
+        """The dtype of the tensor `name` as safetensors calls it, such as BF16."""
         return self._headers[name]["dtype"]
 
     def shape(self, name: str) -> list[int]:
@@ -103,7 +103,7 @@ class Weights:
 
     @property
     def dtype(self) -> str:
-        """The number format that most of the parameters are in, as torch calls it."""
+        """The dtype that most of the parameters are in, as torch calls it."""
         counts: dict[str, int] = {}
         for entry in self._headers.values():
             counts[entry["dtype"]] = counts.get(entry["dtype"], 0) + math.prod(entry["shape"])
@@ -202,7 +202,7 @@ def _header(file: Path) -> tuple[dict, int]:
 
 
 def _bytes_of(entry: dict) -> int | None:
-    """How many bytes the tensor of that header has; None where its number format is none of DTYPES."""
+    """How many bytes the tensor of that header has; None where its dtype is none of DTYPES."""
     if entry["dtype"] not in DTYPES:
         return None
     bits = 8 if entry["dtype"] == "BOOL" else int(entry["dtype"].strip("BFIU"))

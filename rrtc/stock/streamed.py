@@ -135,10 +135,10 @@ class StreamedModel:
         with torch.enable_grad():
             for part, start, given, logits in self._logits(states, ids):
                 # d(-log p[label]) / d(logits) = p - onehot(label)
-                slope = (logits.detach() - normalizer[part].to(self._device).unsqueeze(-1)).exp()
-                inside, place = _places(labels[part].to(self._device) - start, slope)
-                slope.scatter_add_(-1, place, -inside.to(slope.dtype))
-                gradient[part] += torch.autograd.grad(logits, given, slope)[0].cpu()
+                by_logits = (logits.detach() - normalizer[part].to(self._device).unsqueeze(-1)).exp()
+                inside, place = _places(labels[part].to(self._device) - start, by_logits)
+                by_logits.scatter_add_(-1, place, -inside.to(by_logits.dtype))
+                gradient[part] += torch.autograd.grad(logits, given, by_logits)[0].cpu()
         return gradient, labels
 
     def back_through(
@@ -168,8 +168,8 @@ class StreamedModel:
             for part in _batches(states):
                 given = states[part].to(self._device).detach().requires_grad_()
                 output = self._parts.run_layer(number, tensors, given)
-                slope = gradient[part].to(self._device, copy=True)  # a copy for the same reason as in run_layer
-                gradient[part] = torch.autograd.grad(output, given, slope)[0]
+                leaving = gradient[part].to(self._device, copy=True)  # a copy for the same reason as in run_layer
+                gradient[part] = torch.autograd.grad(output, given, leaving)[0]
                 advance(len(given))
         return gradient
 

@@ -20,7 +20,7 @@ def leading_eigenvectors(
 ) -> tuple[Tensor, Tensor]:
     """(values, vectors): the `rank` largest eigenvalues, (rank,), float64, descending, and eigenvectors, (size, rank).
 
-    times(x): the matrix times x (size, n), in the number format and on the device of `like`. whole(): the matrix
+    times(x): the matrix times x (size, n), in the dtype and on the device of `like`. whole(): the matrix
     itself, (size, size), in any format, asked for where the rank is a large share of the size, and then taken apart.
     The same matrix gives the same bits.
     """

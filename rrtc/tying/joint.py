@@ -40,26 +40,26 @@ class Joint:
 def joint_costs(group: list[Seen]) -> Tensor:
     """Nats a token lost with the group tied, for LoRA rank 0, 1, … min(outputs, inputs) of each visit: float64.
 
-    Exact for two visits, up to their slopes' being pooled. For more it is the cost with W' at its optimum for rank 0,
-    an upper bound.
+    Exact for two visits, but for their gradients' being pooled. For more it is the cost with W' at its optimum for rank
+    0, an upper bound.
     """
-    slopes = Moment.pooled([seen.slopes for seen in group])
+    gradients = Moment.pooled([seen.gradients for seen in group])
     if len(group) == 2:
-        costs = costs_by_rank(*_difference(group), slopes)
+        costs = costs_by_rank(*_difference(group), gradients)
         return torch.cat([costs[::2], costs.new_zeros(len(costs) - len(costs[::2]))])
     shared = _shared(group)
-    first, *others = [costs_by_rank(seen.weight - shared, seen.inputs, slopes) for seen in group]
+    first, *others = [costs_by_rank(seen.weight - shared, seen.inputs, gradients) for seen in group]
     return sum(others, first)
 
 
 def joint(group: list[Seen], rank: int) -> Joint:
     """The best shared matrix and factors of `rank` for each visit of the group."""
-    slopes = Moment.pooled([seen.slopes for seen in group])
+    gradients = Moment.pooled([seen.gradients for seen in group])
     if rank == 0:
         empty = [(s.weight.new_zeros(len(s.weight), 0), s.weight.new_zeros(0, s.weight.shape[1])) for s in group]
         return Joint(_shared(group), empty)
     if len(group) == 2:
-        difference = spectrum(*_difference(group), slopes, 2 * rank)
+        difference = spectrum(*_difference(group), gradients, 2 * rank)
         # Every other component, so that both visits get as much of the large ones.
         first = difference.factors(slice(0, 2 * rank, 2))
         b, a = difference.factors(slice(1, 2 * rank, 2))
@@ -67,7 +67,7 @@ def joint(group: list[Seen], rank: int) -> Joint:
     else:
         shared, factors = _shared(group), []
         for _ in range(SWEEPS):
-            found = (spectrum(seen.weight - shared, seen.inputs, slopes, rank) for seen in group)
+            found = (spectrum(seen.weight - shared, seen.inputs, gradients, rank) for seen in group)
             factors = [components.factors(slice(0, rank)) for components in found]
             shared = _shared(group, factors)
     return Joint(_shared(group, factors), factors)

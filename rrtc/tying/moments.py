@@ -1,4 +1,4 @@
-"""Second moments E[x x^T] of what enters a matrix, or of the slopes at what leaves it, in three forms.
+"""Second moments E[x x^T] of what enters a matrix, or of the gradients at what leaves it, in three forms.
 
     FullMoment      the matrix (size, size)
     SampledMoment   level I + X^T X, with one row of X for each token, where there are fewer tokens than size: what it
@@ -22,7 +22,7 @@ BLOCK = 512  # rows or columns that are turned to float64 at a time
 class Moment:
     """What the three forms have in common. Matrices that read the same input share one, so that it is taken apart once.
 
-    Every form has: diagonal, (size,); times: M x for x (size, n), in the number format of x; root_times,
+    Every form has: diagonal, (size,); times: M x for x (size, n), in the dtype of x; root_times,
     transposed_root_times and inverse_root_times: likewise R x, R^T x and R^-1 x, for an R with R^T R = M; of: the
     moment of some entries, in the order of an index, each times its sign. Full and sampled ones also have: solve: M^-1
     x in float64; inverse: for taking entries away (see FullInverse).
@@ -97,7 +97,7 @@ class Moment:
 
 class Gathering:
     """What `Moment.estimated` takes, put together batch by batch over `tokens` tokens: what enters a matrix, or the
-    slopes at what leaves it. It is kept in float32, in the form that takes least.
+    gradients at what leaves it. It is kept in float32, in the form that takes least.
 
     only_diagonal: no more than the mean of x^2, (size,), is wanted. always_full: the mean of x x^T, (size, size), is
     wanted even where the rows themselves, (tokens, size), would take less.

@@ -57,14 +57,14 @@ def reordered(layer: dict[str, Tensor], neurons: Neurons, index: Tensor, signs: 
 
 
 def reordered_seen(name: str, seen: Seen, neurons: Neurons, index: Tensor, signs: Tensor | None = None) -> Seen:
-    """As `reordered`, for one of the neurons' matrices with the moments of their activations or slopes."""
+    """As `reordered`, for one of the neurons' matrices with the moments of their activations or gradients."""
     weight = reordered({f"{name}.weight": seen.weight}, neurons, index, signs)[f"{name}.weight"]
     if name == neurons.reader:
-        return Seen(weight, seen.inputs.of(index, signs if neurons.signed else None), seen.slopes)
+        return Seen(weight, seen.inputs.of(index, signs if neurons.signed else None), seen.gradients)
     parts = len(seen.weight) // neurons.width
     rows = torch.cat([index + part * neurons.width for part in range(parts)])
     turns = signs.repeat(parts) if signs is not None and name in neurons.signed else None
-    return Seen(weight, seen.inputs, seen.slopes.of(rows, turns))
+    return Seen(weight, seen.inputs, seen.gradients.of(rows, turns))
 
 
 def narrowed(name: str, seen: Seen, neurons: Neurons, kept: Tensor) -> Seen:
@@ -72,7 +72,7 @@ def narrowed(name: str, seen: Seen, neurons: Neurons, kept: Tensor) -> Seen:
     if len(kept) == neurons.width:
         return seen
     if name == neurons.reader:
-        return Seen(refitted(seen, kept), seen.inputs.of(kept), seen.slopes)
+        return Seen(refitted(seen, kept), seen.inputs.of(kept), seen.gradients)
     return reordered_seen(name, seen, neurons, kept)
 
 
@@ -89,12 +89,12 @@ def align(first: dict[str, Seen], second: dict[str, Seen], neurons: Neurons) -> 
         a, b = first[name], second[name]
         turned = bool(neurons.signed) and name in (*neurons.signed, neurons.reader)
         if name == neurons.reader:
-            columns = Moment.pooled([a.slopes, b.slopes]).times(b.weight).mul_(_sizes(b.inputs))
+            columns = Moment.pooled([a.gradients, b.gradients]).times(b.weight).mul_(_sizes(b.inputs))
             terms.append((turned, a.weight.T, _sizes(a.inputs), columns))
         else:
             inputs = Moment.pooled([a.inputs, b.inputs])
             parts = [m.weight.unflatten(0, (-1, neurons.width)) for m in (a, b)]
-            sizes = [_sizes(m.slopes).unflatten(0, (-1, neurons.width)) for m in (a, b)]
+            sizes = [_sizes(m.gradients).unflatten(0, (-1, neurons.width)) for m in (a, b)]
             for rows, others, size, other_size in zip(*parts, *sizes, strict=True):
                 terms.append((turned, rows, size, inputs.times(others.T).mul_(other_size)))
 
@@ -151,7 +151,7 @@ def removal(readers: list[Seen]) -> Removal:
     """
     width = readers[0].weight.shape[1]
     step = _step(width)
-    states = [(s.inputs.inverse(), s.slopes.root_times(s.weight)) for s in readers]
+    states = [(s.inputs.inverse(), s.gradients.root_times(s.weight)) for s in readers]
     gone = torch.zeros(width, dtype=torch.bool, device=readers[0].weight.device)
     order, removed, costs = [], [0], [0.0]
     while removed[-1] + step <= width - max(1, width // 4):

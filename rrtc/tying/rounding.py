@@ -13,6 +13,9 @@ goes, for that is not rounded: B A is chosen anew for W' + B A - Q, by what this
 import torch
 from torch import Tensor
 
+from rrtc.tying.moments import DiagonalMoment, FullMoment
+from rrtc.tying.whiten import spectrum
+
 DAMPING = 0.01  # of the mean of the moments' diagonal, as in GPTQ
 BLOCK = 128  # inputs after which an error reaches all that are still to come: one product in place of many small ones
 CLIPS = torch.linspace(1.0, 0.6, 17).tolist()  # of the largest weight in a group: a smaller range has finer steps
@@ -63,19 +66,10 @@ def gptq(weight: Tensor, moments: Tensor, scale: Tensor, bits: int) -> Tensor:
 
 def best_factors(wanted: Tensor, moments: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """(B (outputs, rank), A (rank, inputs)), in float32, with the least tr((E - B A) H (E - B A)^T) for E `wanted`
-    (outputs, inputs) and H `moments` (inputs, inputs). rank: at most the smaller side of E.
-
-    By Eckart and Young, the truncation of E R with H = R R^T. With the leading eigenvectors U of E H E^T that is
-    U U^T E, and with those V of R^T E^T E R it is E R V V^T R^-1: whichever side is smaller.
-    """
-    root = torch.linalg.cholesky(_damped(moments))
-    whitened = wanted.double() @ root
-    if len(wanted) <= wanted.shape[1]:
-        vectors = torch.linalg.eigh(whitened @ whitened.T).eigenvectors[:, -rank:]
-        return vectors.float(), (vectors.T @ wanted.double()).float()
-    vectors = torch.linalg.eigh(whitened.T @ whitened).eigenvectors[:, -rank:]
-    back = torch.linalg.solve_triangular(root, vectors.T, upper=False, left=False)
-    return (whitened @ vectors).float(), back.float()
+    (outputs, inputs) and H `moments` (inputs, inputs), both float32; see whiten.py. rank: at most the smaller side of
+    E."""
+    alike = DiagonalMoment(wanted.new_ones(len(wanted)))  # errors of all outputs count alike
+    return spectrum(wanted, FullMoment(_damped(moments).float()), alike, rank).factors(slice(0, rank))
 
 
 def _nearest(weight: Tensor, scale: Tensor, bits: int) -> Tensor:

@@ -2,25 +2,68 @@
 back, so that a run cannot fail only at its end."""
 
 import contextlib
+import hashlib
+import json
 import shutil
 from pathlib import Path
 
 import torch
 from transformers import TrainerCallback, TrainerState
 
+from rrtc.console import warn
 from rrtc.errors import RrtcError
+from rrtc.io.folder import whole_file
 from rrtc.io.weights import Weights
 from rrtc.machine import is_first_process
 from rrtc.uptrain.job import Job
 from rrtc.uptrain.sharding import whole_state
 
-WHOLE = "rrtc-whole"  # a file in each checkpoint that was written to the end
+WHOLE = "rrtc-whole"  # a file in each checkpoint that was written to the end: the SHA-256 of its other files by name
 
 
 def whole_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in `folder` that were written to the end, oldest first."""
     whole = [marker.parent for marker in Path(folder).glob(f"checkpoint-*/{WHOLE}")]
     return sorted(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def mark_whole(checkpoint: Path) -> None:
+    """Writes down that `checkpoint` is complete, and what is in it."""
+    found = {file.name: _sha256(file) for file in sorted(checkpoint.iterdir()) if file.is_file()}
+    with whole_file(checkpoint / WHOLE) as mark:
+        mark.write_text(json.dumps(found, indent=2) + "\n", encoding="utf8")
+
+
+def wrong_file(checkpoint: Path) -> str | None:
+    """The name of a file of a checkpoint that is missing or not as it was written; None where all are."""
+    try:
+        written = json.loads((checkpoint / WHOLE).read_text(encoding="utf8"))
+        for name, sha256 in written.items():
+            if not (checkpoint / name).is_file() or _sha256(checkpoint / name) != sha256:
+                return name
+    except (OSError, ValueError, AttributeError, TypeError):
+        return WHOLE
+    return None
+
+
+def last_sound(checkpoints: list[Path]) -> Path:
+    """The last of `checkpoints`, which are whole, in which every file is as it was written. Says which ones it passes
+    over. Raises RrtcError where there is none."""
+    for number, checkpoint in enumerate(reversed(checkpoints), 1):
+        wrong = wrong_file(checkpoint)
+        if wrong is None:
+            return checkpoint
+        if number < len(checkpoints):
+            warn(f"{checkpoint.name} is damaged ({wrong}): the run goes on from the checkpoint before it.")
+    raise RrtcError(
+        f"The run cannot be resumed: {checkpoints[0]} is damaged ({wrong}), and there is no other checkpoint.",
+        f"Delete {checkpoints[0].parents[1]}, and start anew.",
+    )
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def remove(folder: Path) -> None:

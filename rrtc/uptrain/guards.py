@@ -1,7 +1,7 @@
 """What keeps a run from losing what it has paid for: callbacks of the Trainer that look at every step.
 
 - LossGuard stops a run whose loss is lost, and keeps the last checkpoint from before that.
-- Termination finishes the step when SIGTERM comes, and leaves with a checkpoint. It loses no Ctrl-C.
+- Termination finishes the step when SIGTERM, SIGHUP or Ctrl-C comes, and leaves with a checkpoint.
 - Course writes metrics.jsonl and loss.png while the run goes on.
 """
 
@@ -16,6 +16,7 @@ import torch
 from transformers import TrainerCallback
 from transformers.integrations import get_reporting_integration_callbacks
 
+from rrtc.console import note
 from rrtc.errors import RrtcError
 from rrtc.io.source import load_tokenizer
 from rrtc.machine import is_first_process, process_group
@@ -41,9 +42,14 @@ class Stopped(RrtcError):
 
 
 class Terminated(Stopped):
-    """The run was asked to stop, by SIGTERM."""
+    """The run was asked to stop, by a signal. The exit code is what a shell and a scheduler see of a process that the
+    signal ended."""
 
-    exit_code = 128 + signal.SIGTERM  # what a shell and a scheduler see of a process that SIGTERM ended
+    def __init__(self, number: int, step: int, steps: int):
+        """number: of the signal; step: the last one of `steps` that was taken."""
+        name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+        super().__init__(f"{name} stopped the run after step {step} of {steps}; --resume goes on from there.")
+        self.exit_code = 128 + number
 
 
 class LossGuard(TrainerCallback):
@@ -126,57 +132,56 @@ class LossGuard(TrainerCallback):
 
 
 class Termination(TrainerCallback):
-    """A context manager, in which SIGTERM lets the running step be finished and a checkpoint be written, and then ends
-    the training; `check` says so. The previous handlers come back at the end.
+    """A context manager, in which SIGTERM, SIGHUP or the first Ctrl-C lets the running step be finished and a
+    checkpoint be written, and then ends the training; `check` says so. A second Ctrl-C ends it at once. The previous
+    handlers come back at the end, and a signal that is ignored stays so.
 
-    A launcher sends the signal to all processes, but not at one moment: they agree after each step.
-
-    Ctrl-C ends the training at once, as it does everywhere. But Python drops a KeyboardInterrupt that comes up while it
-    runs a destructor or a weak reference's callback, and then it comes again after the step.
+    A launcher sends a signal to all processes, but not at one moment: they agree after each step. Python drops a
+    KeyboardInterrupt that comes up while it runs a destructor or a weak reference's callback: it comes again after the
+    step.
     """
 
     def __init__(self):
-        self.asked = self.interrupted = False
+        self.asked_by = 0  # the number of the signal
+        self.interrupted = False
         self.stopped_after: int | None = None  # the step
         self.previous: dict[int, object] = {}  # the handlers by signal
 
     def __enter__(self) -> "Termination":
         if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
-            self.previous[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._ask)
-            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # who ignores it is left alone
-                self.previous[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
+            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    self.previous[number] = signal.signal(number, self._ask)
         return self
 
     def __exit__(self, *error) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler or signal.SIG_DFL)
 
-    def _ask(self, *_) -> None:
-        self.asked = True
-
-    def _interrupt(self, *_) -> None:
-        self.interrupted = True
-        raise KeyboardInterrupt
+    def _ask(self, number: int, frame) -> None:
+        if number == signal.SIGINT:
+            if self.asked_by == signal.SIGINT:
+                self.interrupted = True
+                raise KeyboardInterrupt
+            note("Ctrl-C: the step is finished and saved first. Press it again to stop at once.")
+        self.asked_by = number
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.interrupted:
             raise KeyboardInterrupt
-        asked = self.asked
         if process_group().num_processes > 1:
-            anywhere = torch.tensor(int(asked), device=args.device)
+            anywhere = torch.tensor(self.asked_by, device=args.device)
             torch.distributed.all_reduce(anywhere, op=torch.distributed.ReduceOp.MAX)
-            asked = bool(anywhere)
-        if asked:
+            self.asked_by = int(anywhere)
+        if self.asked_by:
             self.stopped_after = state.global_step
             control.should_save = control.should_training_stop = True
 
     def check(self, steps: int) -> None:
-        """Raises Terminated, when all processes are there, where SIGTERM ended the training of `steps` steps."""
+        """Raises Terminated, when all processes are there, where a signal ended the training of `steps` steps."""
         if self.stopped_after is not None:
             process_group().wait_for_everyone()  # the first process may still be marking the checkpoint as whole
-            raise Terminated(
-                f"SIGTERM stopped the run after step {self.stopped_after} of {steps}; --resume goes on from there."
-            )
+            raise Terminated(self.asked_by, self.stopped_after, steps)
 
 
 class Course(TrainerCallback):

@@ -33,7 +33,7 @@ FREE_ON_RESUME = ("micro_batch", "activation_checkpointing", "fsdp", "save_every
 
 @dataclass(frozen=True)
 class Job:
-    """What is trained, from whom and on what. `dtype` is the number format of the folder's weights, `arithmetic`
+    """What is trained, from whom and on what. `dtype` is the dtype of the folder's weights, `arithmetic`
     that of the computations, and `accumulation` how many micro-batches of one process make a step.
 
     `taught_by` has the `uri` and the `sha256` of the dense model that is learned from; None where there is none.

@@ -67,7 +67,7 @@ OTHERS = {"reverse_kl": reverse_kl, "jensen_shannon": jensen_shannon, "total_var
 REPORTED = {"next_token": "loss", "forward_kl": "kl"}  # a loss's name in metrics, where it is another
 
 
-def losses_and_slope(
+def losses_and_gradient(
     logits: Tensor, targets: Tensor, weights: dict[str, float], temperature: float, log_q_of: Callable | None
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Sums over the tokens of `loss` (next token), of `kl` (forward, with a teacher) and of the other divergences that
@@ -82,7 +82,7 @@ def losses_and_slope(
     sums = {"loss": -log_p.gather(1, target).sum()}
     p, next_token = log_p.exp(), weights.get("next_token", 0.0)
     if log_q_of is None:
-        slope = p.mul_(next_token)
+        gradient = p.mul_(next_token)
     else:
         at_one = None  # the next token's part, where it is not at the teacher's temperature
         if temperature != 1:
@@ -97,13 +97,13 @@ def losses_and_slope(
             if weights.get(name):
                 sums[name], h = divergence(p, log_p, q, log_q)
                 others.append((weights[name] * temperature, h.addcmul_(p, h.sum(-1, keepdim=True), value=-1)))
-        slope = p.mul_(forward + (next_token if at_one is None else 0.0)).sub_(q, alpha=forward)
+        gradient = p.mul_(forward + (next_token if at_one is None else 0.0)).sub_(q, alpha=forward)
         for weight, part in others:
-            slope.add_(part, alpha=weight)
+            gradient.add_(part, alpha=weight)
         if at_one is not None:
-            slope.add_(at_one)
-    slope.scatter_add_(1, target, torch.full_like(slope[:, :1], -next_token))
-    return sums, slope
+            gradient.add_(at_one)
+    gradient.scatter_add_(1, target, torch.full_like(gradient[:, :1], -next_token))
+    return sums, gradient
 
 
 def _row_products(a: Tensor, b: Tensor) -> Tensor:
@@ -136,7 +136,7 @@ def chunked_losses(
 
 
 class _ChunkedLosses(torch.autograd.Function):
-    """(objective, the means of what `losses_and_slope` sums up, (names,)).
+    """(objective, the means of what `losses_and_gradient` sums up, (names,)).
 
     LOGITS_AT_ONCE logits are made, compared a few tokens at a time, and turned into gradients of the hidden states and
     of the head's parameters before the next ones are made. Autograd would keep several tables of (tokens, vocabulary).
@@ -146,34 +146,34 @@ class _ChunkedLosses(torch.autograd.Function):
     def forward(ctx, hidden, head, vocabulary, targets, weights, temperature, lesson, names, *parameters):
         tokens, learns = len(targets), ctx.needs_input_grad[0]
         wanted = [parameter for parameter in parameters if parameter.requires_grad] if learns else []
-        hidden_slope, slopes = torch.empty_like(hidden), []
+        hidden_gradient, gradients = torch.empty_like(hidden), []
         totals: dict[str, Tensor] = {}
         for part in chunks(tokens, vocabulary, LOGITS_AT_ONCE):
             given = hidden[part].detach().requires_grad_(learns)
             with torch.set_grad_enabled(learns):
                 logits = head(given)
             log_q = None if lesson is None else lesson.about(part)
-            slope = torch.empty_like(logits) if learns else None
+            gradient = torch.empty_like(logits) if learns else None
             on_cpu = logits.device.type == "cpu"
             for rows in chunks(len(logits), vocabulary, COMPARED_AT_ONCE if on_cpu else LOGITS_AT_ONCE):
                 log_q_of = None if log_q is None else functools.partial(log_q, rows)
                 compared = logits.detach()[rows].float(), targets[part][rows]
                 with torch.autocast(logits.device.type, enabled=False):  # whatever the model computes in
-                    sums, slope_of_rows = losses_and_slope(*compared, weights, temperature, log_q_of)
+                    sums, gradient_of_rows = losses_and_gradient(*compared, weights, temperature, log_q_of)
                 if learns:
-                    slope[rows] = slope_of_rows.div_(tokens)
+                    gradient[rows] = gradient_of_rows.div_(tokens)
                 totals = {name: totals.get(name, 0) + value for name, value in sums.items()}
             if learns:
-                hidden_slope[part], *grown = torch.autograd.grad(logits, (given, *wanted), slope)
-                for whole, piece in zip(slopes, grown, strict=False):
+                hidden_gradient[part], *grown = torch.autograd.grad(logits, (given, *wanted), gradient)
+                for whole, piece in zip(gradients, grown, strict=False):
                     whole += piece
-                slopes = slopes or grown
+                gradients = gradients or grown
         means = {name: value / tokens for name, value in totals.items()}
         objective = weights.get("next_token", 0.0) * means["loss"]
         for name in ("forward_kl", *OTHERS):
             if weights.get(name):
                 objective = objective + weights[name] * temperature**2 * means[REPORTED.get(name, name)]
-        ctx.save_for_backward(hidden_slope, *slopes)
+        ctx.save_for_backward(hidden_gradient, *gradients)
         ctx.places = [learns and parameter.requires_grad for parameter in parameters]
         means = torch.stack([means[name] for name in names])
         ctx.mark_non_differentiable(means)
@@ -181,9 +181,11 @@ class _ChunkedLosses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, scale, _):
-        hidden_slope, *slopes = (slope.mul_(scale) for slope in ctx.saved_tensors)  # in place: large, and used once
-        left = iter(slopes)
-        return hidden_slope, *(None,) * 7, *(next(left) if place else None for place in ctx.places)
+        hidden_gradient, *gradients = (
+            gradient.mul_(scale) for gradient in ctx.saved_tensors
+        )  # in place: large, and used once
+        left = iter(gradients)
+        return hidden_gradient, *(None,) * 7, *(next(left) if place else None for place in ctx.places)
 
 
 def chunks(tokens: int, vocabulary: int, logits: int) -> Iterator[slice]:

@@ -19,7 +19,7 @@ from rrtc.io.weights import Weights
 from rrtc.machine import is_first_process, process_group
 from rrtc.recipe.schema import Recipe
 from rrtc.units import parse_size
-from rrtc.uptrain.checkpoints import Checkpoints, remove, whole_checkpoints
+from rrtc.uptrain.checkpoints import Checkpoints, last_sound, remove, whole_checkpoints
 from rrtc.uptrain.curve import draw, steps_of, write_metrics
 from rrtc.uptrain.data import Stream
 from rrtc.uptrain.display import Display
@@ -54,13 +54,13 @@ def _uptrain(folder: Path, target: Path, recipe: Recipe, resume: bool) -> dict:
     if resume:
         making.check_same(fingerprint)
     making.check_space(job.checkpoint_bytes())
-    saved = making.finished()
+    checkpoint = last_sound(making.finished()) if resume else None
 
     # Every process has now seen the disk as it was. From here on, the first one changes it.
     process_group().wait_for_everyone()
     with making.folder(resume, fingerprint) as partial:
         job, cached = _fill_cache(job)
-        trainer = _train(job, making.kept, saved[-1] if resume else None)
+        trainer = _train(job, making.kept, checkpoint)
         measured, state = trainer.measured() | cached, whole_state(trainer.model)
         if is_first_process:
             _write(job, trainer, state, measured, partial, target, max_shard_bytes)
@@ -129,7 +129,7 @@ def _write(
     max_bytes: int,
 ) -> None:
     """Writes the trained model, whose weights are `state`, into `folder`, which will become `target`: the tensors that
-    the input folder has, under the same names and in the same number format."""
+    the input folder has, under the same names and in the same dtype."""
     writer = ShardWriter(folder, max_bytes)
     for name in Weights(job.folder):
         writer.add(name, state[name].to("cpu", getattr(torch, job.dtype)))

@@ -78,7 +78,7 @@ class TeacherCache:
     """The lessons in the folder of a cache, found by the `key` of their window."""
 
     def __init__(self, folder: Path, teacher: str, vocabulary: int, temperature: float, top: int, arithmetic: str):
-        """teacher: its content hash. arithmetic: the number format that it computes in. `folder` may be missing or
+        """teacher: its content hash. arithmetic: the dtype that it computes in. `folder` may be missing or
         empty, and stays so until `fill` writes into it.
 
         Raises RrtcError where the folder is no cache, is one for something else, or is damaged.

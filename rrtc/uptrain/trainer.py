@@ -20,7 +20,7 @@ from rrtc.machine import device, process_group
 from rrtc.model.modeling_rrt import Slot
 from rrtc.recipe.uptrain import UptrainRecipe
 from rrtc.stock.architecture import quiet_warnings
-from rrtc.uptrain.checkpoints import WHOLE
+from rrtc.uptrain.checkpoints import WHOLE, mark_whole
 from rrtc.uptrain.curve import steps_of, summary
 from rrtc.uptrain.data import Stream, given
 from rrtc.uptrain.job import Job
@@ -156,7 +156,7 @@ class DistillationTrainer(Trainer):
         process_group().wait_for_everyone()  # every process writes the state of its random numbers
         if self.args.should_save:
             self.job.complete(folder, self.measured())
-            (folder / WHOLE).touch()
+            mark_whole(folder)
 
     def measured(self) -> dict:
         """What this run has measured so far, for rrtc.yaml."""

@@ -2,18 +2,23 @@
 
 import copy
 import json
+import shutil
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from pico import pico_tokenizer, save_pico
+from safetensors import safe_open
+from safetensors.numpy import save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 from uptraining import on_two_processes
 
 from rrtc.cli.app import app
 from rrtc.errors import RrtcError, WrongUsage
-from rrtc.eval import measurements
+from rrtc.eval import cache, measurements
+from rrtc.eval.cache import remembered
 from rrtc.eval.stage import evaluate
 from rrtc.init.stage import init
 from rrtc.io.report import read_report
@@ -27,7 +32,7 @@ pytestmark = pytest.mark.slow
 CONTEXT = 64
 TEXT = "It rained, and then it rained again. def f(x): return x * 0x1f\n" * 60
 ASKED = {
-    "context": CONTEXT, "tokens": 6 * CONTEXT, "sample_tokens": 4, "passkey_lengths": [300], "passkey_trials": 2,
+    "context": CONTEXT, "tokens": 8 * CONTEXT, "sample_tokens": 4, "passkey_lengths": [300], "passkey_trials": 2,
     "speed_rounds": 0,
 }  # fmt: skip
 
@@ -167,6 +172,61 @@ def test_an_interrupted_evaluation_goes_on(models, own_cache, loaded, monkeypatc
     (own_cache / next(iter(kept))).write_bytes(b"half")  # and what is damaged is measured again
     evaluate(str(models / "small"), recipe(**text_of(models)), output=str(tmp_path / "report"))
     assert read_report(tmp_path / "report")["models"] and kept < {file.name for file in own_cache.iterdir()}
+
+
+def test_a_measurement_is_made_again_where_the_tokenizer_or_the_code_is_another(
+    models, own_cache, monkeypatch, tmp_path
+):
+    asked = recipe(**text_of(models), sample_tokens=4, passkey_trials=0)
+    first = evaluate(str(models / "small"), asked)
+    kept = {file.name for file in own_cache.iterdir()}
+    other = shutil.copytree(models / "small", tmp_path / "small")  # the same weights and config
+    file = other / "tokenizer_config.json"
+    said = json.loads(file.read_text()) | {"chat_template": "{{ messages[0]['content'] }}"}
+    file.write_text(json.dumps(said))
+    again = evaluate(str(other), asked)
+    made = {file.name for file in own_cache.iterdir()} - kept
+    assert len(made) == 2 and again["models"][1]["scores"] == first["models"][1]["scores"]  # the two samples alone
+    monkeypatch.setattr(cache, "_code", lambda: "another")
+    evaluate(str(models / "small"), asked)
+    assert len({file.name for file in own_cache.iterdir()}) == 2 * len(kept) + 2
+
+
+@pytest.mark.parametrize("damage", ["cut off", "other numbers", "other names", "not a number"])
+def test_a_measurement_that_is_not_as_it_was_written_is_made_again(damage, own_cache):
+    made = {"loss": numpy.arange(12.0).reshape(3, 4)}
+    assert remembered({"model": "x"}, lambda: made) == (made, False)
+    (file,) = own_cache.iterdir()
+    if damage == "cut off":
+        file.write_bytes(file.read_bytes()[:-8])
+    else:
+        numbers = {"other numbers": made["loss"] + 1, "not a number": made["loss"] * numpy.nan}.get(
+            damage, made["loss"]
+        )
+        name = "kl" if damage == "other names" else "loss"
+        with safe_open(file, "numpy") as stored:
+            save_file({name: numbers}, file, stored.metadata())
+    found, was_there = remembered({"model": "x"}, lambda: made)
+    assert not was_there and found is made
+    found, was_there = remembered({"model": "x"}, lambda: pytest.fail("it is there"))
+    assert was_there and (found["loss"] == made["loss"]).all()
+
+
+def test_too_few_windows_are_said(models):
+    report = evaluate(str(models / "small"), recipe(**text_of(models), tokens=3 * CONTEXT))
+    (said,) = report["not_run"]
+    assert said["task"] == "intervals of 'text.txt'" and said["why"].startswith("It has 3 windows, and it takes 8")
+    assert report["models"][1]["scores"]["loss"]["difference"] | {"value": 0} == {"value": 0, "low": None, "high": None}
+
+
+@pytest.mark.parametrize("template", ["{% endfor %}", "{{ messages[7].content.none }}", "{{ raise_exception('no') }}"])
+def test_a_chat_template_that_fails_costs_the_sample_alone(template, models, own_cache, tmp_path):
+    broken = shutil.copytree(models / "small", tmp_path / "small")
+    file = broken / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": template}))
+    report = evaluate(str(broken), recipe(**text_of(models), sample_tokens=4, passkey_trials=0))
+    assert all("no sample: the chat template fails" in sample["text"] for sample in report["samples"])
+    assert report["models"][1]["scores"]["loss"]["value"] > 0
 
 
 def test_several_folders_are_compared_in_one_table(models, tmp_path):

@@ -5,7 +5,7 @@ import math
 import numpy
 import pytest
 
-from rrtc.eval.statistics import average, calibration_error, estimate
+from rrtc.eval.statistics import FEWEST, average, calibration_error, estimate
 
 ITEMS = numpy.random.default_rng(1).normal(2.0, 3.0, 400)
 
@@ -89,3 +89,13 @@ def test_a_single_item_has_no_error():
     assert (
         average([estimate(ITEMS[:1], None, None, [0]), estimate(ITEMS, None, None, [0])]).as_score()["stderr"] is None
     )
+
+
+def test_too_few_items_have_no_interval():
+    few, enough = ITEMS[: FEWEST - 1], ITEMS[:FEWEST]
+    score = estimate(few, None, few - 1, [0]).as_score()
+    assert score["value"] == pytest.approx(few.mean()) and score["stderr"] is None
+    assert score["difference"] == {"value": pytest.approx(1.0), "low": None, "high": None}
+    assert estimate(enough, None, enough - 1, [0]).as_score()["stderr"] > 0
+    confidence, correct = numpy.full((FEWEST - 1, 4), 0.9), numpy.ones((FEWEST - 1, 4))
+    assert calibration_error(confidence, correct, None, [0]).as_score()["stderr"] is None

@@ -331,7 +331,7 @@ def test_calibration_gathers_what_the_layers_see(calibrated):
     seen = calibration.seen(2, model.layer(2, CPU))
     assert set(seen) == {m.name for m in read_architecture(pico_config("llama")).layers[2].matrices}
     assert seen["self_attn.q_proj"].inputs is seen["self_attn.k_proj"].inputs
-    assert seen["mlp.up_proj"].slopes.matrix.dim() == 1 and seen["mlp.down_proj"].slopes.matrix.dim() == 2
+    assert seen["mlp.up_proj"].gradients.matrix.dim() == 1 and seen["mlp.down_proj"].gradients.matrix.dim() == 2
 
 
 @pytest.mark.slow

@@ -251,7 +251,7 @@ def test_gradients_are_those_of_an_ordinary_backward(name, cases, batches):
             case.dense.layer(number, CPU),
             entering[number],
             gradient,
-            lambda path, slope, number=number: found[number, path].append(slope),
+            lambda path, output_gradient, number=number: found[number, path].append(output_gradient),
         )
         assert returned is gradient and torch.equal(entering[number], before)
 
@@ -263,7 +263,7 @@ def test_gradients_are_those_of_an_ordinary_backward(name, cases, batches):
         for path, module in matrices_of(layer).items():
 
             def keep(module, args, output, key=(number, path)):
-                output.register_hook(lambda slope: expected.update({key: slope.flatten(0, -2)}))
+                output.register_hook(lambda output_gradient: expected.update({key: output_gradient.flatten(0, -2)}))
 
             hooks.append(module.register_forward_hook(keep))
     logits = case.stock(case.ids, use_cache=False).logits
@@ -274,8 +274,8 @@ def test_gradients_are_those_of_an_ordinary_backward(name, cases, batches):
     assert difference(at_end, last_gradient) < 1e-4
     assert difference(gradient, first_gradient) < 1e-4
     assert set(found) == set(expected) and len(found) == sum(len(matrices_of(layer)) for layer in layers)
-    for key, slope in expected.items():
-        assert difference(torch.cat(found[key]), slope) < 1e-4
+    for key, output_gradient in expected.items():
+        assert difference(torch.cat(found[key]), output_gradient) < 1e-4
 
 
 @pytest.mark.slow

@@ -26,8 +26,8 @@ def matrix(outputs: int, inputs: int, seed: int) -> torch.Tensor:
     return torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(seed))
 
 
-def seen(outputs: int, inputs: int, seed: int, slopes: Moment | None = None) -> Seen:
-    return Seen(matrix(outputs, inputs, seed), moment(inputs, seed + 100), slopes or moment(outputs, seed + 200))
+def seen(outputs: int, inputs: int, seed: int, gradients: Moment | None = None) -> Seen:
+    return Seen(matrix(outputs, inputs, seed), moment(inputs, seed + 100), gradients or moment(outputs, seed + 200))
 
 
 def brute_truncation(one: Seen, rank: int) -> torch.Tensor:
@@ -37,7 +37,7 @@ def brute_truncation(one: Seen, rank: int) -> torch.Tensor:
         values, vectors = torch.linalg.eigh(m.matrix.double())
         return vectors * values.sqrt() @ vectors.T
 
-    g, c = root(one.slopes), root(one.inputs)
+    g, c = root(one.gradients), root(one.inputs)
     u, s, v = torch.linalg.svd(g @ one.weight.double() @ c, full_matrices=False)
     return (torch.linalg.inv(g) @ (u[:, :rank] * s[:rank]) @ v[:rank] @ torch.linalg.inv(c)).float()
 
@@ -45,7 +45,7 @@ def brute_truncation(one: Seen, rank: int) -> torch.Tensor:
 @pytest.mark.parametrize("shape", [(12, 20), (20, 12), (16, 16)])
 def test_spectrum_is_the_best_approximation_and_predicts_its_cost(shape):
     one = seen(*shape, seed=1)
-    costs = costs_by_rank(one.weight, one.inputs, one.slopes)
+    costs = costs_by_rank(one.weight, one.inputs, one.gradients)
     assert len(costs) == min(shape) + 1 and costs[-1] == 0
     for rank in (1, 5, min(shape)):
         b, a = one.spectrum(rank).factors(slice(0, rank))
@@ -56,7 +56,7 @@ def test_spectrum_is_the_best_approximation_and_predicts_its_cost(shape):
 
 
 def test_the_cost_is_the_mean_over_samples_of_half_the_squared_slope_times_change():
-    # With inputs and slopes drawn independently, tr(G E C E^T) / 2 is the mean of (g^T E x)^2 / 2.
+    # With inputs and gradients drawn independently, tr(G E C E^T) / 2 is the mean of (g^T E x)^2 / 2.
     x, g = matrix(4000, 6, 1) @ matrix(6, 6, 2), matrix(4000, 5, 3) @ matrix(5, 5, 4)
     change = matrix(5, 6, 5)
     one = Seen(torch.zeros(5, 6), FullMoment(x.T @ x / len(x)), FullMoment(g.T @ g / len(g)))
@@ -85,8 +85,8 @@ def test_shrinkage_moves_a_poor_estimate_more_and_keeps_the_trace():
     assert (few - mean).norm() > 100 * (many - mean).norm()
 
 
-def group_of(count: int, shape=(14, 22), slopes=None) -> list[Seen]:
-    return [seen(*shape, seed=10 * i, slopes=slopes) for i in range(count)]
+def group_of(count: int, shape=(14, 22), gradients=None) -> list[Seen]:
+    return [seen(*shape, seed=10 * i, gradients=gradients) for i in range(count)]
 
 
 def alternated(group: list[Seen], rank: int, start: torch.Tensor, sweeps: int) -> float:
@@ -95,7 +95,7 @@ def alternated(group: list[Seen], rank: int, start: torch.Tensor, sweeps: int) -
     for _ in range(sweeps):
         products = []
         for one in group:
-            residual = Seen(one.weight - shared, one.inputs, one.slopes)
+            residual = Seen(one.weight - shared, one.inputs, one.gradients)
             products.append(brute_truncation(residual, rank))
         moments = [one.inputs.matrix.double() for one in group]
         total = sum((one.weight - p).double() @ m for one, p, m in zip(group, products, moments, strict=True))
@@ -105,8 +105,8 @@ def alternated(group: list[Seen], rank: int, start: torch.Tensor, sweeps: int) -
 
 @pytest.mark.parametrize("rank", [0, 1, 3, 6, 7, 14])
 def test_closed_form_for_two_loops_is_the_alternating_optimum(rank):
-    slopes = moment(14, 7)  # one for the group, for which the closed form is exact
-    group = group_of(2, slopes=slopes)
+    gradients = moment(14, 7)  # one for the group, for which the closed form is exact
+    group = group_of(2, gradients=gradients)
     found = joint(group, rank)
     predicted = joint_costs(group)[rank].item()
     assert found.cost(group) == pytest.approx(predicted, rel=1e-3, abs=1e-4)
@@ -131,7 +131,7 @@ def test_joint_beats_average_and_svd_at_the_same_rank():
 
 @pytest.mark.parametrize("count", [3, 4])
 def test_more_loops_are_improved_in_turn(count, monkeypatch):
-    group = group_of(count, slopes=moment(14, 7))
+    group = group_of(count, gradients=moment(14, 7))
     upper = joint_costs(group)
     costs = []
     for sweeps in (1, 2, 4, 8):
@@ -202,7 +202,7 @@ def test_align_finds_the_order_and_signs_that_were_hidden():
     for name in ("gate", "up", "down"):
         assert torch.allclose(back[name].weight, first[name].weight, atol=1e-6)
         assert torch.allclose(back[name].inputs.matrix, first[name].inputs.matrix, atol=1e-6)
-        assert torch.allclose(back[name].slopes.matrix, first[name].slopes.matrix, atol=1e-6)
+        assert torch.allclose(back[name].gradients.matrix, first[name].gradients.matrix, atol=1e-6)
 
 
 def test_aligned_layers_are_cheaper_to_tie():
@@ -254,5 +254,5 @@ def test_narrowed_keeps_rows_and_refits_the_reader():
     few = {name: narrowed(name, one, NEURONS, kept) for name, one in layer.items()}
     assert torch.equal(few["gate"].weight, layer["gate"].weight[kept])
     assert torch.equal(few["down"].weight, refitted(layer["down"], kept))
-    assert few["down"].inputs.matrix.shape == (4, 4) and few["up"].slopes.matrix.shape == (4,)
+    assert few["down"].inputs.matrix.shape == (4, 4) and few["up"].gradients.matrix.shape == (4,)
     assert not math.isnan(few["down"].cost(few["down"].weight))

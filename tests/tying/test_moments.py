@@ -128,10 +128,10 @@ FORMS = (lambda moment: moment, lambda moment: moment.full())
 
 @pytest.mark.parametrize("shape", [(16, 24), (24, 16)])
 def test_spectra_and_costs_are_those_of_full_moments(shape):
-    weight, inputs, slopes = normal(*shape), sampled(shape[1], seed=3), sampled(shape[0], seed=4)
-    assert close(costs_by_rank(weight, inputs, slopes), costs_by_rank(weight, inputs.full(), slopes.full()))
+    weight, inputs, gradients = normal(*shape), sampled(shape[1], seed=3), sampled(shape[0], seed=4)
+    assert close(costs_by_rank(weight, inputs, gradients), costs_by_rank(weight, inputs.full(), gradients.full()))
     few, full = (
-        spectrum(weight, *m, 5).factors(slice(0, 5)) for m in ((inputs, slopes), (inputs.full(), slopes.full()))
+        spectrum(weight, *m, 5).factors(slice(0, 5)) for m in ((inputs, gradients), (inputs.full(), gradients.full()))
     )
     assert close(few[0] @ few[1], full[0] @ full[1], 1e-4)
 
@@ -187,9 +187,9 @@ def test_a_truncation_loses_at_most_a_per_cent_more_than_the_best(shape, kind, r
 @pytest.mark.parametrize("shape", [(300, 500), (500, 300)])
 def test_so_does_one_in_a_whitened_space(shape, form):
     weight = normal(*shape)
-    inputs, slopes = form(sampled(shape[1], 60, seed=3)), form(sampled(shape[0], 60, seed=4))
-    costs = costs_by_rank(weight, inputs, slopes)
+    inputs, gradients = form(sampled(shape[1], 60, seed=3)), form(sampled(shape[0], 60, seed=4))
+    costs = costs_by_rank(weight, inputs, gradients)
     for rank in (4, 60):
-        b, a = spectrum(weight, inputs, slopes, rank).factors(slice(0, rank))
+        b, a = spectrum(weight, inputs, gradients, rank).factors(slice(0, rank))
         # The cost is the square of the error.
-        assert Seen(weight, inputs, slopes).cost(weight - b @ a) <= 1.01**2 * costs[rank].item()
+        assert Seen(weight, inputs, gradients).cost(weight - b @ a) <= 1.01**2 * costs[rank].item()

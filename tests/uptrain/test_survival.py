@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -128,28 +129,36 @@ def test_sigterm_leaves_a_checkpoint(rrt, straight, tmp_path):
     check_same(target, straight)
 
 
-def send_to_itself(monkeypatch, micro_batch: int) -> None:
-    """SIGTERM in the middle of the micro-batch of that number."""
+def send_to_itself(monkeypatch, number: int, micro_batch: int) -> None:
+    """The signal `number` in the middle of that micro-batch."""
     original, calls = DistillationTrainer.compute_loss, []
 
     def asked(self, *args, **kwargs):
         calls.append(0)
         if len(calls) == micro_batch:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(number)
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(DistillationTrainer, "compute_loss", asked)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("micro_batch", "step"), [(1, 1), (8, 4), (12, 6)])  # of 6 steps with 2 each
-def test_sigterm_lets_the_step_be_finished(rrt, tmp_path, monkeypatch, micro_batch, step):
-    target, handler = tmp_path / "out", signal.getsignal(signal.SIGTERM)
-    with monkeypatch.context() as patched:
-        send_to_itself(patched, micro_batch)
-        with pytest.raises(Terminated, match=f"after step {step} of 6; --resume goes on") as stopped:
-            uptrain(str(rrt), str(target), settings())
-    assert stopped.value.exit_code == 143 and signal.getsignal(signal.SIGTERM) is handler
+@pytest.mark.parametrize(
+    ("name", "micro_batch", "step"),  # of 6 steps with 2 micro-batches each
+    [("SIGTERM", 1, 1), ("SIGTERM", 8, 4), ("SIGTERM", 12, 6), ("SIGHUP", 8, 4), ("SIGINT", 8, 4)],
+)
+def test_a_signal_lets_the_step_be_finished(rrt, tmp_path, monkeypatch, name, micro_batch, step):
+    target, number = tmp_path / "out", getattr(signal, name)
+    before = signal.signal(number, signal.SIG_DFL)  # nohup and a shell's background ignore some
+    try:
+        with monkeypatch.context() as patched:
+            send_to_itself(patched, number, micro_batch)
+            said = f"{'Ctrl-C' if name == 'SIGINT' else name} stopped the run after step {step} of 6; --resume goes on"
+            with pytest.raises(Terminated, match=said) as stopped:
+                uptrain(str(rrt), str(target), settings())
+        assert stopped.value.exit_code == 128 + number and signal.getsignal(number) == signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
     assert whole_checkpoints(tmp_path / "out.partial" / "checkpoints")[-1].name == f"checkpoint-{step}"
     uptrain(str(rrt), str(target), settings(), resume=True)
     assert [entry["step"] for entry in metrics(target)] == [1, 2, 3, 4, 5, 6]
@@ -515,3 +524,54 @@ def test_tensorboard_logs_stay(rrt, tmp_path):
     written = [event.value for event in events.Scalars("train/loss")]
     assert written == pytest.approx([step["loss"] for step in metrics(tmp_path / "out")])
     assert "train/kl" in events.Tags()["scalars"]
+
+
+# -- checkpoints that are damaged
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "file", ["optimizer.pt", "model.safetensors", "trainer_state.json", "rng_state.pth", "scheduler.pt"]
+)
+@pytest.mark.parametrize("damage", ["cut off", "missing"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(file, damage, stopped, straight_short, tmp_path, capsys):
+    shutil.copytree(stopped.with_name("out.partial"), tmp_path / "out.partial")
+    last = whole_checkpoints(tmp_path / "out.partial" / "checkpoints")[-1]
+    if damage == "missing":
+        (last / file).unlink()
+    else:
+        (last / file).write_bytes((last / file).read_bytes()[:-20])
+    uptrain(str(stopped.with_name("rrt")), str(tmp_path / "out"), settings(save_every=1), resume=True)
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{last.name} is damaged ({file}): the run goes on from the checkpoint before it." in said
+    check_same(tmp_path / "out", straight_short)
+
+
+@pytest.mark.slow
+def test_without_a_sound_checkpoint_the_run_is_not_resumed(stopped, tmp_path):
+    shutil.copytree(stopped.with_name("out.partial"), tmp_path / "out.partial")
+    for checkpoint in whole_checkpoints(tmp_path / "out.partial" / "checkpoints"):
+        (checkpoint / "optimizer.pt").unlink()
+    with pytest.raises(RrtcError, match=r"checkpoint-\d is damaged \(optimizer.pt\), and there is no other") as refused:
+        uptrain(str(stopped.with_name("rrt")), str(tmp_path / "out"), settings(save_every=1), resume=True)
+    assert "start anew" in refused.value.hint
+
+
+@pytest.fixture(scope="module")
+def straight_short(rrt, tmp_path_factory) -> Path:
+    """A run of six steps in one go."""
+    target = tmp_path_factory.mktemp("short") / "straight"
+    uptrain(str(rrt), str(target), settings(save_every=1))
+    return target
+
+
+@pytest.fixture(scope="module")
+def stopped(rrt, tmp_path_factory) -> Path:
+    """The target of a run with checkpoints of the steps 3 and 4 that was interrupted in step 5; the folder that it
+    trains is beside it."""
+    folder = tmp_path_factory.mktemp("stopped")
+    (folder / "rrt").symlink_to(rrt)
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        interrupt_at(patched, 10)
+        uptrain(str(folder / "rrt"), str(folder / "out"), settings(save_every=1))
+    return folder / "out"
