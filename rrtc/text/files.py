@@ -166,10 +166,11 @@ def _from_csv(file: Path, text_field: str, delimiter: str = ",") -> Iterator[str
             column = text_column(rows.fieldnames or [], text_field, str(file))
             for row in rows:
                 if None in row:  # of text with commas that is not quoted, only the part before the first would be read
-                    raise RrtcError(f"Line {rows.line_num} of {file} has more columns than the header.")
+                    raise RrtcError(f"Line {rows.reader.line_num} of {file} has more columns than the header.")
                 yield text_of(row[column], column, str(file))
         except csv.Error as error:
-            raise RrtcError(f"Line {rows.line_num} of {file} is not {kind(file)[0][1:].upper()}: {error}.") from error
+            name = "CSV" if delimiter == "," else "TSV"
+            raise RrtcError(f"Line {rows.reader.line_num} of {file} is not {name}: {error}.") from error
 
 
 def _from_tsv(file: Path, text_field: str) -> Iterator[str | Conversation]:

@@ -4,7 +4,6 @@ A conversation is a list of messages with `role` and `content`, or with `from` a
 needs no flag: a row without the text field that was asked for, but with `messages` or `conversations`, gives those.
 """
 
-import datetime
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,8 +13,12 @@ Conversation = list[dict[str, Any]]
 
 CONVERSATIONS = ("messages", "conversations")  # fields that hold one
 ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's words for them
-# What a template that names the day is told: on which day a text is read must not decide what is held out of it.
-DAY = datetime.date(2024, 7, 26)
+# Goes before a template. One that names the day (Llama 3's) is told of this one: on which day a conversation is read
+# must not decide whether it is held out.
+DAY = (
+    "{% macro strftime_now(format) %}{{ format.replace('%d', '26').replace('%b', 'Jul').replace('%B', 'July')"
+    ".replace('%m', '07').replace('%Y', '2024') }}{% endmacro %}\n"
+)
 
 
 def text_column(fields: Iterable, text_field: str, source: str) -> str:
@@ -54,7 +57,7 @@ def _is_conversation(value: Any) -> bool:
 
 def written_out(conversation: Conversation, tokenizer, source: str) -> str:
     """A conversation as the tokenizer's chat template writes it, special tokens included. `encoded` makes of it the ids
-    that `tokenizer.apply_chat_template` gives.
+    that `tokenizer.apply_chat_template` gives, on 26 July 2024.
 
     Raises RrtcError where there is no template, or where it refuses the conversation.
     """
@@ -66,7 +69,8 @@ def written_out(conversation: Conversation, tokenizer, source: str) -> str:
         )
     messages = [_message(message, source) for message in conversation]
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, strftime_now=DAY.strftime)
+        template = DAY + tokenizer.get_chat_template()
+        return tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
     except Exception as error:  # a template is a program, and can raise anything
         reason = " ".join(str(error).split())[:200].removesuffix(".") or type(error).__name__
         raise RrtcError(

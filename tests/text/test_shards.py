@@ -173,6 +173,41 @@ def test_it_is_tokenized_once(tmp_path, cache, capfd, monkeypatch):
     assert second.sha256 == first.sha256 and numpy.array_equal(second.ids, first.ids)
 
 
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("ids.bin", lambda found: bytes(len(found))),
+        ("ids.bin", lambda found: b"\xff" * len(found)),
+        ("ids.bin", lambda found: found[:100]),
+        ("ids.bin", lambda found: found[:101]),
+        ("ids.bin", lambda found: None),
+        ("offsets.bin", lambda found: found[:16]),
+        ("offsets.bin", lambda found: found[8:] + found[:8]),
+        ("about.json", lambda found: b"{"),
+        ("about.json", lambda found: b"[]"),
+        ("about.json", lambda found: b"\xff"),
+        ("about.json", lambda found: b"[" * 100_000),
+        ("about.json", lambda found: b'{"complete": true, "dtype": "uint16"}'),
+        ("about.json", lambda found: found.replace(b"uint16", b"uint36")),
+        ("about.json", lambda found: None),
+    ],
+)
+def test_a_damaged_shard_is_made_again(tmp_path, cache, capfd, file, damage):
+    source = write(tmp_path / "a.jsonl", texts(150))
+    first = tokenized(source)
+    ids, offsets, found = first.ids.tolist(), first.offsets.tolist(), cache / first.fingerprint / file
+    written = damage(found.read_bytes())
+    found.unlink()  # the shard that is mapped stays as it was
+    if written is not None:
+        found.write_bytes(written)
+    capfd.readouterr()
+    again = tokenized(source)
+    assert f"The tokens in {found.parent} are damaged, and are made again." in capfd.readouterr().err
+    assert again.ids.tolist() == ids and again.offsets.tolist() == offsets and again.sha256 == first.sha256
+    assert tokenized(source).sha256 == first.sha256 and "is tokenized already" in capfd.readouterr().err
+    assert {path.suffix for path in cache.iterdir()} == {"", ".lock"}
+
+
 def test_another_text_field_or_tokenizer_is_another_shard(tmp_path):
     rows = [{"text": text, "title": f"{number}"} for number, text in enumerate(texts(20))]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
