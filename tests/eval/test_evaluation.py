@@ -29,10 +29,10 @@ from rrtc.uptrain.stage import uptrain
 
 pytestmark = pytest.mark.slow
 
-CONTEXT = 64
+CONTEXT, WINDOWS = 64, 8
 TEXT = "It rained, and then it rained again. def f(x): return x * 0x1f\n" * 60
 ASKED = {
-    "context": CONTEXT, "tokens": 8 * CONTEXT, "sample_tokens": 4, "passkey_lengths": [300], "passkey_trials": 2,
+    "context": CONTEXT, "tokens": WINDOWS * CONTEXT, "sample_tokens": 4, "passkey_lengths": [300], "passkey_trials": 2,
     "speed_rounds": 0,
 }  # fmt: skip
 
@@ -111,7 +111,7 @@ def test_the_loss_by_position_is_that_of_the_tokens_there(models):
     report = evaluate(str(models / "small"), recipe(**text_of(models)))
     model = AutoModelForCausalLM.from_pretrained(models / "small").eval()
     tokenizer = pico_tokenizer()
-    ids = torch.tensor(tokenizer(TEXT)["input_ids"][: 6 * CONTEXT]).view(6, CONTEXT)
+    ids = torch.tensor(tokenizer(TEXT)["input_ids"][: WINDOWS * CONTEXT]).view(WINDOWS, CONTEXT)
     with torch.no_grad():
         log_p = model(ids).logits[:, :-1].log_softmax(-1)
     loss = -log_p.gather(2, ids[:, 1:, None])[..., 0].mean(0)  # of the token with 1, 2, … before it
@@ -234,7 +234,7 @@ def test_several_folders_are_compared_in_one_table(models, tmp_path):
     result = CliRunner().invoke(
         app,
         ["eval", *folders, "-o", str(tmp_path / "report"), "--text", str(models / "text.txt"), "--context", "64"]
-        + ["--tokens", "384", "--passkey-trials", "0", "--speed-rounds", "0", "--sample-tokens", "0"],
+        + ["--tokens", str(WINDOWS * CONTEXT), "--passkey-trials", "0", "--speed-rounds", "0", "--sample-tokens", "0"],
     )
     assert result.exit_code == 0, result.stderr
     report = read_report(tmp_path / "report")
