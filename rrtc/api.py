@@ -34,7 +34,7 @@ from rrtc.io.folder import check_target
 from rrtc.io.provenance import read_provenance
 from rrtc.io.report import read_report
 from rrtc.io.resumable import difference
-from rrtc.io.source import find_model
+from rrtc.io.source import find_model, read_config
 from rrtc.io.weights import Weights
 from rrtc.plan import Visit
 from rrtc.recipe.schema import Recipe, checked, load_recipe, with_flags
@@ -274,7 +274,7 @@ def load(model: Place, dtype: Any = "auto", device: Any = "cpu") -> "tuple[PreTr
         from transformers import AutoModelForCausalLM
 
         import rrtc.model  # noqa: F401 - registers the recursive model
-        from rrtc.io.source import load_tokenizer, read_config
+        from rrtc.io.source import load_tokenizer
 
         read_config(folder)  # raises for what transformers has no model for
         safe = {"use_safetensors": True, "trust_remote_code": False}
@@ -363,7 +363,10 @@ def _visits(file: Path) -> list[dict] | None:
         values = json.loads(file.read_text(encoding="utf8"))
     except (OSError, ValueError, RecursionError) as error:
         raise RrtcError(f"The config {file} cannot be read.") from error
-    if not isinstance(values, dict) or values.get("model_type") != "rrt":
+    kind = values.get("model_type") if isinstance(values, dict) else None
+    if kind is None or (kind != "rrt" and "auto_map" in values):
+        read_config(file.parent)  # refuses it; or transformers knows the model, and needs no code from the folder
+    if kind != "rrt":
         return None
     try:
         return [asdict(Visit(**visit)) for visit in values["visits"]]
