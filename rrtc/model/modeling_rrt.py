@@ -264,8 +264,11 @@ class RrtPreTrainedModel(PreTrainedModel):
         self._can_compile_fullgraph = stock._can_compile_fullgraph
         stock.save_pretrained, stock.base_model.save_pretrained = self.save_pretrained, self._save_base_model
         self.post_init()
-        for module in (self, stock, stock.base_model):  # the dense model's plans name layers that are not there
+        # The dense model's plans for distribution name matrices and layers that are not there.
+        for module in (self, stock, stock.base_model):
             module._tp_plan, module._ep_plan, module._pp_plan = {}, {}, {}
+        slots = next(name for name, module in self.named_modules() if isinstance(module, Slot)).rpartition(".")[0]
+        self._fsdp_plan = {f"{slots}.*": "free_full_weight"}
 
     def _adopt(self, stock: PreTrainedModel) -> None:
         self.__dict__["stock"] = stock

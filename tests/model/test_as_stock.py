@@ -3,6 +3,7 @@ beside it."""
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from transformers import (
 )
 
 from rrtc.model import RrtConfig, RrtForCausalLM, RrtForSequenceClassification, RrtForTokenClassification, RrtModel
+from rrtc.model.modeling_rrt import Slot
 
 
 def side_by_side(folder: Path, architecture: str) -> tuple[Path, Path]:
@@ -338,6 +340,16 @@ def test_no_plan_for_tensor_parallelism_is_claimed(architecture):
         assert not model.config.base_model_tp_plan
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_what_is_sharded_with_fsdp_is_a_slot(architecture):
+    """Not the visits, which stand where the dense model's layers did and own nothing."""
+    for model in (recursive(architecture), RrtModel(copy.deepcopy(recursive(architecture).config))):
+        ((pattern, style),) = model.fsdp_plan.items()
+        assert style == "free_full_weight"
+        found = [module for name, module in model.named_modules() if re.sub(r"\d+", "*", name) == pattern]
+        assert found == [module for module in model.modules() if isinstance(module, Slot)] and len(found) == 3
+
+
 # PEFT
 
 # PEFT asks for it by the name that transformers 5.23 deprecates.
@@ -384,17 +396,17 @@ def test_plain_names_alone_are_refused_by_peft():
 
 
 @quiet
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_prompt_and_prefix_tuning_find_the_sizes(architecture):
-    from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
+@pytest.mark.parametrize("kind, architecture", [("Prompt", "llama"), ("Prompt", "gpt2"), ("Prefix", "llama")])
+def test_prompt_and_prefix_tuning_find_the_sizes(kind, architecture):
+    import peft
 
-    for kind in (PromptTuningConfig, PrefixTuningConfig):
-        results = []
-        for model in (copy.deepcopy(recursive(architecture)), written_out(recursive(architecture))):
-            torch.manual_seed(0)
-            tuned = get_peft_model(model, kind(num_virtual_tokens=5, task_type="CAUSAL_LM")).eval()
-            loss = tuned(tokens(), labels=tokens()).loss
-            loss.backward()
-            results.append((loss, sum(p.grad.numel() for p in tuned.parameters() if p.requires_grad)))
-        assert results[0][1] == results[1][1] > 0
-        assert abs(results[0][0] - results[1][0]) < 1e-4
+    results = []
+    for model in (copy.deepcopy(recursive(architecture)), written_out(recursive(architecture))):
+        config = getattr(peft, f"{kind}TuningConfig")(num_virtual_tokens=5, task_type="CAUSAL_LM")
+        torch.manual_seed(0)
+        tuned = peft.get_peft_model(model, config).eval()
+        loss = tuned(tokens(), labels=tokens()).loss
+        loss.backward()
+        results.append((loss, sum(p.grad.numel() for p in tuned.parameters() if p.requires_grad)))
+    assert results[0][1] == results[1][1] > 0
+    assert abs(results[0][0] - results[1][0]) < 1e-4
