@@ -9,7 +9,9 @@ class EvalRecipe(Section):
     """What is measured, always beside the dense original on the same items."""
 
     text: list[str] = Field([], description="Text to score on; by default what training held out.")
-    text_field: str = Field("text", description="The field that holds the text in jsonl, parquet and datasets.")
+    text_field: str = Field(
+        "text", description="The field of a row that holds the text; else messages or conversations, as chat data has."
+    )
     tokens: int = Field(16_384, ge=2, description="Tokens to score from each text, rounded up to whole windows.")
     context: int = Field(512, ge=8, description="Tokens in one scored window.")
     tasks: list[str] = Field(

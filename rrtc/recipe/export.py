@@ -33,7 +33,9 @@ class ExportRecipe(Section):
     )
     calibrate_tokens: int = Field(16_384, ge=1, description="For quantize: tokens of that text in all.")
     calibrate_context: int = Field(512, ge=8, description="For quantize: tokens in one window of that text.")
-    text_field: str = Field("text", description="The field that holds it in jsonl, parquet and datasets.")
+    text_field: str = Field(
+        "text", description="The field of a row that holds it; else messages or conversations, as chat data has."
+    )
     seed: int = Field(0, description="For quantize: which pieces of that text are taken.")
 
     @model_validator(mode="after")

@@ -53,7 +53,9 @@ class InitRecipe(Section):
     )
     calibrate_tokens: int = Field(16_384, ge=1, description="Tokens of that text in all.")
     calibrate_context: int = Field(512, ge=8, description="Tokens in one window of that text.")
-    text_field: str = Field("text", description="The field that holds the text in jsonl, parquet and datasets.")
+    text_field: str = Field(
+        "text", description="The field of a row that holds the text; else messages or conversations, as chat data has."
+    )
     seed: int = Field(0, description="Which pieces of the calibration text are taken.")
     norms: Literal["per_visit", "shared"] = Field(
         "per_visit", description="Norms and biases: one set for each visit, or tied like the matrices (the paper)."

@@ -17,8 +17,9 @@ class UptrainRecipe(Section):
 
     data: list[str] = Field(
         [BUILT_IN_TEXT],
-        description="Training text: .txt, .jsonl or .parquet files, folders of them, or a datasets name; "
-        "pydoc is the text that Python itself ships, self is text that the teacher writes.",
+        description="Training text: files (.txt, .jsonl, .json, .csv, .tsv, .parquet; all but the last also .gz or "
+        ".zst), folders of them, or a datasets name; pydoc is the text that Python itself ships, self is text that the "
+        "teacher writes.",
         min_length=1,
     )
     data_weights: list[float] | None = Field(
@@ -26,7 +27,9 @@ class UptrainRecipe(Section):
         description="How much to take of each of the data, as in 3,1; by default as much as each has, of which no more "
         "counts than the run could use.",
     )
-    text_field: str = Field("text", description="The field that holds the text in jsonl, parquet and datasets.")
+    text_field: str = Field(
+        "text", description="The field of a row that holds the text; else messages or conversations, as chat data has."
+    )
     tokens: int = Field(1_000_000, ge=1, description="Training tokens in all.")
     context: int = Field(512, ge=8, description="Tokens in one training window.")
     separate_documents: bool = Field(

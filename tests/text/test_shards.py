@@ -1,5 +1,6 @@
 """Training text: tokenized once into shards, from which training reads its windows in an order of its own."""
 
+import copy
 import json
 import random
 import shutil
@@ -8,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy
+import pyarrow
 import pytest
 import torch
 from accelerate import PartialState
@@ -140,17 +142,24 @@ def test_a_long_document_is_cut_into_several(tmp_path, monkeypatch):
     assert min(map(len, found[:-1])) >= 80 and max(map(len, found)) <= 100
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "txt"])
+@pytest.mark.parametrize("suffix", ["jsonl", "txt", "csv", "jsonl.gz", "chat.jsonl.zst"])
 def test_memory_does_not_grow_with_the_text(tmp_path, monkeypatch, suffix):
     for module in (shards, files):
         monkeypatch.setattr(module, "CHARACTERS_AT_ONCE", 10_000)
-    peaks = []
+    peaks, tokenizer = [], copy.deepcopy(pico_tokenizer())
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
     for number in (200, 2000):
         source = tmp_path / f"{number}.{suffix}"
-        write(source, texts(number)) if suffix == "jsonl" else source.write_text("\n\n\n".join(texts(number)))
-        tokenized(str(source), 1000)  # whatever is loaded only once
+        chat = [json.dumps({"messages": [{"role": "user", "content": text}]}) for text in texts(number)]
+        lines = "\n".join(chat) if "chat" in suffix else Path(write(tmp_path / "lines", texts(number))).read_text()
+        content = {"txt": "\n\n\n".join(texts(number)), "csv": "\n".join(["text", *texts(number)])}.get(suffix, lines)
+        compression = {".gz": "gzip", ".zst": "zstd"}.get(source.suffix)
+        with pyarrow.output_stream(source, compression=compression) as stream:
+            stream.write(content.encode())
+        del chat, lines, content
+        tokenized(str(source), 1000, tokenizer)  # whatever is loaded only once
         tracemalloc.start()
-        assert len(tokenized(str(source)).ids) > 100 * number
+        assert len(tokenized(str(source), ALL, tokenizer).ids) > 100 * number
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.5 * peaks[0]
