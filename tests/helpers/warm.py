@@ -30,13 +30,14 @@ def plain_path() -> list[str]:
     """sys.path of this Python where nothing is added to it."""
     code = "import sys; print(*sys.path, sep='\\n')"
     without = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    return subprocess.check_output([sys.executable, "-P", "-c", code], env=without, text=True).splitlines()
+    command = [sys.executable, "-P", "-c", code]
+    return cold_run(command, env=without, capture_output=True, text=True, check=True).stdout.splitlines()
 
 
 def run_isolated(command: list[str], **kwargs) -> subprocess.CompletedProcess:
     """In place of subprocess.run: what rrtc starts (with -P, or a converter's file) starts warm, all else as ever."""
-    warm = command[0] == sys.executable and (command[1] == "-P" or str(command[1]).endswith(".py"))
-    return (run if warm and "timeout" not in kwargs else cold_run)(command, **kwargs)
+    warm = command[0] == sys.executable and (command[1] == "-P" or "convert_hf_to_gguf" in str(command[1]))
+    return (run if warm else cold_run)(command, **kwargs)
 
 
 def run(command: list[str], *, cwd=None, env=None, check=False, **others) -> subprocess.CompletedProcess:
