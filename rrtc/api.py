@@ -20,7 +20,6 @@ WrongUsage where the call itself is wrong, before any work as far as it can be k
 Importing this module imports no torch: what takes seconds to import waits until the cheap checks have passed.
 """
 
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -36,7 +35,8 @@ from rrtc.io.report import read_report
 from rrtc.io.resumable import difference
 from rrtc.io.source import find_model, read_config
 from rrtc.io.weights import Weights
-from rrtc.plan import Visit
+from rrtc.plain import read_json
+from rrtc.plan import read_visits
 from rrtc.recipe.schema import Recipe, checked, load_recipe, with_flags
 from rrtc.recipe.section import OWN_TEXT, Section
 from rrtc.results import (
@@ -360,8 +360,8 @@ def _model(model: Place | None, recipe: Recipe) -> str:
 def _visits(file: Path) -> list[dict] | None:
     """The visits in a config.json, with all their fields; None where it is that of a dense model."""
     try:
-        values = json.loads(file.read_text(encoding="utf8"))
-    except (OSError, ValueError, RecursionError) as error:
+        values = read_json(file)
+    except (OSError, ValueError) as error:
         raise RrtcError(f"The config {file} cannot be read.") from error
     kind = values.get("model_type") if isinstance(values, dict) else None
     if kind is None or (kind != "rrt" and "auto_map" in values):
@@ -369,8 +369,8 @@ def _visits(file: Path) -> list[dict] | None:
     if kind != "rrt":
         return None
     try:
-        return [asdict(Visit(**visit)) for visit in values["visits"]]
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        return [asdict(visit) for visit in read_visits(values.get("visits"))]
+    except ValueError as error:
         raise RrtcError(f"The config {file} of a 'rrt' model cannot be used: its visits are damaged.") from error
 
 

@@ -5,10 +5,14 @@
 Init, model, accounting, export and reports all read the plan; none of them works it out again.
 """
 
+import json
 import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter
 
 from rrtc.errors import WrongUsage, nearest
 
@@ -101,6 +105,7 @@ class Visit:
     ranks: dict[str, int]
     forms: dict[str, str] = field(default_factory=dict)
     shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    __pydantic_config__ = ConfigDict(strict=True, extra="forbid")  # for read_visits
 
     def __post_init__(self):
         # A config.json has lists where the plan has tuples.
@@ -122,11 +127,16 @@ class Visit:
         return self.ranks[matrix.name] * sum(self.shape(matrix))
 
 
+def read_visits(values: Any) -> tuple[Visit, ...]:
+    """The visits in a config.json. Raises ValueError where they are damaged."""
+    return TypeAdapter(tuple[Visit, ...]).validate_json(json.dumps(values))
+
+
 @dataclass(frozen=True)
 class Plan:
     """All visits in the order they run, and the architecture they are about.
 
-    Raises WrongUsage where layers of one slot differ, and for forms and shapes that a visit cannot have.
+    Raises WrongUsage where layers of one slot differ, and for numbers, ranks, forms and shapes that no visit has.
     """
 
     architecture: Architecture
@@ -134,6 +144,7 @@ class Plan:
     norms: str
 
     def __post_init__(self):
+        _check_numbers(self.visits, len(self.architecture.layers))
         for visits in self.slots:
             _check_alike(self.architecture, [visit.layer for visit in visits])
             for visit in visits:
@@ -253,12 +264,23 @@ def ends_of_loops(visits: Sequence[Visit]) -> tuple[int, ...]:
     return tuple(place for done, (place, _) in enumerate(tied[:-1], 1) if max(loops[:done]) < min(loops[done:]))
 
 
+def _check_numbers(visits: Sequence[Visit], layers: int) -> None:
+    """Raises WrongUsage where `visits` are not of the dense model's `layers`, or leave out slots."""
+    if [visit.layer for visit in visits] != list(range(layers)):
+        raise WrongUsage(f"The visits do not stand for the {layers} layers of the dense model, one for each in order.")
+    if (slots := {visit.slot for visit in visits}) != set(range(len(slots))):
+        raise WrongUsage("The slots of the visits are not numbered from 0 up without a gap.")
+
+
 def _check_visit(visit: Visit, matrices: tuple[Matrix, ...]) -> None:
-    """Raises WrongUsage for a form or shape of `visit` that its layer's `matrices` cannot have."""
+    """Raises WrongUsage for ranks, a form or a shape of `visit` that its layer's `matrices` cannot have."""
     known, where = {m.name: m for m in matrices}, f"in layer {visit.layer}"
-    for name in [*visit.forms, *visit.shapes]:
+    for name in [*visit.ranks, *visit.forms, *visit.shapes]:
         if name not in known:
             raise WrongUsage(f"There is no matrix '{name}' {where}.", nearest(name, known))
+    for matrix in matrices:
+        if not 0 <= visit.ranks.get(matrix.name, -1) <= max(matrix.inputs, matrix.outputs):
+            raise WrongUsage(f"{matrix.name} {where} has no rank, or one that is no rank of such a matrix.")
     for name, form in visit.forms.items():
         if form not in FORMS:
             raise WrongUsage(f"'{form}' is no form of a matrix ({name} {where}).", nearest(form, FORMS))

@@ -34,7 +34,7 @@ def duration(seconds: float) -> str:
 
 def parse_size(text: str) -> int:
     """Bytes of a size such as 4GB or 500MB. Raises WrongUsage for anything else."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B?\s*", text, re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([KMGT]?)B?\s*", text, re.IGNORECASE)
     if not match:
         raise WrongUsage(f"'{text}' is not a size.", "Write it as 4GB or 500MB.")
     return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
@@ -42,7 +42,7 @@ def parse_size(text: str) -> int:
 
 def parse_count(text: str) -> int:
     """The number in a count such as 90M or 1.5B. Raises WrongUsage for anything else."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMBT]?)\s*", text, re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([KMBT]?)\s*", text, re.IGNORECASE)
     if not match:
         raise WrongUsage(f"'{text}' is not a count.", "Write it as 90M or 1.5B.")
     return int(float(match[1]) * 1000 ** " KMBT".index(match[2].upper() or " "))

@@ -78,10 +78,13 @@ def _named(folders: Sequence[Path]) -> dict[str, Path]:
 
 
 def check_holds_model(folder: Path) -> dict:
-    """What rrtc.yaml in `folder` says. Raises RrtcError where rrtc did not write it, or no model is in it."""
+    """What rrtc.yaml in `folder` says. Raises RrtcError where rrtc did not write it, or no model is in it, or a damaged
+    one."""
     provenance = read_provenance(folder)
     if not (folder / "config.json").exists():
         raise RrtcError(f"{folder} is a '{provenance['stage']}' folder and holds no model to measure.")
+    if isinstance(config := read_config(folder), RrtConfig):
+        read_plan(config)
     return provenance
 
 

@@ -3,7 +3,6 @@
 What it returns is described in rrtc/io/report.py.
 """
 
-import json
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -11,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from pydantic import TypeAdapter
 
 from rrtc import __version__, machine
 from rrtc.console import note, progress, warn
@@ -27,7 +27,9 @@ from rrtc.io.folder import check_target, whole_folder
 from rrtc.io.provenance import base_seen_from, next_history, read_provenance, write_provenance
 from rrtc.io.report import PAGE, SCHEMA, write_report
 from rrtc.io.source import Source, content_hash, find_base, load_tokenizer, read_config
+from rrtc.io.trust import text_of_folder
 from rrtc.machine import from_first_process, on_first_process
+from rrtc.plain import from_json
 from rrtc.plan import Plan
 from rrtc.recipe.eval import EvalRecipe
 from rrtc.recipe.schema import Recipe
@@ -86,6 +88,7 @@ def evaluate(
     with tempfile.TemporaryDirectory(prefix="rrtc-baselines-") as own:
         work = from_first_process(own)
         candidates = candidates_of(paths)
+        training = [curve for path in dict.fromkeys(c.folder for c in candidates) if (curve := _curve(path))]
         if recipe.eval.baselines and make_baselines is not None:
             made, missing = on_first_process(lambda: make_baselines(paths[0], Path(work), against))
             not_run += missing
@@ -100,7 +103,7 @@ def evaluate(
         "models": rows,
         "not_run": not_run,
         **last,
-        "training": [curve for path in dict.fromkeys(c.folder for c in candidates) if (curve := _curve(path))],
+        "training": training,
         "source_bytes": dense.bytes_on_disk if dense.is_gguf else None,
         "samples": samples,
     }
@@ -133,7 +136,8 @@ def _check_vocabulary(dense: Source, config, folder: Path) -> None:
 
 def _held_out_of_their_training(recipe: Recipe, folders: Sequence[Path], provenances: Sequence[dict]) -> Recipe:
     """`recipe` with the data that the folders were trained on, so that what is scored is what that training held out.
-    Raises WrongUsage where they were trained on different data and no text is named."""
+    Raises WrongUsage where they were trained on different data and no text is named, and as
+    `text_of_folder` does."""
     trained = [provenance["recipe"].get("uptrain") for provenance in provenances]
     used = [data and {key: data[key] for key in ("data", "text_field")} for data in trained]
     for folder, data in zip(folders, used, strict=True):
@@ -144,6 +148,8 @@ def _held_out_of_their_training(recipe: Recipe, folders: Sequence[Path], provena
             )
     if used[0] is None:
         return recipe
+    if not recipe.eval.text:
+        text_of_folder(folders[0], used[0]["data"], recipe.uptrain.data, "--text")
     return recipe.model_copy(update={"uptrain": recipe.uptrain.model_copy(update=used[0])})
 
 
@@ -262,13 +268,19 @@ def _layers(candidate: Candidate, examinee: Examinee) -> list[dict]:
 
 
 def _curve(folder: Path) -> dict | None:
-    """The training curve in `folder`, thinned; None where it has none."""
+    """The training curve in `folder`, thinned; None where it has none. Raises RrtcError where it is damaged."""
     file = folder / "metrics.jsonl"
     if not file.exists():
         return None
-    steps = [json.loads(line) for line in file.read_text(encoding="utf8").splitlines()]
-    thinned = steps[:: -(-len(steps) // CURVE_POINTS)]
-    return {"stage": folder.name, "points": [[step["tokens"], step["loss"], step.get("kl")] for step in thinned]}
+    try:
+        steps = [from_json(line) for line in file.read_text(encoding="utf8").splitlines()]
+        points = [[step["tokens"], step["loss"], step.get("kl")] for step in steps]
+        TypeAdapter(list[tuple[int, float | None, float | None]]).validate_python(points)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise RrtcError(
+            f"The training curve {file} is damaged.", "Remove the file: the report does without."
+        ) from error
+    return {"stage": folder.name, "points": points[:: max(1, -(-len(points) // CURVE_POINTS))]} if points else None
 
 
 def _made_with(recipe: Recipe) -> dict:

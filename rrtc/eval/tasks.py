@@ -19,6 +19,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import BaseModel
+
 from rrtc.errors import RrtcError, WrongUsage
 from rrtc.recipe.eval import EvalRecipe
 from rrtc.text.tokens import begin_and_end
@@ -291,13 +293,39 @@ def _write_with_data(tasks: Path, data: str | None, target: Path) -> None:
             place.parent.mkdir(parents=True, exist_ok=True)
             try:
                 text = file.read_text(encoding="utf8")
-                yaml.compose(text)  # the harness passes over what it cannot read
-            except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+                said = yaml.load(text, _task_loader())  # the harness passes over what it cannot read
+                if isinstance(said, dict):
+                    _TaskFile.model_validate(said)
+            except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
                 raise RrtcError(f"The task file {file} cannot be read: {' '.join(str(error).split())}") from error
             place.write_text(text if data is None else text.replace(DATA, str(Path(data).absolute())), encoding="utf8")
         else:
             place.parent.mkdir(parents=True, exist_ok=True)
             place.symlink_to(file.absolute())
+
+
+class _TaskFile(BaseModel):
+    """What is looked at in a task file before the harness reads it."""
+
+    task: str | list[str | dict] | None = None
+    include: str | None = None
+    dataset_kwargs: "_DatasetKwargs | None" = None
+
+
+class _DatasetKwargs(BaseModel):
+    data_files: str | list[str] | dict[str, str | list[str]] | None = None
+
+
+@functools.cache
+def _task_loader():
+    """A YAML loader that takes the harness's own tags, such as !function, for None."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    Loader.add_multi_constructor("!", lambda loader, suffix, node: None)
+    return Loader
 
 
 def _check_data(name: str, config: dict) -> None:

@@ -25,12 +25,13 @@ from rrtc.io.license import forbids_derivatives, license_of
 from rrtc.io.provenance import base_seen_from, next_history, read_provenance, write_provenance
 from rrtc.io.report import read_report
 from rrtc.io.source import load_tokenizer
+from rrtc.io.trust import text_of_folder
 from rrtc.io.weights import Weights
 from rrtc.machine import is_too_large, too_large
 from rrtc.model import RrtConfig
 from rrtc.recipe.export import ExportRecipe
 from rrtc.recipe.schema import Recipe
-from rrtc.stock.architecture import read_architecture
+from rrtc.stock.architecture import read_plan
 from rrtc.text.calibration import calibration_windows
 from rrtc.text.windows import Windows, held_out_windows, longest_context, readable
 from rrtc.units import parse_size
@@ -55,7 +56,7 @@ def export(folder: str, output: str, recipe: Recipe, report: str | None = None) 
     evaluation = _report_about(report, provenance)
     chat = load_tokenizer(source).chat_template is not None
     made_as, bits = FORMATS[recipe.export.format], BITS.get(recipe.export.quantize)
-    parameters = max(weights.parameters, read_architecture(config.base_config).parameters)
+    parameters = max(weights.parameters, read_plan(config).architecture.parameters)
     from_disk = check_format(recipe.export, config.base_config, parameters, config)
     cast = made_as.number_format(recipe.export.dtype, weights.dtype)
     dtype = cast or getattr(torch, weights.dtype)  # of most of what is written
@@ -138,10 +139,11 @@ def _texts_to_quantize_by(recipe: Recipe, provenance: dict, source: Path, config
     model in `source` was trained or calibrated on."""
     wanted, made = recipe.export, provenance["recipe"]
     if not wanted.calibrate_on:
-        trained = "uptrain" in made
-        named = made["uptrain"]["data"] if trained else made["init"]["calibrate_on"]
-        field = made["uptrain" if trained else "init"]["text_field"]
-        wanted = wanted.model_copy(update={"calibrate_on": readable(named), "text_field": field})
+        said = made.get("uptrain") or made.get("init") or {}
+        named, field = said.get("data") or said.get("calibrate_on") or [], said.get("text_field") or wanted.text_field
+        by_user = {*recipe.uptrain.data, *recipe.init.calibrate_on}
+        texts = text_of_folder(source, readable(named), by_user, "--calibrate-on")
+        wanted = wanted.model_copy(update={"calibrate_on": texts, "text_field": field})
     tokenizer, context = load_tokenizer(source), longest_context(config.base_config, wanted.calibrate_context)
     rows, field = config.vocab_size, wanted.text_field
     held_out = held_out_windows(wanted.calibrate_on, field, tokenizer, rows, context, MEASURED_TOKENS)

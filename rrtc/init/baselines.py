@@ -26,11 +26,13 @@ from rrtc.io.provenance import read_provenance
 from rrtc.io.recursive import in_slot, write_recursive
 from rrtc.io.shard_writer import ShardWriter
 from rrtc.io.source import Source, find_base, load_tokenizer, read_config
+from rrtc.io.trust import text_of_folder
 from rrtc.io.weights import Weights
 from rrtc.machine import device
 from rrtc.model import RrtConfig
 from rrtc.plan import Architecture, Plan, Visit
 from rrtc.recipe.init import InitRecipe
+from rrtc.recipe.schema import checked
 from rrtc.stock.architecture import decoder_layers, layers_path, read_architecture, read_plan, stock_model
 from rrtc.stock.streamed import TOKENS_AT_ONCE, StreamedModel
 from rrtc.text.calibration import calibration_windows, own_windows
@@ -93,16 +95,20 @@ def _size_of(folder: Path) -> int:
     config = read_config(folder)
     if isinstance(config, RrtConfig):
         return read_plan(config).non_embedding
-    return read_provenance(folder)["measured"]["init"]["params_non_embedding"]
+    try:
+        return int(read_provenance(folder)["measured"]["init"]["params_non_embedding"])
+    except (LookupError, TypeError, ValueError) as error:
+        raise RrtcError(f"{folder} does not say how large the model was that init made.") from error
 
 
 def _calibration_text(folder: Path, source: Source) -> Tensor:
     """The text that `folder` was calibrated on: ids (windows, context), int64."""
-    asked, tokenizer = read_provenance(folder)["recipe"]["init"], load_tokenizer(source.folder)
+    asked, tokenizer = read_provenance(folder)["recipe"].get("init") or {}, load_tokenizer(source.folder)
     said = {name: asked[name] for name in CALIBRATION if name in asked}  # a folder of rrtc 0.1 lacks some
-    recipe = InitRecipe(**said if asked["shared_init"] == "joint" else {})
+    recipe = checked(InitRecipe, said if asked.get("shared_init") == "joint" else {}, f"the rrtc.yaml of {folder}")
     context = longest_context(source.config(), recipe.calibrate_context)
     try:
+        text_of_folder(folder, recipe.calibrate_on, (), "--text")
         ids = calibration_windows(recipe, tokenizer, source.config().get_text_config().vocab_size, context)
     except RrtcError as error:
         raise RrtcError(error.sentence, f"The baselines need the text that {folder} was calibrated on.") from error

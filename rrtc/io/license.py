@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from rrtc.io.trust import leads_outside
+from rrtc.plain import from_yaml
 
 KEYS = ("license", "license_name", "license_link")  # of a model card's metadata
 # Words that open the well-known license texts, and the hub's names of those licenses.
@@ -49,7 +50,7 @@ def forbids_derivatives(license: dict[str, str]) -> bool:
 
 def _in_files(folder: Path) -> dict[str, str]:
     files = sorted(file for file in folder.glob("LICENSE*") if file.is_file() and not leads_outside(file, folder))
-    names = {_of_text(file.read_text(encoding="utf8", errors="replace")) for file in files}
+    names = {_of_text(_start_of(file, 3000)) for file in files}
     if not files:
         return {}
     name = names.pop() if len(names) == 1 else None
@@ -57,21 +58,25 @@ def _in_files(folder: Path) -> dict[str, str]:
 
 
 def _in_card(readme: Path) -> dict[str, str]:
-    from huggingface_hub import ModelCard
-
     if not readme.is_file() or leads_outside(readme, readme.parent):
         return {}
+    block = re.match(r"\s*---[ \t]*\n(.*?)\n---[ \t]*(\n|$)", _start_of(readme, 100_000), re.DOTALL)
     try:
-        data = ModelCard.load(readme, ignore_metadata_errors=True).data
-    except Exception:  # a README that is not a model card: any kind of broken YAML
+        data = from_yaml(block[1]) if block else None
+    except ValueError:  # a README that is not a model card
         return {}
-    stated = {key: data.get(key) for key in KEYS}
-    stated = {key: value for key, value in stated.items() if isinstance(value, str)}
+    data = data if isinstance(data, dict) else {}
+    stated = {key: data[key] for key in KEYS if isinstance(data.get(key), str)}
     return stated if "license" in stated else {}
 
 
+def _start_of(file: Path, characters: int) -> str:
+    with open(file, encoding="utf8", errors="replace") as stream:
+        return stream.read(characters)
+
+
 def _of_text(text: str) -> str | None:
-    start = " ".join(text[:3000].lower().split())
+    start = " ".join(text.lower().split())
     llama = re.search(r"llama (\d(?:\.\d)?) community licen[sc]e", start)
     if llama:
         return f"llama{llama[1]}"
@@ -84,6 +89,6 @@ def _in_gguf(file: Path) -> str | None:
 
     try:
         field = GGUFReader(file).fields.get("general.license")
-    except (OSError, ValueError, LookupError):  # no GGUF file, or half of one
+        return None if field is None else str(field.contents())
+    except Exception:  # no GGUF file, or a damaged one: gguf raises many kinds
         return None
-    return field.contents() if field is not None else None

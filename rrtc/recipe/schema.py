@@ -44,16 +44,16 @@ def load_recipe(path: str | None) -> Recipe:
     """
     if path is None:
         return Recipe()
-    import yaml
+    from rrtc.plain import read_yaml
 
     try:
-        values = yaml.safe_load(_file_of(path).read_text(encoding="utf8"))
+        values = read_yaml(_file_of(path))
     except (OSError, UnicodeDecodeError) as error:
         hint = "rrtc brings one recipe with it, 'quickstart'." if isinstance(error, FileNotFoundError) else ""
         sentence = f"The recipe {path} cannot be read: {getattr(error, 'strerror', None) or error}."
         raise WrongUsage(sentence, hint) from error
-    except yaml.YAMLError as error:
-        raise WrongUsage(f"The recipe {path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    except ValueError as error:
+        raise WrongUsage(f"The recipe {path} is not valid YAML: {error}.") from error
     if values is not None and not isinstance(values, dict):
         raise WrongUsage(f"The recipe {path} holds no keys.", "Start from one of the files in recipes/.")
     given = {part: value for part, value in (values or {}).items() if value is not None}  # a heading with nothing below

@@ -9,7 +9,7 @@ OWN_TEXT = "self"
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     def resolved(self) -> dict[str, Any]:
         """All fields as plain data, with what they stand for where a default depends on other fields."""

@@ -1,6 +1,5 @@
 """The section `uptrain` of a recipe."""
 
-import math
 from typing import Any, Literal
 
 from pydantic import AliasChoices, Field, field_validator, model_validator
@@ -9,6 +8,7 @@ from rrtc.errors import nearest
 from rrtc.recipe.section import BUILT_IN_TEXT, Section
 
 DISTILLATIONS = ("forward_kl", "reverse_kl", "jensen_shannon", "total_variation")  # paper appendix I
+MOST_WEIGHT = 1_000_000
 LOSSES = ("next_token", *DISTILLATIONS, "hidden")
 
 
@@ -30,21 +30,24 @@ class UptrainRecipe(Section):
     text_field: str = Field(
         "text", description="The field of a row that holds the text; else messages or conversations, as chat data has."
     )
-    tokens: int = Field(1_000_000, ge=1, description="Training tokens in all.")
-    context: int = Field(512, ge=8, description="Tokens in one training window.")
+    tokens: int = Field(1_000_000, ge=1, le=10**12, description="Training tokens in all.")
+    context: int = Field(512, ge=8, le=10**9, description="Tokens in one training window.")
     separate_documents: bool = Field(
         False,
         description="Documents in a window do not attend to each other. Slower, and rarely how models are made.",
     )
-    batch_size: int = Field(8, ge=1, description="Windows in one optimizer step, over all processes.")
-    micro_batch: int = Field(2, ge=1, description="Windows in one forward pass of one process.")
+    batch_size: int = Field(8, ge=1, le=10**6, description="Windows in one optimizer step, over all processes.")
+    micro_batch: int = Field(2, ge=1, le=10**6, description="Windows in one forward pass of one process.")
     optimizer: Literal["adamw", "muon"] = Field(
         "adamw",
         validation_alias=AliasChoices("optimizer", "optimiser"),  # the second as recipes of rrtc 0.1 spell it
         description="muon: for the matrices in the layers, and AdamW for LoRA, norms, biases and embeddings.",
     )
     learning_rate: float = Field(
-        1e-4, gt=0, description="Peak learning rate. A start that is close to noise, as the paper's, can take 4e-4."
+        1e-4,
+        gt=0,
+        le=1e3,
+        description="Peak learning rate. A start that is close to noise, as the paper's, can take 4e-4.",
     )
     shared_lr_scale: float | str = Field(
         "visits",
@@ -56,14 +59,14 @@ class UptrainRecipe(Section):
     )
     warmup: float = Field(0.05, ge=0, lt=1, description="Part of the steps over which the learning rate rises.")
     decay: float = Field(0.2, gt=0, le=1, description="Part of the steps over which warmup_stable_decay falls.")
-    weight_decay: float = Field(0.0, ge=0, description="Weight decay of the matrices.")
-    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
+    weight_decay: float = Field(0.0, ge=0, le=1e3, description="Weight decay of the matrices.")
+    max_grad_norm: float = Field(1.0, gt=0, le=1e9, description="Gradients are clipped to this norm.")
     losses: dict[str, float] = Field(
         {"forward_kl": 1.0},
         description="What is minimized, each with its weight: next_token; forward_kl, reverse_kl, jensen_shannon, "
         "total_variation (distances from the dense model's distribution); hidden (from its hidden states).",
     )
-    temperature: float = Field(1.0, gt=0, description="Of both distributions, where they are compared.")
+    temperature: float = Field(1.0, ge=0.01, le=100, description="Of both distributions, where they are compared.")
     teacher: str | None = Field(None, description="The model to learn from; by default the one that was compressed.")
     exits: bool = Field(
         False, description="Also train an exit after each loop but the last (cycle), of a model that is healed already."
@@ -71,6 +74,7 @@ class UptrainRecipe(Section):
     exit_weight: float = Field(
         0.1,
         gt=0,
+        le=MOST_WEIGHT,
         description="Weight of the mean over the exits of next_token and of forward_kl from the model's own end.",
     )
     teacher_cache: str | None = Field(
@@ -81,6 +85,7 @@ class UptrainRecipe(Section):
     teacher_cache_top: int = Field(
         64,
         ge=1,
+        le=10**6,
         description="Tokens of the vocabulary that it keeps at each place, the most probable; the others' sum.",
     )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
@@ -93,8 +98,8 @@ class UptrainRecipe(Section):
     compile: bool = Field(
         False, description="Compile the layers (torch.compile): faster on a GPU, after a minute or two at the start."
     )
-    save_every: int = Field(200, ge=1, description="Steps between checkpoints.")
-    seed: int = Field(0, description="Order of the text and any randomness.")
+    save_every: int = Field(200, ge=1, le=10**12, description="Steps between checkpoints.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Order of the text and any randomness.")
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = Field(
         "none", description="Tracker that is sent every step's figures; tensorboard writes into the output folder."
     )
@@ -115,8 +120,8 @@ class UptrainRecipe(Section):
     @classmethod
     def _some_loss(cls, value: dict[str, float]) -> dict[str, float]:
         for name, weight in value.items():
-            if not 0 <= weight < math.inf:
-                raise ValueError(f"the weight of {name} is {weight}, and it should be 0 or more")
+            if not 0 <= weight <= MOST_WEIGHT:
+                raise ValueError(f"the weight of {name} is {weight}, and it should be from 0 to {MOST_WEIGHT:,}")
         if not any(value.values()):
             raise ValueError("no loss has a weight above 0, so there is nothing to learn from")
         return value
@@ -153,8 +158,8 @@ class UptrainRecipe(Section):
             factor = float(value)
         except (TypeError, ValueError):
             factor = 0.0
-        if not 0 < factor < math.inf:
-            raise ValueError(f"it should be visits or a number above 0, not '{value}'")
+        if not 0 < factor <= MOST_WEIGHT:
+            raise ValueError(f"it should be visits or a number above 0, to {MOST_WEIGHT:,}, not '{value}'")
         return factor
 
     @model_validator(mode="after")
@@ -163,8 +168,8 @@ class UptrainRecipe(Section):
             return self
         if len(self.data_weights) != len(self.data):
             raise ValueError(f"data names {len(self.data)} texts and data_weights has {len(self.data_weights)} weights")
-        if not all(0 <= weight < math.inf for weight in self.data_weights):
-            raise ValueError("a weight in data_weights is a number from 0 up")
+        if not all(0 <= weight <= MOST_WEIGHT for weight in self.data_weights):
+            raise ValueError(f"a weight in data_weights is a number from 0 to {MOST_WEIGHT:,}")
         if not any(self.data_weights):
             raise ValueError("data_weights are all 0, so there is nothing to learn from")
         return self

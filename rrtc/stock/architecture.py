@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from rrtc.errors import RrtcError
 from rrtc.model.configuration_rrt import RrtConfig
 from rrtc.model.modeling_rrt import find_layers, matrices_of, matrix_shape
-from rrtc.plan import Architecture, Layer, Matrix, Plan, Visit
+from rrtc.plan import Architecture, Layer, Matrix, Plan, read_visits
 
 # The projections that one matrix of an attention block can hold, by a piece of its name; a fused one holds the queries
 # and then keys and values of equal width. What is in no row is "o", and what is in no attention block is "ffn".
@@ -23,12 +23,14 @@ ATTENTION_NAMES = {
     "query_key_value": ("q", "kv", "kv"), "qkv": ("q", "kv", "kv"), "c_attn": ("q", "kv", "kv"),
     "q_proj": ("q",), "query": ("q",), "k_proj": ("kv",), "key": ("kv",), "v_proj": ("kv",), "value": ("kv",),
 }  # fmt: skip
+MOST_BUFFER_BYTES = 8 << 30
 
 
 def stock_model(config: PreTrainedConfig) -> PreTrainedModel:
     """The stock causal language model of `config`, with parameters on the meta device and real buffers.
 
-    Raises RrtcError where transformers has no decoder for this config, or only an encoder, or cannot build it.
+    Raises RrtcError where transformers has no decoder for this config, or only an encoder, or cannot build it, or where
+    its buffers (tables of positions, and masks) would take more than MOST_BUFFER_BYTES.
     """
     kind = type(config)
     advice = "rrtc compresses decoder language models such as Llama, Gemma, Qwen, Mistral, Phi-3, Pythia or GPT-2."
@@ -37,8 +39,14 @@ def stock_model(config: PreTrainedConfig) -> PreTrainedModel:
     if kind in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
         raise RrtcError(f"This '{config.model_type}' model is an encoder: it does not generate text.", advice)
     try:
-        with init_empty_weights(include_buffers=False), quiet_warnings():
-            return MODEL_FOR_CAUSAL_LM_MAPPING[kind](config).eval()
+        with quiet_warnings():
+            with init_empty_weights(include_buffers=True):
+                empty = MODEL_FOR_CAUSAL_LM_MAPPING[kind](config)
+            taken = sum(buffer.numel() * buffer.itemsize for buffer in empty.buffers())
+            if taken > MOST_BUFFER_BYTES:
+                raise ValueError(f"its tables of positions would take {taken} bytes")
+            with init_empty_weights(include_buffers=False):
+                return MODEL_FOR_CAUSAL_LM_MAPPING[kind](config).eval()
     except Exception as error:  # every architecture has its own way to fail over a config that does not add up
         reason = " ".join(str(error).split())[:160]
         raise RrtcError(f"No '{config.model_type}' model can be built from this config: {reason}") from error
@@ -121,7 +129,7 @@ def read_architecture(config: PreTrainedConfig) -> Architecture:
 
 def read_plan(config: RrtConfig) -> Plan:
     """The plan by which the recursive model of `config` was made."""
-    return Plan(read_architecture(config.base_config), tuple(Visit(**visit) for visit in config.visits), config.norms)
+    return Plan(read_architecture(config.base_config), read_visits(config.visits), config.norms)
 
 
 def _matrix(name: str, module: nn.Module, config: PreTrainedConfig) -> Matrix:
