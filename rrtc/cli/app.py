@@ -7,6 +7,7 @@ imports torch; rrtc.api does, when the cheap checks have passed.
 import functools
 import inspect
 import os
+import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -37,6 +38,7 @@ app = typer.Typer(
 Output = Annotated[str | None, typer.Option("-o", "--output", metavar="FOLDER", help="New folder to write.")]
 Folder = Annotated[str, typer.Argument(metavar="FOLDER", help="A folder that rrtc wrote.", show_default=False)]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from where an interrupted run stopped.")]
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # how the user may have said that threads wait
 JSON_HELP = "Write the result as JSON into FILE; - is stdout."
 QUIET_HELP = "Show the result, warnings and errors, and nothing on the way."
 VERBOSE_HELP = "Show what transformers says, too, and the traceback of an error."
@@ -354,4 +356,10 @@ def _root(
 
 def main() -> None:
     """The entry point of the `rrtc` command and of `python -m rrtc`."""
+    if not any(name in os.environ for name in WAITING):
+        # Threads of OpenMP that wait for the others by spinning take the very cores that these need, once anybody else
+        # computes on the machine: a step then took 4 to 6 times as long (benchmarks/LOG.md). Read when torch is loaded.
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal that has no character for an arrow still gets the rest
     app(prog_name="rrtc")
