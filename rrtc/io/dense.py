@@ -65,8 +65,8 @@ class DenseModel:
     def _untied(self) -> str | None:
         """A tensor that the config ties to another one and the files hold with other numbers; None where all agree."""
         for target, source in self._stock.get_expanded_tied_weights_keys().items():
-            both = [self._disk_names.get(name) for name in (target, source)]
-            if None not in both and both[0] != both[1] and not self._equal(*both):
+            one, other = (self._disk_names.get(name) for name in (target, source))
+            if one is not None and other is not None and one != other and not self._equal(one, other):
                 return target
         return None
 

@@ -6,7 +6,8 @@ model.slots.3.loops.1.input_layernorm.weight    that no other visit uses, norms 
 model.embed_tokens.weight                       all that lies outside the layers, as the stock model calls it
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -53,39 +54,37 @@ class EffectiveLayers:
         visit = self._plan.visits[number]
         module, _, kind = path.rpartition(".")
         matrix = next((m for m in self._plan.matrices(visit) if m.name == module), None)
+        shape: Sequence[int]
         if matrix and kind == "weight":
-            inputs, outputs = visit.shape(matrix)
-            shape, rows_of = (outputs, inputs), self._product(visit, matrix)
+            shape, rows_of = visit.shape(matrix)[::-1], self._product(visit, matrix)
         else:
             name = self._own(visit, path)
             if name not in self._weights:  # norms and biases that the slot has once
                 name = self._shared(visit, path)
-            shape, rows_of = self._weights.shape(name), lambda rows: self._weights.read(name, rows)
-        if module not in visit.shapes:
+            shape, rows_of = self._weights.shape(name), partial(self._weights.read, name)
+        if matrix is None or module not in visit.shapes:
             yield from each(rows_of, row_blocks(shape))
             return
         present = shape[0] // len(matrix.parts)
-        missing_columns = (0, matrix.inputs - shape[1]) if kind == "weight" else ()
-        for part, (_, width) in enumerate(matrix.parts):
-            for block in each(rows_of, row_blocks((present, *shape[1:]), first=part * present)):
+        missing_columns = [0, matrix.inputs - shape[1]] if kind == "weight" else []
+        for number_of_part, (_, width) in enumerate(matrix.parts):
+            for block in each(rows_of, row_blocks((present, *shape[1:]), first=number_of_part * present)):
                 yield nn.functional.pad(block, missing_columns)
             if width > present:
                 yield torch.zeros(width - present, *([matrix.inputs] if kind == "weight" else []))
 
     def _product(self, visit: Visit, matrix: Matrix) -> Callable[[slice], Tensor]:
         """What `matrix` of `visit` multiplies by, whatever its form: rows of it, (rows, inputs)."""
-        weights, form, full = self._weights, visit.form(matrix), None
-        if form != "low_rank":
-            place = self._shared if form == "tied" else self._own
-            full = place(visit, f"{matrix.name}.weight")
+        weights, form = self._weights, visit.form(matrix)
+        full = (self._shared if form == "tied" else self._own)(visit, f"{matrix.name}.weight")
         if not visit.ranks[matrix.name]:
-            return lambda rows: weights.read(full, rows)
+            return partial(weights.read, full)
         inner, outer = (self._own(visit, f"{matrix.name}.{factor}") for factor in "AB")
         a = weights.read(inner)
 
         def product(rows: slice) -> Tensor:
             b = weights.read(outer, rows)
-            return b @ a if full is None else weights.read(full, rows).addmm_(b, a)
+            return b @ a if form == "low_rank" else weights.read(full, rows).addmm_(b, a)
 
         return product
 

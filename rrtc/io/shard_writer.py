@@ -4,7 +4,7 @@ import json
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -144,7 +144,7 @@ def map_ahead() -> Iterator[Callable]:
         with ThreadPoolExecutor(cores) as pool:
 
             def ahead(function: Callable, items: Iterable) -> Iterator:
-                waiting = deque()
+                waiting: deque[Future] = deque()
                 for item in items:
                     waiting.append(pool.submit(function, item))
                     if len(waiting) > cores:
