@@ -360,6 +360,12 @@ def main() -> None:
         # Threads of OpenMP that wait for the others by spinning take the very cores that these need, once anybody else
         # computes on the machine: a step then took 4 to 6 times as long (benchmarks/LOG.md). Read when torch is loaded.
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a terminal that has no character for an arrow still gets the rest
-    app(prog_name="rrtc")
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started us
+            setattr(sys, name, open(os.devnull, "w", encoding="utf8"))  # noqa: SIM115
+        getattr(sys, name).reconfigure(errors="replace")  # a terminal without arrows still gets the rest
+    try:
+        app(prog_name="rrtc")
+    except OSError as error:  # help or a recipe into a full disk
+        console.show_error(_explained(error))
+        sys.exit(1)

@@ -1,5 +1,8 @@
 """The console: others' words are shown as they are, and nothing is shown that was not asked for."""
 
+import shlex
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -50,3 +53,13 @@ def test_where_no_notes_are_shown_a_warning_is_pythons(capsys):
         console.note("on the way")
         console.warn("mind the gap")
     assert capsys.readouterr().err.splitlines() == ["on the way", "Note: mind the gap"]
+
+
+@pytest.mark.parametrize("command", ["recipe", "--help"])
+@pytest.mark.parametrize("streams", [">&-", ">&- 2>&-", ">/dev/full"])
+def test_a_closed_or_full_output_is_met_without_a_traceback(command, streams):
+    line = f"exec {shlex.quote(sys.executable)} -m rrtc {command} {streams}"
+    run = subprocess.run(line, shell=True, stderr=subprocess.PIPE, text=True)
+    full = streams == ">/dev/full"
+    assert run.returncode == (1 if full else 0)
+    assert run.stderr == ("Error: No space left on device.\n" if full else "")
