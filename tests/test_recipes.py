@@ -140,8 +140,13 @@ def test_a_run_whose_text_is_missing_stops_before_the_first_stage(tmp_path):
 @pytest.mark.parametrize(
     ("architecture", "changes", "says"),
     [
-        ("llama", {"eval": {"tasks": ["no_such_task"]}}, "There is no task 'no_such_task'"),
-        ("llama", {"eval": {"tasks": ["piqa"], "tasks_dir": "nowhere"}}, "There are no task files (.yaml) in"),
+        pytest.param(
+            *("llama", {"eval": {"tasks": ["no_such_task"]}}, "There is no task 'no_such_task'"), marks=pytest.mark.slow
+        ),
+        pytest.param(
+            *("llama", {"eval": {"tasks": ["piqa"], "tasks_dir": "nowhere"}}, "There are no task files (.yaml) in"),
+            marks=pytest.mark.slow,
+        ),
         ("llama", {"export": {"format": "gguf"}}, "RRTC_LLAMA_CPP does not say where it is"),
         ("gpt2", {"export": {"format": "dense", "quantize": "int4"}}, "keeps its matrices transposed"),
         ("llama", {"export": {"quantize": "int4", "calibrate_on": ["nowhere.txt"]}}, "There is no text at nowhere.txt"),

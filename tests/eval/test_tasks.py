@@ -21,6 +21,8 @@ from rrtc.eval.tasks import Harness, find_tasks
 from rrtc.io.source import load_for_scoring
 from rrtc.recipe.eval import EvalRecipe
 
+pytestmark = pytest.mark.slow  # the harness alone takes seconds to import
+
 FILES = Path(__file__).parents[2] / "recipes" / "tasks"
 ITEMS = 13
 SAID = ["a", "is", "the", "of", "in"]  # single tokens after a space
@@ -155,7 +157,6 @@ def test_a_second_run_gives_the_same_and_progress_is_told_in_items(model, data):
             assert values.tolist() == second[metric].tolist() and len(values) == 7
 
 
-@pytest.mark.slow
 def test_a_tokenizer_that_begins_every_text_does_so_here(model, data):
     """As Gemma's does, and is lost without; and one that would also end every text does not."""
     beginning = PreTrainedTokenizerFast(
@@ -212,7 +213,6 @@ def test_an_answer_that_is_written_is_marked(model, tmp_path):
     assert sum(steps) == 6
 
 
-@pytest.mark.slow
 def test_two_processes_share_the_items(rrt, data, tmp_path):
     """13 items, one of 1, which only one process could take, and every process has all scores in the end."""
     script = tmp_path / "script.py"
@@ -280,7 +280,6 @@ def test_what_has_no_score_of_single_items_is_told(tmp_path):
     assert "runs code" in find_tasks(own(tmp_path, "unsafe"))[1][0]["why"]
 
 
-@pytest.mark.slow
 def test_the_papers_tasks_and_what_cannot_be_had_without_a_network(data, capfd):
     """conftest.py keeps the hub away. The four with local files win over the harness's own."""
     tasks, not_run = find_tasks(recipe(data, tasks=["piqa", "paper"]))
