@@ -91,7 +91,6 @@ def test_a_setting_given_to_from_pretrained_has_the_effect_it_has_on_stock(setti
         ({"use_cache": False}, "llama"),
         ({"output_hidden_states": True}, "llama"),
         ({"is_causal": False}, "llama"),  # which no config declares, and the masks look for
-        ({"output_hidden_states": [-1]}, "gemma3"),
         ({"use_cache": False, "output_hidden_states": True}, "gpt2"),
     ],
     ids=str,
@@ -335,7 +334,7 @@ def test_no_plan_for_tensor_parallelism_is_claimed(architecture):
     stock = pico_model(architecture)
     assert stock.tp_plan  # which names matrices of layers that a recursive model does not have
     for model in (recursive(architecture), RrtModel(copy.deepcopy(recursive(architecture).config))):
-        assert model.tp_plan == model.pp_plan == model.ep_plan == {}
+        assert model._tp_plan == model._pp_plan == model._ep_plan == {}
         assert not model.supports_tp_plan
         assert not model.config.base_model_tp_plan
 
