@@ -16,13 +16,16 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from rrtc.cli.app import app
+from rrtc.console import notes_shown
 from rrtc.errors import RrtcError, WrongUsage
+from rrtc.eval.candidates import check_holds_model
 from rrtc.export import stage
 from rrtc.export.formats import FORMATS
 from rrtc.io.cache import cache_folder
 from rrtc.io.license import find_license
 from rrtc.io.provenance import read_provenance
 from rrtc.io.source import find_base, find_model, load_tokenizer, read_config
+from rrtc.io.trust import check_folder, text_of_folder
 from rrtc.recipe.schema import Recipe, load_recipe
 
 opened: list[str] = []
@@ -135,6 +138,55 @@ def tokenizer_elsewhere(folder: Path, trap: Trap) -> None:
     change_json(folder / "tokenizer_config.json", vocab_file=str(trap.folder / "tokenizer.json"))
 
 
+def newer_tokenizer_elsewhere(folder: Path, trap: Trap) -> None:
+    (trap.folder / "tokenizer.1.0.json").write_text("{}")
+    change_json(folder / "tokenizer_config.json", fast_tokenizer_files=["../outside/tokenizer.1.0.json"])
+
+
+def sentencepiece_elsewhere(folder: Path, trap: Trap) -> None:
+    inside = {"model_file": str(trap.folder / "tokenizer.json")}
+    change_json(folder / "tokenizer_config.json", sp_model_kwargs=inside)
+
+
+def damaged_tokenizer_config(folder: Path, trap: Trap) -> None:
+    """It could not be looked through."""
+    (folder / "tokenizer_config.json").write_text('{"x": ' + "[" * 5000 + "]" * 5000 + ', "vocab_file": "/etc/passwd"}')
+
+
+def many_layers(folder: Path, trap: Trap) -> None:
+    change_json(folder / "config.json", num_hidden_layers=10**9)
+
+
+def many_layers_of_a_part(folder: Path, trap: Trap) -> None:
+    change_json(folder / "config.json", text_config={"n_layer": 10**30})
+
+
+def moved(change: Callable) -> Callable:
+    """Other offsets of tensors in the header, the data as long as they say."""
+
+    def make(folder: Path, trap: Trap) -> None:
+        content = (folder / "model.safetensors").read_bytes()
+        length = int.from_bytes(content[:8], "little")
+        entries, data = json.loads(content[8 : 8 + length]), content[8 + length :]
+        entries.pop("__metadata__", None)
+        data = change(sorted(entries.values(), key=lambda e: e["data_offsets"]), data)
+        text = json.dumps(entries).encode()
+        (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+    return make
+
+
+def hole(entries: list[dict], data: bytes) -> bytes:
+    entries[-1]["data_offsets"] = [offset + 8 for offset in entries[-1]["data_offsets"]]
+    return data + bytes(8)
+
+
+def overlap(entries: list[dict], data: bytes) -> bytes:
+    norms = [e for e in entries if len(e["shape"]) == 1]
+    norms[1]["data_offsets"] = norms[0]["data_offsets"]
+    return data
+
+
 def templates_elsewhere(folder: Path, trap: Trap) -> None:
     (trap.folder / "templates").mkdir(exist_ok=True)
     (trap.folder / "templates" / "default.jinja").write_text("secret")
@@ -184,6 +236,14 @@ ATTACKS: dict[str, tuple[Callable, str]] = {
     "kernel": (kernel, "asks for code from a hub"),
     "kernel of a part": (kernel_of_a_part, "asks for code from a hub"),
     "tokenizer elsewhere": (tokenizer_elsewhere, "names a file outside it"),
+    "newer tokenizer elsewhere": (newer_tokenizer_elsewhere, "names a file outside it (fast_tokenizer_files"),
+    "sentencepiece elsewhere": (sentencepiece_elsewhere, "names a file outside it (model_file"),
+    "damaged tokenizer config": (damaged_tokenizer_config, "tokenizer_config.json cannot be read"),
+    "10^9 layers": (many_layers, "no model has more than 10000"),
+    "10^30 layers of a part": (many_layers_of_a_part, "no model has more than 10000"),
+    "tensors with a hole": (moved(hole), "truncated or damaged"),
+    "tensors that overlap": (moved(overlap), "truncated or damaged"),
+    "metadata that are no text": (header(0, entry()[:-1] + b', "__metadata__": {"a": 1}}'), "truncated or damaged"),
 }
 
 
@@ -245,6 +305,104 @@ def test_yaml_tags_are_not_obeyed(models, trap, tmp_path):
     (tmp_path / "recipe.yaml").write_text(f"model: {trap.tag}\n")
     with pytest.raises(WrongUsage, match="is not valid YAML"):
         load_recipe(str(tmp_path / "recipe.yaml"))
+
+
+def test_yaml_that_does_not_end_is_refused(models, tmp_path):
+    rrt = models[1]
+    said = (rrt / "rrtc.yaml").read_text()
+    for bomb in ("measured: &m\n  zz: *m\n", "measured:\n  a: &a [x, x]\n  b: [*a, *a]\n", "measured: " + "[" * 3000):
+        (rrt / "rrtc.yaml").write_text(said.replace("measured:", "before:") + bomb)
+        for command in (["inspect"], ["eval"], ["export", "-o", tmp_path / "out"], ["uptrain", "-o", tmp_path / "out"]):
+            fails(command[0], rrt, *command[1:], says="rrtc.yaml is damaged")
+        (tmp_path / "recipe.yaml").write_text(bomb)
+        with pytest.raises(WrongUsage, match="is not valid YAML"):
+            load_recipe(str(tmp_path / "recipe.yaml"))
+
+
+@pytest.mark.parametrize(
+    "key", ["rrtc", "versions", "base", "base.bytes", "stage", "path", "made", "recipe", "measured"]
+)
+def test_provenance_that_lacks_something_is_refused(key, models):
+    rrt = models[1]
+    said = yaml.safe_load((rrt / "rrtc.yaml").read_text())
+    *inside, last = key.split(".")
+    del (said[inside[0]] if inside else said)[last]
+    (rrt / "rrtc.yaml").write_text(yaml.safe_dump(said))
+    with pytest.raises(RrtcError, match=f"rrtc.yaml is damaged: {key}: field required"):
+        read_provenance(rrt)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda visits: visits[2].pop("slot"),
+        lambda visits: visits[2].update(slot=10**9),
+        lambda visits: visits[2].update(slot="0"),
+        lambda visits: visits[2].update(layer=99),
+        lambda visits: visits[2]["ranks"].popitem(),
+        lambda visits: visits[2]["ranks"].update({"self_attn.q_proj": -1}),
+        lambda visits: visits[2]["ranks"].update({"self_attn.q_proj": 10**9}),
+        lambda visits: visits[2].update(shapes={"mlp.up_proj": [1]}),
+        lambda visits: visits[2].update(own=True),
+        lambda visits: visits.pop(),
+        lambda visits: visits.clear(),
+    ],
+)
+def test_damaged_visits_are_met_before_any_work(spoil, models, tmp_path):
+    config = models[1] / "config.json"
+    values = json.loads(config.read_text())
+    spoil(values["visits"])
+    config.write_text(json.dumps(values))
+    for read in (
+        lambda: check_holds_model(models[1]),
+        lambda: stage.export(str(models[1]), str(tmp_path / "out"), Recipe()),
+    ):
+        with pytest.raises(RrtcError):
+            read()
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_text_that_a_folder_names_is_read_only_from_a_disk(models, tmp_path, capsys):
+    rrt, (text, link, fifo) = models[1], (tmp_path / name for name in ("text.txt", "link.txt", "fifo.txt"))
+    text.write_text("Some text.")
+    link.symlink_to("/proc/self/environ")
+    os.mkfifo(fifo)
+    (tmp_path / "folder").mkdir()
+    with notes_shown(True):
+        found = text_of_folder(rrt, ["pydoc", "self", str(text), str(tmp_path / "folder")], (), "--text")
+    assert found == ["pydoc", "self", str(text), str(tmp_path / "folder")]
+    assert f"Reading the text that {rrt} was made with: {text}, {tmp_path / 'folder'}" in capsys.readouterr().err
+    for named in ("/proc/self/environ", "/dev/zero", "/dev/null", "/", "/dev", str(link), str(fifo), "maker/dataset"):
+        with pytest.raises(RrtcError, match="no file or folder on this machine's disks") as refused:
+            text_of_folder(rrt, [named], (), "--text")
+        assert "--text TEXT" in refused.value.hint
+        assert text_of_folder(rrt, [named], [named], "--text") == [named]  # the user has named it
+
+
+@pytest.mark.parametrize("data", ["/proc/self/environ", "/dev/zero", "maker/dataset"])
+def test_what_reads_the_text_of_a_folder_asks(data, models, tmp_path):
+    rrt = models[1]
+    said = yaml.safe_load((rrt / "rrtc.yaml").read_text())
+    said["recipe"]["uptrain"] = {"data": [data], "text_field": "text"}
+    (rrt / "rrtc.yaml").write_text(yaml.safe_dump(said))
+    opened.clear()
+    fails("eval", rrt, "--against", models[0], says="does not read it without being asked to")
+    fails("export", rrt, "-o", tmp_path / "out", "--quantize", "int8", says="does not read it without being asked to")
+    assert data not in opened
+
+
+def test_the_users_own_cache_can_have_its_files_on_another_disk(models, tmp_path, monkeypatch):
+    snapshot = false_cache(models[0], Trap(tmp_path / "disk", models[0]))
+    with pytest.raises(RrtcError, match="link to a file outside"):
+        check_folder(snapshot)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(snapshot.parents[2]))
+    check_folder(snapshot)
+
+
+def test_a_base_that_is_a_pipe_is_not_opened(models, tmp_path):
+    os.mkfifo(tmp_path / "pipe.gguf")
+    with pytest.raises(RrtcError, match="neither a folder nor a .gguf file"):
+        find_model(str(tmp_path / "pipe.gguf"))
 
 
 @pytest.mark.parametrize(
