@@ -43,7 +43,7 @@ def encoded(
         if placed:
             lengths = _lengths(text, answer["offset_mapping"][number])
         else:
-            lengths = [len(text.encode()) / len(ids) if sizes else 0] * len(ids)
+            lengths = [len(text.encode()) / len(ids) for _ in ids] if sizes else [0] * len(ids)
         if begin and ids[:1] == begin:
             ids, lengths = ids[1:], lengths[1:]
         if ids[-1:] != end:

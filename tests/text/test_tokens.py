@@ -66,6 +66,8 @@ def test_without_offsets_the_bytes_of_a_text_are_shared_out():
         assert ids == others and len(sizes) == len(shared) == len(ids)
         assert sum(sizes) == len(text.encode()) and sum(shared) == pytest.approx(len(text.encode()))
         assert numpy.ptp(shared[:-1]) == 0 and shared[-1] == sizes[-1] == 0
+    for tokenizer in (fast, slow):
+        assert list(encoded(["", "<eos>"], tokenizer, VOCABULARY, sizes=True)) == [([1], [0]), ([1], [5])]
 
 
 def test_fingerprints_differ_with_what_the_tokenizer_does():
