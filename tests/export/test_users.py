@@ -37,7 +37,6 @@ USER = """
 import json, os, sys
 sys.modules["rrtc"] = None  # "import rrtc" now fails, installed or not
 import torch
-from warm import cold_run
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
 
