@@ -212,7 +212,7 @@ def _run(recipe: Recipe, output: Path) -> dict:
         return bool(resumable(Path(target)).finished())
 
     steps = {
-        "init": lambda: initializing.init(recipe.model, made, recipe, begun(initialized, made)),
+        "init": lambda: initializing.init(cast(str, recipe.model), made, recipe, begun(initialized, made)),
         "uptrain": lambda: uptraining.uptrain(made, healed, recipe, begun(uptraining.resumable, healed)),
         "eval": lambda: _evaluate([healed], recipe, None, measured),
         "export": lambda: exporting.export(healed, exported, recipe, measured),
