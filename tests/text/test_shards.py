@@ -387,8 +387,9 @@ def test_text_that_fills_no_window_is_named(tmp_path):
     ("weights", "sentence"),
     [
         ([1.0], "data names 2 texts and data_weights has 1 weights"),
-        ([1.0, -1.0], "a weight in data_weights is a number from 0 up"),
-        ([1.0, float("nan")], "a weight in data_weights is a number from 0 up"),
+        ([1.0, -1.0], "a weight in data_weights is a number from 0 to 1,000,000"),
+        ([1.0, 2e6], "a weight in data_weights is a number from 0 to 1,000,000"),
+        ([1.0, float("nan")], "should be a finite number"),
         ([0.0, 0.0], "data_weights are all 0"),
     ],
 )
