@@ -21,7 +21,7 @@ PROMPT, NEW = 24, 8  # tokens
 
 def main(folder: str, dtype: str) -> int:
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    safe = {"use_safetensors": True, "trust_remote_code": False}
+    safe = {"use_safetensors": True, "trust_remote_code": False, "return_dict": True}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), **safe)
     model.to(accelerator or "cpu").eval()
     gc.collect()

@@ -1,5 +1,6 @@
 """The proof, before any work, that the model that is read layer by layer is the one that transformers loads."""
 
+import math
 import tempfile
 
 import torch
@@ -17,7 +18,7 @@ TOLERANCE = 1e-4  # of the loss: both are float32, and norms that are folded rou
 
 def prove(dense: DenseModel, device: torch.device) -> None:
     """Raises RrtcError where the loss of `dense`, streamed, on one window of fixed token ids is not that of the model
-    which from_pretrained makes of its folder. That one is read from disk too, matrix by matrix, as it computes."""
+    which from_pretrained makes of its folder, or where that is not finite. That one is read from disk too, matrix by matrix, as it computes."""
     vocabulary = dense.config.get_text_config().vocab_size
     ids = (torch.arange(longest_context(dense.config, TOKENS)) * 7919 % vocabulary)[None]
     model = StreamedModel(dense.config, dense.raw, device)
@@ -31,6 +32,12 @@ def prove(dense: DenseModel, device: torch.device) -> None:
             loaded = _loss(dense, ids, device_map={"": "disk"}, offload_folder=scratch)
         except KeyError:  # transformers does not find a tied table on disk that is stored under its other name
             loaded = _loss(dense, ids)
+    if not math.isfinite(loaded):
+        raise RrtcError(
+            f"The model in {dense.weights.folder} computes NaN or infinity: transformers' loss on {ids.shape[1]} tokens "
+            f"is {loaded}.",
+            "Its weights are damaged, or too large for float32.",
+        )
     if not abs(streamed - loaded) <= TOLERANCE * max(1.0, loaded):
         raise RrtcError(
             f"rrtc reads the model in {dense.weights.folder} otherwise than transformers does: on the same tokens its "
@@ -42,7 +49,7 @@ def prove(dense: DenseModel, device: torch.device) -> None:
 @torch.inference_mode()
 def _loss(dense: DenseModel, ids: torch.Tensor, **placed) -> float:
     """The loss of the model that from_pretrained makes."""
-    safe = {"use_safetensors": True, "trust_remote_code": False}
+    safe = {"use_safetensors": True, "trust_remote_code": False, "return_dict": True}
     model = AutoModelForCausalLM.from_pretrained(dense.weights.folder, dtype=torch.float32, **safe, **placed).eval()
     logits = model(ids, use_cache=False).logits[0, :-1].float()
     return torch.nn.functional.cross_entropy(logits, ids[0, 1:]).item()

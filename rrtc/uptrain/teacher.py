@@ -16,7 +16,7 @@ class LiveTeacher:
     def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device, temperature: float, keep_states: bool):
         """keep_states: whether lessons hold the hidden states after every layer."""
         self.model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
+            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, return_dict=True
         )
         self.model.requires_grad_(False).eval().to(device)
         self.parts, self.temperature = Parts(self.model), temperature
