@@ -316,6 +316,22 @@ def test_files_that_are_missing_are_told(data, changes, sentence):
     assert sentence in error.value.sentence
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "task: 5",
+        "task: x\ndataset_kwargs: x",
+        "task: x\ndataset_kwargs: {data_files: 5}",
+        "task: x\ninclude: [1]",
+        "a: [",
+    ],
+)
+def test_a_task_file_of_other_kinds_is_told(said, tmp_path):
+    (tmp_path / "x.yaml").write_text(said)
+    with pytest.raises(RrtcError, match="The task file .*x.yaml cannot be read"):
+        find_tasks(own(tmp_path, "x"))
+
+
 def test_a_task_file_that_is_wrong_is_told(model, tmp_path):
     rows = [{"text": "rain"}, {"text": None}]
     metric = {"metric": "acc", "aggregation": "mean", "higher_is_better": True}

@@ -19,6 +19,7 @@ from rrtc.cli.app import app
 from rrtc.console import notes_shown
 from rrtc.errors import RrtcError, WrongUsage
 from rrtc.eval.candidates import check_holds_model
+from rrtc.eval.stage import _curve
 from rrtc.export import stage
 from rrtc.export.formats import FORMATS
 from rrtc.io.cache import cache_folder
@@ -389,6 +390,26 @@ def test_what_reads_the_text_of_a_folder_asks(data, models, tmp_path):
     fails("eval", rrt, "--against", models[0], says="does not read it without being asked to")
     fails("export", rrt, "-o", tmp_path / "out", "--quantize", "int8", says="does not read it without being asked to")
     assert data not in opened
+
+
+def test_a_training_curve_is_read_or_refused(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    for text in (
+        "{}\n",
+        "[]\n",
+        "5\n",
+        "[" * 5000,
+        '{"tokens": "x", "loss": 1}\n',
+        '{"tokens": 1, "loss": [1]}\n',
+        "x",
+    ):
+        file.write_text(text)
+        with pytest.raises(RrtcError, match="metrics.jsonl is damaged"):
+            _curve(tmp_path)
+    file.write_text("")
+    assert _curve(tmp_path) is None
+    file.write_text('{"tokens": 64, "loss": 2.5}\n')
+    assert _curve(tmp_path)["points"] == [[64, 2.5, None]]
 
 
 def test_the_users_own_cache_can_have_its_files_on_another_disk(models, tmp_path, monkeypatch):

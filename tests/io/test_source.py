@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from rrtc.errors import RrtcError
 from rrtc.io.cache import cache_folder
-from rrtc.io.folder import whole_folder
+from rrtc.io.folder import only_run, whole_folder
 from rrtc.io.provenance import write_provenance
 from rrtc.io.source import content_hash, find_base, find_model, load_tokenizer, read_config
 
@@ -175,6 +175,26 @@ def test_a_broken_gguf_is_refused_and_leaves_nothing_in_the_cache(tmp_path, cach
         file.write_bytes(broken)
         assert f"The GGUF file {file} cannot be read" in refused(file).sentence
         assert not list(cache.glob("gguf/*"))
+
+
+def test_what_killed_processes_left_of_dequantizing_is_removed_by_the_next(tmp_path, cache):
+    write_gguf(tmp_path / "pico.gguf")
+    places = [cache / "gguf" / name for name in ("a1-77.partial", "a1-78", "b2-79.partial")]
+    for place in places:
+        place.mkdir(parents=True)
+        (place / "model.safetensors").write_bytes(bytes(100))
+    with only_run(cache / "gguf" / "b2-79"):  # this one lives
+        found = find_model(str(tmp_path / "pico.gguf")).folder
+    assert sorted((cache / "gguf").iterdir()) == sorted([found, places[2]])
+
+
+def test_a_gguf_that_says_absurd_things_is_refused_at_once(tmp_path, cache):
+    write_gguf(tmp_path / "pico.gguf")
+    content = bytearray((tmp_path / "pico.gguf").read_bytes())
+    place = content.index(b"llama.block_count") + len(b"llama.block_count") + 4  # behind the key is the kind of value
+    content[place : place + 4] = (10**9).to_bytes(4, "little")
+    (tmp_path / "pico.gguf").write_bytes(content)
+    assert "says llama.block_count: 1e+09, and no model has more than" in refused(tmp_path / "pico.gguf").sentence
 
 
 # The base of a compressed model

@@ -1,5 +1,7 @@
 """The recipe: what is accepted, and what the user is told about what is not."""
 
+import math
+
 import pytest
 
 from rrtc.errors import WrongUsage, nearest
@@ -8,6 +10,7 @@ from rrtc.recipe.export import ExportRecipe
 from rrtc.recipe.init import MATRIX_GROUPS, InitRecipe
 from rrtc.recipe.schema import Recipe, load_recipe, with_flags
 from rrtc.recipe.uptrain import UptrainRecipe
+from rrtc.units import parse_count, parse_size
 
 
 def load(tmp_path, text: str) -> Recipe:
@@ -174,6 +177,38 @@ def test_flags_are_checked_as_the_file_is():
         with_flags(ExportRecipe(), {"format": "pickle"}, "the command line")
     with pytest.raises(WrongUsage, match="keeps one layer at each end, but keep is 3"):
         with_flags(InitRecipe(keep=3), {"sharing": "middle_cycle"}, "the command line")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *((f"{part}.seed", value) for part in ("init", "uptrain", "eval", "export") for value in (-1, 2**32)),
+        ("uptrain.tokens", 10**20),
+        ("uptrain.losses", ["forward_kl=1e308"]),
+        ("uptrain.losses", ["forward_kl=nan"]),
+        ("uptrain.learning_rate", math.inf),
+        ("uptrain.learning_rate", "nan"),
+        ("uptrain.temperature", 1e-300),
+        ("uptrain.data_weights", "1e308"),
+        ("uptrain.shared_lr_scale", "1e308"),
+        ("init.rank", 10**30),
+        ("init.rank", "q=99999999999999999999"),
+        ("init.budget", math.nan),
+        ("init.loops", 10**9),
+        ("eval.passkey_lengths", [256] * 1000),
+    ],
+)
+def test_numbers_out_of_range_are_wrong_usage(field, value):
+    part, name = field.split(".")
+    with pytest.raises(WrongUsage, match=f"{name}.* is wrong|is wrong: .*{name}"):
+        with_flags(getattr(Recipe(), part), {name: value}, "the command line")
+
+
+@pytest.mark.parametrize("text", ["9" * 400, "1" * 19 + "B", "inf", "nan", "-1M"])
+def test_sizes_and_counts_have_bounds(text):
+    for parse in (parse_size, parse_count):
+        with pytest.raises(WrongUsage):
+            parse(text)
 
 
 def test_a_recipe_survives_being_written_down():
