@@ -128,8 +128,8 @@ def prepare(model: str, target: Path, recipe: Recipe) -> Job:
     weights. Raises RrtcError or WrongUsage for everything that would stop the run."""
     source = find_model(model)
     check_target(target, source.folder)
+    architecture = read_architecture(source.config())
     dense = DenseModel(source, _folds(source, recipe))
-    architecture = read_architecture(dense.config)
     dtype = stored_dtype(source, recipe.init.dtype)
     plan = make_plan(architecture, recipe.init, NUMBER_BYTES[dtype])
     tokenizer = load_tokenizer(source.folder)

@@ -18,7 +18,8 @@ TOLERANCE = 1e-4  # of the loss: both are float32, and norms that are folded rou
 
 def prove(dense: DenseModel, device: torch.device) -> None:
     """Raises RrtcError where the loss of `dense`, streamed, on one window of fixed token ids is not that of the model
-    which from_pretrained makes of its folder, or where that is not finite. That one is read from disk too, matrix by matrix, as it computes."""
+    which from_pretrained makes of its folder, or where that is not finite. That one is read from disk too, matrix by
+    matrix, as it computes."""
     vocabulary = dense.config.get_text_config().vocab_size
     ids = (torch.arange(longest_context(dense.config, TOKENS)) * 7919 % vocabulary)[None]
     model = StreamedModel(dense.config, dense.raw, device)
@@ -34,7 +35,7 @@ def prove(dense: DenseModel, device: torch.device) -> None:
             loaded = _loss(dense, ids)
     if not math.isfinite(loaded):
         raise RrtcError(
-            f"The model in {dense.weights.folder} computes NaN or infinity: transformers' loss on {ids.shape[1]} tokens "
+            f"The model in {dense.weights.folder} computes NaN or infinity: transformers' loss on {ids.numel()} tokens "
             f"is {loaded}.",
             "Its weights are damaged, or too large for float32.",
         )

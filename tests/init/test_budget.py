@@ -310,6 +310,17 @@ def test_a_model_that_computes_infinity_is_refused(tmp_path):
         if name.endswith(("up_proj.weight", "down_proj.weight")):
             tensor *= 1e25
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(RrtcError, match="dense computes NaN or infinity: transformers' loss on 48 tokens is nan"):
+        init(str(folder), str(tmp_path / "out"), small(budget=0.7))
+
+
+def test_a_model_that_computes_infinity_on_the_calibration_text_is_refused(tmp_path):
+    """No token of the proof that the model is read right is one of the text's."""
+    folder = save_pico(tmp_path / "dense", "gpt2", tie_word_embeddings=False)
+    tensors = load_file(folder / "model.safetensors")
+    space = load_tokenizer(folder)(" the the")["input_ids"][-1]
+    tensors["transformer.wte.weight"][space] = 3e38  # the sum that LayerNorm takes the mean of is beyond float32
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(RrtcError, match=r"computes NaN or infinity on the calibration text \(inputs-\d, "):
         init(str(folder), str(tmp_path / "out"), small(budget=0.7))
 
