@@ -2,7 +2,8 @@
 
 It is kept in rrtc's cache under a key of all that it depends on: the contents of config.json, the headers of the
 weights files (names, shapes and dtypes of the tensors), the code that reads it, and the versions of rrtc and
-transformers. Nothing is kept of a model that was refused.
+transformers. Whether a head is the embedding depends on what the files hold, too: their places, sizes and times stand
+for that. Nothing is kept of a model that was refused.
 """
 
 import hashlib
@@ -75,6 +76,8 @@ def _key(source: Source) -> str:
         for file in Weights(source.folder).files:
             with open(file, "rb") as stream:
                 parts.append(stream.read(int.from_bytes(stream.read(8), "little")))
+            found = file.stat()
+            parts.append(f"{file.resolve()} {found.st_size} {found.st_mtime_ns}".encode("utf8", "surrogateescape"))
     digest = hashlib.sha256()
     for part in parts:
         digest.update(hashlib.sha256(part).digest())

@@ -168,6 +168,18 @@ def test_what_is_kept_never_hides_a_refusal(tmp_path, cache):
         api.plan(folder, rank=4)
 
 
+def test_a_head_that_gets_numbers_of_its_own_is_seen(tmp_path, cache):
+    """config.json and the headers stay the same."""
+    folder = save_pico(tmp_path / "dense", tie_word_embeddings=True)
+    tensors = load_file(folder / "model.safetensors")
+    table = tensors["model.embed_tokens.weight"]
+    counted = []
+    for head in (table.clone(), table + 1):
+        save_file(tensors | {"lm_head.weight": head}, folder / "model.safetensors", metadata={"format": "pt"})
+        counted += [api.plan(folder, rank=4)["dense_params_total"] for _ in range(2)]
+    assert counted == [counted[0]] * 2 + [counted[0] + table.numel()] * 2
+
+
 def test_what_is_kept_and_damaged_or_of_another_version_is_read_anew(dense, cache, monkeypatch):
     source = find_model(str(dense("llama")))
     found = dense_of(source)
