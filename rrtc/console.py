@@ -25,6 +25,7 @@ results = Console(quiet=not is_first_process, soft_wrap=True)
 notes = Console(stderr=True, quiet=not is_first_process, soft_wrap=True)
 # Control characters, those that turn the direction of writing, and bytes of a file's name that are no text.
 CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+NO_TEXT = re.compile("[\ud800-\udfff]")  # bytes of a file's name
 
 
 class RrtcWarning(UserWarning):
@@ -152,6 +153,7 @@ def write_json(value: dict, target: str | None) -> None:
     if target is None or not is_first_process:
         return
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    text = NO_TEXT.sub(lambda found: found[0].encode("unicode_escape").decode(), text)  # JSON has the same escapes
     if target == "-":
         sys.stdout.write(text)
     else:

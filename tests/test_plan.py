@@ -37,7 +37,7 @@ def plan_of(config, **recipe):
 def depths(layers: int) -> Architecture:
     """An architecture of so many equal layers of one matrix."""
     layer = Layer((Matrix("mlp.up", 8, 16, False, (("ffn", 16),)),), (("norm.weight", 8),))
-    return Architecture("made up", (layer,) * layers, 100, 0, 100, 8, 8)
+    return Architecture("made up", (layer,) * layers, 100, 0, 100, 8)
 
 
 @pytest.mark.parametrize("norms", ["shared", "per_visit"])

@@ -18,8 +18,12 @@ from rrtc.recipe.section import BUILT_IN_TEXT, OWN_TEXT
 CODE_KEYS = ("auto_map", "custom_pipelines")  # of config files: Python files that transformers is to run
 KERNEL_KEYS = ("attn_implementation", "_attn_implementation", "experts_implementation")
 NO_CODE = "rrtc runs no code from a model folder, only the architectures that transformers has."
-COUNTS = re.compile(r"(layers?|blocks?|heads?|experts?|depth)$|\.(block|head|expert)_count$")
-MOST = 10_000  # layers, heads, experts: what a model of any kind has one module of for each, or an entry in a list
+# The most that a model of any kind has of what there is a module for, or an entry in a list; by the ends of names, of
+# which GGUF has its own.
+MOST = {
+    re.compile(r"(layers?|blocks?|depth|\.block_count)$"): 1_000,
+    re.compile(r"(heads?|experts?|\.head_count|\.expert_count)$"): 10_000,
+}
 SYSTEM = tuple(map(Path, ("/dev", "/proc", "/sys")))  # their files are no text, and some of them never end
 
 
@@ -70,8 +74,9 @@ def check_counts(config: dict, file: Path) -> None:
     one after the other would not come to an end."""
     for part in _parts(config):
         for key, value in part.items():
-            if isinstance(value, int | float) and value > MOST and COUNTS.search(key):
-                raise RrtcError(f"{file} says {key}: {value:.4g}, and no model has more than {MOST}.")
+            most = next((most for name, most in MOST.items() if name.search(key)), None)
+            if most is not None and isinstance(value, int | float) and value > most:
+                raise RrtcError(f"{file} says {key}: {value:.4g}, and no model has more than {most:,}.")
 
 
 def text_of_folder(folder: Path, sources: Sequence[str], by_user: Collection[str], option: str) -> list[str]:

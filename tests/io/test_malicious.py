@@ -240,8 +240,8 @@ ATTACKS: dict[str, tuple[Callable, str]] = {
     "newer tokenizer elsewhere": (newer_tokenizer_elsewhere, "names a file outside it (fast_tokenizer_files"),
     "sentencepiece elsewhere": (sentencepiece_elsewhere, "names a file outside it (model_file"),
     "damaged tokenizer config": (damaged_tokenizer_config, "tokenizer_config.json cannot be read"),
-    "10^9 layers": (many_layers, "no model has more than 10000"),
-    "10^30 layers of a part": (many_layers_of_a_part, "no model has more than 10000"),
+    "10^9 layers": (many_layers, "no model has more than 1,000"),
+    "10^30 layers of a part": (many_layers_of_a_part, "no model has more than 1,000"),
     "tensors with a hole": (moved(hole), "truncated or damaged"),
     "tensors that overlap": (moved(overlap), "truncated or damaged"),
     "metadata that are no text": (header(0, entry()[:-1] + b', "__metadata__": {"a": 1}}'), "truncated or damaged"),
@@ -410,6 +410,13 @@ def test_a_training_curve_is_read_or_refused(tmp_path):
     assert _curve(tmp_path) is None
     file.write_text('{"tokens": 64, "loss": 2.5}\n')
     assert _curve(tmp_path)["points"] == [[64, 2.5, None]]
+
+
+def test_a_folder_whose_name_is_no_text_is_described(models):
+    folder = models[1].rename(os.fsdecode(os.fsencode(models[1]) + b"\xff"))
+    result = CliRunner().invoke(app, ["inspect", str(folder), "--json", "-"])
+    assert result.exit_code == 0, result.exception
+    assert json.loads(result.stdout)["folder"] == str(folder)
 
 
 def test_the_users_own_cache_can_have_its_files_on_another_disk(models, tmp_path, monkeypatch):
