@@ -11,7 +11,12 @@ import pytest
 ROOT = Path(__file__).parents[1] / "rrtc"
 MODULES = {".".join(("rrtc", *file.relative_to(ROOT).with_suffix("").parts)): file for file in ROOT.rglob("*.py")}
 STAGES = {"init", "uptrain", "eval", "export"}
-ABOVE = [{"cli", "__main__"}, {"api", "environment"}, STAGES, {"scoring", "text", "io", "stock"}]  # and below these all others
+ABOVE = [
+    {"cli", "__main__"},
+    {"api", "environment"},
+    STAGES,
+    {"scoring", "text", "io", "stock"},
+]  # and below these all others
 
 
 def imports_of(name: str) -> dict[str, bool]:

@@ -21,6 +21,7 @@ from rrtc import machine
 from rrtc.errors import RrtcError, WrongUsage
 from rrtc.export import stage, verify
 from rrtc.export.formats import FORMATS
+from rrtc.export.formats.recursive import AUTO_MAP
 from rrtc.io import license
 from rrtc.io.provenance import read_provenance
 from rrtc.io.shard_writer import ShardWriter, map_ahead
@@ -67,6 +68,11 @@ def test_dense_is_the_same_model_in_the_stock_architecture(tmp_path, architectur
     config = json.loads((target / "config.json").read_text())
     assert config["architectures"] == [type(model).__name__]
     assert not {"auto_map", "base_config", "visits"} & config.keys()
+    rope = config.get("rope_parameters") or {}
+    if "rope_theta" in rope:  # as transformers 4 spells it, too
+        older = dict(config.get("rope_scaling") or {"rope_type": "default"}, rope_theta=config["rope_theta"])
+        older |= {"partial_rotary_factor": config["partial_rotary_factor"]} if "partial_rotary_factor" in config else {}
+        assert older == rope == model.config.rope_parameters
     assert (target / "model.safetensors.index.json").exists()
     assert ("lm_head.weight" in Weights(target)) is not config["tie_word_embeddings"]
 
@@ -83,7 +89,7 @@ def test_recursive_loads_and_generates_where_rrtc_is_not(tmp_path, cold):
         assert parameters * 4 < size < parameters * 4 * 1.05
         assert parameters == read_provenance(sources[-1])["measured"]["init"]["params_total"]
         config = json.loads((targets[-1] / "config.json").read_text())
-        assert config["auto_map"].keys() == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+        assert config["auto_map"].keys() == AUTO_MAP.keys()
     run_python(STRANGER, json.dumps(IDS.tolist()), "out.safetensors", *map(str, targets), cwd=tmp_path)
     found = load_file(tmp_path / "out.safetensors")
     for source, target in zip(sources, targets, strict=True):
@@ -107,16 +113,20 @@ def test_recursive_export_with_report_and_license(tmp_path, cold):
             "model": name,
             "kind": kind,
             "params_total": params,
+            "params_non_embedding": params,
             "bytes": bytes_,
-            "scores": {k: {"value": v} for k, v in found.items()},
+            "parts": {},
+            "scores": {k: {"value": v, "stderr": None, "difference": None} for k, v in found.items()},
+            "texts": {},
+            "by_position": [],
         }
         for name, kind, params, bytes_, found in (
             ("dense", "dense", 999, 4000, scores[0]),
             ("after init", "stage", size, 2000, scores[1]),
         )
     ]
-    models[1]["tasks"] = {"piqa": {"metric": "acc_norm", "items": 500, "value": 0.6125, "stderr": 0.021}}
-    models[1]["task_average"] = {"value": 0.6125}
+    average = {"value": 0.6125, "stderr": 0.021, "difference": None}
+    models[1] |= {"tasks": {"piqa": average | {"metric": "acc_norm", "items": 500}}, "task_average": average}
     made = read_provenance(source)["made"]
     report = REPORT | {"models": models, "of": {"stage": "init", "made": made}}
     (tmp_path / "report").mkdir()
@@ -149,8 +159,8 @@ def test_recursive_export_with_report_and_license(tmp_path, cold):
     assert card.data.eval_results[-1].metric_name == "acc_norm of 500 items"
     rows = [line for line in card.text.splitlines() if line.startswith("| ")]
     assert rows[2:] == [
-        "| dense | 999 | 4 kB | 0.8765 | 2.5000 | – | – |",
-        f"| after init | {size / 1000:.4g}k | 2 kB | 1.9876 | 4.5000 | 2.2500 | 61.3% |",
+        "| dense | 999 | 999 | 4 kB | 0.8765 | 2.5000 | – | – |",
+        f"| after init | {size / 1000:.4g}k | {size / 1000:.4g}k | 2 kB | 1.9876 | 4.5000 | 2.2500 | 61.3% |",
         "| task (metric, items) | after init |",
         "| --- | ---: |",
         "| piqa (acc_norm, 500) | 61.3% ± 2.1% |",

@@ -11,6 +11,7 @@ import yaml
 from exports import IDS, LAST_NORM, change_tensors, make_rrt, recipe, run_python
 from huggingface_hub import ModelCard
 from onnx_graph import HYBRID, LAYERS, padded_greedy
+from tokenizers import Tokenizer
 from transformers import GenerationConfig
 
 from rrtc import machine
@@ -20,6 +21,7 @@ from rrtc.export import stage, verify
 from rrtc.export.formats import FORMATS
 from rrtc.export.formats import onnx as onnx_format
 from rrtc.io.provenance import read_provenance
+from rrtc.io.source import load_tokenizer
 from rrtc.io.weights import Weights
 from rrtc.model import RrtForCausalLM
 
@@ -39,6 +41,18 @@ def made(tmp_path_factory) -> tuple[Path, Path, dict]:
 
 def graph_of(folder: Path):
     return ir.load(folder / onnx_format.GRAPH)
+
+
+def store_as_vocabulary_and_merges(folder: Path) -> list[int]:
+    """Stores the tokenizer in `folder` in the older way, without a tokenizer.json; returns what it makes of a text."""
+    before = load_tokenizer(folder)("The with statement")["input_ids"]
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(map(" ".join, model["merges"])))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"}))
+    assert load_tokenizer(folder)("The with statement")["input_ids"] == before
+    return before
 
 
 def compare_padded_greedy(source: Path, folder: Path, dtype: torch.dtype = torch.float32) -> None:
@@ -119,7 +133,10 @@ def test_padding_cache_and_any_length(made):
 def test_sliding_windows_and_shared_norms(tmp_path):
     source, target = make_rrt(tmp_path / "rrt", "gemma3", "shared", **HYBRID), tmp_path / "out"
     target.mkdir()
+    said = store_as_vocabulary_and_merges(source)
     FORMATS["onnx"].write(source, target, torch.float32, 10**9)
+    # transformers.js reads no other file of a tokenizer.
+    assert Tokenizer.from_file(str(target / "tokenizer.json")).encode("The with statement").ids == said
     assert (target / onnx_format.DATA).stat().st_size <= (source / "model.safetensors").stat().st_size
     compare_padded_greedy(source, target)
 

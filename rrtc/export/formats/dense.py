@@ -5,6 +5,7 @@ Nothing here knows an architecture: names come from the stock model, built witho
 """
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -103,6 +104,21 @@ def write_config(config: RrtConfig, folder: Path, dtype: torch.dtype) -> None:
     base: PreTrainedConfig = copy.deepcopy(config.base_config)
     base.architectures, base.dtype = [stock_class(config)], dtype
     base.save_pretrained(folder)
+    written = json.loads((folder / "config.json").read_text(encoding="utf8"))
+    (folder / "config.json").write_text(json.dumps(written | _older_rope(written), indent=2) + "\n", encoding="utf8")
+
+
+def _older_rope(config: dict) -> dict:
+    """The rotary embedding of `config` (a config.json) as transformers 4 and what follows it spell it, beside the
+    rope_parameters of transformers 5: without these keys, they take another theta without a word. Types of layers with
+    a rotary embedding each have no older spelling that all architectures share."""
+    rope = config.get("rope_parameters") or {}
+    if "rope_theta" not in rope:
+        return {}
+    theta, partial = rope["rope_theta"], rope.get("partial_rotary_factor")
+    scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")}
+    older = {"rope_theta": theta, "rope_scaling": None if scaling.get("rope_type") == "default" else scaling}
+    return older if partial is None else older | {"partial_rotary_factor": partial}
 
 
 def stock_class(config: RrtConfig) -> str:

@@ -8,17 +8,19 @@ CHAT = """inputs = tokenizer.apply_chat_template(
 TEXT = 'inputs = tokenizer("The sky is blue because", return_tensors="pt")'
 
 
-def in_transformers(exported: dict, name: str, chat: bool, remark: str, arguments: str = "") -> str:
+def in_transformers(exported: dict, name: str, chat: bool, remark: str, has_code: bool = False) -> str:
     """Markdown. exported: what the export measured. name: of its folder. chat: whether the tokenizer has a chat
-    template. remark: what there is to say before the code. arguments: of from_pretrained, after the folder."""
+    template. remark: what there is to say before the code. has_code: whether the model needs the folder's code; the
+    tokenizer does not, and transformers asks at a terminal unless it is told."""
+    told = {of: f", trust_remote_code={of == 'model'}" if has_code else "" for of in ("model", "tokenizer")}
     return f"""{NEEDS_QUANTIZED if "quantize" in exported else NEEDS} {remark}
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "{name}"  # where this folder is
-tokenizer = AutoTokenizer.from_pretrained(folder{arguments})
-model = AutoModelForCausalLM.from_pretrained(folder{arguments})
+tokenizer = AutoTokenizer.from_pretrained(folder{told["tokenizer"]})
+model = AutoModelForCausalLM.from_pretrained(folder{told["model"]})
 {CHAT if chat else TEXT}
 output = model.generate(**inputs, max_new_tokens=40, do_sample=False)
 print(tokenizer.decode(output[0], skip_special_tokens=True))

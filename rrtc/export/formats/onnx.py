@@ -28,6 +28,7 @@ from rrtc.export.formats import dense
 from rrtc.export.verify import Reference, check_loaded
 from rrtc.io.folder import copy_companions
 from rrtc.io.shard_writer import check_fits
+from rrtc.io.source import load_tokenizer
 from rrtc.io.weights import Weights, disk_error
 from rrtc.model import RrtConfig, RrtForCausalLM
 from rrtc.plan import savings
@@ -94,6 +95,9 @@ def write(source: Path, folder: Path, dtype: torch.dtype, shard_bytes: int) -> i
     config["transformers.js_config"] = {"dtype": "fp32", "use_external_data_format": {Path(GRAPH).name: shards}}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf8")
     copy_companions(source, folder)
+    tokenizer = getattr(load_tokenizer(source), "backend_tokenizer", None)
+    if tokenizer is not None and not (folder / "tokenizer.json").exists():
+        tokenizer.save(str(folder / "tokenizer.json"))  # what transformers.js reads, and nothing else
     return weights.parameters
 
 

@@ -16,7 +16,7 @@ from rrtc.export.formats.loading import in_transformers
 from rrtc.export.formats.writing import Tensors, write_tensors
 from rrtc.export.verify import Reference, check_loaded
 from rrtc.io.provenance import check_not_quantized
-from rrtc.io.source import read_config
+from rrtc.io.source import load_tokenizer, read_config
 from rrtc.io.trust import without_code
 from rrtc.io.weights import Weights
 from rrtc.model import RrtConfig
@@ -33,6 +33,8 @@ AUTO_MAP = {
     "AutoConfig": "configuration_rrt.RrtConfig",
     "AutoModel": "modeling_rrt.RrtModel",
     "AutoModelForCausalLM": "modeling_rrt.RrtForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_rrt.RrtForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_rrt.RrtForTokenClassification",
 }
 
 
@@ -73,11 +75,23 @@ def write(source: Path, folder: Path, dtype: torch.dtype | None, shard_bytes: in
         for name in weights:
             yield name, weights.blocks(name, dtype, each)
 
-    return write_tensors(source, folder, shard_bytes, len(list(weights)), tensors)
+    parameters = write_tensors(source, folder, shard_bytes, len(list(weights)), tensors)
+    _name_tokenizer_class(source, folder)
+    return parameters
+
+
+def _name_tokenizer_class(source: Path, folder: Path) -> None:
+    """Lets tokenizer_config.json say the tokenizer's class: where it does not, transformers looks for it in the config,
+    which needs code."""
+    file = folder / "tokenizer_config.json"
+    said = json.loads(file.read_text(encoding="utf8")) if file.exists() else {}
+    if said.get("tokenizer_class") is None:
+        said["tokenizer_class"] = type(load_tokenizer(source)).__name__
+        file.write_text(json.dumps(said, indent=2, ensure_ascii=False) + "\n", encoding="utf8")
 
 
 def write_config(source: Path, folder: Path, dtype: torch.dtype) -> None:
-    """Writes the config, with its three-key auto_map, and the modeling code: all of rrtc.model that an export needs is
+    """Writes the config, with its auto_map, and the modeling code: all of rrtc.model that an export needs is
     in files whose names end in _rrt.py."""
     config = without_code(json.loads((source / "config.json").read_text(encoding="utf8")))
     config |= {"architectures": ["RrtForCausalLM"], "auto_map": AUTO_MAP, "dtype": str(dtype).removeprefix("torch.")}
@@ -125,10 +139,9 @@ def how_to_load(exported: dict, name: str, config: RrtConfig, chat: bool) -> str
     code = [file for file in exported["files"] if file.endswith(".py")]
     remark = (
         f"`trust_remote_code` runs the {len(code)} Python files of this folder, which import nothing but torch and "
-        "transformers (the tokenizer's class reads the config, so it has to be told too). Where rrtc is installed, "
-        "`import rrtc.model` makes it unnecessary."
+        "transformers; the tokenizer does without. Where rrtc is installed, `import rrtc.model` makes it unnecessary."
     )
-    shown = in_transformers(exported, name, chat, remark, ", trust_remote_code=True")
+    shown = in_transformers(exported, name, chat, remark, has_code=True)
     return shown if "quantize" in exported else shown + _adapting(config)
 
 
@@ -144,4 +157,6 @@ With PEFT, adapt the shared matrices; each adapter then works in all layers that
 
 ```python
 LoraConfig(r=16, target_modules=r".*\\.shared\\.({names})", task_type="CAUSAL_LM")
-```"""
+```
+
+`target_modules="all-linear"` does the same for all matrices."""

@@ -64,9 +64,7 @@ def load(auto_class, job: dict):
 def token_ids(job: dict) -> list[int] | None:
     read_from = {"gguf_file": job["gguf_file"]} if job["gguf_file"] else {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            job["folder"], trust_remote_code=job["trust_remote_code"], **read_from
-        )
+        tokenizer = AutoTokenizer.from_pretrained(job["folder"], trust_remote_code=False, **read_from)
     except Exception:  # tokenizers raises nothing more special
         if job["gguf_file"]:
             return None
