@@ -20,6 +20,7 @@ WrongUsage where the call itself is wrong, before any work as far as it can be k
 Importing this module imports no torch: what takes seconds to import waits until the cheap checks have passed.
 """
 
+import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -235,7 +236,8 @@ def _evaluate(folders: list[str], recipe: Recipe, against: str | None, output: s
     from rrtc.eval import stage
     from rrtc.init.baselines import make_baselines
 
-    return stage.evaluate(folders, recipe, against, output, make_baselines)
+    of_this_recipe = functools.partial(make_baselines, by_user=recipe.init.calibrate_on)
+    return stage.evaluate(folders, recipe, against, output, of_this_recipe)
 
 
 def inspect(folder: Place) -> InspectResult:

@@ -9,7 +9,7 @@ Both are made in one pass of the dense model over calibration text, of which one
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,16 +52,16 @@ CALIBRATION = (
 
 
 def make_baselines(
-    folder: Path, work: Path, against: str | None = None
+    folder: Path, work: Path, against: str | None = None, by_user: Collection[str] = ()
 ) -> tuple[dict[str, Path], list[dict[str, str]]]:
     """Makes the baselines for the compressed model in the rrtc folder `folder`. Returns their model folders, new ones
     in `work`, by name; and {task, why} of one that cannot be made.
 
     They have at most as many parameters without embeddings, in the same dtype, and learn from the text that
     `folder` was calibrated on, in the same windows; where it was on none, from the text that is the default.
-    against: the dense model, by default the one that `folder` was made from. The same folder gives the same baselines
-    on the same machine. Raises RrtcError, before any work, for a folder as large as the dense model or too small, and
-    where the dense model or the text is gone.
+    against: the dense model, by default the one that `folder` was made from. by_user: text that the user has named, and
+    not the folder alone. The same folder gives the same baselines on the same machine. Raises RrtcError, before any
+    work, for a folder as large as the dense model or too small, and where the dense model or the text is gone.
     """
     folder, work = Path(folder), Path(work)
     source = find_base(folder, against, "--against")
@@ -75,7 +75,7 @@ def make_baselines(
     plan = low_rank_plan(architecture, size)
     # Each waits tensor by tensor before it is put together.
     check_space(work, 2 * (2 * plan.parameters * getattr(torch, dtype).itemsize))
-    ids = _calibration_text(folder, source)
+    ids = _calibration_text(folder, source, by_user)
     made, missing = {"whitened SVD, nothing tied": work / "whitened-svd"}, []
     with whole_folder(work / "whitened-svd") as partial:
         influences = write_low_rank(dense, plan, ids, dtype, partial)
@@ -101,17 +101,19 @@ def _size_of(folder: Path) -> int:
         raise RrtcError(f"{folder} does not say how large the model was that init made.") from error
 
 
-def _calibration_text(folder: Path, source: Source) -> Tensor:
+def _calibration_text(folder: Path, source: Source, by_user: Collection[str]) -> Tensor:
     """The text that `folder` was calibrated on: ids (windows, context), int64."""
     asked, tokenizer = read_provenance(folder)["recipe"].get("init") or {}, load_tokenizer(source.folder)
     said = {name: asked[name] for name in CALIBRATION if name in asked}  # a folder of rrtc 0.1 lacks some
     recipe = checked(InitRecipe, said if asked.get("shared_init") == "joint" else {}, f"the rrtc.yaml of {folder}")
     context = longest_context(source.config(), recipe.calibrate_context)
     try:
-        text_of_folder(folder, recipe.calibrate_on, (), "--text")
+        text_of_folder(folder, recipe.calibrate_on, by_user)
         ids = calibration_windows(recipe, tokenizer, source.config().get_text_config().vocab_size, context)
     except RrtcError as error:
-        raise RrtcError(error.sentence, f"The baselines need the text that {folder} was calibrated on.") from error
+        raise RrtcError(
+            error.sentence, f"The baselines need the text that {folder} was calibrated on: a recipe can name it."
+        ) from error
     own = own_windows(recipe, context)
     if own:
         with progress("Writing text to calibrate on", own * (context - 1)) as advance:

@@ -79,12 +79,12 @@ def check_counts(config: dict, file: Path) -> None:
                 raise RrtcError(f"{file} says {key}: {value:.4g}, and no model has more than {most:,}.")
 
 
-def text_of_folder(folder: Path, sources: Sequence[str], by_user: Collection[str], option: str) -> list[str]:
+def text_of_folder(folder: Path, sources: Sequence[str], by_user: Collection[str], option: str = "") -> list[str]:
     """`sources`, the text that the rrtc.yaml of `folder` names, where it may be read; a note says what is read.
 
     Text that the user names, which `by_user` is, may be anything. Else a folder could come from anywhere, and have any
     file read or anything fetched. So it is built-in text, or a file or folder on a disk. Raises RrtcError for anything
-    else, with a hint to name it by `option`.
+    else, with a hint to name it, or another text by `option`.
     """
     others = [source for source in sources if source not in (BUILT_IN_TEXT, OWN_TEXT, *by_user)]
     for source in others:
@@ -94,7 +94,7 @@ def text_of_folder(folder: Path, sources: Sequence[str], by_user: Collection[str
             raise RrtcError(
                 f"{folder} says that it was made with the text {source}, which is no file or folder on this machine's "
                 "disks, so rrtc does not read it without being asked to.",
-                f"Name it in a recipe (uptrain.data), or name another text: {option} TEXT.",
+                "Name it in a recipe, as when it was made" + (f", or another text: {option} TEXT." if option else "."),
             )
     if others:
         note(f"Reading the text that {folder} was made with: {', '.join(others)}")
