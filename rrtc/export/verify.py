@@ -44,7 +44,7 @@ TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 1e-3, tor
 class Reference:
     """What the exported model must compute for `ids` (rows, tokens): `logits` (rows, tokens, vocabulary), float32.
 
-    rounding: how far the written number format alone moves a logit at most. text_ids: the token ids of TEXT.
+    rounding: how far the written dtype alone moves a logit at most. text_ids: the token ids of TEXT.
     greedy: for a format that generates, the tokens that transformers' greedy generation adds to PROMPT tokens of the
     first row, and beside each by how much its logit surpassed the second largest.
     """
@@ -176,7 +176,7 @@ def check_loaded(
 ) -> float:
     """Loads the export in `folder` in a fresh process, by `program`, and returns the largest difference of a logit.
 
-    dtype: the number format most of it is written in. hint: for the user, where it is another model. needs_tokenizer:
+    dtype: the dtype most of it is written in. hint: for the user, where it is another model. needs_tokenizer:
     whether it is a failure that transformers cannot build the tokenizer of a GGUF file. from_disk: as in `reference`.
     gguf_file: the file's name, for that format.
 

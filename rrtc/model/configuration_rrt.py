@@ -58,7 +58,7 @@ class RrtConfig(PreTrainedConfig):
             values = dict(base)
             base = CONFIG_MAPPING[values.pop("model_type")](**values)
         else:
-            # A copy: what transformers sets on this config (the attention kernel, the number format) must not reach
+            # A copy: what transformers sets on this config (the attention kernel, the dtype) must not reach
             # the dense model that the caller may be using.
             base = copy.deepcopy(base)
         if base is not None:

@@ -66,7 +66,7 @@ def bytes_written(weights: Weights, config: RrtConfig, dtype: torch.dtype) -> in
 def write(source: Path, folder: Path, dtype: torch.dtype, shard_bytes: int, stored: torch.dtype | None = None) -> int:
     """Writes the rrtc model in `source` into the existing `folder`, without checking it; returns its parameter count.
 
-    dtype: the number format of the weights, multiplied out in float32 and then cast. stored: a wider number format in
+    dtype: the dtype of the weights, multiplied out in float32 and then cast. stored: a wider dtype in
     which to write what was rounded to `dtype`. No more than a few blocks of a tensor's rows are in memory, or a matrix
     that the stock model keeps transposed. Raises RrtcError for a tensor with NaN or infinity, and for one that the
     stock model has and `source` has not.

@@ -40,7 +40,7 @@ WHERE = (
 )
 TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 # How the dense export is stored for the converter, where that is not how its numbers were rounded: it adds 1 to Gemma's
-# norms in the number format that it finds, which float16 is too coarse for.
+# norms in the dtype that it finds, which float16 is too coarse for.
 STORED = {torch.float16: torch.float32}
 # Largest difference of a logit that llama.cpp computes, as a part of the largest logit: it looks GELU up in a table of
 # 16 bits, and rounds what a 16-bit matrix is multiplied with to the same 16 bits. A rope, a mask or a scale that it

@@ -74,7 +74,7 @@ def bytes_written(weights: Weights, config: RrtConfig, dtype: torch.dtype) -> in
 def write(source: Path, folder: Path, dtype: torch.dtype, shard_bytes: int) -> int:
     """Writes the rrtc model in `source` into the existing `folder`, without checking it; returns its parameter count.
 
-    dtype: the number format of the weights. shard_bytes: of one weights file, LARGEST at most; a tensor that is larger
+    dtype: the dtype of the weights. shard_bytes: of one weights file, LARGEST at most; a tensor that is larger
     has a file of its own. The model is in memory twice, in float32. Raises RrtcError for a tensor that does not fit
     `dtype`, for a model that torch cannot trace or ONNX cannot express, and for more files than MOST_FILES.
     """

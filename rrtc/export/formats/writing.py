@@ -26,7 +26,7 @@ def write_tensors(
     the parameter count.
 
     tensors(each): the tensors; each: a `map` that may work ahead. No more than a few blocks are in memory. stored: a
-    wider number format to write them in.
+    wider dtype to write them in.
     """
     writer = ShardWriter(folder, shard_bytes)
     with progress("Writing weights", count) as advance, map_ahead() as each:
