@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rrtc import __version__
 from rrtc.errors import RrtcError
@@ -23,14 +23,14 @@ class _Said(BaseModel):
 
 class _Made(_Said):
     stage: str
-    path: str
+    path: str = Field(min_length=1)
     made: str
 
 
 class _Base(_Said):
     uri: str
-    path: str
-    relative_path: str
+    path: str = Field(min_length=1)
+    relative_path: str = Field(min_length=1)
     sha256: str
     bytes: int
 
@@ -133,7 +133,7 @@ def base_seen_from(target: Path, folder: Path, provenance: dict) -> dict:
     """The base model in the `provenance` of the rrtc folder `folder`, with its paths as seen from a folder `target`."""
     base = provenance["base"]
     beside = os.path.normpath(Path(folder).absolute() / base["relative_path"])
-    path = next((path for path in (base["path"], beside) if Path(path).exists()), base["path"])
+    path = next((path for path in (base["path"], beside) if os.path.exists(path)), base["path"])
     return base | {"path": path, "relative_path": os.path.relpath(path, Path(target).absolute())}
 
 
@@ -143,7 +143,7 @@ def earlier_stages(folder: Path) -> list[tuple[str, Path]]:
     for entry in read_provenance(folder)["history"]:
         # Where it was written, or beside this folder if all of them were moved together.
         for path in (Path(entry["path"]), Path(folder).absolute().parent / Path(entry["path"]).name):
-            if (path / PROVENANCE).exists() and read_provenance(path)["made"] == entry["made"]:
+            if os.path.exists(path / PROVENANCE) and read_provenance(path)["made"] == entry["made"]:
                 found.append((entry["stage"], path))
                 break
     return found

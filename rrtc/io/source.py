@@ -81,8 +81,8 @@ def find_model(uri: str, config_only: bool = False) -> Source:
     """
     if uri.startswith("package://"):
         path = _in_package(uri)
-    elif Path(uri).expanduser().exists():
-        path = Path(uri).expanduser()
+    elif os.path.exists(os.path.expanduser(uri)):  # which unlike Path's takes every text for a name
+        path = Path(os.path.expanduser(uri))
     elif uri.endswith(".gguf") or uri.startswith((".", "/", "~")) or uri.count("/") > 1:
         raise RrtcError(f"There is no model at {uri}.", "Name a folder, a .gguf file, a hub id or package://name/path.")
     else:
@@ -110,7 +110,7 @@ def find_base(folder: Path, named: str | None, option: str) -> Source:
     if not base["path"].endswith(os.path.normpath(base["uri"])):  # where it does, the URI was that path and no hub id
         places.append(base["uri"])
     for place in places:
-        if place.startswith("/") and not Path(place).exists():
+        if place.startswith("/") and not os.path.exists(place):
             continue
         try:
             source = find_model(place)

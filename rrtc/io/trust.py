@@ -6,6 +6,7 @@ tokenizer_config.json and in the text that rrtc.yaml names. Both doors that fold
 `read_provenance`, ask `check_folder`.
 """
 
+import os
 import re
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -88,9 +89,9 @@ def text_of_folder(folder: Path, sources: Sequence[str], by_user: Collection[str
     """
     others = [source for source in sources if source not in (BUILT_IN_TEXT, OWN_TEXT, *by_user)]
     for source in others:
-        place = Path(source).expanduser().resolve()
-        system = any(place.is_relative_to(root) or root.is_relative_to(place) for root in SYSTEM)
-        if system or not (place.is_file() or place.is_dir()):
+        name = os.path.expanduser(source)
+        place = Path(os.path.realpath(name)) if os.path.isfile(name) or os.path.isdir(name) else None
+        if place is None or any(place.is_relative_to(root) or root.is_relative_to(place) for root in SYSTEM):
             raise RrtcError(
                 f"{folder} says that it was made with the text {source}, which is no file or folder on this machine's "
                 "disks, so rrtc does not read it without being asked to.",
@@ -104,7 +105,7 @@ def text_of_folder(folder: Path, sources: Sequence[str], by_user: Collection[str
 def _is_elsewhere(name: str, folder: Path) -> bool:
     """Whether a tokenizer's file `name` is there and outside `folder`. Old tokenizers name the places they once had on
     their makers' machines, which are not there."""
-    return any(place.exists() and leads_outside(place, folder) for place in (Path(name), folder / name))
+    return any(os.path.exists(place) and leads_outside(place, folder) for place in (Path(name), folder / name))
 
 
 def check_no_own_code(folder: Path, known: bool) -> None:

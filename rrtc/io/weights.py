@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -48,6 +49,8 @@ class Weights:
                     raise RrtcError(f"The tensor {name} is in two files of {self.folder}: {where}.", "Keep one.")
                 if name != "__metadata__":
                     self._where[name], self._headers[name] = file, entry
+        if not self._where:
+            raise RrtcError(f"There are no tensors in the weights files of {self.folder}.", "Download it again.")
 
     def _file_names(self) -> list[str]:
         """The files that transformers would load: of the two that a folder can have, the one that it looks for first,
@@ -63,7 +66,7 @@ class Weights:
                 raise RrtcError(f"The index {index} is damaged.", "Download the model again.") from error
             if outside:
                 raise RrtcError(f"The index {index} points to {outside[0]}, which is no weights file in its folder.")
-            missing = [name for name in names if not (self.folder / name).is_file()]
+            missing = [name for name in names if not os.path.isfile(self.folder / name)]
             if missing:
                 raise RrtcError(
                     f"The weights file {missing[0]} is missing from {self.folder}.", "Download the model again."
