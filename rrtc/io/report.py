@@ -125,7 +125,7 @@ class _Row(_Part):
     def _has_what_goes_together(self) -> "_Row":
         if self.kind == "exit" and "layers_computed" not in self.model_fields_set:
             raise ValueError("an exit has no layers_computed")
-        if bool(self.tasks) != (self.task_average is not None):
+        if ("tasks" in self.model_fields_set) != (self.task_average is not None):
             raise ValueError("tasks have no average")
         return self
 
@@ -175,9 +175,10 @@ class _Report(_Part):
 
     @model_validator(mode="after")
     def _same_in_all_rows(self) -> "_Report":
-        for asked in ([set(r.tasks) for r in self.models], [{one.length for one in r.passkey} for r in self.models]):
-            if len({frozenset(names) for names in asked if names}) > 1:
-                raise ValueError("the models were asked different things")
+        tasks = {frozenset(row.tasks) for row in self.models if "tasks" in row.model_fields_set}
+        lengths = {frozenset(p.length for p in row.passkey) for row in self.models if "passkey" in row.model_fields_set}
+        if len(tasks) > 1 or len(lengths) > 1:
+            raise ValueError("the models were asked different things")
         return self
 
 

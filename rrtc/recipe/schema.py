@@ -78,6 +78,8 @@ def checked(schema: type[AnySection], values: dict, source: str) -> AnySection:
     for a key that the section does not have, with the nearest that it has."""
     try:
         return schema.model_validate(values)
+    except UnicodeEncodeError as error:  # half a surrogate pair, where there is a choice of words or numbers
+        raise WrongUsage(f"In {source}, a value holds what is no text.") from error
     except ValidationError as error:
         first = error.errors()[0]
         where = [str(part) for part in first["loc"]]

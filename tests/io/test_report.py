@@ -60,6 +60,7 @@ def test_rows_that_do_not_go_together_are_damage(tmp_path, write):
     for spoil in (
         lambda rows: rows[1]["tasks"].update(other=rows[1]["tasks"].pop("piqa")),
         lambda rows: rows[1].pop("task_average"),
+        lambda rows: rows[1].update(passkey=[]),
         lambda rows: rows[1]["passkey"][0].update(length=512),
         lambda rows: rows[2].pop("layers_computed"),
         lambda rows: rows[1]["scores"].update(other=rows[1]["scores"]["loss"]),

@@ -196,11 +196,12 @@ def test_flags_are_checked_as_the_file_is():
         ("init.budget", math.nan),
         ("init.loops", 10**9),
         ("eval.passkey_lengths", [256] * 1000),
+        ("init.sharing", "\ud800"),
     ],
 )
 def test_numbers_out_of_range_are_wrong_usage(field, value):
     part, name = field.split(".")
-    with pytest.raises(WrongUsage, match=f"{name}.* is wrong|is wrong: .*{name}"):
+    with pytest.raises(WrongUsage, match=f"{name}.* is wrong|is wrong: .*{name}|is no text"):
         with_flags(getattr(Recipe(), part), {name: value}, "the command line")
 
 
