@@ -247,7 +247,7 @@ FAULTS = {
     "mismatched .*model.norm.weight": (
         lambda folder: change_tensors(folder, lambda t: t.update({LAST_NORM: t[LAST_NORM][:-1].clone()})), {},
     ),
-    "cannot be used|does not describe a model": (without_visits, {}),
+    "The visits do not stand for the 6 layers": (without_visits, {}),
     "missing model.norm.weight": (lambda folder: change_tensors(folder, lambda t: t.pop(LAST_NORM)), {}),
     "NaN or infinity": (lambda folder: change_tensors(folder, lambda t: t[LAST_NORM].fill_(float("nan"))), {}),
     "does not fit float16": (

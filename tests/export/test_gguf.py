@@ -164,6 +164,7 @@ def test_the_file_is_the_model(tmp_path, architecture, tokenizer, options, dtype
         assert "not run in llama.cpp" in card.text
 
 
+@pytest.mark.slow
 @needs_converter
 def test_an_unknown_tokenizer_is_one_sentence(tmp_path):
     refused(make_rrt(tmp_path / "rrt", **LAYERS), "does not know this model's tokenizer")

@@ -134,6 +134,7 @@ def test_killed_again_and_again_it_comes_to_the_same_end(killed, case):
     assert sorted(p.name for p in folder.iterdir()) == ["out", "whole"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["output-gradients-2.safetensors", "group-2-3.pt", "slot-1"])
 def test_what_is_finished_is_not_done_again(dense, whole, tmp_path, monkeypatch, name):
     target, work = tmp_path / "out", tmp_path / "out.partial" / "work"
@@ -305,6 +306,7 @@ def test_an_init_that_is_still_running_is_left_alone(dense, whole, tmp_path, mon
     assert weights(target) == weights(whole(PAPER))
 
 
+@pytest.mark.slow
 def test_text_that_was_written_is_not_written_again(dense, whole, tmp_path, monkeypatch):
     model, target = str(dense("llama")), str(tmp_path / "out")
     choices = {"budget": 0.7, "calibrate_on": ["self"], "calibrate_tokens": 512}
