@@ -25,6 +25,7 @@ from rrtc.io.folder import (
 )
 from rrtc.io.provenance import PROVENANCE
 from rrtc.machine import is_first_process
+from rrtc.plain import read_json
 
 STARTED = "started.json"
 
@@ -70,7 +71,7 @@ class Resumable:
         """Raises RrtcError where a run with that fingerprint cannot go on from what is kept; names what differs."""
         file = self.kept / STARTED
         try:
-            started = json.loads(file.read_text(encoding="utf8"))
+            started = read_json(file)
             before, version = started["fingerprint"], started["rrtc"]
             choices = before["recipe"].items()
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:

@@ -4,6 +4,7 @@ back, so that a run cannot fail only at its end."""
 import contextlib
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from rrtc.errors import RrtcError
 from rrtc.io.folder import whole_file
 from rrtc.io.weights import Weights
 from rrtc.machine import is_first_process
+from rrtc.plain import read_json
 from rrtc.uptrain.job import Job
 from rrtc.uptrain.sharding import whole_state
 
@@ -37,9 +39,9 @@ def mark_whole(checkpoint: Path) -> None:
 def wrong_file(checkpoint: Path) -> str | None:
     """The name of a file of a checkpoint that is missing or not as it was written; None where all are."""
     try:
-        written = json.loads((checkpoint / WHOLE).read_text(encoding="utf8"))
+        written = read_json(checkpoint / WHOLE)
         for name, sha256 in written.items():
-            if not (checkpoint / name).is_file() or _sha256(checkpoint / name) != sha256:
+            if not os.path.isfile(checkpoint / name) or _sha256(checkpoint / name) != sha256:
                 return name
     except (OSError, ValueError, AttributeError, TypeError):
         return WHOLE

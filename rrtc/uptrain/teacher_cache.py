@@ -34,6 +34,7 @@ from torch.utils.data import Dataset, default_collate
 from rrtc.console import progress
 from rrtc.errors import RrtcError
 from rrtc.io.folder import check_space, whole_file
+from rrtc.plain import read_json
 from rrtc.uptrain.data import given
 from rrtc.uptrain.losses import LOGITS_AT_ONCE, chunks
 from rrtc.uptrain.teacher import LiveTeacher
@@ -104,7 +105,7 @@ class TeacherCache:
                 raise RrtcError(f"The folder {self.folder} is not empty and is no teacher cache.", "Name a new folder.")
             return
         try:
-            found = json.loads(file.read_text(encoding="utf8"))
+            found = read_json(file)
             differs = next((name for name, value in self.made_for.items() if found[name] != value), None)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RrtcError(f"The file {file} of the teacher cache cannot be read.", "Name a new folder.") from error
