@@ -45,6 +45,7 @@ from statistics import mean
 import yaml
 
 from rrtc import console
+from rrtc.units import size
 
 TITLES = {
     "paper": "paper: Average + SVD",
@@ -292,7 +293,7 @@ def show(result: dict, missing: list[str]) -> None:
                 row["title"],
                 f"{before['size']:.3f}" if before else "–",
                 f"{row['seconds']:.1f} s",
-                console.size(row["peak_bytes"]),
+                size(row["peak_bytes"]),
                 f"{before['excess']:.3f}" if before else "–",
                 f"{after['excess']:.3f}" if after else "–",
             ]

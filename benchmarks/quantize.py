@@ -15,7 +15,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from rrtc import console
 from rrtc.export.formats import FORMATS
 from rrtc.export.quantize import BITS, quantize
 from rrtc.io.folder import copy_companions
@@ -25,6 +24,7 @@ from rrtc.recipe.export import ExportRecipe
 from rrtc.text.calibration import calibration_windows
 from rrtc.text.sources import beginning
 from rrtc.text.windows import Windows, pack
+from rrtc.units import size
 
 CONTEXT = 512
 SHARD = 4_000_000_000
@@ -62,8 +62,8 @@ def main() -> None:
             before = Weights(folder).bytes_on_disk
             found = quantize(folder, bits, calibration, scored, SHARD).bits_per_byte
             table.add_row(
-                f"{name}, {number}", console.size(before), *(f"{found[key]:.4f}" for key in found),
-                console.size(Weights(folder).bytes_on_disk), f"{found['calibrated'] - found['plain']:+.4f}",
+                f"{name}, {number}", size(before), *(f"{found[key]:.4f}" for key in found),
+                size(Weights(folder).bytes_on_disk), f"{found['calibrated'] - found['plain']:+.4f}",
             )  # fmt: skip
     Console(width=120).print(table)
 
