@@ -85,7 +85,8 @@ class Resumable:
 
     def check_space(self, needed: int) -> None:
         """Raises RrtcError where the disk has too little space for a run that takes so many bytes in all."""
-        there = sum(file.stat().st_size for path in self.finished() for file in [path, *path.rglob("*")])
+        files = (file for path in self.finished() for file in [path, *path.rglob("*")] if file.is_file())
+        there = sum(file.stat().st_size for file in files)
         check_space(self.target, needed - there)
 
     @contextmanager

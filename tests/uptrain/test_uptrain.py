@@ -16,6 +16,7 @@ import torch
 from pico import pico_model, pico_tokenizer, save_pico
 from rich.console import Console
 from rich.text import Text
+from safetensors.torch import save_file
 from torch._dynamo.backends.debugging import aot_eager
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from uptraining import (
@@ -337,17 +338,17 @@ def test_killed_before_the_folder_gets_its_name(rrt, trained, tmp_path, monkeypa
 
 @pytest.mark.slow
 def test_killed_again_beside_a_checkpoint_that_was_cut_off(rrt, trained, tmp_path, monkeypatch):
-    target, touch = tmp_path / "out", Path.touch
+    target, rename = tmp_path / "out", Path.rename
     partial = stop_after_checkpoint(rrt, target, monkeypatch)
     (partial / "checkpoints" / "checkpoint-5").mkdir()
 
-    def interrupted(self, *args, **kwargs):
-        if self.parent.name == "checkpoint-6":
+    def interrupted(self, name):
+        if Path(name).parent.name == "checkpoint-6":  # its mark
             raise KeyboardInterrupt
-        return touch(self, *args, **kwargs)
+        return rename(self, name)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Path, "touch", interrupted)
+        patched.setattr(Path, "rename", interrupted)
         with pytest.raises(KeyboardInterrupt):
             uptrain(str(rrt), str(target), settings(), resume=True)
     assert [c.name for c in whole_checkpoints(partial / "checkpoints")][-1] == "checkpoint-3"
@@ -431,10 +432,16 @@ def test_full_disk(rrt, tmp_path):
 
 
 @pytest.mark.slow
-def test_loss_that_is_not_finite(rrt, tmp_path):
+def test_loss_that_is_not_finite(dense, tmp_path):
+    source = make_rrt(tmp_path / "rrt", dense("llama"))
+    tensors = weights(source)
+    for name, tensor in tensors.items():
+        if "up_proj" in name or "down_proj" in name:
+            tensor *= 1e25
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
     with pytest.raises(RrtcError, match="The loss became (nan|inf) at step"):
-        uptrain(str(rrt), str(tmp_path / "out"), settings(learning_rate=1e30))
-    assert not list(tmp_path.iterdir())
+        uptrain(str(source), str(tmp_path / "out"), settings())
+    assert [path.name for path in tmp_path.iterdir()] == ["rrt"]
 
 
 # -- what a user can get wrong, before any model is loaded
