@@ -10,27 +10,18 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from pico import VOCABULARY, pico_tokenizer
+from reading import read, refused
 
 from rrtc.errors import RrtcError
 from rrtc.recipe.init import InitRecipe
 from rrtc.text.calibration import calibration_windows
 from rrtc.text.files import NOT_TEXT, READERS
-from rrtc.text.sources import check_source, documents, source_fingerprint
+from rrtc.text.sources import check_source, source_fingerprint
 from rrtc.text.windows import held_out_windows
 
 TEXTS = ["One, with a comma.", "Zwölf 漢字.", 'He said "no".', "Two\nlines."]
 ROWS = [{"id": number, "text": text} for number, text in enumerate(TEXTS)]
 LINES = "\n".join(map(json.dumps, ROWS)) + "\n"
-
-
-def read(source, field: str = "text") -> list[str]:
-    return list(documents(str(source), field, pico_tokenizer()))
-
-
-def refused(source, field: str = "text") -> RrtcError:
-    with pytest.raises(RrtcError) as error:
-        read(source, field)
-    return error.value
 
 
 def table(delimiter: str) -> str:

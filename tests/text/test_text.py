@@ -10,6 +10,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from pico import VOCABULARY, pico_config, pico_tokenizer
+from reading import read, refused
 from tokenizers.processors import TemplateProcessing
 
 from rrtc.errors import RrtcError
@@ -18,16 +19,6 @@ from rrtc.recipe.schema import Recipe
 from rrtc.recipe.uptrain import UptrainRecipe
 from rrtc.text.sources import FEW, HELD_OUT_OF, beginning, documents, split
 from rrtc.text.windows import longest_context, pack, scoring_texts
-
-
-def read(source, field: str = "text") -> list[str]:
-    return list(documents(str(source), field, pico_tokenizer()))
-
-
-def refused(source, field: str = "text") -> RrtcError:
-    with pytest.raises(RrtcError) as error:
-        read(source, field)
-    return error.value
 
 
 def in_rows(file: Path, rows: list[dict]) -> Path:
