@@ -18,12 +18,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from rrtc.console import note, progress
 from rrtc.errors import RrtcError
 from rrtc.export.verify import fixed_ids, logits_of
 from rrtc.io.shard_writer import ShardWriter
+from rrtc.io.source import load_model
 from rrtc.io.weights import Weights
 from rrtc.machine import device
 from rrtc.model import RrtConfig
@@ -92,8 +93,7 @@ def quantize(folder: Path, bits: int, calibration: Tensor, held_out: Windows, sh
     dtype = getattr(torch, weights.dtype)
     # On an accelerator where there is one with float64, which the rounding is worked out in.
     place = device() if device().type == "cuda" else torch.device("cpu")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
-    model = model.to(place).eval()
+    model = load_model(folder, dtype=torch.float32).to(place)
     matrices = _matrices(model)
     ids = fixed_ids(model.config).to(place)
     plain, found = logits_of(model, ids), {"plain": score(model, held_out).bits_per_byte}

@@ -4,11 +4,11 @@ import math
 import tempfile
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from rrtc.console import quiet_libraries
 from rrtc.errors import RrtcError
 from rrtc.io.dense import DenseModel
+from rrtc.io.source import load_model
 from rrtc.stock.streamed import StreamedModel
 from rrtc.text.windows import longest_context
 
@@ -50,7 +50,6 @@ def prove(dense: DenseModel, device: torch.device) -> None:
 @torch.inference_mode()
 def _loss(dense: DenseModel, ids: torch.Tensor, **placed) -> float:
     """The loss of the model that from_pretrained makes."""
-    safe = {"use_safetensors": True, "trust_remote_code": False, "return_dict": True}
-    model = AutoModelForCausalLM.from_pretrained(dense.weights.folder, dtype=torch.float32, **safe, **placed).eval()
+    model = load_model(dense.weights.folder, dtype=torch.float32, **placed)
     logits = model(ids, use_cache=False).logits[0, :-1].float()
     return torch.nn.functional.cross_entropy(logits, ids[0, 1:]).item()

@@ -1,8 +1,7 @@
-"""Model folders on disk, beside their weights: what makes a folder whole, and where it came from.
+"""Model folders on disk, beside their weights: how one is written whole or not at all, and what goes along.
 
 Everything rrtc writes is built in NAME.partial and renamed to NAME when it is complete, so that a killed run never
-leaves something that looks finished. Every folder carries rrtc.yaml: the recipe, the base model it came from, the
-versions, and what was measured on the way.
+leaves something that looks finished.
 """
 
 import errno
@@ -45,9 +44,7 @@ def check_target(target: Path, source: Path | None = None) -> None:
         raise RrtcError(f"The output folder {target} is not empty.", "Name a new folder: rrtc overwrites nothing.")
     if target.exists() and not target.is_dir():
         raise RrtcError(f"The output {target} is a file.", "Name a new folder.")
-    parent = target.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
+    parent = _nearest_parent(target)
     if not parent.is_dir():
         raise RrtcError(f"The output folder {target} cannot be made: {parent} is a file.")
     if not os.access(parent, os.W_OK):
@@ -56,14 +53,16 @@ def check_target(target: Path, source: Path | None = None) -> None:
 
 def check_space(target: Path, needed: int) -> None:
     """Raises RrtcError where the disk of `target` has less than `needed` bytes left."""
-    parent = Path(target).absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    free = shutil.disk_usage(parent).free
+    free = shutil.disk_usage(_nearest_parent(target)).free
     if free < needed:
         raise RrtcError(
             f"This needs {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free on the disk of {target}."
         )
+
+
+def _nearest_parent(target: Path) -> Path:
+    """The nearest of the folders around `target` that is there already."""
+    return next(parent for parent in Path(target).absolute().parents if parent.exists())
 
 
 def partial_of(target: Path) -> Path:

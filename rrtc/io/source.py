@@ -285,10 +285,17 @@ def _dequantize(file: Path, folder: Path) -> None:
 
 def load_for_scoring(folder):
     """The causal language model in `folder`, ready to score, in `scoring_dtype`."""
+    Weights(folder)  # refuses what it holds besides safetensors, and paths in its index
+    return load_model(folder, dtype=scoring_dtype()).to(device())
+
+
+def load_model(folder, **others):
+    """The causal language model in `folder`, in eval mode, as transformers loads it: from safetensors alone, and by no
+    code of the folder's own. others: of from_pretrained, such as the dtype."""
     from transformers import AutoModelForCausalLM
 
     import rrtc.model  # noqa: F401 - registers the recursive model
 
-    Weights(folder)  # refuses what it holds besides safetensors, and paths in its index
+    # return_dict: how its makers liked outputs says nothing about the model.
     safe = {"use_safetensors": True, "trust_remote_code": False, "return_dict": True}
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=scoring_dtype(), **safe).to(device()).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, **safe, **others).eval()

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
+from rrtc.io.source import load_model
 from rrtc.stock.parts import Parts, states_of
 
 
@@ -15,10 +15,7 @@ class LiveTeacher:
 
     def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device, temperature: float, keep_states: bool):
         """keep_states: whether lessons hold the hidden states after every layer."""
-        self.model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, return_dict=True
-        )
-        self.model.requires_grad_(False).eval().to(device)
+        self.model = load_model(folder, dtype=dtype).requires_grad_(False).to(device)
         self.parts, self.temperature = Parts(self.model), temperature
         self.kept = range(len(self.parts.layers)) if keep_states else ()
 
