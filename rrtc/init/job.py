@@ -29,7 +29,7 @@ from rrtc.console import note
 from rrtc.init.calibrate import bytes_on_disk
 from rrtc.init.dtypes import NUMBER_BYTES, stored_dtype
 from rrtc.io.dense import DenseModel
-from rrtc.io.folder import check_target, partial_of, whole_file
+from rrtc.io.folder import check_target, file_hash, partial_of, whole_file
 from rrtc.io.recursive import in_slot
 from rrtc.io.resumable import STARTED, Resumable, discard
 from rrtc.io.shard_writer import ShardWriter
@@ -76,7 +76,7 @@ class Job:
         context = None if self.calibration is None else ids.shape[1]
         found = {
             "recipe": choices | {"context": context, "device": machine.device().type},
-            "model's config": hashlib.sha256((self.source.folder / "config.json").read_bytes()).hexdigest(),
+            "model's config": file_hash(self.source.folder / "config.json"),
             "calibration text": hashlib.sha256(ids.numpy()).hexdigest(),
         }
         return found | {f"tensor {name}": weights.sample(name) for name in weights}

@@ -132,6 +132,12 @@ def copy_companions(source: Path, target: Path) -> None:
                     (Path(target) / file.name).write_text(text, encoding="utf8")
 
 
+def file_hash(file: Path) -> str:
+    """The SHA-256 of what `file` holds."""
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 @contextmanager
 def whole_file(file: Path) -> Iterator[Path]:
     """Yields where to write `file`. It gets its name when the block ends and its contents are on the disk, so that a

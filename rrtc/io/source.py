@@ -17,7 +17,7 @@ from pathlib import Path
 from rrtc.console import note, quiet_libraries
 from rrtc.errors import RrtcError
 from rrtc.io.cache import cache_folder
-from rrtc.io.folder import check_space, only_run, whole_folder
+from rrtc.io.folder import check_space, file_hash, only_run, whole_folder
 from rrtc.io.license import find_license
 from rrtc.io.provenance import check_not_quantized, read_provenance
 from rrtc.io.trust import check_counts, check_folder, check_no_own_code, leads_outside
@@ -159,12 +159,18 @@ def load_tokenizer(folder: Path):
         raise RrtcError(f"There is no tokenizer in {folder}.", hint)
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except MemoryError:
-        raise
-    except BaseException as error:  # transformers raises many kinds; a panic in tokenizers' Rust code is no Exception
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+    except BaseException as error:
+        if not is_tokenizer_fault(error):
             raise
         raise RrtcError(f"The tokenizer in {folder} cannot be read.", hint) from error
+
+
+def is_tokenizer_fault(error: BaseException) -> bool:
+    """Whether a tokenizer that raised `error` failed by itself. It can raise any kind of Exception, and a panic in its
+    Rust code is none; an interruption or a lack of memory is no fault of it."""
+    if isinstance(error, Exception):
+        return not isinstance(error, MemoryError)
+    return type(error).__name__ == "PanicException"
 
 
 def content_hash(path: Path) -> str:
@@ -173,8 +179,7 @@ def content_hash(path: Path) -> str:
     files = [path] if path.is_file() else [path / "config.json", *Weights(path).files]
     digest = hashlib.sha256()
     for file in files:
-        with open(file, "rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+        digest.update(bytes.fromhex(file_hash(file)))
     return digest.hexdigest()
 
 

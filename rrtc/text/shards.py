@@ -26,7 +26,7 @@ from filelock import FileLock
 
 from rrtc.console import note, progress
 from rrtc.io.cache import cache_folder
-from rrtc.io.folder import partial_of, whole_folder
+from rrtc.io.folder import file_hash, partial_of, whole_folder
 from rrtc.io.source import Source, content_hash
 from rrtc.text.own import AT_ONCE, own_text
 from rrtc.text.sources import FEW, HELD_OUT_OF, cut, documents, source_fingerprint, training_documents
@@ -205,11 +205,7 @@ def _read(folder: Path) -> Shard | None:
 
 
 def _hashes(folder: Path) -> dict[str, str]:
-    found = {}
-    for name in ("ids.bin", "offsets.bin"):
-        with open(folder / name, "rb") as stream:
-            found[name] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return found
+    return {name: file_hash(folder / name) for name in ("ids.bin", "offsets.bin")}
 
 
 def _opened(folder: Path, about: dict) -> Shard:

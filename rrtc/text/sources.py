@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Iterator
 
 from rrtc.errors import RrtcError
+from rrtc.io.folder import file_hash
 from rrtc.recipe.section import BUILT_IN_TEXT
 from rrtc.text.files import files_in, kind, local_path, texts_in
 from rrtc.text.rows import Conversation, row_text, written_out
@@ -69,8 +70,7 @@ def source_fingerprint(source: str) -> list:
     if path is None:
         return [source]
     for file in files_in(path):
-        with open(file, "rb") as stream:
-            found.append([*kind(file), hashlib.file_digest(stream, "sha256").hexdigest()])
+        found.append([*kind(file), file_hash(file)])
     return found
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rrtc.errors import RrtcError
+from rrtc.io.source import is_tokenizer_fault
 
 
 def begin_and_end(tokenizer) -> tuple[list[int], list[int]]:
@@ -74,10 +75,8 @@ def _check_known(ids: list[int], tokenizer, vocabulary: int) -> None:
 def _asked(tokenizer, texts: str | list[str], **options):
     try:
         return tokenizer(texts, **options)
-    except MemoryError:
-        raise
-    except BaseException as error:  # tokenizers raises many kinds; a panic in its Rust code is no Exception
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+    except BaseException as error:
+        if not is_tokenizer_fault(error):
             raise
         reason = " ".join(str(error).split())[:200].removesuffix(".") or type(error).__name__
         raise RrtcError(

@@ -2,7 +2,6 @@
 back, so that a run cannot fail only at its end."""
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -13,7 +12,7 @@ from transformers import TrainerCallback, TrainerState
 
 from rrtc.console import warn
 from rrtc.errors import RrtcError
-from rrtc.io.folder import whole_file
+from rrtc.io.folder import file_hash, whole_file
 from rrtc.io.weights import Weights
 from rrtc.machine import is_first_process
 from rrtc.plain import read_json
@@ -26,12 +25,12 @@ WHOLE = "rrtc-whole"  # a file in each checkpoint that was written to the end: t
 def whole_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in `folder` that were written to the end, oldest first."""
     whole = [marker.parent for marker in Path(folder).glob(f"checkpoint-*/{WHOLE}")]
-    return sorted(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    return sorted(whole, key=step_number)
 
 
 def mark_whole(checkpoint: Path) -> None:
     """Writes down that `checkpoint` is complete, and what is in it."""
-    found = {file.name: _sha256(file) for file in sorted(checkpoint.iterdir()) if file.is_file()}
+    found = {file.name: file_hash(file) for file in sorted(checkpoint.iterdir()) if file.is_file()}
     with whole_file(checkpoint / WHOLE) as mark:
         mark.write_text(json.dumps(found, indent=2) + "\n", encoding="utf8")
 
@@ -41,7 +40,7 @@ def wrong_file(checkpoint: Path) -> str | None:
     try:
         written = read_json(checkpoint / WHOLE)
         for name, sha256 in written.items():
-            if not os.path.isfile(checkpoint / name) or _sha256(checkpoint / name) != sha256:
+            if not os.path.isfile(checkpoint / name) or file_hash(checkpoint / name) != sha256:
                 return name
     except (OSError, ValueError, AttributeError, TypeError):
         return WHOLE
@@ -61,11 +60,6 @@ def last_sound(checkpoints: list[Path]) -> Path:
         f"The run cannot be resumed: {checkpoints[0]} is damaged ({wrong}), and there is no other checkpoint.",
         f"Delete {checkpoints[0].parents[1]}, and start anew.",
     )
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def remove(folder: Path) -> None:
