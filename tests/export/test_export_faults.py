@@ -25,7 +25,8 @@ sys.path.insert(0, sys.argv[1])
 import kill
 source, target = map(Path, sys.argv[2:4])
 for operation in (0, 1, 60, None):
-    _, status = os.waitpid(kill.start(source, target, 'recursive', target.with_name("log"), operation), 0)
+    command = ["export", str(source), "--format", "recursive", "--max-shard-size", "100KB"]
+    _, status = os.waitpid(kill.start(command, target, target.with_name("log"), operation), 0)
     print(status, target.exists(), kill.partial_of(target).exists())
 print(sorted(kill.contents(target)))
 """
