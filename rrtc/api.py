@@ -24,7 +24,6 @@ import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -371,7 +370,7 @@ def _visits(file: Path) -> list[dict] | None:
     if kind != "rrt":
         return None
     try:
-        return [asdict(visit) for visit in read_visits(values.get("visits"))]
+        return [visit.fields() for visit in read_visits(values.get("visits"))]
     except ValueError as error:
         raise RrtcError(f"The config {file} of a 'rrt' model cannot be used: its visits are damaged.") from error
 

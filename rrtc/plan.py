@@ -17,6 +17,8 @@ from pydantic import ConfigDict, TypeAdapter
 from rrtc.errors import WrongUsage, nearest
 
 FORMS = ("tied", "low_rank", "own")  # what a visit's matrix can be: see Visit
+SAVINGS_CONTEXT = 8192
+KV_CONTEXTS = (2048, 8192, 32768)  # the lengths, in tokens, at which people are told the size of the KV cache
 
 
 @dataclass(frozen=True)
@@ -39,15 +41,25 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Layer:
-    """One decoder layer: its matrices, and the sizes of its other parameters (norms and the like) by name."""
+    """One decoder layer: its matrices, and the sizes of its other parameters (norms and the like) by name.
+
+    kv_heads: how many heads its keys and values have; 0 where that is not known. window: how many keys a query of the
+    stock layer sees, itself included; 0: all. Neither is a matter of weights: layers that differ in them can be tied.
+    """
 
     matrices: tuple[Matrix, ...]
     vectors: tuple[tuple[str, int], ...]
+    kv_heads: int = field(default=0, compare=False)
+    window: int = field(default=0, compare=False)
 
     @property
     def kv_width(self) -> int:
         """Numbers that the layer stores in the KV cache for one token."""
         return sum(outputs for matrix in self.matrices for group, outputs in matrix.parts if group == "kv")
+
+    def kv_numbers(self, context: int) -> int:
+        """Numbers in the stock layer's KV cache after `context` tokens: behind a window, what the next query sees."""
+        return self.kv_width * (min(context, self.window - 1) if self.window else context)
 
 
 @dataclass(frozen=True)
@@ -83,10 +95,29 @@ class Architecture:
         """Bytes that one token takes in the KV cache, at `width` bytes a number."""
         return width * sum(layer.kv_width for layer in self.layers)
 
+    def kv_bytes(self, context: int, width: int) -> int:
+        """Bytes of the KV cache after `context` tokens, at `width` bytes a number."""
+        return width * sum(layer.kv_numbers(context) for layer in self.layers)
+
     @property
     def flops_per_token(self) -> int:
         """Floating-point operations of one token's forward pass, without attention over the context."""
         return 2 * (self.head_flops + sum(m.size for layer in self.layers for m in layer.matrices))
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What a visit attends to where it is not everything: its KV heads `heads` see all keys, the others the last
+    `window`, the query's own included, and the first `sinks` of its document."""
+
+    window: int
+    sinks: int = 0
+    heads: tuple[int, ...] = ()
+    __pydantic_config__ = ConfigDict(strict=True, extra="forbid")
+
+    def kept(self, context: int) -> int:
+        """How many tokens the cache holds for a head with a window, after `context` tokens."""
+        return min(context, self.sinks + self.window - 1)
 
 
 @dataclass(frozen=True)
@@ -97,6 +128,7 @@ class Visit:
     B·A alone; "own", a full matrix that no other visit uses, at rank 0. A slot holds W' where a visit of it is tied.
     shapes: (inputs, outputs) of the matrices that are smaller than the dense layer's, because neurons of the FFN were
     removed. It is the same for all tied visits of a slot.
+    attention: None where the visit attends to what the stock layer does.
     """
 
     layer: int
@@ -105,6 +137,7 @@ class Visit:
     ranks: dict[str, int]
     forms: dict[str, str] = field(default_factory=dict)
     shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    attention: Attention | None = None
     __pydantic_config__ = ConfigDict(strict=True, extra="forbid")  # for read_visits
 
     def __post_init__(self):
@@ -125,6 +158,10 @@ class Visit:
     def factors(self, matrix: Matrix) -> int:
         """Parameters of B·A."""
         return self.ranks[matrix.name] * sum(self.shape(matrix))
+
+    def fields(self) -> dict[str, Any]:
+        """The visit as config.json has it: what attends to everything does not say so."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def read_visits(values: Any) -> tuple[Visit, ...]:
@@ -149,6 +186,7 @@ class Plan:
             _check_alike(self.architecture, [visit.layer for visit in visits])
             for visit in visits:
                 _check_visit(visit, self.matrices(visit))
+                _check_attention(visit, self.architecture.layers[visit.layer])
             for matrix in self.matrices(visits[0]):
                 shapes = {visit.shape(matrix): visit.layer for visit in visits if visit.form(matrix) == "tied"}
                 if len(shapes) > 1:
@@ -213,11 +251,28 @@ class Plan:
         """As Architecture.kv_bytes_per_token: every visit has a place of its own, so looping saves none."""
         return width * sum(self.architecture.layers[visit.layer].kv_width for visit in self.visits)
 
+    def kv_bytes(self, context: int, width: int) -> int:
+        """As Architecture.kv_bytes: heads that see a window keep no more than it and their sinks."""
+        return width * sum(self._kv_numbers(visit, context) for visit in self.visits)
+
+    def _kv_numbers(self, visit: Visit, context: int) -> int:
+        layer, attention = self.architecture.layers[visit.layer], visit.attention
+        if attention is None:
+            return layer.kv_numbers(context)
+        everything = len(attention.heads)
+        tokens = everything * context + (layer.kv_heads - everything) * attention.kept(context)
+        return layer.kv_width // layer.kv_heads * tokens
+
+    @property
+    def is_local(self) -> bool:
+        """Whether any head of any visit sees less than its stock layer's."""
+        return any(visit.attention is not None for visit in self.visits)
+
     @property
     def savings(self) -> str:
-        """What a token of this model saves beside the dense one, as a sentence: see `savings`."""
+        """What this model saves beside the dense one, as a sentence: see `savings`."""
         dense = self.architecture
-        kv, dense_kv = (counted.kv_bytes_per_token(1) for counted in (self, dense))
+        kv, dense_kv = (counted.kv_bytes(SAVINGS_CONTEXT, 1) for counted in (self, dense))
         return savings(self.flops_per_token, dense.flops_per_token, kv, dense_kv)
 
     def summary(self, width: int) -> dict:
@@ -236,15 +291,18 @@ class Plan:
             "dense_flops_per_token": dense.flops_per_token,
             "kv_bytes_per_token": self.kv_bytes_per_token(width),
             "dense_kv_bytes_per_token": dense.kv_bytes_per_token(width),
-            "visits": [asdict(visit) for visit in self.visits],
+            "kv_bytes": {context: self.kv_bytes(context, width) for context in KV_CONTEXTS},
+            "dense_kv_bytes": {context: dense.kv_bytes(context, width) for context in KV_CONTEXTS},
+            "visits": [visit.fields() for visit in self.visits],
         }
 
 
 def savings(flops: float | None, dense_flops: float, kv_bytes: float, dense_kv_bytes: float) -> str:
     """What one token saves of the dense model's arithmetic and KV cache, as a sentence for people. flops: None where
-    they are not known yet; then the sentence is about the cache alone."""
+    they are not known yet; then the sentence is about the cache alone. kv_bytes: at SAVINGS_CONTEXT tokens."""
     arithmetic = [] if flops is None else [_saving(flops, dense_flops, "arithmetic")]
-    parts = [*arithmetic, _saving(kv_bytes, dense_kv_bytes, "KV cache")]
+    cache = "KV cache" if kv_bytes == dense_kv_bytes else f"KV cache at {SAVINGS_CONTEXT:,} tokens of context"
+    parts = [*arithmetic, _saving(kv_bytes, dense_kv_bytes, cache)]
     return f"Beside the dense model, a token {' and '.join(parts)}."
 
 
@@ -298,6 +356,21 @@ def _check_visit(visit: Visit, matrices: tuple[Matrix, ...]) -> None:
                 f"{outputs}.",
                 "Only neurons of the FFN can be removed, equally many from each half of a fused matrix.",
             )
+
+
+def _check_attention(visit: Visit, layer: Layer) -> None:
+    """Raises WrongUsage for attention that heads of `layer` cannot have."""
+    attention, where = visit.attention, f"of layer {visit.layer}"
+    if attention is None:
+        return
+    if layer.window:
+        raise WrongUsage(f"The attention {where} has a window of its own already, of {layer.window} tokens.")
+    if not layer.kv_heads:
+        raise WrongUsage(f"The keys and values {where} have no heads that could see less than all.")
+    if attention.window < 1 or attention.sinks < 0:
+        raise WrongUsage(f"The attention {where} has a window below 1, or less than no sinks.")
+    if sorted(set(attention.heads) & set(range(layer.kv_heads))) != list(attention.heads):
+        raise WrongUsage(f"The attention {where} names KV heads that are not there, or not in order.")
 
 
 def _check_alike(architecture: Architecture, layers: list[int]) -> None:

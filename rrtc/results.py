@@ -38,8 +38,10 @@ class PlanResult(TypedDict):
     source_bytes: int | None  # of the GGUF file that the dense model is read from; None where it is none
     flops_per_token: int | None  # of a forward pass, without attention over the context
     dense_flops_per_token: int
-    kv_bytes_per_token: int  # that a token takes in the KV cache
+    kv_bytes_per_token: int  # that a token takes in the KV cache where nothing is let go of
     dense_kv_bytes_per_token: int
+    kv_bytes: dict[int, int]  # of the KV cache, by the number of tokens in it
+    dense_kv_bytes: dict[int, int]
     visits: list[VisitResult] | None
     init_peak_bytes: int  # memory that init will take, about
 

@@ -208,9 +208,12 @@ def part_of(name: str, plan) -> str:
 
 def test_what_a_token_saves_is_said_from_the_counts():
     begin = "Beside the dense model, a token "
-    assert savings(75, 100, 50, 100) == begin + "saves 25.0% of the arithmetic and saves 50.0% of the KV cache."
+    assert (
+        savings(75, 100, 50, 100)
+        == begin + "saves 25.0% of the arithmetic and saves 50.0% of the KV cache at 8,192 tokens of context."
+    )
     assert savings(1031, 1000, 100, 100) == begin + "takes 3.1% more arithmetic and saves no KV cache."
-    assert savings(None, 100, 60, 100) == begin + "saves 40.0% of the KV cache."  # a plan that is not made yet
+    assert savings(None, 100, 60, 100) == begin + "saves 40.0% of the KV cache at 8,192 tokens of context."
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])

@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rrtc.console import plain, table
-from rrtc.plan import savings
+from rrtc.plan import SAVINGS_CONTEXT, savings
 from rrtc.units import count, duration, size
 
 
@@ -47,9 +47,9 @@ def _forms(visit: dict) -> str:
 
 def plan(result: dict) -> Group:
     """The plan of `init --dry-run`."""
-    dense, made = result["dense_params_total"], result["params_total"]
+    dense_total, total = result["dense_params_total"], result["params_total"]
     rows = [
-        ["parameters", count(dense), count(made), f"{made / dense:.3f}"],
+        ["parameters", count(dense_total), count(total), f"{total / dense_total:.3f}"],
         [
             "without embeddings",
             count(result["dense_params_non_embedding"]),
@@ -62,12 +62,12 @@ def plan(result: dict) -> Group:
             size(result["bytes"]),
             f"{result['bytes'] / result['dense_bytes']:.3f}",
         ],
-        [
-            "KV cache per token",
-            size(result["dense_kv_bytes_per_token"]),
-            size(result["kv_bytes_per_token"]),
-            f"{result['kv_bytes_per_token'] / result['dense_kv_bytes_per_token']:.3f}",
-        ],
+        *(
+            [f"KV cache at {context:,} tokens", size(dense), size(made), f"{made / dense:.3f}"]
+            for (context, made), dense in zip(
+                result["kv_bytes"].items(), result["dense_kv_bytes"].values(), strict=True
+            )
+        ),
     ]
     flops, dense_flops = result["flops_per_token"], result["dense_flops_per_token"]
     if flops is not None:
@@ -80,7 +80,7 @@ def plan(result: dict) -> Group:
     else:
         parts = ", ".join(f"{name.replace('_', ' ')} {count(n)}" for name, n in result["params_by_part"].items() if n)
         chosen = [f"Parameters by part: {parts}", visits(result["visits"])]
-    saved = savings(flops, dense_flops, result["kv_bytes_per_token"], result["dense_kv_bytes_per_token"])
+    saved = savings(flops, dense_flops, *(result[name][SAVINGS_CONTEXT] for name in ("kv_bytes", "dense_kv_bytes")))
     return Group(
         table(f"Plan for {result['model']}", ["", "dense", "compressed", "ratio"], rows),
         plain(f"Peak memory of init: about {size(result['init_peak_bytes'])}"),

@@ -32,10 +32,12 @@ class RrtConfig(PreTrainedConfig):
             is the number of visits: every visit has its own place in the KV cache.
         visits: one dictionary a visit, in running order: `layer` (the dense layer it stands for), `slot` (the shared
             weights it uses), `loop` (its place among the slot's visits), `ranks` (LoRA rank of each matrix by its
-            path in the layer; 0 means none), and two that may be empty or absent: `forms` (what a matrix is, by its
+            path in the layer; 0 means none), and what may be empty or absent: `forms` (what a matrix is, by its
             path: "tied", which is the default, the slot's W' + B·A; "low_rank", B·A alone; "own", a full matrix of
             the visit's own, at rank 0) and `shapes` ((inputs, outputs) of the matrices that are smaller than the dense
-            layer's, because neurons of the FFN were removed).
+            layer's, because neurons of the FFN were removed). `attention`, where a visit does not attend to
+            everything: `heads` (KV heads that do), `window` and `sinks` (how many of the last and of the first keys
+            the other heads see).
         norms: "per_visit", every visit has its own norms and biases; "shared", they are tied like the matrices (the
             bias of a matrix that is not tied stays the visit's own).
     """
@@ -49,7 +51,7 @@ class RrtConfig(PreTrainedConfig):
     @classmethod
     def of(cls, plan, base: PreTrainedConfig, **fields) -> "RrtConfig":
         """The config of the model that a plan (rrtc.plan.Plan) makes of the dense model whose config is `base`."""
-        visits = [dataclasses.asdict(visit) for visit in plan.visits]
+        visits = [visit.fields() for visit in plan.visits]
         return cls(base_config=base, visits=visits, norms=plan.norms, **fields)
 
     def __post_init__(self, **kwargs):

@@ -27,6 +27,7 @@ from transformers import initialization as init
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import can_return_tuple
 
+from .attention_rrt import Documents, Eyes, Rule, prepare
 from .configuration_rrt import RrtConfig
 
 
@@ -99,17 +100,21 @@ class Slot(nn.Module):
 class Visit(nn.Module):
     """Stands in the stock list of layers where a dense layer stood: calls its slot, and owns no parameters."""
 
-    def __init__(self, slot: Reference, loop: int):
+    def __init__(self, slot: Reference, loop: int, eyes: Eyes | None = None):
+        """eyes: None where the visit attends to what the stock layer does."""
         super().__init__()
-        self.slot, self.loop = slot, loop
+        self.slot, self.loop, self.eyes = slot, loop, eyes
 
     def forward(self, hidden_states, *args, **kwargs):
+        if self.eyes is not None:
+            args, kwargs = (), self.eyes.arrange((hidden_states, *args), kwargs)
+            hidden_states = kwargs.pop(self.eyes.names[0])
         return self.slot()(hidden_states, *args, loop=self.loop, **kwargs)
 
     def __getattr__(self, name):
         # Stock forwards read public attributes off their layers, such as attention_type. Nothing private goes through,
         # and not the checkpointing flag, which torch looks for on every module.
-        if name.startswith("_") or name in ("slot", "loop", "gradient_checkpointing"):
+        if name.startswith("_") or name in ("slot", "loop", "eyes", "gradient_checkpointing"):
             return super().__getattr__(name)
         return getattr(self.slot().loops[self.loop], name)
 
@@ -150,7 +155,7 @@ def graft(model: nn.Module, visits: list[dict], norms: str = "per_visit") -> Non
     slot are not alike, or where a form or shape does not fit.
     """
     parent, name = find_layers(model, len(visits))
-    layers = getattr(parent, name)
+    layers, rules = getattr(parent, name), [rule_of(visit) for visit in visits]
     shapes: dict[int, dict] = {}
     tied: dict[tuple[int, str], tuple] = {}
     for layer, visit in zip(layers, visits, strict=True):
@@ -164,8 +169,20 @@ def graft(model: nn.Module, visits: list[dict], norms: str = "per_visit") -> Non
         slots[visit["slot"]].loops.append(layer)
     # The slots hang beside the old list, inside the stock base model: its hooks look for layers among its children.
     parent.slots = slots
-    visits_list = nn.ModuleList(Visit(Reference(slots, str(v["slot"])), v["loop"]) for v in visits)
+    documents = Documents()
+    visits_list = nn.ModuleList(
+        Visit(Reference(slots, str(visit["slot"])), visit["loop"], rule and Eyes(layer, rule, documents))
+        for layer, visit, rule in zip(layers, visits, rules, strict=True)
+    )
     setattr(parent, name, visits_list)
+    if any(rules):
+        parent.register_forward_pre_hook(documents.note, with_kwargs=True)
+
+
+def rule_of(visit: dict) -> Rule | None:
+    """What the heads of a visit see; None where that is what the stock layer's do."""
+    attention = visit.get("attention")
+    return attention and Rule(attention["window"], attention["sinks"], tuple(attention["heads"]))
 
 
 def _matrix_form(visit: dict, path: str, module: nn.Module) -> tuple[str, tuple[int, int]]:
@@ -261,7 +278,7 @@ class RrtPreTrainedModel(PreTrainedModel):
         self.base_model_prefix = stock.base_model_prefix
         self._tied_weights_keys = stock._tied_weights_keys
         self._keys_to_ignore_on_load_unexpected = stock._keys_to_ignore_on_load_unexpected
-        self._can_compile_fullgraph = stock._can_compile_fullgraph
+        self._can_compile_fullgraph = stock._can_compile_fullgraph and not any(map(rule_of, config.visits))
         stock.save_pretrained, stock.base_model.save_pretrained = self.save_pretrained, self._save_base_model
         self.post_init()
         # The dense model's plans for distribution name matrices and layers that are not there.
@@ -367,6 +384,14 @@ class RrtForCausalLM(RrtWithHead, GenerationMixin):
     def __init__(self, config: RrtConfig):
         super().__init__(config)
         self.prepare_inputs_for_generation = self.stock.prepare_inputs_for_generation
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        # Now, because assisted decoding asks the cache to record the past before the first forward pass.
+        cache = model_kwargs.get("past_key_values")
+        prepare(cache, {place: rule for place, visit in enumerate(self.config.visits) if (rule := rule_of(visit))})
+        if cache is not None and generation_config.is_assistant:
+            cache.activate_past_recording()
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None,
                 inputs_embeds=None, labels=None, use_cache=None, output_attentions=None, output_hidden_states=None,

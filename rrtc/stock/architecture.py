@@ -1,6 +1,7 @@
 """What a dense model is made of, read off its config alone: the stock model is built without storage and looked at."""
 
 import contextlib
+from dataclasses import replace
 
 from accelerate import init_empty_weights
 from torch import nn
@@ -10,9 +11,11 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.cache_utils import get_layer_types_and_kwargs
 from transformers.pytorch_utils import Conv1D
 
 from rrtc.errors import RrtcError
+from rrtc.model.attention_rrt import attention_of
 from rrtc.model.configuration_rrt import RrtConfig
 from rrtc.model.modeling_rrt import find_layers, matrices_of, matrix_shape
 from rrtc.plan import Architecture, Layer, Matrix, Plan, read_visits
@@ -109,7 +112,8 @@ def read_architecture(config: PreTrainedConfig) -> Architecture:
                 "cannot be tied.",
                 "rrtc ties linear layers only: mixture-of-experts and state-space models are not supported yet.",
             )
-        layers.append(Layer(matrices, tuple((name, p.numel()) for name, p in vectors.items())))
+        made = Layer(matrices, tuple((name, p.numel()) for name, p in vectors.items()))
+        layers.append(replace(made, kv_heads=_kv_heads(layer, made.kv_width), window=_window(number, text)))
 
     # The output projection counts as a head of its own unless the config ties it to the embedding.
     output = model.get_output_embeddings()
@@ -130,6 +134,20 @@ def read_architecture(config: PreTrainedConfig) -> Architecture:
 def read_plan(config: RrtConfig) -> Plan:
     """The plan by which the recursive model of `config` was made."""
     return Plan(read_architecture(config.base_config), read_visits(config.visits), config.norms)
+
+
+def _kv_heads(layer: nn.Module, kv_width: int) -> int:
+    """How many heads the keys and values of the stock `layer` have; 0 where its attention cannot be told what each of
+    them is to see, or is not made of equal heads."""
+    attention = attention_of(layer)
+    width = getattr(attention, "head_dim", None) or getattr(attention, "head_size", None)
+    return 0 if not width or kv_width % (2 * width) else kv_width // (2 * width)
+
+
+def _window(number: int, config: PreTrainedConfig) -> int:
+    """How many keys a query of the stock layer sees, itself included; 0: all. As transformers' caches decide it."""
+    types, settings = get_layer_types_and_kwargs(config)
+    return settings[number].get("sliding_window") or 0 if types[number] != "full_attention" else 0
 
 
 def _matrix(name: str, module: nn.Module, config: PreTrainedConfig) -> Matrix:

@@ -48,7 +48,7 @@ def test_a_card_says_what_this_model_saves(tmp_path, monkeypatch):
             "a token takes [0-9.]+% more arithmetic and saves no KV cache. It passes through 6 layers",
             " ".join(FORMATS[name].limits({}, config).split()),
         )
-    monkeypatch.setattr(Plan, "kv_bytes_per_token", lambda plan, width: 36 * width)
+    monkeypatch.setattr(Plan, "kv_bytes", lambda plan, context, width: context * width)
     assert re.search("saves [0-9.]+% of the KV cache", FORMATS["recursive"].limits({}, config))
     assert "saves no KV cache" in FORMATS["onnx"].limits({}, config)  # its graph keeps all of it
 
