@@ -17,6 +17,8 @@ class VisitResult(TypedDict):
     ranks: dict[str, int]  # LoRA rank of each matrix, by its path in the layer; 0: none
     forms: dict[str, str]  # of the matrices that are not "tied": "low_rank" or "own"
     shapes: dict[str, tuple[int, int]]  # (inputs, outputs) of the matrices that are smaller than in the dense layer
+    # window, sinks, and heads (KV heads that see everything), where it does not attend to what the dense layer does
+    attention: NotRequired[dict[str, Any]]
 
 
 class PlanResult(TypedDict):
@@ -123,6 +125,9 @@ class ExportResult(TypedDict):
     max_logit_difference: float  # of the export, loaded in a fresh process, from the model in memory
     largest_logit: float
     rounding_logit_difference: float  # what the dtype costs by itself
+    # Of a format that attends to everything, where the model has windows: tokens and context that were scored, and the
+    # losses of the model with its windows and with full attention.
+    full_attention: NotRequired[dict[str, float]]
     quantize: NotRequired[str]  # int8 or int4
     bits_per_byte: NotRequired[dict[str, float]]  # of a quantized model, on held-out text: plain, nearest, calibrated
     read_by: NotRequired[str]  # gguf: the package whose logits were compared

@@ -43,12 +43,13 @@ class TokenScores:
     top1_agreement: Tensor | None = None
 
 
-def score(model, windows: Windows, reference=None) -> Scores:
+def score(model, windows: Windows, reference=None, advance=lambda: None) -> Scores:
     """Scores `model` on every token of `windows` but the first of each.
 
-    reference: a model with the same vocabulary, for KL(reference || model) and top-1 agreement.
+    reference: a model with the same vocabulary, for KL(reference || model) and top-1 agreement. advance is called after
+    each window.
     """
-    found = score_tokens(model, windows, reference=reference)[0]
+    found = score_tokens(model, windows, (), reference, advance)[0]
     loss = found.loss.double().mean().item()
     beside = () if reference is None else (t.double().mean().item() for t in (found.kl, found.top1_agreement))
     return Scores(found.loss.numel(), loss, loss / math.log(2) / windows.bytes_per_token, *beside)

@@ -214,7 +214,7 @@ def _cache(models: list[dict]) -> list[Table]:
     rows = [
         [row["model"], *(size(row["cost"]["kv_bytes"][str(context)]) for context in KV_CONTEXTS)]
         for row in models
-        if row.get("cost", {}).get("kv_bytes")
+        if (row.get("cost") or {}).get("kv_bytes")
     ]
     return [table("KV cache", ["model", *(f"{n:,} tokens" for n in KV_CONTEXTS)], rows)] if rows else []
 
@@ -264,6 +264,11 @@ def export(result: dict, folder: str) -> Group:
         f"Wrote {folder}: {result['format']}, {count(result['parameters'])} parameters, {size(result['bytes'])}. "
         f"Reloaded in a fresh process: largest logit difference {result['max_logit_difference']:.1e}."
     ]
+    if found := result.get("full_attention"):
+        lines.append(
+            f"This format attends to everything: {found['full']:.4f} nats a token on held-out text, where the model "
+            f"with its windows has {found['windows']:.4f}."
+        )
     if "quantize" in result:
         number, found = result["quantize"], result["bits_per_byte"]
         lines.append(

@@ -273,7 +273,7 @@ def _layers(candidate: Candidate, examinee: Examinee) -> list[dict]:
             "residual": residual,
             "kv_heads": plan.architecture.layers[visit.layer].kv_heads,
             "window": plan.architecture.layers[visit.layer].window,
-            "attention": None if visit.attention is None else asdict(visit.attention),
+            "attention": visit.attention and asdict(visit.attention) | {"heads": list(visit.attention.heads)},
         }
         for visit, residual in zip(plan.visits, examinee.residuals(), strict=True)
     ]  # fmt: skip

@@ -50,10 +50,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from rrtc.errors import RrtcError
 from rrtc.plain import read_json
+from rrtc.plan import KV_CONTEXTS
 
 SCHEMA = 2
 FILE = "report.json"
@@ -98,9 +99,10 @@ class _Task(_Score):
 
 
 class _Passkey(_Score):
+    value: float = Field(ge=0, le=1)
     length: int
     depth: float
-    items: int
+    items: int = Field(ge=1, le=10**12)
     low: float = 0.0  # reports of older versions have no interval
     high: float = 1.0
 
@@ -110,6 +112,13 @@ class _Cost(_Part):
     kv_bytes: dict[str, int] = {}  # reports of older versions have none
     flops_per_token: int
     peak_memory_bytes: int | None
+
+    @field_validator("kv_bytes")
+    @classmethod
+    def _at_every_context(cls, value: dict[str, int]) -> dict[str, int]:
+        if value and value.keys() != {str(context) for context in KV_CONTEXTS}:
+            raise ValueError("the KV cache is not that of the usual contexts")
+        return value
 
 
 class _Row(_Part):
