@@ -42,6 +42,7 @@ class PlanResult(TypedDict):
     dense_kv_bytes_per_token: int
     kv_bytes: dict[int, int]  # of the KV cache, by the number of tokens in it
     dense_kv_bytes: dict[int, int]
+    windows: str | None  # what a KV budget makes of the heads, in a sentence; None without one
     visits: list[VisitResult] | None
     init_peak_bytes: int  # memory that init will take, about
 
@@ -58,6 +59,10 @@ class InitResult(TypedDict):
     """Of `init`."""
 
     residual_energy_kept: NotRequired[dict[str, float]]  # tied as in the paper: share that LoRA restores, by matrix
+    # What windows are predicted to cost, in nats a token; only with a KV budget, None where it is not measured.
+    predicted_window_cost: NotRequired[float | None]
+    kv_bytes: dict[int, int]  # of the KV cache, by the number of tokens in it
+    dense_kv_bytes: dict[int, int]
     predicted_excess: NotRequired[float | None]  # a lower bound of what was lost on the calibration text
     params_total: int
     params_non_embedding: int

@@ -84,7 +84,7 @@ def plan(result: dict) -> Group:
     return Group(
         table(f"Plan for {result['model']}", ["", "dense", "compressed", "ratio"], rows),
         plain(f"Peak memory of init: about {size(result['init_peak_bytes'])}"),
-        *map(plain, chosen),
+        *map(plain, [*chosen, *([result["windows"]] if result["windows"] else [])]),
         plain(f"Tying saves memory and disk. {saved}"),
     )
 

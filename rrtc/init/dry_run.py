@@ -8,6 +8,7 @@ from rrtc.init.dtypes import NUMBER_BYTES, stored_dtype
 from rrtc.init.memory import PROGRAM_BYTES, init_bytes
 from rrtc.io.architectures import dense_of, has_weights
 from rrtc.io.source import find_model
+from rrtc.kv_budget import KvBudget
 from rrtc.patterns import make_plan, target_parameters
 from rrtc.recipe.schema import Recipe
 from rrtc.recipe.section import OWN_TEXT
@@ -25,9 +26,17 @@ def dry_run(model: str, recipe: Recipe) -> dict:
     architecture, named = dense.architecture, None if has_weights(source) else dense.dtype or "bfloat16"
     dtype = stored_dtype(source, recipe.init.dtype, named)
     plan = make_plan(architecture, recipe.init, NUMBER_BYTES[dtype])
+    counted, windows = plan, None
+    if recipe.init.kv_budget is not None:
+        budget = KvBudget(architecture, recipe.init)
+        counted = budget.spend(plan, {}, {})
+        windows = budget.explain(counted)
+        plan = plan if budget.is_measured else counted  # which heads they are is known once they are measured
     joint = recipe.init.start == "joint"
     tokens = max(recipe.init.measure_tokens, recipe.init.calibrate_tokens if joint else 0)
-    summary = plan.summary(NUMBER_BYTES[dtype]) | {"init_peak_bytes": init_bytes(plan, tokens, joint)}
+    width = NUMBER_BYTES[dtype]
+    known = {"kv_bytes": counted.summary(width)["kv_bytes"], "windows": windows}
+    summary = plan.summary(width) | known | {"init_peak_bytes": init_bytes(plan, tokens, joint)}
     if joint and OWN_TEXT in recipe.init.calibrate_on:  # the whole model writes it
         from rrtc.text.own import check_writer_fits
 

@@ -28,6 +28,7 @@ from rrtc import machine
 from rrtc.console import note
 from rrtc.init.calibrate import bytes_on_disk
 from rrtc.init.dtypes import NUMBER_BYTES, stored_dtype
+from rrtc.init.windows import LEAST_CONTEXT, calibration_context
 from rrtc.io.dense import DenseModel
 from rrtc.io.folder import check_target, file_hash, partial_of, whole_file
 from rrtc.io.recursive import in_slot
@@ -35,6 +36,7 @@ from rrtc.io.resumable import STARTED, Resumable, discard
 from rrtc.io.shard_writer import ShardWriter
 from rrtc.io.source import Source, find_model, load_tokenizer
 from rrtc.io.weights import Weights
+from rrtc.kv_budget import KvBudget
 from rrtc.patterns import make_plan
 from rrtc.plan import Plan
 from rrtc.recipe.schema import Recipe
@@ -54,13 +56,15 @@ FREE_ON_RESUME = ("max_shard_size", "measure_tokens")
 @dataclass(frozen=True)
 class Job:
     """What is compressed, how, and into which folder of slots. `plan` is the pattern, of which a budget may make
-    something else; `dtype` the dtype to write; `calibration` the text to learn from, ids (windows, context),
-    None where none is needed, to which `own_windows` are added that the model writes; `scoring` the text for the
-    closing measurement, None where there is none."""
+    something else; `kv_budget` what there is for the KV cache, None where it stays as it is; `dtype` the dtype to
+    write; `calibration` the text to learn from, ids (windows, context), None where none is needed, to which
+    `own_windows` are added that the model writes; `scoring` the text for the closing measurement, None where there is
+    none."""
 
     source: Source
     recipe: Recipe
     plan: Plan
+    kv_budget: KvBudget | None
     dense: DenseModel
     dtype: str
     calibration: Tensor | None
@@ -135,21 +139,26 @@ def prepare(model: str, target: Path, recipe: Recipe) -> Job:
     tokenizer = load_tokenizer(source.folder)
     calibration = scoring = None
     vocabulary = dense.config.get_text_config().vocab_size
+    budget = KvBudget(architecture, recipe.init) if recipe.init.kv_budget is not None else None
+    if budget is not None:
+        budget.spend(plan, {}, {})  # raises where it cannot be met
+    far = 0 if budget is None else calibration_context(budget, architecture.context or LEAST_CONTEXT)
     if recipe.init.measure_tokens:
-        context = longest_context(dense.config, recipe.eval.context)
+        context = longest_context(dense.config, max(recipe.eval.context, far))
         texts = scoring_texts(recipe, tokenizer, vocabulary, context, recipe.init.measure_tokens)
         scoring = next(iter(texts.values()))
-    context = longest_context(dense.config, recipe.init.calibrate_context)
-    if recipe.init.start == "joint":
+    measured = budget is not None and budget.is_measured
+    context = longest_context(dense.config, max(recipe.init.calibrate_context, far if measured else 0))
+    if recipe.init.start == "joint" or measured:
         calibration = calibration_windows(recipe.init, tokenizer, vocabulary, context)
     own, work = own_windows(recipe.init, context), partial_of(target) / WORK
     if own and calibration is not None and not (work / OWN_TEXT_FILE).exists():
         check_writer_fits(architecture.parameters)
-    return Job(source, recipe, plan, dense, dtype, calibration, own, scoring, work)
+    return Job(source, recipe, plan, budget, dense, dtype, calibration, own, scoring, work)
 
 
 def _folds(source: Source, recipe: Recipe) -> list[Fold]:
-    if not recipe.init.fold_norms:
+    if not recipe.init.fold_norms or recipe.init.keeps_weights:
         return []
     folds, others = find_folds(source.config())
     if others:

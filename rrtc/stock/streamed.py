@@ -31,7 +31,8 @@ class StreamedModel:
 
     read(name) is the tensor of that name in the stock model, in any dtype. It is asked for a table again at every use
     of some of its rows, so it should answer with a view of a file. `device` is where batches are computed.
-    `groups[number]` says which matrices of that layer read the same input, in the order in which they run.
+    `groups[number]` says which matrices of that layer read the same input, in the order in which they run; while
+    `attending(number, rule)` is entered, the layer attends to what the rule says (Parts.attending).
     Raises RrtcError for a model whose layers need the tokens, or that has no head.
     """
 
@@ -54,6 +55,7 @@ class StreamedModel:
             for name, parameter in list(module.named_parameters(recurse=False)):
                 if module not in (self._embedding, self._head) and id(parameter) not in inside:
                     self._load(module, name, slice(None))
+        self.attending = self._parts.attending
         self.groups = self._parts.groups
         self._parts.check_needs_no_tokens()
 
