@@ -12,6 +12,8 @@ from rrtc.plan import Architecture, Attention, Plan
 from rrtc.recipe.init import WIDEST_WINDOW, InitRecipe
 
 Head = tuple[int, int]  # (layer, KV head)
+# What there is to choose, besides the KV budget, of a model that is recursive already.
+REPLANNED = ("calibrate_on", "calibrate_tokens", "calibrate_context", "text_field", "seed", "measure_tokens")
 LOOKS_UP = 0.1  # of a head's attention on what is to be looked up: less is no looking up
 
 
@@ -108,6 +110,26 @@ class KvBudget:
             attention = None if len(heads) == count else replace(self.window, heads=heads)
             visits.append(replace(visit, attention=attention))
         return replace(plan, visits=tuple(visits))
+
+
+def without_windows(plan: Plan) -> Plan:
+    """`plan`, in which every visit attends to what its stock layer does."""
+    return replace(plan, visits=tuple(replace(visit, attention=None) for visit in plan.visits))
+
+
+def check_replan(uri: str, recipe: InitRecipe) -> None:
+    """Raises WrongUsage where `recipe` asks for more of a recursive model than another plan of what it attends to."""
+    if recipe.kv_budget is None:
+        raise WrongUsage(
+            f"{uri} is compressed already.",
+            "Name the dense model it was made from; or give a --kv-budget, to plan its KV cache anew.",
+        )
+    for name, field in InitRecipe.model_fields.items():
+        if name not in REPLANNED and not name.startswith("kv_") and getattr(recipe, name) != field.default:
+            raise WrongUsage(
+                f"{uri} is compressed already: its weights stay as they are, and {name} is about them.",
+                "Leave it out, or name the dense model.",
+            )
 
 
 def predicted(plan: Plan, losses: Mapping[Head, float]) -> float:

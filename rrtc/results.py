@@ -51,7 +51,8 @@ class LossResult(TypedDict):
     """The loss before any training."""
 
     tokens: int  # that were scored
-    dense: float
+    dense: NotRequired[float]
+    given: NotRequired[float]  # in its place, of a model that was recursive already, before its attention was planned
     after_init: float
 
 

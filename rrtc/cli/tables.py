@@ -103,9 +103,10 @@ def init(result: dict, folder: str) -> Group:
         rows = [[matrix, f"{energy:.1%}"] for matrix, energy in kept.items()]
         lines.append(table("What the LoRA kept of what tying lost", ["matrix", "energy"], rows))
     if loss := result.get("loss"):
+        before = "dense" if "dense" in loss else "given"
         lines.append(
             plain(
-                f"Loss before any training: {loss['after_init']:.3f}; dense: {loss['dense']:.3f} "
+                f"Loss before any training: {loss['after_init']:.3f}; {before}: {loss[before]:.3f} "
                 f"(nats per token, {loss['tokens']} tokens)"
             )
         )

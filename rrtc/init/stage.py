@@ -6,7 +6,6 @@ What is finished waits in NAME.partial/work (job.py), so that an interrupted run
 import gc
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -26,13 +25,11 @@ from rrtc.init.slots import joint_slot, paper_slot, source_layers
 from rrtc.init.windows import LOOKUP_WINDOWS, lookups, rules, window_losses
 from rrtc.io.dense import DenseModel
 from rrtc.io.folder import only_run, whole_file
-from rrtc.io.provenance import write_provenance
-from rrtc.io.recursive import EffectiveLayers, write_recursive
+from rrtc.io.provenance import base_seen_from, next_history, read_provenance, write_provenance
+from rrtc.io.recursive import RecursiveModel, copy_with_plan, write_recursive
 from rrtc.io.resumable import discard
 from rrtc.io.source import load_tokenizer
-from rrtc.io.weights import Weights
 from rrtc.kv_budget import predicted
-from rrtc.model.attention_rrt import Rule
 from rrtc.patterns import target_parameters
 from rrtc.plan import KV_CONTEXTS, Plan
 from rrtc.recipe.schema import Recipe
@@ -80,22 +77,37 @@ def _init(model: str, target: Path, recipe: Recipe, resume: bool) -> dict:
             raise
         measured |= _write(job, plan, partial, shard_bytes)
         if job.scoring is not None:
-            measured["loss"] = _closing_measurement(job.dense, partial, plan, job.scoring)
+            measured["loss"] = _closing_measurement(job.dense, partial, job.scoring)
         measured["seconds"] = round(time.monotonic() - started, 1)
-        base = job.source.provenance(target) | {
-            "params_total": plan.architecture.parameters,
-            "params_non_embedding": plan.architecture.non_embedding,
-        }
-        kept = {"model": job.source.uri, "init": recipe.init.resolved()}
-        write_provenance(partial, "init", base, kept, {"init": measured}, [])
+        _say_where_from(job, plan, partial, target, measured)
     return measured
+
+
+def _say_where_from(job: Job, plan: Plan, partial: Path, target: Path, measured: dict) -> None:
+    """Writes rrtc.yaml into `partial`, which will become `target`."""
+    asked = job.recipe.init.resolved()
+    if job.is_replan:
+        before = read_provenance(job.source.folder)
+        base = base_seen_from(target, job.source.folder, before)
+        kept = before["recipe"] | {
+            "init": (before["recipe"].get("init") or {}) | {name: asked[name] for name in asked if name[:3] == "kv_"}
+        }
+        write_provenance(partial, "init", base, kept, before["measured"] | {"windows": measured}, next_history(before))
+        return
+    base = job.source.provenance(target) | {
+        "params_total": plan.architecture.parameters,
+        "params_non_embedding": plan.architecture.non_embedding,
+    }
+    write_provenance(partial, "init", base, {"model": job.source.uri, "init": asked}, {"init": measured}, [])
 
 
 def _tie(job: Job) -> tuple[Plan, dict]:
     """Finishes every slot. Returns the plan, and what was measured on the way."""
-    neurons = find_neurons(job.dense.config) if job.recipe.init.start == "joint" else []
+    neurons = find_neurons(job.dense.config) if job.is_joint else []
     calibration, heads = (None, None) if job.calibration is None else _calibrate(job, neurons)
-    if job.recipe.init.start == "joint":
+    if job.is_replan:
+        plan, measured = job.plan, {}
+    elif job.is_joint:
         plan, measured = _tie_jointly(job, calibration, neurons)
     else:
         plan, measured = _tie_as_in_paper(job)
@@ -125,9 +137,8 @@ def _calibrate(job: Job, neurons: list[Neurons]) -> tuple[Calibration, tuple[dic
     done = sum(layers_done(job.work, dense.depth))
     model = StreamedModel(dense.config, dense.raw, device)
     with progress("Calibrating", 2 * dense.depth * len(ids), done * len(ids)) as advance:
-        joint = recipe.start == "joint"
         every = None if budget is None else rules(budget)
-        calibration = calibrate(dense, model, neurons, ids, job.work, device, advance, every, moments=joint)
+        calibration = calibrate(dense, model, neurons, ids, job.work, device, advance, every, moments=job.is_joint)
     if budget is None:
         return calibration, None
     tokenizer, count = load_tokenizer(job.source.folder), min(LOOKUP_WINDOWS, len(ids))
@@ -204,9 +215,12 @@ def _make_slots(job: Job, plan: Plan, make: Callable[[int], Slot]) -> None:
 def _write(job: Job, plan: Plan, folder: Path, shard_bytes: int) -> dict:
     """Writes the model into `folder`, all but its rrtc.yaml, from the finished slots and what lies outside them.
     Returns its sizes."""
-    slots = (named for k in range(len(plan.slots)) for named in job.slot(k))
     width = NUMBER_BYTES[job.dtype]
-    written = write_recursive(folder, job.dense, plan, slots, job.dtype, shard_bytes)
+    if isinstance(job.dense, RecursiveModel):
+        written = copy_with_plan(job.dense, plan, folder)
+    else:
+        slots = (named for k in range(len(plan.slots)) for named in job.slot(k))
+        written = write_recursive(folder, job.dense, plan, slots, job.dtype, shard_bytes)
     return {
         "params_total": plan.parameters,
         "params_non_embedding": plan.non_embedding,
@@ -219,27 +233,16 @@ def _write(job: Job, plan: Plan, folder: Path, shard_bytes: int) -> dict:
     }
 
 
-def _closing_measurement(dense: DenseModel, compressed: Path, plan: Plan, windows: Windows) -> dict:
-    """The loss of the dense and of the compressed model before any training, in nats per token. Both are run layer by
-    layer, so that neither is ever in memory whole."""
-    weights, device = Weights(compressed), machine.device()
-    effective = EffectiveLayers(weights, plan, dense.parent)
-
-    def compressed_layer(number: int) -> dict[str, torch.Tensor]:
-        return {path: effective.tensor(number, path).to(device) for path in dense.paths(number)}
-
-    losses = {"tokens": windows.ids.shape[0] * (windows.ids.shape[1] - 1)}
-    with progress("Measuring", 2 * dense.depth * len(windows.ids)) as advance:
-        for name, read, layer in (
-            ("dense", dense.raw, lambda number: dense.layer(number, device)),
-            ("after_init", weights.raw, compressed_layer),
-        ):
-            model = StreamedModel(dense.config, read, device)
+def _closing_measurement(given: DenseModel | RecursiveModel, compressed: Path, windows: Windows) -> dict:
+    """The loss of the model that was `given` and of the `compressed` one before any training, in nats per token. Both
+    are run layer by layer, so that neither is ever in memory whole."""
+    device, losses = machine.device(), {"tokens": windows.ids.shape[0] * (windows.ids.shape[1] - 1)}
+    first = "given" if isinstance(given, RecursiveModel) else "dense"
+    with progress("Measuring", 2 * given.depth * len(windows.ids)) as advance:
+        for name, one in ((first, given), ("after_init", RecursiveModel(compressed))):
+            model = StreamedModel(one.config, one.raw, device)
+            rules = one.rules if isinstance(one, RecursiveModel) else {}
             states = model.embed(windows.ids)
-            for number in range(dense.depth):
-                attention = plan.visits[number].attention if name == "after_init" else None
-                rule = attention and Rule(attention.window, attention.sinks, attention.heads)
-                with model.attending(number, rule) if rule else nullcontext():
-                    model.run_layer(number, layer(number), states, advance=advance)
+            model.run(lambda number, one=one: one.layer(number, device), states, rules, advance)
             losses[name] = round(model.loss(states, windows.ids), 4)
     return losses
