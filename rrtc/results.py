@@ -17,6 +17,7 @@ class VisitResult(TypedDict):
     ranks: dict[str, int]  # LoRA rank of each matrix, by its path in the layer; 0: none
     forms: dict[str, str]  # of the matrices that are not "tied": "low_rank" or "own"
     shapes: dict[str, tuple[int, int]]  # (inputs, outputs) of the matrices that are smaller than in the dense layer
+    attention: NotRequired[dict[str, Any]]  # window, sinks, and the KV heads that see everything; absent where all do
 
 
 class PlanResult(TypedDict):
@@ -176,6 +177,8 @@ class InspectResult(TypedDict):
     dtype: NotRequired[str]  # these two where the folder holds a model
     bytes_on_disk: NotRequired[int]  # of the weights
     visits: NotRequired[list[VisitResult] | None]  # None for a dense form
+    kv_bytes: NotRequired[dict[int, int]]  # of the KV cache, by the number of tokens in it, in the dtype of the weights
+    dense_kv_bytes: NotRequired[dict[int, int]]
     report: NotRequired[Report]  # of an eval folder
 
 

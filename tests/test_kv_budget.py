@@ -145,7 +145,6 @@ def test_models_without_heads_to_choose_from():
     ("values", "sentence"),
     [
         ({"kv_window": 8}, "kv_window says how a KV budget is met; add kv_budget"),
-        ({"kv_budget": 0.5, "kv_choice": "even", "kv_grain": "heads"}, "kv_choice 'even' is about whole visits"),
         ({"kv_budget": 0}, "kv_budget"),
         ({"kv_budget": 0.5, "kv_choice": "evn"}, "even"),
     ],

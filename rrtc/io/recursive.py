@@ -149,7 +149,7 @@ def copy_with_plan(source: RecursiveModel, plan: Plan, folder: Path) -> int:
     values = read_json(given / "config.json") | {"visits": [visit.fields() for visit in plan.visits]}
     (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf8")
     copy_companions(given, folder)
-    return source.weights.bytes_on_disk
+    return sum(source.raw(name).nbytes for name in source.weights)
 
 
 def write_recursive(

@@ -70,7 +70,8 @@ class InitRecipe(Section):
         4, ge=0, le=10**6, description="First tokens of a document that these heads see as well, and cannot do without."
     )
     kv_grain: Literal["heads", "visits"] = Field(
-        "heads", description="What sees everything or a window: each KV head, or all heads of a visit alike."
+        "heads",
+        description="What is chosen: each KV head by itself, or all heads of a visit alike, as even and last do anyway.",
     )
     kv_choice: Literal["measured", "even", "last"] = Field(
         "measured",
@@ -151,12 +152,10 @@ class InitRecipe(Section):
 
     @model_validator(mode="after")
     def _kv_fields_need_a_budget(self) -> "InitRecipe":
-        given = [name for name in type(self).model_fields if name.startswith("kv_") and name in self.model_fields_set]
-        asked = [name for name in given if getattr(self, name) != type(self).model_fields[name].default]
+        fields = {name: field for name, field in type(self).model_fields.items() if name.startswith("kv_")}
+        asked = [name for name, field in fields.items() if getattr(self, name) != field.default]
         if self.kv_budget is None and asked:
             raise ValueError(f"{asked[0]} says how a KV budget is met; add kv_budget")
-        if self.kv_choice != "measured" and self.kv_grain == "heads" and "kv_grain" in self.model_fields_set:
-            raise ValueError(f"kv_choice '{self.kv_choice}' is about whole visits: leave kv_grain out, or say visits")
         return self
 
     @field_validator("calibrate_on", mode="before", json_schema_input_type=str | list[str])
