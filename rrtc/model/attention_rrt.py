@@ -211,6 +211,8 @@ class Sight:
                **kwargs) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """As an attention function of transformers: (output, (rows, queries, heads, width); weights or None). `run` is
         the one that the user chose. adds_mask: whether it takes masks to be added, not bool ones."""
+        if self.kept is None and key.shape[2] <= self.rule.window:  # which is everything
+            return run(module, query, key, value, self.mask, **kwargs)
         parts = self._parts(key, value)
         each, output, weights = query.shape[1] // key.shape[1], None, None
         for part, see in zip(parts, (self._far, self._near), strict=True):

@@ -71,7 +71,7 @@ class InitRecipe(Section):
     )
     kv_grain: Literal["heads", "visits"] = Field(
         "heads",
-        description="What is chosen: each KV head by itself, or all heads of a visit alike, as even and last do anyway.",
+        description="What is chosen: each KV head by itself, or all heads of a visit alike (even and last do).",
     )
     kv_choice: Literal["measured", "even", "last"] = Field(
         "measured",
