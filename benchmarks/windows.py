@@ -46,12 +46,24 @@ CONTROLS = [  # name, what of the recipe is another than by default
 ]
 
 
-class Changes(Losses):
-    """As Losses, without asking what the loss feels: the mean square of what a window changes in a head's output."""
+class Both(Losses):
+    """As Losses; beside it, without asking what the loss feels, the mean square of what a window changes in a head's
+    output, (KV heads,), which is added to `unweighted`, one layer after the other."""
+
+    unweighted: list[Tensor] = []
+
+    def __init__(self, tokens: int):
+        super().__init__(tokens)
+        self._changes: Tensor | float = 0.0
+
+    def finish(self) -> Tensor:
+        self.unweighted.append(self._changes)
+        return super().finish()
 
     def _add(self, gradient: Tensor, change: Tensor, kv_heads: int) -> None:
+        super()._add(gradient, change, kv_heads)
         each = change.square().sum(-1).unflatten(-1, (kv_heads, -1)).sum(-1)
-        self._total = self._total + each.double().sum((0, 1)).cpu()
+        self._changes = self._changes + each.double().sum((0, 1)).cpu()
 
 
 def recipe_of(args: argparse.Namespace, window: int | None, budget: float) -> Recipe:
@@ -62,18 +74,19 @@ def recipe_of(args: argparse.Namespace, window: int | None, budget: float) -> Re
 
 def measured(args: argparse.Namespace, window: int) -> tuple[KvBudget, Plan, dict[str, dict[Head, float]]]:
     """(the budget, the plan without windows, what was measured of every head: weighted and unweighted, look-ups)."""
-    job = prepare(args.model, args.work / f"window-{window}", recipe_of(args, window, 1.0))
+    job = prepare(args.model, args.work / "none", recipe_of(args, window, 1.0))
     device, dense, found = torch.device("cpu"), job.dense, {}
     model = StreamedModel(dense.config, dense.raw, device)
     rules = choosing.rules(job.kv_budget)
-    for name, kind in (("weighted", Losses), ("unweighted", Changes)):
-        folder = args.work / f"window-{window}-{name}"
-        folder.mkdir(exist_ok=True)
-        gathering.Losses = kind  # which of the two calibration adds up
-        calibration = calibrate(dense, model, [], job.calibration, folder, device, lambda n: None, rules, moments=False)
-        found[name] = choosing.window_losses(job.kv_budget, calibration)
+    folder = args.work / f"window-{window}"
+    folder.mkdir()
+    Both.unweighted.clear()
+    gathering.Losses = Both
+    calibration = calibrate(dense, model, [], job.calibration, folder, device, lambda n: None, rules, moments=False)
+    found["weighted"] = choosing.window_losses(job.kv_budget, calibration)
+    by_layer = dict(zip(sorted(rules, reverse=True), Both.unweighted, strict=True))
+    found["unweighted"] = {(layer, head): by_layer[layer][head].item() for layer, head in found["weighted"]}
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    folder = args.work / f"window-{window}-weighted"
     found["look-ups"] = choosing.lookups(
         job.kv_budget, dense, model, tokenizer, job.calibration, 0, folder, device, lambda n: None
     )
