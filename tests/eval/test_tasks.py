@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ready
 import torch
 import yaml
 from pico import pico_tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
-from uptraining import on_two_processes
 
 from rrtc.errors import RrtcError, WrongUsage
 from rrtc.eval.tasks import Harness, find_tasks
@@ -230,7 +230,7 @@ def test_two_processes_share_the_items(rrt, data, tmp_path):
         "torch.distributed.destroy_process_group()\n"
     )
     settings = [recipe(data), recipe(data, task_items=1), recipe(data, tasks=["arc_easy"])]
-    run = on_two_processes(script, rrt, tmp_path / "found", *(one.model_dump_json() for one in settings))
+    run = ready.run_two([sys.executable, script, rrt, tmp_path / "found", *(one.model_dump_json() for one in settings)])
     assert run.returncode == 0, run.stderr
     model = load_for_scoring(rrt)
     alone = [scores for one in settings for scores in scored(model, one).values()]
