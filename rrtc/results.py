@@ -130,6 +130,9 @@ class ExportResult(TypedDict):
     max_logit_difference: float  # of the export, loaded in a fresh process, from the model in memory
     largest_logit: float
     rounding_logit_difference: float  # what the dtype costs by itself
+    # Of a format that attends to everything, where the model has windows: tokens and context that were scored, and the
+    # losses of the model with its windows and with full attention.
+    full_attention: NotRequired[dict[str, float]]
     quantize: NotRequired[str]  # int8 or int4
     bits_per_byte: NotRequired[dict[str, float]]  # of a quantized model, on held-out text: plain, nearest, calibrated
     read_by: NotRequired[str]  # gguf: the package whose logits were compared

@@ -5,16 +5,17 @@ machine they are made on.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from rrtc.stock.parts import Parts, watching
+from rrtc.stock.parts import Parts
 from rrtc.text.windows import Windows
 
-TOKENS_AT_ONCE = 128  # distributions of so many tokens are compared at a time, to bound memory
+# Of so many tokens there are logits, and of so many are distributions compared, at a time: both bound memory.
+LOGITS_AT_ONCE, TOKENS_AT_ONCE = 1024, 128
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,13 @@ class TokenScores:
     top1_agreement: Tensor | None = None
 
 
-def score(model, windows: Windows, reference=None) -> Scores:
+def score(model, windows: Windows, reference=None, advance=lambda: None) -> Scores:
     """Scores `model` on every token of `windows` but the first of each.
 
-    reference: a model with the same vocabulary, for KL(reference || model) and top-1 agreement.
+    reference: a model with the same vocabulary, for KL(reference || model) and top-1 agreement. advance is called after
+    each window.
     """
-    found = score_tokens(model, windows, reference=reference)[0]
+    found = score_tokens(model, windows, (), reference, advance)[0]
     loss = found.loss.double().mean().item()
     beside = () if reference is None else (t.double().mean().item() for t in (found.kl, found.top1_agreement))
     return Scores(found.loss.numel(), loss, loss / math.log(2) / windows.bytes_per_token, *beside)
@@ -60,13 +62,20 @@ def score_tokens(
     """What `score` is the mean of: of the model, and then of what it says if it is left after the layer at each of the
     places `exits`. advance is called after each window."""
     rows: list[list[Tensor]] = [[] for _ in range(1 + len(exits))]  # of each window (3 or 5, tokens)
+    ours, theirs = Parts(model), None if reference is None else Parts(reference)
     for ids in windows.ids:
         ids = ids.unsqueeze(0).to(model.device)  # (1, context)
-        targets = ids[0, 1:]
-        reference_logits = None if reference is None else reference(ids, use_cache=False).logits[0, :-1]
-        logits = _logits(model, ids, exits)
-        for row in rows:  # one table of logits at a time, so nothing here holds on to it
-            row.append(_scored(next(logits), targets, reference_logits))
+        states = _states(ours, ids, exits)
+        beside = None if theirs is None else theirs.run(ids)[0][0]
+        found: list[list[Tensor]] = [[] for _ in rows]
+        for start in range(0, ids.shape[1] - 1, LOGITS_AT_ONCE):
+            part = slice(start, start + LOGITS_AT_ONCE)
+            targets = ids[0, 1:][part]
+            reference_logits = None if beside is None else theirs.head(beside[part])[: len(targets)]
+            for pieces, hidden in zip(found, states, strict=True):
+                pieces.append(_scored(ours.head(hidden[part])[: len(targets)], targets, reference_logits))
+        for row, pieces in zip(rows, found, strict=True):
+            row.append(torch.cat(pieces, 1))
         advance()
     return [TokenScores(*torch.stack(row, 1)) for row in rows]
 
@@ -88,13 +97,7 @@ def _scored(logits: Tensor, targets: Tensor, reference_logits: Tensor | None) ->
     return torch.cat(parts, 1).cpu()
 
 
-def _logits(model, ids: Tensor, exits: Sequence[int]) -> Iterator[Tensor]:
-    """The logits (context - 1, vocabulary) that predict the next token of `ids` (1, context): in the end, and at each
-    of `exits`, one after the other."""
-    parts, outputs = Parts(model) if exits else None, []
-    with watching(outputs={parts.layers[index]: outputs.append for index in exits}):
-        final = model(ids, use_cache=False).logits[0, :-1]
-    yield final
-    del final
-    for output in outputs:
-        yield parts.head(parts.after(ids, output)[0, :-1])
+def _states(parts: Parts, ids: Tensor, exits: Sequence[int]) -> list[Tensor]:
+    """What the head is given for `ids` (1, context), (context, width): in the end, and at each of `exits`."""
+    final, outputs = parts.run(ids, exits)
+    return [final[0], *(parts.after(ids, output)[0] for output in outputs)]

@@ -28,7 +28,7 @@ WORDS = {
     "lora_init": "START", "dtype": "DTYPE", "precision": "DTYPE", "norms": "HOW", "calibrate_on": "TEXT",
     "data": "TEXT", "text": "TEXT", "text_field": "NAME", "tokens": "TOKENS", "calibrate_tokens": "TOKENS",
     "calibrate_context": "TOKENS", "measure_tokens": "TOKENS", "context": "TOKENS",
-    "sample_tokens": "TOKENS",
+    "sample_tokens": "TOKENS", "speed_context": "TOKENS",
     "passkey_lengths": "TOKENS", "data_weights": "W,W,…", "learning_rate": "RATE", "losses": "LOSS=WEIGHT",
     "shared_lr_scale": "FACTOR|visits", "teacher": "MODEL", "teacher_cache": "FOLDER", "warmup": "SHARE",
     "decay": "SHARE", "optimizer": "NAME", "schedule": "NAME", "report_to": "TRACKER", "tasks": "TASK",

@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rrtc.console import plain, table
-from rrtc.plan import SAVINGS_CONTEXT, savings
+from rrtc.plan import KV_CONTEXTS, SAVINGS_CONTEXT, savings
 from rrtc.units import count, duration, size
 
 
@@ -142,14 +142,16 @@ def report(result: dict) -> Group:
     if exits:
         rows = [[row["model"], f"{row['layers_computed']:.0%}", *_scores(row)] for row in exits]
         lines.append(table("Left early", ["model", "layers computed", *scores], rows))
-    lines += [*_tasks(models), *_passkey(models)]
+    lines += [*_tasks(models), *_passkey(models), *_cache(models)]
     scored = ", ".join(f"{name} ({count(n)} tokens)" for name, n in result["tokens"].items())
     lines += [
         plain("KL: nats per token from the dense model. top-1: share of tokens on which both agree. [95 % interval]"),
         plain(f"Scored on: {scored}"),
     ]
-    if result["speed"]:
-        ratios = (f"{what} {_ratio(result['speed'][what])}" for what in ("prefill", "decode"))
+    if speed := result["speed"]:
+        ratios = [f"{what} {_ratio(speed[what])}" for what in ("prefill", "decode")]
+        if long := speed.get("long"):
+            ratios.append(f"decode after {long['prompt_tokens']:,} tokens {_ratio(long['decode'])}")
         lines.append(plain(f"Speed, as a multiple of the dense model's (quartiles): {', '.join(ratios)}"))
     if result["source_bytes"]:
         lines.append(
@@ -208,14 +210,26 @@ def _share(score: dict) -> str:
 
 def _passkey(models: list[dict]) -> list[Table]:
     """A table of pass keys found with a row a length; [] where none was hidden."""
+    from rrtc.eval.statistics import over_depths
+
     asked = [row for row in models if "passkey" in row]
     if not asked:
         return []
-    rows = []
-    for length in dict.fromkeys(one["length"] for one in asked[0]["passkey"]):
-        shares = [[one["value"] for one in row["passkey"] if one["length"] == length] for row in asked]
-        rows.append([f"{length} tokens", *(f"{sum(share) / len(share):.0%}" for share in shares)])
+    found, rows = [over_depths(row["passkey"]) for row in asked], []
+    for length, (*_, items) in found[0].items():
+        shares = [f"{share:.0%} [{low:.0%}, {high:.0%}]" for share, low, high, _ in (one[length] for one in found)]
+        rows.append([f"{length} tokens, {items} keys", *shares])
     return [table("Pass keys found, over all depths", ["text", *(row["model"] for row in asked)], rows)]
+
+
+def _cache(models: list[dict]) -> list[Table]:
+    """A table of the KV cache with a column for each length; [] where it was not worked out, as in older reports."""
+    rows = [
+        [row["model"], *(size(row["cost"]["kv_bytes"][str(context)]) for context in KV_CONTEXTS)]
+        for row in models
+        if (row.get("cost") or {}).get("kv_bytes")
+    ]
+    return [table("KV cache", ["model", *(f"{n:,} tokens" for n in KV_CONTEXTS)], rows)] if rows else []
 
 
 def estimate(result: dict) -> Group:
@@ -263,6 +277,11 @@ def export(result: dict, folder: str) -> Group:
         f"Wrote {folder}: {result['format']}, {count(result['parameters'])} parameters, {size(result['bytes'])}. "
         f"Reloaded in a fresh process: largest logit difference {result['max_logit_difference']:.1e}."
     ]
+    if found := result.get("full_attention"):
+        lines.append(
+            f"This format attends to everything: {found['full']:.4f} nats a token on held-out text, where the model "
+            f"with its windows has {found['windows']:.4f}."
+        )
     if "quantize" in result:
         number, found = result["quantize"], result["bits_per_byte"]
         lines.append(

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from rrtc.plan import savings
+from rrtc.eval.statistics import over_depths
+from rrtc.plan import KV_CONTEXTS, SAVINGS_CONTEXT, savings
 from rrtc.units import count, size
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -38,7 +39,7 @@ def write_page(report: dict, file: Path) -> None:
         title=f"Measured against {report['against']}" + (f", {made}" if made else ""),
         verdict=_verdict(report),
         scored=", ".join(f"{name} ({count(n)} tokens)" for name, n in report["tokens"].items()),
-        tables=[table for table in (_models(report), _tasks(report), _parts(report), _cost(report)) if table.rows],
+        tables=[table for make in TABLES if (table := make(report)).rows],
         pictures=pictures(report),
         made_with=_made_with(report["made_with"]),
     )
@@ -118,25 +119,43 @@ def _parts(report: dict) -> Table:
     return Table("Parameters by part", ["model", *(PARTS[part] for part in used)], cells)
 
 
+def _passkey(report: dict) -> Table:
+    asked = [row for row in report["models"] if "passkey" in row]
+    found = [over_depths(row["passkey"]) for row in asked]
+    rows = []
+    for length, (*_, items) in (found[0] if asked else {}).items():
+        shares = ([100 * share for share in one[length][:3]] for one in found)
+        cells = [f"{share:.0f} [{low:.0f}, {high:.0f}]" for share, low, high in shares]
+        rows.append([f"{length:,} tokens ({items} keys)", *cells])
+    note = "Over all depths; the 95 % interval (Wilson's) is of each share by itself."
+    return Table("Pass keys found, in percent", ["text", *(row["model"] for row in asked)], rows, note)
+
+
 def _cost(report: dict) -> Table:
     rows = []
     for row in report["models"]:
         if "cost" in row:
             cost = row["cost"]
             peak = "–" if cost["peak_memory_bytes"] is None else size(cost["peak_memory_bytes"])
+            kept = [size(cost["kv_bytes"][str(context)]) for context in KV_CONTEXTS]
             kv = size(cost["kv_bytes_per_token"])
-            rows.append([row["model"], kv, count(cost["flops_per_token"]), peak])
+            rows.append([row["model"], *kept, kv, count(cost["flops_per_token"]), peak])
     note = " ".join([LOOPS, *_savings(report["models"])])
     if speed := report["speed"]:
-        ratios = (
-            f"{what} {speed[name]['ratio']:.2f} [{speed[name]['low']:.2f}, {speed[name]['high']:.2f}]"
-            for what, name in (("reading a prompt", "prefill"), ("generating", "decode"))
-        )
+        ratios = f"reading a prompt {_ratio(speed['prefill'])}, generating {_ratio(speed['decode'])}"
+        if "long" in speed:
+            ratios += f", generating after {speed['long']['prompt_tokens']:,} tokens {_ratio(speed['long']['decode'])}"
         note += (
             f" Speed as a multiple of the dense model's, in turn on the same machine ({speed['device']}, "
-            f"{speed['rounds']} rounds, median and quartiles): {', '.join(ratios)}."
+            f"{speed['rounds']} rounds, median and quartiles): {ratios}."
         )
-    return Table("Cost", ["model", "KV cache a token", "FLOPs a token", "peak memory"], rows, note)
+    cache = [f"KV cache at {context:,} tokens" for context in KV_CONTEXTS]
+    columns = ["model", *cache, "a token at most", "FLOPs a token", "peak memory"]
+    return Table("Cost", columns, rows, note)
+
+
+def _ratio(found: dict) -> str:
+    return f"{found['ratio']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
 
 
 def _savings(rows: list[dict]) -> Iterator[str]:
@@ -145,8 +164,8 @@ def _savings(rows: list[dict]) -> Iterator[str]:
     said: dict[str, list[str]] = {}
     for row in (row for row in measured if row["kind"] == "stage"):
         both = (row["cost"], measured[0]["cost"])  # and the dense model's
-        counts = (cost[key] for key in ("flops_per_token", "kv_bytes_per_token") for cost in both)
-        said.setdefault(savings(*counts), []).append(row["model"])
+        flops, cache = ([cost[key] for cost in both] for key in ("flops_per_token", "kv_bytes"))
+        said.setdefault(savings(*flops, *(kept[str(SAVINGS_CONTEXT)] for kept in cache)), []).append(row["model"])
     for sentence, models in said.items():
         yield sentence if len(said) == 1 else f"{', '.join(models)}: {sentence}"
 
@@ -173,3 +192,6 @@ def _made_with(made: dict) -> str:
         f"Made with {versions}; computed on {made['device']} in {made['dtype']}; seed {made['seed']}, "
         f"{made['resamples']} bootstrap samples."
     )
+
+
+TABLES = (_models, _tasks, _passkey, _parts, _cost)

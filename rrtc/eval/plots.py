@@ -11,8 +11,12 @@ from dataclasses import dataclass
 
 import matplotlib
 import numpy
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter, PercentFormatter
+
+from rrtc.plan import SAVINGS_CONTEXT
 
 WIDTH, HEIGHT = 4.4, 3.2  # inches: 422 pixels wide, about what a phone shows
 # Okabe and Ito's colors, which the color-blind can tell apart; the dense model is always the first.
@@ -22,6 +26,8 @@ STYLE = {
     "svg.hashsalt": "rrtc", "legend.frameon": False, "legend.fontsize": 8, "axes.titlesize": 9,
 }  # fmt: skip
 MOST_LABELS = 12  # of layers on an axis
+# KV heads that see a window, those whose stock layer has one, and those that see everything.
+COLORS_OF_HEADS = ("#d8d8d8", COLORS[6], COLORS[1])
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,10 @@ class Picture:
 
 def pictures(report: dict) -> list[Picture]:
     """Those that the report has figures for."""
-    makers = (_quality_and_size, _position, _tasks, _passkey, _ranks, _residuals, _exits, _training)
+    makers = (
+        _quality_and_size, _quality_and_cache, _position, _tasks, _passkey, _heads, _ranks, _residuals, _exits,
+        _training,
+    )  # fmt: skip
     with matplotlib.rc_context(STYLE):
         return [picture for maker in makers if (picture := maker(report)) is not None]
 
@@ -74,6 +83,33 @@ def _quality_and_size(report: dict) -> Picture:
 
     height = HEIGHT + 0.13 * len(rows)
     return _picture("Quality against size", "Bits per byte of each model over its parameters", draw, height)
+
+
+def _quality_and_cache(report: dict) -> Picture | None:
+    def kept(row: dict) -> int:
+        return row["cost"]["kv_bytes"][str(SAVINGS_CONTEXT)]
+
+    measured = [(number, row) for number, row in enumerate(report["models"]) if "cost" in row]
+    if not any(row["kind"] == "stage" and kept(row) < kept(measured[0][1]) for _, row in measured):
+        return None
+
+    def draw(figure):
+        axis = figure.subplots()
+        for number, row in measured:
+            score = row["scores"].get("kl", {"value": 0, "stderr": None})  # the dense model's is from itself
+            axis.errorbar(
+                kept(row), score["value"], yerr=score["stderr"] or 0, color=_color(number), capsize=3,
+                fmt="s" if row["kind"] == "baseline" else "o", label=row["model"],
+            )  # fmt: skip
+        axis.set(xlabel=f"KV cache at {SAVINGS_CONTEXT:,} tokens", ylabel="KL from dense (nats)", xlim=(0, None))
+        axis.margins(x=0.1)
+        axis.xaxis.set_major_formatter(EngFormatter("B"))
+        axis.locator_params(axis="x", nbins=5)
+        _legend(figure, len(measured))
+
+    height = HEIGHT + 0.13 * len(measured)
+    alt = f"KL of each model from the dense one over the bytes of its KV cache at {SAVINGS_CONTEXT:,} tokens"
+    return _picture("Quality against KV cache", alt, draw, height)
 
 
 def _position(report: dict) -> Picture | None:
@@ -151,6 +187,46 @@ def _passkey(report: dict) -> Picture | None:
 
     height = 0.6 + len(rows) * (0.45 + 0.3 * len(lengths))
     return _picture("Pass keys found", "Share of hidden keys that each model finds, by length and depth", draw, height)
+
+
+def _heads(report: dict) -> Picture | None:
+    layers = report["layers"]
+    if not any(one["attention"] for one in layers):
+        return None
+    heads = max(one["kv_heads"] for one in layers)
+    table = numpy.full((heads, len(layers)), numpy.nan)  # places in COLORS_OF_HEADS; nan: there is no such head
+    for place, one in enumerate(layers):
+        table[: one["kv_heads"], place] = 0 if one["attention"] else 1 if one["window"] else 2
+        table[one["attention"]["heads"] if one["attention"] else [], place] = 2
+    labels = [_window(layers), "the dense layer's own window", "everything"]
+
+    def draw(figure):
+        axis = figure.subplots()
+        axis.imshow(table, aspect="auto", cmap=ListedColormap(COLORS_OF_HEADS), vmin=0, vmax=2)
+        axis.set_xticks(numpy.arange(-0.5, len(layers)), minor=True)
+        axis.set_yticks(numpy.arange(-0.5, heads), minor=True)
+        axis.grid(False)
+        axis.grid(True, which="minor", color="white", alpha=1, linewidth=1)
+        axis.tick_params(which="minor", length=0)
+        axis.set_yticks(range(0, heads, -(-heads // MOST_LABELS)))
+        axis.set_ylabel("KV head")
+        _number_layers(axis, layers)
+        shown = [n for n in range(len(labels)) if (table == n).any()]
+        patches = [Patch(color=COLORS_OF_HEADS[n], label=labels[n]) for n in shown]
+        figure.legend(handles=patches, loc="outside lower center", ncols=2)
+
+    alt = "Which KV heads of which layers attend to everything, and which to a window"
+    return _picture("What KV heads attend to", alt, draw, 1.4 + min(0.22 * heads, 3))
+
+
+def _window(layers: list[dict]) -> str:
+    """The window of those that have one: "the last 256 and the first 4", or from least to most."""
+    parts = []
+    for which, name in (("last", "window"), ("first", "sinks")):
+        found = sorted({one["attention"][name] for one in layers if one["attention"]})
+        if found[-1]:
+            parts.append(f"the {which} {found[0]}" + (f" to {found[-1]}" if len(found) > 1 else ""))
+    return " and ".join(parts) + " tokens"
 
 
 def _ranks(report: dict) -> Picture | None:

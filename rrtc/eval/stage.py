@@ -6,6 +6,7 @@ What it returns is described in rrtc/io/report.py.
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from rrtc import __version__, machine
 from rrtc.console import note, progress, warn
 from rrtc.errors import RrtcError, WrongUsage
 from rrtc.eval.candidates import Candidate, candidates_of, check_holds_model, dense_candidate, stored_dtype
-from rrtc.eval.cost import peak_memory, speed
+from rrtc.eval.cost import peak_memory, speed, speed_after
 from rrtc.eval.measurements import Examinee, Questions
 from rrtc.eval.page import write_page
 from rrtc.eval.passkey import Probe, make_probes
@@ -30,7 +31,7 @@ from rrtc.io.source import Source, content_hash, find_base, load_tokenizer, read
 from rrtc.io.trust import text_of_folder
 from rrtc.machine import from_first_process, on_first_process
 from rrtc.plain import from_json
-from rrtc.plan import Plan
+from rrtc.plan import KV_CONTEXTS, Plan
 from rrtc.recipe.eval import EvalRecipe
 from rrtc.recipe.schema import Recipe
 from rrtc.text.windows import Windows, longest_context, scoring_texts
@@ -232,6 +233,7 @@ def _cost(candidate: Candidate, dtype: torch.dtype, questions: Questions) -> dic
         peak = on_first_process(lambda: peak_memory(candidate.folder, machine.scoring_dtype()))
     return {
         "kv_bytes_per_token": counted.kv_bytes_per_token(dtype.itemsize),
+        "kv_bytes": {str(context): counted.kv_bytes(context, dtype.itemsize) for context in KV_CONTEXTS},
         "flops_per_token": counted.flops_per_token,
         "peak_memory_bytes": peak,
     }
@@ -241,8 +243,15 @@ def _speed(dense: Examinee, examinee: Examinee, questions: Questions) -> dict | 
     rounds = questions.recipe.speed_rounds
     if not rounds:
         return None
+    pair = (dense.model, examinee.model)
     with progress("Timing dense and compressed in turn", 1 + rounds) as advance:
-        return on_first_process(lambda: speed(dense.model, examinee.model, rounds, advance))
+        found = on_first_process(lambda: speed(*pair, rounds, advance))
+    counted, context = examinee.candidate.counted, questions.recipe.speed_context
+    if isinstance(counted, Plan) and counted.is_local:
+        with progress(f"Timing both at {context:,} tokens of context", 3 + rounds) as advance:
+            after = on_first_process(lambda: speed_after(*pair, rounds, context, advance))
+        found |= {} if after is None else {"long": after}
+    return found
 
 
 def _layers(candidate: Candidate, examinee: Examinee) -> list[dict]:
@@ -262,6 +271,9 @@ def _layers(candidate: Candidate, examinee: Examinee) -> list[dict]:
                 for m in plan.matrices(visit)
             },
             "residual": residual,
+            "kv_heads": plan.architecture.layers[visit.layer].kv_heads,
+            "window": plan.architecture.layers[visit.layer].window,
+            "attention": visit.attention and asdict(visit.attention) | {"heads": list(visit.attention.heads)},
         }
         for visit, residual in zip(plan.visits, examinee.residuals(), strict=True)
     ]  # fmt: skip

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 RESAMPLES = 1000
 INTERVAL = (2.5, 97.5)  # percentiles
 BINS = 15  # of probabilities, equally wide
+NORMAL = 1.96  # standard deviations on either side that hold 95 % of a normal distribution
 FEWEST = 8  # items: a spread of fewer says little of what others would have been, and nothing where all are alike
 AT_ONCE = 50  # resamples: bounds the memory for tasks of many items
 
@@ -66,6 +67,24 @@ def estimate(values: NDArray, sizes: NDArray | None, dense: NDArray | None, seed
         return Estimate(float(ratio(values, sizes)), resampled(values))
     beside = values - numpy.asarray(dense, float)
     return Estimate(float(ratio(values, sizes)), resampled(values), float(ratio(beside, sizes)), resampled(beside))
+
+
+def wilson(found: float, items: int) -> tuple[float, float]:
+    """The 95 % interval (from, to) of a share of which `found` of `items` were counted: Wilson's (1927), which says how
+    sure even none or all of a few are."""
+    middle, spread = found + NORMAL**2 / 2, NORMAL * (found * (items - found) / items + NORMAL**2 / 4) ** 0.5
+    return max(0.0, (middle - spread) / (items + NORMAL**2)), min(1.0, (middle + spread) / (items + NORMAL**2))
+
+
+def over_depths(passkey: Sequence[dict]) -> dict[int, tuple[float, float, float, int]]:
+    """By the length of the text, of the pass keys at all depths together: (the share that was found, the ends of its
+    interval, keys). passkey: as in a row of rrtc/io/report.py."""
+    found = {}
+    for length in dict.fromkeys(one["length"] for one in passkey):
+        cells = [(one["value"] * one["items"], one["items"]) for one in passkey if one["length"] == length]
+        keys, items = (sum(column) for column in zip(*cells, strict=True))
+        found[length] = keys / items, *wilson(keys, items), items
+    return found
 
 
 def calibration_error(

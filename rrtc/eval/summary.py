@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from rrtc.eval.cache import Measurement
 from rrtc.eval.measurements import Answers, Questions
 from rrtc.eval.passkey import Probe
-from rrtc.eval.statistics import Estimate, average, calibration_error, estimate
+from rrtc.eval.statistics import Estimate, average, calibration_error, estimate, wilson
 from rrtc.eval.tasks import Task
 
 TEXT_SCORES = ("loss", "bits_per_byte", "kl", "top1_agreement")
@@ -99,7 +99,9 @@ def _passkey(probes: Sequence[Probe], found: NDArray, dense: NDArray | None, see
         chosen = numpy.array([(probe.length, probe.depth) == place for probe in probes])
         beside = None if dense is None else dense[chosen]
         score = estimate(found[chosen], None, beside, _seed(seed, *map(str, place))).as_score()
-        rows.append({"length": place[0], "depth": place[1], "items": int(chosen.sum()), **score})
+        low, high = wilson(found[chosen].sum(), int(chosen.sum()))
+        about = {"length": place[0], "depth": place[1], "items": int(chosen.sum())}
+        rows.append({**about, **score, "low": float(low), "high": float(high)})
     return rows
 
 

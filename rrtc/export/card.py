@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
+import torch
 import yaml
 
 from rrtc import __version__
@@ -14,6 +15,8 @@ from rrtc.export.formats import FORMATS
 from rrtc.io.license import forbids_derivatives
 from rrtc.io.provenance import without_places
 from rrtc.model import RrtConfig
+from rrtc.plan import KV_CONTEXTS, Plan
+from rrtc.stock.architecture import read_plan
 from rrtc.units import count, size
 
 COLUMNS = {
@@ -57,6 +60,8 @@ def write_card(
         f"{_summary(config, base)} {made_as.summary(config)}",
         "## What was tied",
         _tying(config, provenance),
+        "## What a token sees",
+        _attention(config, exported),
         "## What was measured",
         _measured(provenance, exported, report),
         "## How to load it",
@@ -123,7 +128,9 @@ def _summary(config: RrtConfig, base: dict) -> str:
     layers, slots = len(config.visits), len({visit["slot"] for visit in config.visits})
     start = f"Made from **{base.get('uri', 'a dense model')}** by rrtc {__version__}"
     if slots == layers:
-        start += f": none of its {layers} decoder layers share weights, but they have fewer of them"
+        plan = read_plan(config)
+        fewer = plan.non_embedding < plan.architecture.non_embedding
+        start += f": none of its {layers} decoder layers share weights, but they have fewer of them" if fewer else ""
     else:
         start += (
             " as a [Relaxed Recursive Transformer](https://arxiv.org/abs/2410.20672): its "
@@ -159,6 +166,53 @@ def _tying(config: RrtConfig, provenance: dict) -> str:
     lines.append(f"- Norms and biases: {'one set for each layer' if config.norms == 'per_visit' else 'shared'}")
     lines.append(f"- Set of weights that each layer uses: `{' '.join(map(str, slots))}`")
     return "\n".join(lines)
+
+
+def _attention(config: RrtConfig, exported: dict) -> str:
+    """What tokens attend to, and the KV cache that this takes."""
+    plan, made_as, dtype = read_plan(config), FORMATS[exported["format"]], getattr(torch, exported["dtype"])
+    if found := exported.get("full_attention"):
+        sees = (
+            f"All that it sees in the base model: this format cannot say which heads see a window. With full attention "
+            f"this model loses {found['full']:.4f} nats a token, and with the windows that it was made with "
+            f"{found['windows']:.4f} (on {found['tokens']} tokens of held-out text, in windows of {found['context']}). "
+            f"Figures of an evaluation below are with the windows."
+        )
+    elif plan.is_local:
+        sees = _windows(plan)
+    else:
+        sees = "What it sees in the base model."
+    cache = ", ".join(f"{size(made_as.kv_bytes(config, n, dtype))} at {n:,} tokens" for n in KV_CONTEXTS)
+    return f"{sees}\n\nThe KV cache takes {cache}{_of_dense(plan) if made_as.WINDOWS and plan.is_local else ''}."
+
+
+def _windows(plan: Plan) -> str:
+    """Which KV heads see what."""
+    heads = sum(layer.kv_heads for layer in plan.architecture.layers)
+    groups: dict[tuple[int, int], int] = {}
+    everything = []
+    for visit, layer in zip(plan.visits, plan.architecture.layers, strict=True):
+        if visit.attention is not None:
+            seen = visit.attention.window, visit.attention.sinks
+            groups[seen] = groups.get(seen, 0) + layer.kv_heads - len(visit.attention.heads)
+            everything += [f"{visit.layer}.{head}" for head in visit.attention.heads]
+        elif not layer.window:
+            everything += [f"{visit.layer}.{head}" for head in range(layer.kv_heads)]
+    lines = [
+        f"- {number} of {heads} KV heads: the last {window} tokens, itself included"
+        + (f", and the first {sinks} of its document" if sinks else "")
+        for (window, sinks), number in sorted(groups.items())
+    ]
+    if own := sum(layer.kv_heads for layer in plan.architecture.layers if layer.window):
+        lines.append(f"- {own} KV heads: the window that their layers have in the base model")
+    lines.append(f"- {len(everything)} KV heads: everything. As layer.head: `{' '.join(everything) or 'none'}`")
+    return "\n".join(lines)
+
+
+def _of_dense(plan: Plan) -> str:
+    """How much of the base model's KV cache that is."""
+    shares = [f"{plan.kv_bytes(n, 1) / plan.architecture.kv_bytes(n, 1):.3f}" for n in KV_CONTEXTS]
+    return f": {', '.join(shares)} of the base model's"
 
 
 def _lora_ranks(config: RrtConfig) -> dict[str, set[int]]:

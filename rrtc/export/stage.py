@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedConfig
 
 from rrtc.console import note, warn
@@ -18,6 +17,8 @@ from rrtc.errors import RrtcError
 from rrtc.export.card import write_card
 from rrtc.export.formats import FORMATS
 from rrtc.export.formats.recursive import recursive_config
+from rrtc.export.full_attention import TOKENS as COMPARED_TOKENS
+from rrtc.export.full_attention import context_to_measure, measure_full_attention
 from rrtc.export.quantize import BITS, check_installed, quantize
 from rrtc.export.verify import check_logits, reference
 from rrtc.io.folder import check_space, check_target, whole_folder
@@ -45,9 +46,10 @@ def export(folder: str, output: str, recipe: Recipe, report: str | None = None) 
     report: a folder with the report.json of `rrtc eval`, for the model card. Returned: format, dtype, bytes (of the
     weights files), parameters (shared ones once), max_logit_difference (of the export, loaded in a fresh process, from
     the model in memory, rounded and quantized alike), largest_logit, rounding_logit_difference (what that costs by
-    itself), files and seconds; where it was quantized also quantize and bits_per_byte, as `Quantized` has them; for the
-    GGUF format also read_by and llama_cpp, as its `verify` has them. Raises RrtcError, and leaves no folder, where the
-    export is not the same model.
+    itself), files and seconds; where it was quantized also quantize and bits_per_byte, as `Quantized` has them; where
+    it has no windows and the model has, full_attention, as `measure_full_attention` has it; for the GGUF format also
+    read_by and llama_cpp, as its `verify` has them. Raises RrtcError, and leaves no folder, where the export is not the
+    same model.
     """
     started = time.monotonic()
     source, target = Path(folder), Path(output)
@@ -61,8 +63,14 @@ def export(folder: str, output: str, recipe: Recipe, report: str | None = None) 
     cast = made_as.number_format(recipe.export.dtype, weights.dtype)
     dtype = cast or getattr(torch, weights.dtype)  # of most of what is written
     shards = parse_size(recipe.export.max_shard_size)
+    widened = not made_as.WINDOWS and read_plan(config).is_local
+    wanted = _with_text(recipe, provenance, source) if bits is not None or widened else recipe.export
     if bits is not None:
-        texts = _texts_to_quantize_by(recipe, provenance, source, config)
+        context = longest_context(config.base_config, wanted.calibrate_context)
+        calibration = calibration_windows(wanted, load_tokenizer(source), config.vocab_size, context)
+        texts = calibration, _held_out(wanted, source, config, context, MEASURED_TOKENS)
+    if widened:
+        held_out = _held_out(wanted, source, config, context_to_measure(config), COMPARED_TOKENS)
     # The quantized tensors are written while the others are still there.
     check_space(target, made_as.bytes_written(weights, config, cast) * (1 if bits is None else 2))
     base = base_seen_from(target, source, provenance)
@@ -75,8 +83,11 @@ def export(folder: str, output: str, recipe: Recipe, report: str | None = None) 
 
     if from_disk:
         note("The model does not fit into memory: it is read from disk, matrix by matrix, to be checked")
+    compared = {}
+    if widened:
+        compared["full_attention"] = measure_full_attention(source, held_out, recipe.export.format, from_disk)
     note("Computing logits to compare the export with")
-    expected = reference(source, cast, from_disk, made_as.MULTIPLIED_OUT, made_as.GENERATES)
+    expected = reference(source, cast, from_disk, made_as.MULTIPLIED_OUT, made_as.GENERATES, made_as.WINDOWS)
     gc.collect()  # the model, which the fresh process needs the memory of
     with whole_folder(target) as partial:
         parameters = made_as.write(source, partial, cast, shards)
@@ -97,6 +108,7 @@ def export(folder: str, output: str, recipe: Recipe, report: str | None = None) 
             "max_logit_difference": difference,
             "largest_logit": expected.logits.abs().max().item(),
             "rounding_logit_difference": expected.rounding,
+            **compared,
             **quantized,
             **checked,
             "files": sorted([*_files(partial), "README.md", "rrtc.yaml"]),
@@ -134,20 +146,23 @@ def check_format(recipe: ExportRecipe, base: PreTrainedConfig, parameters: int, 
     return from_disk
 
 
-def _texts_to_quantize_by(recipe: Recipe, provenance: dict, source: Path, config: RrtConfig) -> tuple[Tensor, Windows]:
-    """(token ids (windows, context) to calibrate by, windows to measure on), from the recipe's text, or from what the
-    model in `source` was trained or calibrated on."""
+def _with_text(recipe: Recipe, provenance: dict, source: Path) -> ExportRecipe:
+    """The section export with the text that the recipe names, or else that the model in `source` was trained or
+    calibrated on."""
     wanted, made = recipe.export, provenance["recipe"]
-    if not wanted.calibrate_on:
-        said = made.get("uptrain") or made.get("init") or {}
-        named, field = said.get("data") or said.get("calibrate_on") or [], said.get("text_field") or wanted.text_field
-        by_user = {*recipe.uptrain.data, *recipe.init.calibrate_on}
-        texts = text_of_folder(source, readable(named), by_user, "--calibrate-on")
-        wanted = wanted.model_copy(update={"calibrate_on": texts, "text_field": field})
-    tokenizer, context = load_tokenizer(source), longest_context(config.base_config, wanted.calibrate_context)
-    rows, field = config.vocab_size, wanted.text_field
-    held_out = held_out_windows(wanted.calibrate_on, field, tokenizer, rows, context, MEASURED_TOKENS)
-    return calibration_windows(wanted, tokenizer, rows, context), held_out
+    if wanted.calibrate_on:
+        return wanted
+    said = made.get("uptrain") or made.get("init") or {}
+    named, field = said.get("data") or said.get("calibrate_on") or [], said.get("text_field") or wanted.text_field
+    by_user = {*recipe.uptrain.data, *recipe.init.calibrate_on}
+    texts = text_of_folder(source, readable(named), by_user, "--calibrate-on")
+    return wanted.model_copy(update={"calibrate_on": texts, "text_field": field})
+
+
+def _held_out(wanted: ExportRecipe, source: Path, config: RrtConfig, context: int, tokens: int) -> Windows:
+    """So many tokens at most of what is held out of that text."""
+    tokenizer, rows = load_tokenizer(source), config.vocab_size
+    return held_out_windows(wanted.calibrate_on, wanted.text_field, tokenizer, rows, context, tokens)
 
 
 def _files(folder: Path) -> list[str]:

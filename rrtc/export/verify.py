@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,9 +26,10 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from rrtc.errors import RrtcError
-from rrtc.io.source import load_tokenizer
+from rrtc.io.source import load_tokenizer, read_config
 from rrtc.model import RrtForCausalLM
 from rrtc.model.modeling_rrt import RelaxedLinear
+from rrtc.stock.architecture import attending_to_everything
 from rrtc.text.windows import longest_context
 
 TEXT = "The quick brown fox jumps over the lazy dog, 1234567890 times."
@@ -42,7 +44,8 @@ TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 1e-3, tor
 
 @dataclass(frozen=True)
 class Reference:
-    """What the exported model must compute for `ids` (rows, tokens): `logits` (rows, tokens, vocabulary), float32.
+    """What the exported model must compute for `ids` (rows, tokens): `logits` (rows, tokens, vocabulary), float32, of
+    the last TOKENS of them.
 
     rounding: how far the written dtype alone moves a logit at most. text_ids: the token ids of TEXT.
     greedy: for a format that generates, the tokens that transformers' greedy generation adds to PROMPT tokens of the
@@ -57,17 +60,22 @@ class Reference:
 
 
 def reference(
-    folder: Path, dtype: torch.dtype | None, from_disk: bool = False, products: bool = False, generates: bool = False
+    folder: Path,
+    dtype: torch.dtype | None,
+    from_disk: bool = False,
+    products: bool = False,
+    generates: bool = False,
+    windows: bool = True,
 ) -> Reference:
     """Runs the recursive model in `folder`, rounded to `dtype` (None: as the folder has it) as the export will be.
 
     from_disk: no more of it is in memory than the matrix that computes. products: each W' + B·A is rounded, not its
-    parts. generates: greedy text is wanted too. Raises RrtcError for a folder whose weights are not those its config
-    tells of, or whose model computes no numbers.
+    parts. generates: greedy text is wanted too. windows: as in `loaded`. Raises RrtcError for a folder whose weights
+    are not those its config tells of, or whose model computes no numbers.
     """
     text_ids = load_tokenizer(folder)(TEXT)["input_ids"]
-    with _placed(from_disk) as placed:
-        model = _loaded(folder, placed)
+    with placed(from_disk) as there:
+        model = loaded(folder, there, windows)
         ids = fixed_ids(model.config)
         logits = logits_of(model, ids)
         if not torch.isfinite(logits).all():
@@ -80,11 +88,15 @@ def reference(
     return Reference(ids, rounded, (rounded - logits).abs().max().item(), text_ids, greedy)
 
 
-def _loaded(folder: Path, placed: dict) -> RrtForCausalLM:
+def loaded(folder: Path, there: dict, windows: bool = True) -> RrtForCausalLM:
+    """The recursive model in `folder`, in float32 and eval mode. there: what `placed` gives. windows: whether visits
+    see the windows that they have there, or everything. Raises RrtcError as `reference` does."""
+    config = read_config(folder)
     try:
         model, info = RrtForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **placed
-        )
+            folder, config=config if windows else attending_to_everything(config), dtype=torch.float32,
+            output_loading_info=True, ignore_mismatched_sizes=True, **there,
+        )  # fmt: skip
     except (LookupError, TypeError, ValueError) as error:  # of the model class, about visits that cannot be
         raise RrtcError(f"The config in {folder} does not describe a model: {error}") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -95,15 +107,17 @@ def _loaded(folder: Path, placed: dict) -> RrtForCausalLM:
 
 
 def fixed_ids(config) -> Tensor:
-    """Token ids (rows, tokens) spread over the whole vocabulary, the same every time."""
-    tokens = longest_context(config, TOKENS)
+    """Token ids (rows, tokens) spread over the whole vocabulary, the same every time. Where visits see a window, the
+    last TOKENS of them do not see the first."""
+    seen = [visit["attention"] for visit in getattr(config, "visits", ()) if visit.get("attention")]
+    tokens = longest_context(config, TOKENS + max((one["window"] + one["sinks"] for one in seen), default=0))
     return (torch.arange(ROWS * tokens) * 7919 % config.get_text_config().vocab_size).view(ROWS, tokens)
 
 
 @torch.inference_mode()
 def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
-    """(rows, tokens, vocabulary), float32."""
-    return model(ids, use_cache=False).logits.float()
+    """Of the last TOKENS of them, (rows, tokens, vocabulary), float32."""
+    return model(ids, use_cache=False, logits_to_keep=TOKENS).logits.float()
 
 
 def greedy_of(model: nn.Module, prompt: Tensor) -> list[tuple[int, float]]:
@@ -155,7 +169,7 @@ def _product_forward(module: RelaxedLinear, dtype: torch.dtype):
 
 
 @contextlib.contextmanager
-def _placed(from_disk: bool):
+def placed(from_disk: bool) -> Iterator[dict]:
     """What from_pretrained is told so that the model stays in its files, where it should."""
     with tempfile.TemporaryDirectory(prefix="rrtc-verify-") as scratch:
         # accelerate asks for the folder, and writes nothing into it where the weights are safetensors already.
@@ -243,6 +257,7 @@ def in_fresh_process(program: str, about: dict, expected: Reference, failed: str
     with tempfile.TemporaryDirectory(prefix="rrtc-verify-") as scratch:
         job = about | {
             "ids": expected.ids.tolist(),
+            "logits_to_keep": expected.logits.shape[1],
             "text": TEXT,
             "prompt": expected.ids[0, :PROMPT].tolist(),
             "new_tokens": len(expected.greedy),

@@ -21,17 +21,21 @@ models         a row a model, dense first, then the stages that the folder went 
                    tasks            by name: {metric, items, and a score, a share from 0 to 1}
                    task_average     score: the mean over these tasks
                    passkey          a list of {length (tokens), depth (share from 0, the start, to 1), items, and a
-                                    score: the share of keys that were found}
-                   cost             kv_bytes_per_token, flops_per_token, peak_memory_bytes (of a process that has
-                                    loaded the model in made_with's dtype, while it generates; or null)
+                                    score: the share of keys that were found, from low to high (its 95 % interval, by
+                                    Wilson)}
+                   cost             kv_bytes_per_token (where nothing is let go of), kv_bytes (by the number of tokens
+                                    in the context), flops_per_token, peak_memory_bytes (of a process that has loaded
+                                    the model in made_with's dtype, while it generates; or null)
                where the last four are in the rows for which they were measured
 not_run        what was asked for and not measured: a list of {task, why}
 layers         a dict a layer of the compressed model: layer, slot, loop, tied (whether others share the slot), ranks
                (by matrix; null where a matrix is full), residual (share of the energy of the hidden states after this
-               layer that differs from the dense model's; null where that has other layers). [] where the folder holds
-               a dense form, or several are compared
+               layer that differs from the dense model's; null where that has other layers), kv_heads (0: not known),
+               window (of the dense model's layer; 0: none), attention (null where it attends to what that does, else
+               window, sinks and heads, as in the plan). [] where the folder holds a dense form, or several are compared
 speed          null, or the compressed model's speed over the dense one's, measured in turn: device, rounds,
-               prompt_tokens, new_tokens, and for each of prefill and decode {ratio, low, high} (median and quartiles)
+               prompt_tokens, new_tokens, and for each of prefill and decode {ratio, low, high} (median and quartiles);
+               where visits see a window, also long: prompt_tokens, new_tokens and decode after a long prompt
 training       the training curve of each stage that has one: stage, and points: [tokens, loss, kl or null]
 source_bytes   the size of the file the dense model was read from, where that is a GGUF
 samples        a continuation by each model: model, text
@@ -46,10 +50,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from rrtc.errors import RrtcError
 from rrtc.plain import read_json
+from rrtc.plan import KV_CONTEXTS
 
 SCHEMA = 2
 FILE = "report.json"
@@ -94,15 +99,26 @@ class _Task(_Score):
 
 
 class _Passkey(_Score):
+    value: float = Field(ge=0, le=1)
     length: int
     depth: float
-    items: int
+    items: int = Field(ge=1, le=10**12)
+    low: float = 0.0  # reports of older versions have no interval
+    high: float = 1.0
 
 
 class _Cost(_Part):
     kv_bytes_per_token: int
+    kv_bytes: dict[str, int] = {}  # reports of older versions have none
     flops_per_token: int
     peak_memory_bytes: int | None
+
+    @field_validator("kv_bytes")
+    @classmethod
+    def _at_every_context(cls, value: dict[str, int]) -> dict[str, int]:
+        if value and value.keys() != {str(context) for context in KV_CONTEXTS}:
+            raise ValueError("the KV cache is not that of the usual contexts")
+        return value
 
 
 class _Row(_Part):
@@ -136,13 +152,17 @@ class _Ratio(_Part):
     high: float
 
 
-class _Speed(_Part):
-    device: str
-    rounds: int
+class _Decoding(_Part):
     prompt_tokens: int
     new_tokens: int
-    prefill: _Ratio
     decode: _Ratio
+
+
+class _Speed(_Decoding):
+    device: str
+    rounds: int
+    prefill: _Ratio
+    long: _Decoding | None = None
 
 
 class _NotRun(_Part):

@@ -40,6 +40,13 @@ class EvalRecipe(Section):
     speed_rounds: int = Field(
         5, ge=0, le=1000, description="Rounds in which dense and compressed are timed in turn; 0: none."
     )
+    speed_context: int = Field(
+        8192,
+        ge=8,
+        le=10**9,
+        description="Where visits see a window, they are also timed at the end of so many tokens of context, or of the "
+        "model's longest.",
+    )
     baselines: bool = Field(
         False, description="Also make and measure what untied low rank and dropping layers give at the same size."
     )

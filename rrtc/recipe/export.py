@@ -28,8 +28,9 @@ class ExportRecipe(Section):
     )
     calibrate_on: list[str] = Field(
         [],
-        description="For quantize: text to learn from, as uptrain's data. By default what the model was trained on, or "
-        "calibrated on, as the folder names it: files are read, a dataset of the hub only where a recipe names it too.",
+        description="For quantize: text to learn from, as uptrain's data; and for a format without windows, to measure "
+        "a model on that has some. By default what the model was trained on, or calibrated on, as the folder names it: "
+        "files are read, a dataset of the hub only where a recipe names it too.",
     )
     calibrate_tokens: int = Field(16_384, ge=1, le=10**12, description="For quantize: tokens of that text in all.")
     calibrate_context: int = Field(512, ge=8, le=10**9, description="For quantize: tokens in one window of that text.")

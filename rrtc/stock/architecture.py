@@ -1,6 +1,7 @@
 """What a dense model is made of, read off its config alone: the stock model is built without storage and looked at."""
 
 import contextlib
+import copy
 from dataclasses import replace
 
 from accelerate import init_empty_weights
@@ -135,6 +136,13 @@ def read_architecture(config: PreTrainedConfig) -> Architecture:
 def read_plan(config: RrtConfig) -> Plan:
     """The plan by which the recursive model of `config` was made."""
     return Plan(read_architecture(config.base_config), read_visits(config.visits), config.norms)
+
+
+def attending_to_everything(config: RrtConfig) -> RrtConfig:
+    """The config of the same model without the windows of its visits. `config` stays as it is."""
+    changed = copy.deepcopy(config)
+    changed.visits = [{key: value for key, value in visit.items() if key != "attention"} for visit in config.visits]
+    return changed
 
 
 def _kv_heads(layer: nn.Module, kv_width: int) -> int:

@@ -10,6 +10,7 @@ import pytest
 
 from rrtc.eval.page import write_page
 from rrtc.io.report import KEYS
+from rrtc.plan import KV_CONTEXTS
 
 LENGTHS, DEPTHS = (256, 512), (0.0, 0.5, 1.0)
 
@@ -43,7 +44,9 @@ def row(name: str, kind: str, bits: float, dense: float | None = 1.1837, share: 
             for length in LENGTHS
             for depth in DEPTHS
         ]
-        made["cost"] = {"kv_bytes_per_token": 23040, "flops_per_token": 2.7e8, "peak_memory_bytes": 841_500_000}
+        cache = {str(context): context * 23040 for context in KV_CONTEXTS}
+        made["cost"] = {"kv_bytes_per_token": 23040, "kv_bytes": cache, "flops_per_token": 2.7e8,
+                        "peak_memory_bytes": 841_500_000}  # fmt: skip
     return made
 
 
@@ -52,7 +55,8 @@ def report() -> dict:
     """One with everything in it."""
     layers = [
         {"layer": n, "slot": n % 15, "loop": n // 15, "tied": 0 < n < 29,
-         "ranks": {"self_attn.q_proj": 12, "mlp.up_proj": None if n in (0, 29) else 3 * n}, "residual": 0.01 * n}
+         "ranks": {"self_attn.q_proj": 12, "mlp.up_proj": None if n in (0, 29) else 3 * n}, "residual": 0.01 * n,
+         "kv_heads": 3, "window": 0, "attention": None}
         for n in range(30)
     ]  # fmt: skip
     return {
@@ -175,3 +179,31 @@ def test_reports_at_their_limits(report, tmp_path):
     report["of"] = None
     _, page = page_of(report, tmp_path)
     assert page.tags.count("img") == 8 and "±" not in " ".join(page.words).replace("(±", "")
+
+
+def with_windows(report: dict) -> dict:
+    """`report`, as one of a model whose KV heads mostly see a window."""
+    for n, layer in enumerate(report["layers"]):
+        if n % 3:
+            layer["attention"] = {"window": 256, "sinks": 4, "heads": [n % 2] if n % 5 == 0 else []}
+        else:
+            layer["window"] = 512 * (n % 2)
+    for one, kept in zip([one for one in report["models"] if "cost" in one], (1, 0.2, 0.2, 0.9), strict=True):
+        one["cost"]["kv_bytes"] = {str(context): int(context * 23040 * kept) for context in KV_CONTEXTS}
+    report["speed"]["long"] = {
+        "prompt_tokens": 8160, "new_tokens": 32, "decode": {"ratio": 1.63, "low": 1.6, "high": 1.7},
+    }  # fmt: skip
+    return report
+
+
+def test_a_model_with_windows_has_pictures_of_its_heads_and_of_its_cache(report, tmp_path):
+    _, page = page_of(with_windows(report), tmp_path)
+    words = " ".join(" ".join(page.words).split())
+    for said in (
+        "Which KV heads of which layers attend to everything, and which to a window",
+        "KL of each model from the dense one over the bytes of its KV cache at 8,192 tokens",
+        "188.7 MB", "37.75 MB", "saves 80.0% of the KV cache at 8,192 tokens of context",
+        "generating after 8,160 tokens 1.63 [1.60, 1.70]", "256 tokens (12 keys) 75 [47, 91]",
+    ):  # fmt: skip
+        assert said in words, said
+    assert page.tags.count("img") == 10

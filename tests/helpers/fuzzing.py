@@ -363,8 +363,9 @@ def sample_report() -> dict:
             "parts": {"embeddings": 30_000, "shared": 70_000}, "scores": texts,
             "texts": {"held out": texts}, "by_position": [{"from": 1, "to": 16, "loss": score(1.5, other)}],
             "tasks": {"piqa": {"metric": "acc", "items": 50, **score(0.6, other)}}, "task_average": score(0.6, other),
-            "passkey": [{"length": 256, "depth": 0.5, "items": 4, **score(0.7, other)}],
-            "cost": {"kv_bytes_per_token": 100, "flops_per_token": 1000, "peak_memory_bytes": None},
+            "passkey": [{"length": 256, "depth": 0.5, "items": 4, **score(0.7, other), "low": 0.3, "high": 0.9}],
+            "cost": {"kv_bytes_per_token": 100, "kv_bytes": {"2048": 204_800, "8192": 819_200, "32768": 3_276_800},
+                     "flops_per_token": 1000, "peak_memory_bytes": None},
         }  # fmt: skip
 
     ratio = {"ratio": 1.0, "low": 0.9, "high": 1.1}
@@ -373,7 +374,8 @@ def sample_report() -> dict:
         "made_with": {"versions": {"rrtc": "0"}, "device": "cpu", "dtype": "float32", "seed": 0, "resamples": 1000},
         "tokens": {"held out": 1000}, "models": [row("dense", "dense"), row("after init", "stage"), row("e", "exit")],
         "not_run": [{"task": "x", "why": "It is not there."}], "layers": [],
-        "speed": {"device": "cpu", "rounds": 1, "prompt_tokens": 8, "new_tokens": 8, "prefill": ratio, "decode": ratio},
+        "speed": {"device": "cpu", "rounds": 1, "prompt_tokens": 8, "new_tokens": 8, "prefill": ratio, "decode": ratio,
+                  "long": {"prompt_tokens": 64, "new_tokens": 8, "decode": ratio}},
         "training": [{"stage": "uptrain", "points": [[64, 5.0, None]]}], "source_bytes": 5,
         "samples": [{"model": "dense", "text": "Hello."}],
     }  # fmt: skip

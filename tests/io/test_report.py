@@ -37,6 +37,15 @@ def test_a_whole_report_is_read(tmp_path, write):
     assert read_report(tmp_path) == sample_report()
 
 
+def test_a_report_of_an_older_version_is_read(tmp_path, write):
+    report = sample_report()
+    for row in report["models"]:
+        del row["cost"]["kv_bytes"], row["passkey"][0]["low"], row["passkey"][0]["high"]
+    del report["speed"]["long"]
+    write(report)
+    assert read_report(tmp_path) == report
+
+
 def test_a_value_of_another_kind_anywhere_is_damage(tmp_path, write):
     report = sample_report()
     places = [(inside, key) for inside, key in every_key(report) if key != "schema"]
@@ -65,6 +74,9 @@ def test_rows_that_do_not_go_together_are_damage(tmp_path, write):
         lambda rows: rows[2].pop("layers_computed"),
         lambda rows: rows[1]["scores"].update(other=rows[1]["scores"]["loss"]),
         lambda rows: rows[1].pop("scores"),
+        lambda rows: rows[1]["cost"]["kv_bytes"].pop("8192"),
+        lambda rows: rows[1]["passkey"][0].update(items=0),
+        lambda rows: rows[1]["passkey"][0].update(value=1.5),
     ):
         report = sample_report()
         spoil(report["models"])

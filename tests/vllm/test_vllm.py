@@ -18,7 +18,9 @@ from exports import IDS, make_rrt, recipe
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from windowed import see_windows
 
+from rrtc.errors import RrtcError
 from rrtc.export import stage
 from rrtc.model import RrtConfig, RrtForCausalLM, RrtModel
 from rrtc.model.modeling_rrt import RelaxedLinear
@@ -60,8 +62,9 @@ class Replicated(nn.Module):
 class Attention:
     """In the place of vLLM's attention of one layer, with a KV cache of its own. One sequence, all heads."""
 
-    def __init__(self):
+    def __init__(self, sliding_window: int | None = None):
         self.keys = self.values = None
+        self.sliding_window = sliding_window  # keys that a query sees, its own included
 
     def __call__(self, query, key, value, scaling):  # (1, heads, tokens, width) each
         self.keys = key if self.keys is None else torch.cat([self.keys, key], 2)
@@ -69,6 +72,8 @@ class Attention:
         groups, new, past = query.shape[1] // key.shape[1], query.shape[2], self.keys.shape[2]
         keys, values = (x.repeat_interleave(groups, 1) for x in (self.keys, self.values))
         visible = torch.ones(new, past, dtype=torch.bool).tril(past - new)
+        if self.sliding_window:
+            visible = visible.triu(past - new - self.sliding_window + 1)
         return nn.functional.scaled_dot_product_attention(query, keys, values, visible, scale=scaling)
 
 
@@ -114,7 +119,10 @@ def backend(monkeypatch):
 
 
 def as_vllm_builds(folder: Path) -> RrtModel:
-    config = AutoConfig.from_pretrained(folder)
+    return build(AutoConfig.from_pretrained(folder))
+
+
+def build(config: RrtConfig) -> RrtModel:
     config.get_text_config()._attn_implementation = "vllm"
     config.dtype = torch.float32
     with torch.device("meta"):
@@ -139,6 +147,32 @@ def test_the_backend_finds_one_attention_module_for_each_visit(architecture, nor
     assert sorted(found) == list(range(model.config.num_hidden_layers)) and all(type(i) is int for i in found)
 
 
+def filled(model: RrtModel, whole: RrtForCausalLM) -> RrtModel:
+    """`model`, which is on the meta device, with the weights of `whole`."""
+    model = model.to_empty(device="cpu")
+    given = {name.removeprefix("model."): tensor for name, tensor in whole.state_dict().items()}
+    model.load_state_dict({name: given[name] for name in model.state_dict()})
+    for name, buffer in whole.named_buffers():  # vLLM leaves buffers where they are
+        model.get_buffer(name.removeprefix("model.")).copy_(buffer)
+    return model
+
+
+def in_steps(model: RrtModel, ids: torch.Tensor, instances: dict[int, Attention]) -> torch.Tensor:
+    """The hidden states (1, tokens, width) of `ids` (1, 24), read in parts, each attention with its own cache."""
+    return torch.cat(
+        [
+            model(
+                input_ids=part, inputs_embeds=None, use_cache=False, position_ids=positions[None],
+                attention_instances=instances, return_dict=False,
+            )[0]
+            for part, positions in zip(
+                ids.split([20, 1, 1, 2], 1), torch.arange(ids.shape[1]).split([20, 1, 1, 2]), strict=True
+            )
+        ],
+        1,
+    )  # fmt: skip
+
+
 @torch.inference_mode()
 @pytest.mark.parametrize("norms", ["per_visit", "shared"])
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "smollm3"])
@@ -149,41 +183,44 @@ def test_it_computes_the_same_with_vllms_layers_and_one_kv_cache_for_each_visit(
     expected = whole(ids, output_hidden_states=True).hidden_states[-1]
     model = as_vllm_builds(folder).eval()
     assert replace_linears(model) == len({w for n, w in whole.named_parameters() if ".shared." in n and w.dim() == 2})
-    model = model.to_empty(device="cpu")
-    given = {name.removeprefix("model."): tensor for name, tensor in whole.state_dict().items()}
-    model.load_state_dict({name: given[name] for name in model.state_dict()})
-    for name, buffer in whole.named_buffers():  # vLLM leaves buffers where they are
-        model.get_buffer(name.removeprefix("model.")).copy_(buffer)
     instances = {number: Attention() for number in range(model.config.num_hidden_layers)}
-    states = [
-        model(
-            input_ids=part, inputs_embeds=None, use_cache=False, position_ids=positions[None],
-            attention_instances=instances, return_dict=False,
-        )[0]
-        for part, positions in zip(
-            ids.split([20, 1, 1, 2], 1), torch.arange(ids.shape[1]).split([20, 1, 1, 2]), strict=True
-        )
-    ]  # fmt: skip
-    torch.testing.assert_close(torch.cat(states, 1), expected, atol=1e-5, rtol=0)
+    states = in_steps(filled(model, whole), ids, instances)
+    torch.testing.assert_close(states, expected, atol=1e-5, rtol=0)
     assert {instance.keys.shape[2] for instance in instances.values()} == {ids.shape[1]}
 
 
 class Backend(nn.Module):
-    """In the place of vLLM's TransformersForCausalLM: it finds the attention modules by walking down the model."""
+    """In the place of vLLM's TransformersForCausalLM: it finds the attention modules by walking down the model, and
+    makes attention layers by what the config says then."""
 
     def __init__(self, *, vllm_config, prefix=""):
         super().__init__()
-        self.model = vllm_config
-        self.text_config = self.model.config.get_text_config()
+        self.config = vllm_config.model_config.hf_config
+        self.text_config = self.config.get_text_config()
+        self.model = build(self.config)
         self.logits_processor = types.SimpleNamespace(scale=1.0)
         self.attention_fusers = {}
         self.recursive_replace()
+        self.attention_instances = self.create_attention_instances()
 
     def recursive_replace(self):
         self.kinds = {path: type(module) for path, module in self.named_modules()}
         for path, module in self.named_modules():
             if "= ALL_ATTENTION_FUNCTIONS" in inspect.getsource(type(module).forward):
                 self.attention_fusers[module.layer_idx] = path, "a fuser"
+
+    def create_attention_instances(self):
+        types = getattr(self.text_config, "layer_types", None)
+        return {
+            number: Attention(
+                self.text_config.sliding_window if types and types[number] == "sliding_attention" else None
+            )
+            for number in range(self.text_config.num_hidden_layers)
+        }
+
+
+def config_for_vllm(folder: Path):
+    return types.SimpleNamespace(model_config=types.SimpleNamespace(hf_config=AutoConfig.from_pretrained(folder)))
 
 
 @pytest.fixture
@@ -202,7 +239,7 @@ def vllm_model(monkeypatch):
 def test_vllm_finds_the_number_of_a_visit_and_no_other_in_the_name_of_its_attention(
     architecture, tmp_path, backend, vllm_model
 ):
-    model = vllm_model.RrtForCausalLM(vllm_config=as_vllm_builds(make_rrt(tmp_path, architecture)))
+    model = vllm_model.RrtForCausalLM(vllm_config=config_for_vllm(make_rrt(tmp_path, architecture)))
     assert model.attention_fusers.keys() == set(range(6))
     for number, (path, fuser) in model.attention_fusers.items():
         assert [int(part) for part in path.split(".") if part.isdigit()] == [number]
@@ -210,8 +247,63 @@ def test_vllm_finds_the_number_of_a_visit_and_no_other_in_the_name_of_its_attent
     assert model.logits_processor.scale == (0.5 if architecture == "granite" else 1.0)
 
 
+WHOLE = {"window": 8, "sinks": 0, "heads": []}  # as wide as those that the stock layers of pico models have
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "smollm3"])
+def test_windows_of_whole_visits_are_vllms_windows(architecture, tmp_path, backend, vllm_model):
+    folder = see_windows(make_rrt(tmp_path, architecture), (WHOLE, None))
+    whole = RrtForCausalLM.from_pretrained(folder).eval()
+    expected = whole(IDS[:1], output_hidden_states=True).hidden_states[-1]
+    asked = config_for_vllm(folder)
+    config = asked.model_config.hf_config
+    before = {name: vars(config.base_config).get(name) for name in ("layer_types", "sliding_window")}
+    for _ in range(2):  # as often as vLLM builds it
+        made = vllm_model.RrtForCausalLM(vllm_config=asked)
+    assert {name: vars(config.base_config).get(name) for name in before} == before
+    assert [visit.get("attention") for visit in config.visits] == [v.get("attention") for v in whole.config.visits]
+    windows = {number for number, instance in made.attention_instances.items() if instance.sliding_window == 8}
+    own = {n for n, kind in enumerate(before["layer_types"] or []) if kind == "sliding_attention"}
+    assert windows == own | {n for n, visit in enumerate(config.visits) if "attention" in visit} != own
+    found = in_steps(filled(made.model.eval(), whole), IDS[:1], made.attention_instances)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    full = in_steps(made.model, IDS[:1], {number: Attention() for number in made.attention_instances})
+    assert (full - expected).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kinds", "sentence"),
+    [
+        (
+            "llama",
+            ({"window": 8, "sinks": 0, "heads": [1]},),
+            "in layer 0 only some KV heads see a window, and it knows",
+        ),
+        (
+            "llama",
+            (None, {"window": 8, "sinks": 2, "heads": []}),
+            "in layer 1 the first tokens stay in sight, and it k",
+        ),
+        ("llama", (WHOLE, WHOLE | {"window": 9}), "whose layers have windows of 8 and 9 tokens: it knows one width"),
+        ("gemma3", (WHOLE | {"window": 20},), "whose layers have windows of 8 and 20 tokens: it knows one width"),
+    ],
+)
+def test_what_vllm_cannot_be_told_is_refused(architecture, kinds, sentence, tmp_path, backend, vllm_model):
+    folder = see_windows(make_rrt(tmp_path, architecture), kinds)
+    with pytest.raises(RrtcError, match=f"vLLM cannot run this model.* {sentence}"):
+        vllm_model.RrtForCausalLM(vllm_config=config_for_vllm(folder))
+
+
+def test_a_vllm_that_does_not_take_the_windows_is_noticed(tmp_path, backend, vllm_model, monkeypatch):
+    folder = see_windows(make_rrt(tmp_path), (WHOLE,))
+    monkeypatch.setattr(Backend, "create_attention_instances", lambda self: {n: Attention() for n in range(6)})
+    with pytest.raises(RrtcError, match="This vLLM does not give layer 0 the window of 8 tokens that it has"):
+        vllm_model.RrtForCausalLM(vllm_config=config_for_vllm(folder))
+
+
 def test_modules_with_relaxed_matrices_have_a_class_of_their_own_for_vllm(tmp_path, backend, vllm_model):
-    model = vllm_model.RrtForCausalLM(vllm_config=as_vllm_builds(own_first(tmp_path)))
+    model = vllm_model.RrtForCausalLM(vllm_config=config_for_vllm(own_first(tmp_path)))
     holders = {False: set(), True: set()}
     for path, module in model.named_modules():
         if ".loops." in path and path.endswith((".self_attn", ".mlp")):
@@ -234,6 +326,7 @@ def test_vllm_computes_what_transformers_does(tmp_path):
         make_rrt(tmp_path / "llama", "llama", "shared", **HEADS): 1e-4,
         make_rrt(tmp_path / "gemma3", "gemma3", **HEADS): 1e-4,  # windows of 8 tokens
         make_rrt(tmp_path / "granite", "granite", hidden_size=128): 1e-4,  # divides its logits
+        see_windows(make_rrt(tmp_path / "windows", **HEADS), (WHOLE, None)): 1e-4,
         int4: 0.1,  # in bfloat16, the only format that all of vLLM's kernels for it compute in
     }
     formats = {folder: "bfloat16" if folder == int4 else "float32" for folder in tolerances}

@@ -5,11 +5,13 @@
     TIMES_IN_MEMORY    how many times the model is in memory while it is made, in float32
     MULTIPLIED_OUT     whether each W' + B·A is one matrix in it, and rounded as one
     GENERATES          whether the fresh process that checks it also generates text greedily
+    WINDOWS            whether visits see in it the windows that they have; else it attends to everything
     check              raises RrtcError where what the format takes is not installed, or the model cannot have it
     number_format      the dtype its tensors are cast to
     bytes_written      about how many bytes will be written
     write              writes it, without checking it
     weights_bytes      the size of its weights files
+    kv_bytes           the bytes of its KV cache at a context, in the number format it is computed with
     verify             loads it in a fresh process, and compares what that computes
     summary            for the card: what this format is
     limits             for the card: what it does not do

@@ -34,6 +34,7 @@ LIBRARY, TAGS = "transformers", ()
 FROM_DISK, TIMES_IN_MEMORY = True, 1
 MULTIPLIED_OUT = True
 GENERATES = False
+WINDOWS = False
 
 LIMITS = """- This format has the size of the original: what was saved is in the recursive format, not here.
 - It computes what the recursive format does: what tying cost is above, as far as it was measured."""
@@ -129,6 +130,11 @@ def stock_class(config: RrtConfig) -> str:
 def weights_bytes(folder: Path) -> int:
     """The size of the weights files in `folder`."""
     return Weights(folder).bytes_on_disk
+
+
+def kv_bytes(config: RrtConfig, context: int, dtype: torch.dtype) -> int:
+    """Bytes of the KV cache after `context` tokens, computed with `dtype`."""
+    return read_architecture(config.base_config).kv_bytes(context, dtype.itemsize)
 
 
 def verify(folder: Path, expected: Reference, dtype: torch.dtype, from_disk: bool) -> tuple[float, dict]:

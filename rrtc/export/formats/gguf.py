@@ -32,6 +32,7 @@ LIBRARY, TAGS = "llama.cpp", ("gguf",)
 FROM_DISK, TIMES_IN_MEMORY = False, 1
 MULTIPLIED_OUT = True
 GENERATES = True
+WINDOWS = False
 
 VARIABLE, SCRIPT = "RRTC_LLAMA_CPP", "convert_hf_to_gguf.py"
 WHERE = (
@@ -132,6 +133,11 @@ def gguf_file(folder: Path) -> Path:
 def weights_bytes(folder: Path) -> int:
     """The size of the GGUF file in `folder`."""
     return gguf_file(folder).stat().st_size
+
+
+def kv_bytes(config: RrtConfig, context: int, dtype: torch.dtype) -> int:
+    """Bytes of the KV cache after `context` tokens: llama.cpp's is in float16, whatever the weights are in."""
+    return dense.kv_bytes(config, context, torch.float16)
 
 
 def verify(folder: Path, expected: Reference, dtype: torch.dtype, from_disk: bool) -> tuple[float, dict]:

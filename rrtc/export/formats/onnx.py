@@ -31,7 +31,7 @@ from rrtc.io.shard_writer import check_fits
 from rrtc.io.source import load_tokenizer
 from rrtc.io.weights import Weights, disk_error
 from rrtc.model import RrtConfig, RrtForCausalLM
-from rrtc.plan import savings
+from rrtc.plan import SAVINGS_CONTEXT, savings
 from rrtc.recipe.export import ExportRecipe
 from rrtc.stock.architecture import read_plan
 
@@ -39,6 +39,7 @@ LIBRARY, TAGS = "transformers.js", ("onnx",)
 FROM_DISK, TIMES_IN_MEMORY = False, 2  # beside the model, its graph has it once more
 MULTIPLIED_OUT = False
 GENERATES = True
+WINDOWS = False
 
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
 GRAPH, DATA = "onnx/model.onnx", "onnx/model.onnx_data"
@@ -51,7 +52,14 @@ FOLDED = 1024  # elements: larger constants are not worked out in advance, which
 
 
 def check(recipe: ExportRecipe, base: PreTrainedConfig, made: RrtConfig | None = None) -> None:
-    """Raises RrtcError where the packages of the extra `onnx` are not installed."""
+    """Raises RrtcError where the packages of the extra `onnx` are not installed, and for a model whose visits see
+    windows."""
+    if made is not None and read_plan(made).is_local:
+        raise RrtcError(
+            "The ONNX format has one length for the whole KV cache, and heads that see a window would each need an "
+            "input of their own.",
+            "Export it with --format recursive.",
+        )
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise RrtcError(
@@ -264,6 +272,11 @@ def weights_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in (folder / GRAPH).parent.glob("*"))
 
 
+def kv_bytes(config: RrtConfig, context: int, dtype: torch.dtype) -> int:
+    """Bytes of the KV cache after `context` tokens: every position in float32, whatever the weights are in."""
+    return context * read_plan(config).architecture.kv_bytes_per_token(torch.float32.itemsize)
+
+
 def verify(folder: Path, expected: Reference, dtype: torch.dtype, from_disk: bool) -> tuple[float, dict]:
     """(the largest difference of a logit, nothing else that was measured). Raises RrtcError as `check_loaded` does."""
     return check_loaded(folder, expected, dtype, program="reload_onnx.py"), {}
@@ -275,7 +288,7 @@ def summary(config: RrtConfig) -> str:
 
 def limits(exported: dict, config: RrtConfig) -> str:
     plan = read_plan(config)
-    cache = plan.architecture.kv_bytes_per_token(1)  # whatever the plan saves of it, the graph keeps every position
+    cache = kv_bytes(config, SAVINGS_CONTEXT, torch.float32)
     saved = savings(plan.flops_per_token, plan.architecture.flops_per_token, cache, cache)
     return f"""- Tying saves download and disk. {saved} It passes through {len(plan.visits)} layers, and the \
 cache of each keeps every position.

@@ -27,6 +27,7 @@ LIBRARY, TAGS = "transformers", ("custom_code",)
 FROM_DISK, TIMES_IN_MEMORY = True, 1
 MULTIPLIED_OUT = False
 GENERATES = False
+WINDOWS = True
 
 # AutoModel is there for vLLM, which refuses remote code without it.
 AUTO_MAP = {
@@ -116,6 +117,11 @@ def recursive_config(folder: Path) -> RrtConfig:
 def weights_bytes(folder: Path) -> int:
     """The size of the weights files in `folder`."""
     return Weights(folder).bytes_on_disk
+
+
+def kv_bytes(config: RrtConfig, context: int, dtype: torch.dtype) -> int:
+    """Bytes of the KV cache after `context` tokens, computed with `dtype`."""
+    return read_plan(config).kv_bytes(context, dtype.itemsize)
 
 
 def verify(folder: Path, expected: Reference, dtype: torch.dtype, from_disk: bool) -> tuple[float, dict]:

@@ -4,8 +4,8 @@
 
 JOB.json: folder, gguf_file (the name of the file in it that is to be read; null for safetensors), trust_remote_code,
 from_disk (whether the model must not be in memory whole), scratch (a folder that accelerate may then use), ids (rows of
-token ids), text, and the files to write: `logits`, safetensors with one tensor (rows, tokens, vocabulary), computed in
-float32, and `report`, JSON with
+token ids), logits_to_keep (of how many tokens at their end logits are wanted), text, and the files to write: `logits`,
+safetensors with one tensor (rows, tokens, vocabulary), computed in float32, and `report`, JSON with
 
     problems             the keys that were missing, unexpected or of the wrong shape on loading
     token_ids            of the text; null where transformers cannot build the tokenizer of a GGUF file
@@ -29,7 +29,12 @@ def main(job: dict) -> dict:
     ids = torch.tensor(job["ids"])
     model, problems = load(AutoModelForCausalLM, job)
     with torch.inference_mode():
-        output = model(ids, use_cache=False, output_hidden_states=job["trust_remote_code"])
+        output = model(
+            ids,
+            use_cache=False,
+            output_hidden_states=job["trust_remote_code"],
+            logits_to_keep=job["logits_to_keep"],
+        )
     save_file({"logits": output.logits.float().contiguous()}, job["logits"])
     report = {"problems": problems, "token_ids": token_ids(job)}
     if job["trust_remote_code"]:

@@ -1,0 +1,68 @@
+"""Gives an rrtc folder visits that see a window, as `rrtc init --kv-budget` would, and looks at what they see."""
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from rrtc.model.modeling_rrt import find_layers
+
+WINDOW, SINKS = 9, 3
+# In turn: one KV head sees everything, none does, all do.
+KINDS = ({"window": WINDOW, "sinks": SINKS, "heads": [1]}, {"window": WINDOW, "sinks": SINKS, "heads": []}, None)
+
+
+def see_windows(folder: Path, kinds: tuple = KINDS) -> Path:
+    """Writes `kinds` of attention into the config in `folder`, one visit after the other, where the stock layer has no
+    window of its own; returns the folder."""
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    types = config["base_config"].get("layer_types") or ["full_attention"] * len(config["visits"])
+    free = [visit for visit, kind in zip(config["visits"], types, strict=True) if kind == "full_attention"]
+    for number, visit in enumerate(free):
+        if (kind := kinds[number % len(kinds)]) is not None:
+            visit["attention"] = kind
+    file.write_text(json.dumps(config))
+    return folder
+
+
+def without_windows(folder: Path, target: Path) -> Path:
+    """Writes the same weights into `target`, every visit of which attends to everything."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for visit in model.config.visits:
+        visit.pop("attention", None)
+    model.save_pretrained(target)
+    return target
+
+
+def by_brute_force(folder: Path, ids: torch.Tensor) -> torch.Tensor:
+    """The logits (rows, tokens, vocabulary) of the recursive model in `folder`: without its windows, and with a mask of
+    its own for each head of each visit instead."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    wanted = [visit.get("attention") for visit in model.config.visits]
+    plain = AutoModelForCausalLM.from_config(_plain(model.config)).eval()
+    plain.load_state_dict(model.state_dict())
+    parent, name = find_layers(plain.stock, len(wanted))
+    tokens = torch.arange(ids.shape[1])
+    query, key = tokens[:, None], tokens[None]
+    for visit, attention in zip(getattr(parent, name), wanted, strict=True):
+        if attention is not None:
+            near = (query - key < attention["window"]) | (key < attention["sinks"])
+            of = torch.arange(plain.config.num_attention_heads) // (
+                plain.config.num_attention_heads // plain.config.num_key_value_heads
+            )
+            far = torch.tensor([int(head) in attention["heads"] for head in of])
+            seen = (key <= query) & (near[None] | far[:, None, None])
+            mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[None]
+            forward = visit.forward
+            visit.forward = lambda *args, f=forward, m=mask, **kwargs: f(*args, **kwargs | {"attention_mask": m})
+    with torch.no_grad():
+        return plain(ids, use_cache=False).logits
+
+
+def _plain(config):
+    values = config.to_diff_dict()
+    values["visits"] = [{k: v for k, v in visit.items() if k != "attention"} for visit in values["visits"]]
+    values.pop("model_type")
+    return type(config)(**values)
