@@ -257,6 +257,9 @@ def inspect(folder: Place) -> InspectResult:
         found["dtype"] = f"{quantized} and {exported.get('dtype')}" if quantized else weights.dtype
         found["bytes_on_disk"] = weights.bytes_on_disk
         found["visits"] = _visits(path / "config.json")
+        of_init = found["measured"].get("windows") or found["measured"].get("init")
+        if found["visits"] is not None and isinstance(of_init, dict):
+            found |= {name: of_init[name] for name in ("kv_bytes", "dense_kv_bytes") if name in of_init}
     if found["stage"] == "eval":
         found["report"] = read_report(path)
     return cast(InspectResult, found)

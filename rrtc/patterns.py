@@ -16,6 +16,9 @@ def make_plan(architecture: Architecture, recipe: InitRecipe, width: int = 4) ->
     cannot be divided as asked, where layers to be tied differ (the message names them and what differs), and for a
     budget that is too small.
     """
+    if recipe.keeps_weights:
+        alone = dict.fromkeys(BUDGETS) | {"sharing": "cycle", "loops": 1, "keep": 0, "rank": 0}
+        return _plan_of_pattern(architecture, recipe.model_copy(update=alone))
     if not recipe.has_budget:
         return _plan_of_pattern(architecture, recipe)
     target = target_parameters(architecture, recipe, width)

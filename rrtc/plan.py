@@ -72,6 +72,7 @@ class Architecture:
     head: int  # the output projection; 0 where it is tied to the embedding
     head_flops: int  # multiply-adds of the output projection for one token
     rest: int  # what is left: the final norm
+    context: int = 0  # tokens that the model can see; 0 where its config does not say
 
     @property
     def parameters(self) -> int:

@@ -17,8 +17,7 @@ class VisitResult(TypedDict):
     ranks: dict[str, int]  # LoRA rank of each matrix, by its path in the layer; 0: none
     forms: dict[str, str]  # of the matrices that are not "tied": "low_rank" or "own"
     shapes: dict[str, tuple[int, int]]  # (inputs, outputs) of the matrices that are smaller than in the dense layer
-    # window, sinks, and heads (KV heads that see everything), where it does not attend to what the dense layer does
-    attention: NotRequired[dict[str, Any]]
+    attention: NotRequired[dict[str, Any]]  # window, sinks, and the KV heads that see everything; absent where all do
 
 
 class PlanResult(TypedDict):
@@ -44,6 +43,7 @@ class PlanResult(TypedDict):
     dense_kv_bytes_per_token: int
     kv_bytes: dict[int, int]  # of the KV cache, by the number of tokens in it
     dense_kv_bytes: dict[int, int]
+    windows: str | None  # what a KV budget makes of the heads, in a sentence; None without one
     visits: list[VisitResult] | None
     init_peak_bytes: int  # memory that init will take, about
 
@@ -52,7 +52,8 @@ class LossResult(TypedDict):
     """The loss before any training."""
 
     tokens: int  # that were scored
-    dense: float
+    dense: NotRequired[float]
+    given: NotRequired[float]  # in its place, of a model that was recursive already, before its attention was planned
     after_init: float
 
 
@@ -60,6 +61,10 @@ class InitResult(TypedDict):
     """Of `init`."""
 
     residual_energy_kept: NotRequired[dict[str, float]]  # tied as in the paper: share that LoRA restores, by matrix
+    # What windows are predicted to cost, in nats a token; only with a KV budget, None where it is not measured.
+    predicted_window_cost: NotRequired[float | None]
+    kv_bytes: dict[int, int]  # of the KV cache, by the number of tokens in it
+    dense_kv_bytes: dict[int, int]
     predicted_excess: NotRequired[float | None]  # a lower bound of what was lost on the calibration text
     params_total: int
     params_non_embedding: int
@@ -175,6 +180,8 @@ class InspectResult(TypedDict):
     dtype: NotRequired[str]  # these two where the folder holds a model
     bytes_on_disk: NotRequired[int]  # of the weights
     visits: NotRequired[list[VisitResult] | None]  # None for a dense form
+    kv_bytes: NotRequired[dict[int, int]]  # of the KV cache, by the number of tokens in it, in the dtype of the weights
+    dense_kv_bytes: NotRequired[dict[int, int]]
     report: NotRequired[Report]  # of an eval folder
 
 

@@ -1,5 +1,6 @@
 """Shared by all tests: no hub, no colors, no progress bars of other libraries; the dense pico models."""
 
+import gc
 import os
 import subprocess
 from pathlib import Path
@@ -69,3 +70,10 @@ def rrt(dense):
     from uptraining import make_rrt
 
     return make_rrt(dense("llama").parent / "rrt", dense("llama"))
+
+
+def pytest_collection_finish():
+    """What the imports have left lives as long as the tests. So a collection, of which rrtc asks for many, need not
+    look at it each time."""
+    gc.collect()
+    gc.freeze()

@@ -82,7 +82,7 @@ def test_the_lines_of_python_in_the_readme_run(tmp_path, monkeypatch, capsys):
     (lines,) = blocks("README.md", "python")
     assert len(lines.splitlines()) <= 10
     monkeypatch.chdir(tmp_path)
-    save_pico(tmp_path / "MODEL")
+    save_pico(tmp_path / "MODEL", num_hidden_layers=4)
     for name in ("corpus.txt", "book.txt"):
         Path(name).write_text(TEXT)
     exec(compile(lines, "README.md", "exec"), {})

@@ -29,7 +29,8 @@ def visits(rows: list[dict]) -> str:
         else:
             shown = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
             lines.append(f"slot {slot:>3}   layers {layers}, LoRA rank {shown}")
-        lines += [f"{'':11}layer {use['layer']}: {forms}" for use in uses if (forms := _forms(use))]
+        said = ((use["layer"], "; ".join(filter(None, [_forms(use), _attention(use)]))) for use in uses)
+        lines += [f"{'':11}layer {layer}: {what}" for layer, what in said if what]
     return "\n".join(lines)
 
 
@@ -43,6 +44,17 @@ def _forms(visit: dict) -> str:
         "FFN": [f"{last[m]} {inputs}→{outputs}" for m, (inputs, outputs) in visit["shapes"].items()],
     }
     return "; ".join(f"{what}: {', '.join(names)}" for what, names in listed.items() if names)
+
+
+def _attention(visit: dict) -> str:
+    """What a visit attends to; empty where that is everything."""
+    if not (attention := visit.get("attention")):
+        return ""
+    near = f"the last {attention['window']} tokens and the first {attention['sinks']}"
+    if not (heads := attention["heads"]):
+        return f"sees {near}"
+    named = f"KV head{'s' * (len(heads) > 1)} {', '.join(map(str, heads))}"
+    return f"{named} see{'s' * (len(heads) == 1)} everything, the others {near}"
 
 
 def plan(result: dict) -> Group:
@@ -84,8 +96,8 @@ def plan(result: dict) -> Group:
     return Group(
         table(f"Plan for {result['model']}", ["", "dense", "compressed", "ratio"], rows),
         plain(f"Peak memory of init: about {size(result['init_peak_bytes'])}"),
-        *map(plain, chosen),
-        plain(f"Tying saves memory and disk. {saved}"),
+        *map(plain, [*chosen, *([result["windows"]] if result["windows"] else [])]),
+        plain(saved if result["recipe"]["budget"] == 1 else f"Tying saves memory and disk. {saved}"),
     )
 
 
@@ -103,9 +115,10 @@ def init(result: dict, folder: str) -> Group:
         rows = [[matrix, f"{energy:.1%}"] for matrix, energy in kept.items()]
         lines.append(table("What the LoRA kept of what tying lost", ["matrix", "energy"], rows))
     if loss := result.get("loss"):
+        before = "dense" if "dense" in loss else "given"
         lines.append(
             plain(
-                f"Loss before any training: {loss['after_init']:.3f}; dense: {loss['dense']:.3f} "
+                f"Loss before any training: {loss['after_init']:.3f}; {before}: {loss[before]:.3f} "
                 f"(nats per token, {loss['tokens']} tokens)"
             )
         )
@@ -290,6 +303,11 @@ def description(result: dict) -> Group:
     ]
     if "bytes_on_disk" in result:
         rows.append(["weights", f"{size(result['bytes_on_disk'])} in {result['dtype']}"])
+    if kv := result.get("kv_bytes"):
+        shares = ((context, kv[context], kv[context] / result["dense_kv_bytes"][context]) for context in kv)
+        rows.append(
+            ["KV cache", "; ".join(f"{size(n)} at {c:,} tokens ({share:.3f} of dense)" for c, n, share in shares)]
+        )
     for stage, recipe in result["recipe"].items():
         text = ", ".join(f"{k}: {v}" for k, v in recipe.items()) if isinstance(recipe, dict) else recipe
         rows.append([f"recipe, {stage}", text])
@@ -329,4 +347,7 @@ def environment(result: dict) -> Group:
 def _figures(figures) -> str:
     if not isinstance(figures, dict):
         return str(figures)
-    return ", ".join(f"{key}: {_figures(value)}" for key, value in figures.items())
+    shown = {
+        key: value for key, value in figures.items() if key not in ("kv_bytes", "dense_kv_bytes")
+    }  # in a row of its own
+    return ", ".join(f"{key}: {_figures(value)}" for key, value in shown.items())

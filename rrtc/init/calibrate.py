@@ -2,12 +2,14 @@
 
 One pass forward gathers for each matrix the moment of its inputs, E[x x^T]; one pass back that of the gradients with
 respect to its outputs, E[g g^T], for the log likelihood of tokens drawn from the model itself (so that this is the
-Fisher information, and needs no labels). The model is run layer by layer: one layer's weights and the hidden states of
-all windows are in memory at a time; what enters each layer waits on disk for the way back. After every layer there is
-enough on disk to go on from.
+Fisher information, and needs no labels). Where it is asked for, the way back also finds what the loss would feel of
+each KV head that saw no more than a window. The model is run layer by layer: one layer's weights and the hidden states
+of all windows are in memory at a time; what enters each layer waits on disk for the way back. After every layer there
+is enough on disk to go on from.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from weakref import WeakValueDictionary
 
@@ -20,11 +22,15 @@ from rrtc.errors import RrtcError
 from rrtc.io.dense import DenseModel
 from rrtc.io.folder import whole_file
 from rrtc.io.weights import all_finite
+from rrtc.model.attention_rrt import Rule
 from rrtc.plan import Architecture
+from rrtc.stock.heads import Losses
 from rrtc.stock.streamed import StreamedModel
 from rrtc.tying.moments import Gathering, Moment
 from rrtc.tying.neurons import Neurons
 from rrtc.tying.whiten import Seen
+
+WINDOW_LOSSES = "window losses"  # a name that no matrix has
 
 
 def bytes_on_disk(architecture: Architecture, tokens: int) -> int:
@@ -50,6 +56,10 @@ class Calibration:
 
     def __init__(self, folder: Path, tokens: int):
         self._folder, self._tokens = Path(folder), tokens
+
+    def window_losses(self, number: int) -> list[float]:
+        """For each KV head of layer `number` what a window costs, in nats a token (stock/heads.py)."""
+        return load_file(self._folder / f"output-gradients-{number}.safetensors")[WINDOW_LOSSES].tolist()
 
     def seen(self, number: int, tensors: dict[str, Tensor]) -> "SeenLayer":
         """How each matrix of layer `number` is seen, by path. `tensors`: of that layer, norms folded."""
@@ -93,13 +103,14 @@ class Gathered:
     def __init__(self, tokens: int):
         self._tokens = tokens
         self._gatherings: dict[str, Gathering] = {}
+        self.beside: dict[str, Tensor] = {}  # what is saved with them
 
     def add(self, name: str, rows: Tensor, diagonal: bool = False) -> None:
         """rows: (tokens of a batch, size). diagonal: of the outer products no more than that."""
         self._gatherings.setdefault(name, Gathering(self._tokens, only_diagonal=diagonal)).add(rows)
 
     def save(self, file: Path) -> None:
-        found = {name: gathering.finish() for name, gathering in self._gatherings.items()}
+        found = {name: gathering.finish() for name, gathering in self._gatherings.items()} | self.beside
         for name, kept in found.items():
             if not all_finite(kept):
                 raise RrtcError(
@@ -118,6 +129,8 @@ def calibrate(
     folder: Path,
     device: torch.device,
     advance: Callable[[int], None],
+    rules: Mapping[int, Rule] | None = None,
+    moments: bool = True,
 ) -> Calibration:
     """Runs `model`, streamed from `dense`, over windows `ids` (windows, context) and keeps what it gathers in `folder`.
     advance(windows) is called for every batch of every layer, on the way forward and on the way back.
@@ -127,13 +140,15 @@ def calibrate(
     finished, and gone when it has served.
     Of the output gradients of matrices that produce `neurons`, only the diagonal is gathered: neurons are wide, and the
     rest of it was measured to make no difference (benchmarks/LOG.md).
+    rules: for the layers whose KV heads may see a window, the rule by which all of them do. moments: whether these are
+    wanted at all.
     """
     folder, depth, tokens = Path(folder), dense.depth, ids.numel()
     forward, back = layers_done(folder, depth)
     if back == depth:
         return Calibration(folder, tokens)
     if not _states_file(folder, "gradient", depth - back).exists():
-        _go_forward(dense, model, ids, folder, forward, device, advance)
+        _go_forward(dense, model, ids, folder, forward, device, advance, moments)
     gradient = _load(folder, "gradient", depth - back)
     producers = {name for inner in neurons for name in inner.producers}
     for number in reversed(range(depth - back)):
@@ -142,8 +157,12 @@ def calibrate(
         def gather_gradients(name, gradients, gathered=gathered):
             gathered.add(name, gradients, diagonal=name in producers)
 
-        entering = _load(folder, "states", number)
-        model.back_through(number, dense.layer(number, device), entering, gradient, gather_gradients, advance)
+        entering, rule, losses = _load(folder, "states", number), (rules or {}).get(number), Losses(tokens)
+        with model.attending(number, rule, losses.sight) if rule else nullcontext():
+            watch = gather_gradients if moments else None
+            model.back_through(number, dense.layer(number, device), entering, gradient, watch, advance)
+        if rule:
+            gathered.beside[WINDOW_LOSSES] = losses.finish()
         del entering
         if number:
             _save(gradient, folder, "gradient", number)
@@ -161,6 +180,7 @@ def _go_forward(
     first: int,
     device: torch.device,
     advance: Callable[[int], None],
+    moments: bool,
 ) -> None:
     """The way forward, from layer `first`, up to the gradient with respect to what leaves the last layer."""
     if first:
@@ -174,7 +194,7 @@ def _go_forward(
         def gather_inputs(names, inputs, gathered=gathered):
             gathered.add(",".join(names), inputs)
 
-        model.run_layer(number, dense.layer(number, device), states, gather_inputs, advance)
+        model.run_layer(number, dense.layer(number, device), states, gather_inputs if moments else None, advance)
         _save(states, folder, "states", number + 1)
         gathered.save(folder / f"inputs-{number}.safetensors")
     gradient, _ = model.loss_gradient(states, ids)

@@ -8,6 +8,7 @@ from rrtc.init.dtypes import NUMBER_BYTES, stored_dtype
 from rrtc.init.memory import PROGRAM_BYTES, init_bytes
 from rrtc.io.architectures import dense_of, has_weights
 from rrtc.io.source import find_model
+from rrtc.kv_budget import KvBudget, check_replan, without_windows
 from rrtc.patterns import make_plan, target_parameters
 from rrtc.recipe.schema import Recipe
 from rrtc.recipe.section import OWN_TEXT
@@ -21,13 +22,29 @@ def dry_run(model: str, recipe: Recipe) -> dict:
     """
     parse_size(recipe.init.max_shard_size)  # raises for what is none
     source = find_model(model, config_only=True)
-    dense = dense_of(source)
-    architecture, named = dense.architecture, None if has_weights(source) else dense.dtype or "bfloat16"
-    dtype = stored_dtype(source, recipe.init.dtype, named)
-    plan = make_plan(architecture, recipe.init, NUMBER_BYTES[dtype])
-    joint = recipe.init.start == "joint"
+    if source.is_recursive:
+        from rrtc.io.source import read_config
+        from rrtc.stock.architecture import read_plan
+
+        check_replan(source.uri, recipe.init)
+        plan, dtype = without_windows(read_plan(read_config(source.folder))), stored_dtype(source, "auto")
+        architecture = plan.architecture
+    else:
+        dense = dense_of(source)
+        architecture, named = dense.architecture, None if has_weights(source) else dense.dtype or "bfloat16"
+        dtype = stored_dtype(source, recipe.init.dtype, named)
+        plan = make_plan(architecture, recipe.init, NUMBER_BYTES[dtype])
+    counted, windows = plan, None
+    if recipe.init.kv_budget is not None:
+        budget = KvBudget(architecture, recipe.init)
+        counted = budget.spend(plan, {}, {})
+        windows = budget.explain(counted)
+        plan = plan if budget.is_measured else counted  # which heads they are is known once they are measured
+    joint = recipe.init.start == "joint" and not source.is_recursive
     tokens = max(recipe.init.measure_tokens, recipe.init.calibrate_tokens if joint else 0)
-    summary = plan.summary(NUMBER_BYTES[dtype]) | {"init_peak_bytes": init_bytes(plan, tokens, joint)}
+    width = NUMBER_BYTES[dtype]
+    known = {"kv_bytes": counted.summary(width)["kv_bytes"], "windows": windows}
+    summary = plan.summary(width) | known | {"init_peak_bytes": init_bytes(plan, tokens, joint)}
     if joint and OWN_TEXT in recipe.init.calibrate_on:  # the whole model writes it
         from rrtc.text.own import check_writer_fits
 

@@ -28,13 +28,15 @@ from rrtc import machine
 from rrtc.console import note
 from rrtc.init.calibrate import bytes_on_disk
 from rrtc.init.dtypes import NUMBER_BYTES, stored_dtype
+from rrtc.init.windows import LEAST_CONTEXT, calibration_context
 from rrtc.io.dense import DenseModel
 from rrtc.io.folder import check_target, file_hash, partial_of, whole_file
-from rrtc.io.recursive import in_slot
+from rrtc.io.recursive import RecursiveModel, in_slot
 from rrtc.io.resumable import STARTED, Resumable, discard
 from rrtc.io.shard_writer import ShardWriter
 from rrtc.io.source import Source, find_model, load_tokenizer
 from rrtc.io.weights import Weights
+from rrtc.kv_budget import KvBudget, check_replan, without_windows
 from rrtc.patterns import make_plan
 from rrtc.plan import Plan
 from rrtc.recipe.schema import Recipe
@@ -54,19 +56,31 @@ FREE_ON_RESUME = ("max_shard_size", "measure_tokens")
 @dataclass(frozen=True)
 class Job:
     """What is compressed, how, and into which folder of slots. `plan` is the pattern, of which a budget may make
-    something else; `dtype` the dtype to write; `calibration` the text to learn from, ids (windows, context),
-    None where none is needed, to which `own_windows` are added that the model writes; `scoring` the text for the
-    closing measurement, None where there is none."""
+    something else; `kv_budget` what there is for the KV cache, None where it stays as it is; `dtype` the dtype to
+    write; `calibration` the text to learn from, ids (windows, context), None where none is needed, to which
+    `own_windows` are added that the model writes; `scoring` the text for the closing measurement, None where there is
+    none."""
 
     source: Source
     recipe: Recipe
     plan: Plan
-    dense: DenseModel
+    kv_budget: KvBudget | None
+    dense: DenseModel | RecursiveModel
     dtype: str
     calibration: Tensor | None
     own_windows: int
     scoring: Windows | None
     work: Path
+
+    @property
+    def is_replan(self) -> bool:
+        """Whether the model is recursive already, so that its attention is planned anew, and no more."""
+        return isinstance(self.dense, RecursiveModel)
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether layers are tied by what the loss feels of them."""
+        return self.recipe.init.start == "joint" and not self.is_replan
 
     def fingerprint(self) -> dict:
         """What a continued run must have in common with the one it continues, as plain data."""
@@ -128,28 +142,40 @@ def prepare(model: str, target: Path, recipe: Recipe) -> Job:
     weights. Raises RrtcError or WrongUsage for everything that would stop the run."""
     source = find_model(model)
     check_target(target, source.folder)
-    architecture = read_architecture(source.config())
-    dense = DenseModel(source, _folds(source, recipe))
-    dtype = stored_dtype(source, recipe.init.dtype)
-    plan = make_plan(architecture, recipe.init, NUMBER_BYTES[dtype])
+    dense: DenseModel | RecursiveModel
+    if source.is_recursive:
+        check_replan(source.uri, recipe.init)
+        dense = RecursiveModel(source.folder)
+        plan = without_windows(dense.plan)
+        dtype = stored_dtype(source, "auto")
+    else:
+        dense = DenseModel(source, _folds(source, recipe))
+        dtype = stored_dtype(source, recipe.init.dtype)
+        plan = make_plan(read_architecture(source.config()), recipe.init, NUMBER_BYTES[dtype])
+    architecture, joint = plan.architecture, recipe.init.start == "joint" and isinstance(dense, DenseModel)
     tokenizer = load_tokenizer(source.folder)
     calibration = scoring = None
     vocabulary = dense.config.get_text_config().vocab_size
+    budget = KvBudget(architecture, recipe.init) if recipe.init.kv_budget is not None else None
+    if budget is not None:
+        budget.spend(plan, {}, {})  # raises where it cannot be met
+    far = 0 if budget is None else calibration_context(budget, architecture.context or LEAST_CONTEXT)
     if recipe.init.measure_tokens:
-        context = longest_context(dense.config, recipe.eval.context)
+        context = longest_context(dense.config, max(recipe.eval.context, far))
         texts = scoring_texts(recipe, tokenizer, vocabulary, context, recipe.init.measure_tokens)
         scoring = next(iter(texts.values()))
-    context = longest_context(dense.config, recipe.init.calibrate_context)
-    if recipe.init.start == "joint":
+    measured = budget is not None and budget.is_measured
+    context = longest_context(dense.config, max(recipe.init.calibrate_context, far if measured else 0))
+    if joint or measured:
         calibration = calibration_windows(recipe.init, tokenizer, vocabulary, context)
     own, work = own_windows(recipe.init, context), partial_of(target) / WORK
     if own and calibration is not None and not (work / OWN_TEXT_FILE).exists():
         check_writer_fits(architecture.parameters)
-    return Job(source, recipe, plan, dense, dtype, calibration, own, scoring, work)
+    return Job(source, recipe, plan, budget, dense, dtype, calibration, own, scoring, work)
 
 
 def _folds(source: Source, recipe: Recipe) -> list[Fold]:
-    if not recipe.init.fold_norms:
+    if not recipe.init.fold_norms or recipe.init.keeps_weights:
         return []
     folds, others = find_folds(source.config())
     if others:

@@ -8,6 +8,7 @@ import torch
 from rrtc.console import quiet_libraries
 from rrtc.errors import RrtcError
 from rrtc.io.dense import DenseModel
+from rrtc.io.recursive import RecursiveModel
 from rrtc.io.source import load_model
 from rrtc.stock.streamed import StreamedModel
 from rrtc.text.windows import longest_context
@@ -16,7 +17,7 @@ TOKENS = 48
 TOLERANCE = 1e-4  # of the loss: both are float32, and norms that are folded round otherwise
 
 
-def prove(dense: DenseModel, device: torch.device) -> None:
+def prove(dense: DenseModel | RecursiveModel, device: torch.device) -> None:
     """Raises RrtcError where the loss of `dense`, streamed, on one window of fixed token ids is not that of the model
     which from_pretrained makes of its folder, or where that is not finite. That one is read from disk too, matrix by
     matrix, as it computes."""
@@ -24,8 +25,8 @@ def prove(dense: DenseModel, device: torch.device) -> None:
     ids = (torch.arange(longest_context(dense.config, TOKENS)) * 7919 % vocabulary)[None]
     model = StreamedModel(dense.config, dense.raw, device)
     states = model.embed(ids)
-    for number in range(dense.depth):
-        model.run_layer(number, dense.layer(number, device), states)
+    rules = dense.rules if isinstance(dense, RecursiveModel) else {}
+    model.run(lambda number: dense.layer(number, device), states, rules)
     streamed = model.loss(states, ids)
     with tempfile.TemporaryDirectory(prefix="rrtc-prove-") as scratch, quiet_libraries():
         try:
@@ -48,7 +49,7 @@ def prove(dense: DenseModel, device: torch.device) -> None:
 
 
 @torch.inference_mode()
-def _loss(dense: DenseModel, ids: torch.Tensor, **placed) -> float:
+def _loss(dense: DenseModel | RecursiveModel, ids: torch.Tensor, **placed) -> float:
     """The loss of the model that from_pretrained makes."""
     model = load_model(dense.weights.folder, dtype=torch.float32, **placed)
     logits = model(ids, use_cache=False).logits[0, :-1].float()

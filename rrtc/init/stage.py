@@ -16,27 +16,29 @@ from rrtc import machine
 from rrtc.console import note, progress
 from rrtc.errors import WrongUsage
 from rrtc.init.budget import explain, measure_groups, plan_under_budget
-from rrtc.init.calibrate import calibrate, layers_done
+from rrtc.init.calibrate import Calibration, calibrate, layers_done
 from rrtc.init.dtypes import NUMBER_BYTES
 from rrtc.init.job import OWN_TEXT_FILE, Job, prepare, resumable
 from rrtc.init.memory import return_freed_memory
 from rrtc.init.prove import prove
 from rrtc.init.slots import joint_slot, paper_slot, source_layers
+from rrtc.init.windows import LOOKUP_WINDOWS, lookups, rules, window_losses
 from rrtc.io.dense import DenseModel
 from rrtc.io.folder import only_run, whole_file
-from rrtc.io.provenance import write_provenance
-from rrtc.io.recursive import EffectiveLayers, write_recursive
+from rrtc.io.provenance import base_seen_from, next_history, read_provenance, write_provenance
+from rrtc.io.recursive import RecursiveModel, copy_with_plan, write_recursive
 from rrtc.io.resumable import discard
 from rrtc.io.source import load_tokenizer
-from rrtc.io.weights import Weights
+from rrtc.kv_budget import predicted
 from rrtc.patterns import target_parameters
-from rrtc.plan import Plan
+from rrtc.plan import KV_CONTEXTS, Plan
 from rrtc.recipe.schema import Recipe
 from rrtc.recipe.section import BUILT_IN_TEXT
 from rrtc.stock.streamed import StreamedModel
 from rrtc.stock.trial import find_neurons
 from rrtc.text.own import own_text
 from rrtc.text.windows import Windows
+from rrtc.tying.neurons import Neurons
 from rrtc.units import parse_size
 
 # A slot: its tensors and their names in it, float32, and its energies, which fill as they come (slots.paper_slot).
@@ -75,20 +77,74 @@ def _init(model: str, target: Path, recipe: Recipe, resume: bool) -> dict:
             raise
         measured |= _write(job, plan, partial, shard_bytes)
         if job.scoring is not None:
-            measured["loss"] = _closing_measurement(job.dense, partial, plan, job.scoring)
+            measured["loss"] = _closing_measurement(job.dense, partial, job.scoring)
         measured["seconds"] = round(time.monotonic() - started, 1)
-        base = job.source.provenance(target) | {
-            "params_total": plan.architecture.parameters,
-            "params_non_embedding": plan.architecture.non_embedding,
-        }
-        kept = {"model": job.source.uri, "init": recipe.init.resolved()}
-        write_provenance(partial, "init", base, kept, {"init": measured}, [])
+        _say_where_from(job, plan, partial, target, measured)
     return measured
+
+
+def _say_where_from(job: Job, plan: Plan, partial: Path, target: Path, measured: dict) -> None:
+    """Writes rrtc.yaml into `partial`, which will become `target`."""
+    asked = job.recipe.init.resolved()
+    if job.is_replan:
+        before = read_provenance(job.source.folder)
+        base = base_seen_from(target, job.source.folder, before)
+        kept = before["recipe"] | {
+            "init": (before["recipe"].get("init") or {}) | {name: asked[name] for name in asked if name[:3] == "kv_"}
+        }
+        write_provenance(partial, "init", base, kept, before["measured"] | {"windows": measured}, next_history(before))
+        return
+    base = job.source.provenance(target) | {
+        "params_total": plan.architecture.parameters,
+        "params_non_embedding": plan.architecture.non_embedding,
+    }
+    write_provenance(partial, "init", base, {"model": job.source.uri, "init": asked}, {"init": measured}, [])
 
 
 def _tie(job: Job) -> tuple[Plan, dict]:
     """Finishes every slot. Returns the plan, and what was measured on the way."""
-    return _tie_as_in_paper(job) if job.calibration is None else _tie_jointly(job)
+    neurons = find_neurons(job.dense.config) if job.is_joint else []
+    calibration, heads = (None, None) if job.calibration is None else _calibrate(job, neurons)
+    if job.is_replan:
+        plan, measured = job.plan, {}
+    elif job.is_joint:
+        plan, measured = _tie_jointly(job, calibration, neurons)
+    else:
+        plan, measured = _tie_as_in_paper(job)
+    if job.kv_budget is None:
+        return plan, measured
+    losses, lookups = heads or ({}, {})
+    plan = job.kv_budget.spend(plan, losses, lookups)
+    cost = predicted(plan, losses) if losses else None
+    note(job.kv_budget.explain(plan) + at_a_cost(cost))
+    return plan, measured | {"predicted_window_cost": cost and round(cost, 4)}
+
+
+def at_a_cost(nats: float | None) -> str:
+    """What windows are predicted to cost, to follow what they save; nothing where it was not measured."""
+    return "" if nats is None else f" On the calibration text this costs about {nats:.3f} nats a token."
+
+
+def _calibrate(job: Job, neurons: list[Neurons]) -> tuple[Calibration, tuple[dict, dict] | None]:
+    """(what was gathered about the layers; what a window costs each KV head, and what each looks up, where a KV budget
+    goes by it)."""
+    dense, recipe, ids, device = job.dense, job.recipe.init, job.calibration, machine.device()
+    if job.own_windows:
+        ids = torch.cat([ids, _own_text(job)])
+    elif recipe.calibrate_on == [BUILT_IN_TEXT]:
+        note("Calibrating on Python's language reference alone. --calibrate-on takes text like what the model is for.")
+    budget = job.kv_budget if job.kv_budget is not None and job.kv_budget.is_measured else None
+    done = sum(layers_done(job.work, dense.depth))
+    model = StreamedModel(dense.config, dense.raw, device)
+    with progress("Calibrating", 2 * dense.depth * len(ids), done * len(ids)) as advance:
+        every = None if budget is None else rules(budget)
+        calibration = calibrate(dense, model, neurons, ids, job.work, device, advance, every, moments=job.is_joint)
+    if budget is None:
+        return calibration, None
+    tokenizer, count = load_tokenizer(job.source.folder), min(LOOKUP_WINDOWS, len(ids))
+    with progress("Finding heads that look up what stands far back", dense.depth * count) as advance:
+        able = lookups(budget, dense, model, tokenizer, ids, recipe.seed, job.work, device, advance)
+    return calibration, (window_losses(budget, calibration), able)
 
 
 def _tie_as_in_paper(job: Job) -> tuple[Plan, dict]:
@@ -112,28 +168,18 @@ def _tie_as_in_paper(job: Job) -> tuple[Plan, dict]:
     return plan, {"residual_energy_kept": kept}
 
 
-def _tie_jointly(job: Job) -> tuple[Plan, dict]:
-    """Calibrates, chooses under the budget if there is one, and ties. Measured are the nats a token that a chosen plan
-    is predicted to cost."""
-    plan, dense, recipe, ids = job.plan, job.dense, job.recipe.init, job.calibration
-    device, predicted = machine.device(), None
-    if job.own_windows:
-        ids = torch.cat([ids, _own_text(job)])
-    elif recipe.calibrate_on == [BUILT_IN_TEXT]:
-        note("Calibrating on Python's language reference alone. --calibrate-on takes text like what the model is for.")
-    neurons = find_neurons(dense.config)
-    done = sum(layers_done(job.work, dense.depth))
-    with progress("Calibrating", 2 * dense.depth * len(ids), done * len(ids)) as advance:
-        model = StreamedModel(dense.config, dense.raw, device)
-        calibration = calibrate(dense, model, neurons, ids, job.work, device, advance)
-    del model
-    gc.collect()  # it refers to itself
+def _tie_jointly(job: Job, calibration: Calibration, neurons: list[Neurons]) -> tuple[Plan, dict]:
+    """Chooses under the budget if there is one, and ties. Measured are the nats a token that a chosen plan is predicted
+    to cost."""
+    plan, dense, recipe = job.plan, job.dense, job.recipe.init
+    device, excess = machine.device(), None
+    gc.collect()  # the streamed model refers to itself
     if recipe.has_budget:
         target = target_parameters(plan.architecture, recipe, NUMBER_BYTES[job.dtype])
         free = recipe.pattern == "auto"
         groups = measure_groups(plan, free, dense, calibration, neurons, device, job.work)
-        plan, predicted = plan_under_budget(plan, groups, target, neurons)
-        note(explain(plan, predicted, free))
+        plan, excess = plan_under_budget(plan, groups, target, neurons)
+        note(explain(plan, excess, free))
 
     def make(k: int) -> Slot:
         layers = {visit.layer: dense.layer(visit.layer, device) for visit in plan.slots[k]}
@@ -141,7 +187,7 @@ def _tie_jointly(job: Job) -> tuple[Plan, dict]:
         return joint_slot(plan, plan.slots[k], layers, seen, neurons), {}
 
     _make_slots(job, plan, make)
-    return plan, {"predicted_excess": predicted and round(predicted, 4)}
+    return plan, {"predicted_excess": excess and round(excess, 4)}
 
 
 def _own_text(job: Job) -> Tensor:
@@ -169,36 +215,34 @@ def _make_slots(job: Job, plan: Plan, make: Callable[[int], Slot]) -> None:
 def _write(job: Job, plan: Plan, folder: Path, shard_bytes: int) -> dict:
     """Writes the model into `folder`, all but its rrtc.yaml, from the finished slots and what lies outside them.
     Returns its sizes."""
-    slots = (named for k in range(len(plan.slots)) for named in job.slot(k))
-    written = write_recursive(folder, job.dense, plan, slots, job.dtype, shard_bytes)
+    width = NUMBER_BYTES[job.dtype]
+    if isinstance(job.dense, RecursiveModel):
+        written = copy_with_plan(job.dense, plan, folder)
+    else:
+        slots = (named for k in range(len(plan.slots)) for named in job.slot(k))
+        written = write_recursive(folder, job.dense, plan, slots, job.dtype, shard_bytes)
     return {
         "params_total": plan.parameters,
         "params_non_embedding": plan.non_embedding,
         "bytes": written,
-        "dense_bytes": plan.architecture.parameters * NUMBER_BYTES[job.dtype],
+        "dense_bytes": plan.architecture.parameters * width,
         "source_bytes": job.source.bytes_on_disk if job.source.is_gguf else None,
+        "kv_bytes": {context: plan.kv_bytes(context, width) for context in KV_CONTEXTS},
+        "dense_kv_bytes": {context: plan.architecture.kv_bytes(context, width) for context in KV_CONTEXTS},
         "folded_norms": [fold.norm for fold in job.dense.folds],
     }
 
 
-def _closing_measurement(dense: DenseModel, compressed: Path, plan: Plan, windows: Windows) -> dict:
-    """The loss of the dense and of the compressed model before any training, in nats per token. Both are run layer by
-    layer, so that neither is ever in memory whole."""
-    weights, device = Weights(compressed), machine.device()
-    effective = EffectiveLayers(weights, plan, dense.parent)
-
-    def compressed_layer(number: int) -> dict[str, torch.Tensor]:
-        return {path: effective.tensor(number, path).to(device) for path in dense.paths(number)}
-
-    losses = {"tokens": windows.ids.shape[0] * (windows.ids.shape[1] - 1)}
-    with progress("Measuring", 2 * dense.depth * len(windows.ids)) as advance:
-        for name, read, layer in (
-            ("dense", dense.raw, lambda number: dense.layer(number, device)),
-            ("after_init", weights.raw, compressed_layer),
-        ):
-            model = StreamedModel(dense.config, read, device)
+def _closing_measurement(given: DenseModel | RecursiveModel, compressed: Path, windows: Windows) -> dict:
+    """The loss of the model that was `given` and of the `compressed` one before any training, in nats per token. Both
+    are run layer by layer, so that neither is ever in memory whole."""
+    device, losses = machine.device(), {"tokens": windows.ids.shape[0] * (windows.ids.shape[1] - 1)}
+    first = "given" if isinstance(given, RecursiveModel) else "dense"
+    with progress("Measuring", 2 * given.depth * len(windows.ids)) as advance:
+        for name, one in ((first, given), ("after_init", RecursiveModel(compressed))):
+            model = StreamedModel(one.config, one.raw, device)
+            rules = one.rules if isinstance(one, RecursiveModel) else {}
             states = model.embed(windows.ids)
-            for number in range(dense.depth):
-                model.run_layer(number, layer(number), states, advance=advance)
+            model.run(lambda number, one=one: one.layer(number, device), states, rules, advance)
             losses[name] = round(model.loss(states, windows.ids), 4)
     return losses

@@ -6,6 +6,8 @@ model.slots.3.loops.1.input_layernorm.weight    that no other visit uses, norms 
 model.embed_tokens.weight                       all that lies outside the layers, as the stock model calls it
 """
 
+import json
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,10 +17,16 @@ from torch import Tensor, nn
 
 from rrtc.io.dense import DenseModel
 from rrtc.io.folder import copy_companions
+from rrtc.io.provenance import check_not_quantized
 from rrtc.io.shard_writer import ShardWriter
+from rrtc.io.source import read_config
 from rrtc.io.weights import Weights, row_blocks
 from rrtc.model import RrtConfig
+from rrtc.model.attention_rrt import Rule
+from rrtc.plain import read_json
 from rrtc.plan import Matrix, Plan, Visit
+from rrtc.stock.architecture import decoder_layers, layers_path, read_plan, stock_model
+from rrtc.tying.norms import Fold
 
 
 def in_slot(parent: str, slot: int, name: str) -> str:
@@ -93,6 +101,55 @@ class EffectiveLayers:
 
     def _shared(self, visit: Visit, path: str) -> str:
         return in_slot(self._parent, visit.slot, shared_name(path))
+
+
+class RecursiveModel:
+    """A recursive model on disk, read layer by layer as a DenseModel is: what its layers amount to, in float32.
+
+    Its `plan` has the attention that it was written with; `rules` say by layer what that is.
+    """
+
+    def __init__(self, folder: Path):
+        """Raises RrtcError where the model in `folder` is quantized, or its config cannot be used."""
+        config = read_config(folder)
+        check_not_quantized(folder, config)
+        self.weights, self.config, self.plan = Weights(folder), config.base_config, read_plan(config)
+        stock = stock_model(self.config)
+        self.parent, _ = layers_path(stock)
+        self._paths = [[name for name, _ in layer.named_parameters()] for layer in decoder_layers(stock)]
+        self._effective = EffectiveLayers(self.weights, self.plan, self.parent)
+        self.depth = len(self._paths)
+        self.folds: list[Fold] = []  # what was folded is so in the weights
+
+    @property
+    def rules(self) -> dict[int, Rule]:
+        return rules_of(self.plan)
+
+    def layer(self, number: int, device: torch.device) -> dict[str, Tensor]:
+        """As DenseModel.layer."""
+        return {path: self._effective.tensor(number, path).to(device) for path in self._paths[number]}
+
+    def raw(self, name: str) -> Tensor:
+        """As DenseModel.raw, of a tensor that belongs to no layer."""
+        return self.weights.raw(name)
+
+
+def rules_of(plan: Plan) -> dict[int, Rule]:
+    """By layer what its heads attend to, for those that do not attend to everything."""
+    attentions = {visit.layer: visit.attention for visit in plan.visits if visit.attention is not None}
+    return {layer: Rule(seen.window, seen.sinks, seen.heads) for layer, seen in attentions.items()}
+
+
+def copy_with_plan(source: RecursiveModel, plan: Plan, folder: Path) -> int:
+    """Writes the model `source`, with another plan of what its visits attend to, into the existing `folder`, all but
+    its rrtc.yaml; returns the bytes of its tensors. Its weights files are copied as they are."""
+    given = source.weights.folder
+    for file in [*source.weights.files, *given.glob("*.safetensors.index.json")]:
+        shutil.copyfile(file, folder / Path(file).name)
+    values = read_json(given / "config.json") | {"visits": [visit.fields() for visit in plan.visits]}
+    (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf8")
+    copy_companions(given, folder)
+    return sum(source.raw(name).nbytes for name in source.weights)
 
 
 def write_recursive(

@@ -45,6 +45,14 @@ class Source:
     def is_gguf(self) -> bool:
         return self.file.suffix == ".gguf"
 
+    @property
+    def is_recursive(self) -> bool:
+        """Whether rrtc made the model already, so that it is not dense any more."""
+        with suppress(OSError, ValueError):
+            values = read_json(self.folder / "config.json")
+            return isinstance(values, dict) and values.get("model_type") == "rrt"
+        return False
+
     def config(self):
         """The transformers config of the model. Raises RrtcError where there is none that transformers knows, or where
         the model is not dense any more, or quantized."""

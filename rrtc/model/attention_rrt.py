@@ -211,9 +211,10 @@ class Sight:
                **kwargs) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """As an attention function of transformers: (output, (rows, queries, heads, width); weights or None). `run` is
         the one that the user chose. adds_mask: whether it takes masks to be added, not bool ones."""
+        if self.kept is None and key.shape[2] <= self.rule.window:  # which is everything
+            return run(module, query, key, value, self.mask, **kwargs)
         parts = self._parts(key, value)
-        each, total = query.shape[1] // key.shape[1], max(int(part.columns[-1]) for part in parts if part) + 1
-        output = weights = None
+        each, output, weights = query.shape[1] // key.shape[1], None, None
         for part, see in zip(parts, (self._far, self._near), strict=True):
             if part is None:
                 continue
@@ -221,15 +222,14 @@ class Sight:
             alone = len(places) == query.shape[1]
             found, weight = see(partial(run, module, **kwargs), query if alone else query[:, places], part, adds_mask)
             if weight is not None:
+                total = int(part.columns[-1]) + 1  # every part has the newest token
                 weight = weight.new_zeros(*weight.shape[:3], total).index_copy(-1, part.columns, weight)
             if alone:
                 output, weights = found, weight
                 continue
             if output is None:
                 output = found.new_empty(*found.shape[:2], query.shape[1], found.shape[3])
-                weights = (
-                    None if weight is None else weight.new_empty(weight.shape[0], query.shape[1], *weight.shape[2:])
-                )
+                weights = None if weight is None else weight.new_empty(*query.shape[:3], weight.shape[3])
             output[:, :, places] = found
             if weights is not None:
                 weights[:, places] = weight
@@ -246,10 +246,8 @@ class Sight:
             return self.kept.everywhere, self.kept.nearby
         columns, parts = torch.arange(key.shape[2], device=key.device), []
         for heads in divided(self.rule, key.shape[1]):
-            whole = len(heads) == key.shape[1]
-            parts.append(
-                Part(heads, *((t if whole else t[:, heads]) for t in (key, value)), columns) if heads else None
-            )
+            keys, values = (key, value) if len(heads) == key.shape[1] else (key[:, heads], value[:, heads])
+            parts.append(Part(heads, keys, values, columns) if heads else None)
         return tuple(parts)
 
     def _far(self, run: Callable, query: Tensor, part: Part, adds_mask: bool) -> tuple[Tensor, Tensor | None]:
@@ -352,13 +350,16 @@ def _eager(attention: nn.Module) -> Callable | None:
 class Eyes:
     """A rule at work on one decoder layer: it arranges what the layer is called with."""
 
-    def __init__(self, layer: nn.Module, rule: Rule, documents: Documents | None = None):
-        """Has the attention of `layer` run our kernel from now on. documents: None where every row is one document."""
+    def __init__(
+        self, layer: nn.Module, rule: Rule, documents: Documents | None = None, sight: Callable[..., Sight] = Sight
+    ):
+        """Has the attention of `layer` run our kernel from now on. documents: None where every row is one document.
+        sight: what makes the Sights."""
         attention = attention_of(layer)
         if attention is None:
             raise ValueError(f"the attention in a {type(layer).__name__} cannot be told which keys to see")
-        self.rule, self.documents, self.place = rule, documents, attention.layer_idx
-        attention.config = KernelConfig(attention.config)
+        self.rule, self.documents, self.sight, self.place = rule, documents, sight, attention.layer_idx
+        self.attention, attention.config = attention, KernelConfig(attention.config)
         self.names = list(inspect.signature(type(layer).forward).parameters)[1:]
 
     def arrange(self, args: tuple, kwargs: dict) -> dict:
@@ -372,12 +373,14 @@ class Eyes:
             past = int(layer.get_seq_length()) if layer is not None else 0
             kept = layer if isinstance(layer, KeptLayer) else None
             if layer is not None and (layer.is_sliding or not isinstance(layer, DynamicLayer | StaticLayer)):
-                raise ValueError(
-                    f"a visit that does not attend to everything cannot use a {type(layer).__name__} in the cache"
-                )
+                raise ValueError(f"a visit with a rule of its own cannot use a {type(layer).__name__} in the cache")
         start = None if self.documents is None else self.documents.start
-        given["attention_mask"] = Sight(self.rule, given.get("attention_mask"), start, past, kept)
+        given["attention_mask"] = self.sight(self.rule, given.get("attention_mask"), start, past, kept)
         return given
+
+    def close(self) -> None:
+        """Gives the attention its own kernel back."""
+        self.attention.config = self.attention.config.stock
 
 
 def prepare(cache, rules: dict[int, Rule]) -> None:

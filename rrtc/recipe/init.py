@@ -10,6 +10,7 @@ from rrtc.recipe.section import BUILT_IN_TEXT, Section
 
 MATRIX_GROUPS = ("q", "kv", "o", "ffn")  # the module groups of the paper's rank ablation (table G.1)
 DEFAULT_RANK = 64
+WIDEST_WINDOW = 512  # tokens, where the recipe names no window
 BUDGETS = ("budget", "target_params", "target_bytes")
 
 
@@ -47,6 +48,40 @@ class InitRecipe(Section):
         None,
         description="LoRA rank: one number, or by matrix group, as in q=64,kv=64,o=64,ffn=128. 0 means no LoRA. By "
         f"default {DEFAULT_RANK}; not with a budget.",
+    )
+    kv_budget: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Bytes of the KV cache over the dense model's at kv_context tokens, as in 0.2: most KV heads then "
+        "see a window. With budget 1 the weights stay as they are.",
+    )
+    kv_context: int | None = Field(
+        None, ge=1, le=10**9, description="The length in tokens at which kv_budget counts; by default the model's own."
+    )
+    kv_window: int | None = Field(
+        None,
+        ge=1,
+        le=10**9,
+        description="Tokens that a KV head with a window sees, the newest included. By default the largest power of "
+        f"two that half of the budget allows, and {WIDEST_WINDOW} at most.",
+    )
+    kv_sinks: int = Field(
+        4, ge=0, le=10**6, description="First tokens of a document that these heads see as well, and cannot do without."
+    )
+    kv_grain: Literal["heads", "visits"] = Field(
+        "heads",
+        description="What is chosen: each KV head by itself, or all heads of a visit alike (even and last do).",
+    )
+    kv_choice: Literal["measured", "even", "last"] = Field(
+        "measured",
+        description="What sees everything: heads that the loss feels most; visits at even distances; the last ones.",
+    )
+    kv_lookups: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="Share of the heads that see everything which is kept for those that look up what stands far back.",
     )
     calibrate_on: list[str] = Field(
         [BUILT_IN_TEXT],
@@ -107,12 +142,20 @@ class InitRecipe(Section):
             raise ValueError(f"{given[0]} and {given[1]} both say how much to store; give one of them")
         if self.pattern == "auto" and not self.has_budget:
             raise ValueError("sharing 'auto' needs a budget to choose under: add budget, target_params or target_bytes")
-        if self.pattern == "auto" and self.start != "joint":
+        if self.pattern == "auto" and self.start != "joint" and not self.keeps_weights:
             raise ValueError(f"sharing 'auto' goes by what the loss feels: shared_init must be joint, not {self.start}")
         if self.pattern == "auto" and (self.keep or self.loops != type(self).model_fields["loops"].default):
             raise ValueError("sharing 'auto' chooses what is tied, so keep and loops say nothing: name a pattern too")
         if self.start == "joint" and self.lora_init == "zero":
             raise ValueError("shared_init 'joint' chooses the LoRA too, so lora_init cannot be zero")
+        return self
+
+    @model_validator(mode="after")
+    def _kv_fields_need_a_budget(self) -> "InitRecipe":
+        fields = {name: field for name, field in type(self).model_fields.items() if name.startswith("kv_")}
+        asked = [name for name, field in fields.items() if getattr(self, name) != field.default]
+        if self.kv_budget is None and asked:
+            raise ValueError(f"{asked[0]} says how a KV budget is met; add kv_budget")
         return self
 
     @field_validator("calibrate_on", mode="before", json_schema_input_type=str | list[str])
@@ -129,6 +172,11 @@ class InitRecipe(Section):
         return any(getattr(self, name) is not None for name in BUDGETS)
 
     @property
+    def keeps_weights(self) -> bool:
+        """Whether nothing is tied and every weight stays as it is: with budget 1, and nothing that says otherwise."""
+        return self.budget == 1 and self.sharing in (None, "auto") and self.shared_init is None
+
+    @property
     def pattern(self) -> str:
         """`sharing`, or what it is where it is not given."""
         return self.sharing or ("auto" if self.has_budget else "cycle")
@@ -136,7 +184,7 @@ class InitRecipe(Section):
     @property
     def start(self) -> str:
         """`shared_init`, or what it is where it is not given."""
-        return self.shared_init or ("joint" if self.has_budget else "average")
+        return self.shared_init or ("joint" if self.has_budget and not self.keeps_weights else "average")
 
     @property
     def order(self) -> str:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from rrtc.errors import RrtcError
+from rrtc.model.attention_rrt import Eyes, Rule, Sight
 from rrtc.model.modeling_rrt import matrices_of
 from rrtc.stock.architecture import decoder_layers, transposed_matrices
 
@@ -75,6 +76,7 @@ class Parts:
         self.model = model
         self.device = model.device if device is None else device
         self._calls: dict[tuple[int, int], list[tuple[tuple, dict]]] = {}  # by (windows, context)
+        self._eyes: dict[int, Eyes] = {}
 
     @cached_property
     def layers(self) -> list[nn.Module]:
@@ -131,9 +133,22 @@ class Parts:
         """What layer `number` makes of `hidden`. tensors: all its parameters by their path in it, on the device of
         `hidden`, matrices as (outputs, inputs)."""
         args, kwargs = self._recorded(tuple(hidden.shape[:2]))[number]
+        args = (hidden, *args)
+        if number in self._eyes:
+            args, kwargs = (), self._eyes[number].arrange(args, kwargs)
         turned = {f"{name}.weight" for name in self.transposed[number]}
         tensors = {name: tensor.T if name in turned else tensor for name, tensor in tensors.items()}
-        return states_of(functional_call(self.layers[number], tensors, (hidden, *args), kwargs))
+        return states_of(functional_call(self.layers[number], tensors, args, kwargs))
+
+    @contextlib.contextmanager
+    def attending(self, number: int, rule: Rule, sight: Callable[..., Sight] = Sight) -> Iterator[None]:
+        """Has `run_layer` run layer `number` with that rule of what it attends to, or whatever `sight` makes of it."""
+        self._recorded((1, 1))  # what the layers return is found out before
+        self._eyes[number] = Eyes(self.layers[number], rule, sight=sight)
+        try:
+            yield
+        finally:
+            self._eyes.pop(number).close()
 
     def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
         """The logits (windows, context, vocabulary) of `hidden`, which has left the last layer."""

@@ -8,7 +8,8 @@ the head is a block of vocabulary rows at a time. Whatever the stock forward doe
 it does to the blocks: exact, because it treats every entry of the vocabulary alike.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from rrtc.errors import RrtcError
+from rrtc.model.attention_rrt import Rule
 from rrtc.model.modeling_rrt import matrices_of
 from rrtc.stock.architecture import stock_model
 from rrtc.stock.parts import Parts, watching
@@ -31,7 +33,8 @@ class StreamedModel:
 
     read(name) is the tensor of that name in the stock model, in any dtype. It is asked for a table again at every use
     of some of its rows, so it should answer with a view of a file. `device` is where batches are computed.
-    `groups[number]` says which matrices of that layer read the same input, in the order in which they run.
+    `groups[number]` says which matrices of that layer read the same input, in the order in which they run; while
+    `attending(number, rule)` is entered, the layer attends to what the rule says (Parts.attending).
     Raises RrtcError for a model whose layers need the tokens, or that has no head.
     """
 
@@ -54,6 +57,7 @@ class StreamedModel:
             for name, parameter in list(module.named_parameters(recurse=False)):
                 if module not in (self._embedding, self._head) and id(parameter) not in inside:
                     self._load(module, name, slice(None))
+        self.attending = self._parts.attending
         self.groups = self._parts.groups
         self._parts.check_needs_no_tokens()
 
@@ -92,6 +96,21 @@ class StreamedModel:
                 batch = self._parts.run_layer(number, tensors, states[part].to(self._device, copy=True))
                 states[part] = batch
                 advance(len(batch))
+        return states
+
+    def run(
+        self,
+        layer: Callable[[int], dict[str, Tensor]],
+        states: Tensor,
+        rules: Mapping[int, Rule] | None = None,
+        advance: Callable[[int], None] = lambda windows: None,
+    ) -> Tensor:
+        """Runs all layers over `states` in place, as `run_layer` does one; returns them. layer(number): the tensors of
+        that layer. rules: what layers attend to where it is not what the stock layer does."""
+        for number in range(len(self._layers)):
+            rule = (rules or {}).get(number)
+            with self.attending(number, rule) if rule else nullcontext():
+                self.run_layer(number, layer(number), states, advance=advance)
         return states
 
     @torch.no_grad()

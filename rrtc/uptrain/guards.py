@@ -9,6 +9,7 @@ import math
 import os
 import signal
 import threading
+import time
 from collections import deque
 from pathlib import Path
 
@@ -33,6 +34,7 @@ ABOVE_FIRST = 2.0  # nats per token above the first step, for each unit of the l
 TIMES_BEST = 1.5  # times the lowest mean of any WINDOW steps
 NAMED = 4  # windows of a batch that an error names
 SHOWN = 40  # characters of the text that an error shows
+DRAWN_EVERY = 10  # seconds between two pictures, at least
 
 
 class Stopped(RrtcError):
@@ -185,10 +187,11 @@ class Termination(TrainerCallback):
 
 
 class Course(TrainerCallback):
-    """Writes metrics.jsonl into `folder` while the run goes on, a line a step, and loss.png at every checkpoint."""
+    """Writes metrics.jsonl into `folder` while the run goes on, a line a step, and loss.png at the checkpoints, as long
+    as that takes little of the time: a picture takes as long as many steps of a small model."""
 
     def __init__(self, folder: Path, title: str):
-        self.folder, self.title = folder, title
+        self.folder, self.title, self.draw_again = folder, title, 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
         if is_first_process:  # a continued run has the steps up to its checkpoint, and will take the others again
@@ -200,8 +203,9 @@ class Course(TrainerCallback):
                 file.write(line(step_of(state.log_history[-1])))
 
     def on_save(self, args, state, control, **kwargs):
-        if is_first_process:
+        if is_first_process and time.monotonic() >= self.draw_again:
             draw(steps_of(state.log_history), self.title, self.folder / "loss.png")
+            self.draw_again = time.monotonic() + DRAWN_EVERY
 
 
 def reporters(name: str, folder: Path) -> list[TrainerCallback]:

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import ready
 import torch
 import yaml
 from pico import save_pico
@@ -292,7 +293,7 @@ def limited_run(arguments: list, limit: int) -> subprocess.CompletedProcess:
         f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}));"
         "from rrtc.cli.app import main; main()"
     )
-    return subprocess.run([sys.executable, "-c", script, *map(str, arguments)], capture_output=True, text=True)
+    return ready.run([sys.executable, "-c", script, *arguments])
 
 
 @pytest.mark.slow

@@ -3,17 +3,18 @@
 import copy
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy
 import pytest
+import ready
 import torch
 from pico import pico_tokenizer, save_pico
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
-from uptraining import on_two_processes
 
 from rrtc.cli.app import app
 from rrtc.errors import RrtcError, WrongUsage
@@ -280,7 +281,7 @@ def test_two_processes_find_what_one_does(models, tmp_path):
         "report = evaluate(sys.argv[1], Recipe.model_validate_json(sys.argv[2]), output=sys.argv[3])\n"
     )
     asked = recipe(tokens=5 * CONTEXT, **text_of(models))  # an odd number of windows
-    run = on_two_processes(script, models / "exits", asked.model_dump_json(), tmp_path / "report")
+    run = ready.run_two([sys.executable, script, models / "exits", asked.model_dump_json(), tmp_path / "report"])
     assert run.returncode == 0, run.stderr
     theirs, ours = read_report(tmp_path / "report"), evaluate(str(models / "exits"), asked)
     theirs, ours = (_rounded(copy.deepcopy(report)) for report in (theirs, ours))

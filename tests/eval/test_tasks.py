@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ready
 import torch
 import yaml
 from exports import make_rrt
 from pico import pico_tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
-from uptraining import on_two_processes
 from windowed import by_brute_force, see_windows
 
 from rrtc.errors import RrtcError, WrongUsage
@@ -242,7 +242,7 @@ def test_two_processes_share_the_items(rrt, data, tmp_path):
         "torch.distributed.destroy_process_group()\n"
     )
     settings = [recipe(data), recipe(data, task_items=1), recipe(data, tasks=["arc_easy"])]
-    run = on_two_processes(script, rrt, tmp_path / "found", *(one.model_dump_json() for one in settings))
+    run = ready.run_two([sys.executable, script, rrt, tmp_path / "found", *(one.model_dump_json() for one in settings)])
     assert run.returncode == 0, run.stderr
     model = load_for_scoring(rrt)
     alone = [scores for one in settings for scores in scored(model, one).values()]

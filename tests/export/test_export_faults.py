@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import warm
+import ready
 import yaml
 from huggingface_hub import ModelCard
 
@@ -36,8 +36,8 @@ def run(*arguments, limit: int | None = None, prefix: tuple = ()) -> subprocess.
     """The command line in a process of its own; limit: bytes that a file may have, which is how a full disk looks."""
     limited = f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))" if limit else "pass"
     code = f"import resource; {limited}; from rrtc.cli.app import main; main()"
-    command = [*prefix, sys.executable, "-c", code, *map(str, arguments)]
-    return (subprocess.run if prefix else warm.run)(command, capture_output=True, text=True)
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run([*prefix, *command], capture_output=True, text=True) if prefix else ready.run(command)
 
 
 def error_of(result: subprocess.CompletedProcess) -> str:
@@ -51,7 +51,7 @@ def error_of(result: subprocess.CompletedProcess) -> str:
 def test_a_killed_export_leaves_nothing_under_the_final_name_and_the_next_one_succeeds(rrt, tmp_path):
     benchmarks = Path(__file__).parents[2] / "benchmarks"
     command = [sys.executable, "-c", KILL, str(benchmarks), str(rrt), str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = ready.run(command)
     assert done.returncode == 0, done.stderr
     *killed, whole, files = done.stdout.splitlines()
     assert killed == ["9 False False", "9 False True", "9 False True"] and whole == "0 True False"

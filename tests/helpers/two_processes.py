@@ -1,4 +1,4 @@
-"""What test_distributed.py starts with torchrun, in two processes on this machine's CPU; part of it also runs in one.
+"""What test_distributed.py runs in two processes on this machine's CPU; part of it also runs in one.
 
     torchrun --nproc-per-node 2 two_processes.py FOLDER
 

@@ -47,7 +47,7 @@ def run(command: list[str], *, cwd=None, env=None, check=False, **others) -> sub
     with tempfile.TemporaryDirectory() as folder:
         said = [Path(folder, name) for name in ("stdout", "stderr")]
         own = [str(cwd or os.getcwd()), dict(env or os.environ), plain_path()]
-        started = server().Process(target=_program, args=([str(word) for word in command[1:]], *own, said))
+        started = server().Process(target=program, args=([str(word) for word in command[1:]], *own, said))
         started.start()
         started.join()
         out, err = (file.read_text(errors="replace") for file in said)
@@ -57,7 +57,7 @@ def run(command: list[str], *, cwd=None, env=None, check=False, **others) -> sub
     return done
 
 
-def _program(arguments: list[str], cwd: str, env: dict[str, str], path: list[str], said: list[Path]) -> None:
+def program(arguments: list[str], cwd: str, env: dict[str, str], path: list[str], said: list[Path]) -> None:
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)

@@ -3,11 +3,11 @@
 import json
 import resource
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import ready
 from pico import save_pico
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
@@ -117,7 +117,7 @@ def killed(dense, tmp_path_factory):
         for case, (architecture, choices) in CASES.items()
     }
     command = [sys.executable, "-c", KILLED_AGAIN_AND_AGAIN, json.dumps(arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    done = ready.run(command)
     assert done.returncode == 0, done.stderr
     return dict(zip(CASES, zip(folders.values(), map(json.loads, done.stdout.splitlines()), strict=True), strict=True))
 

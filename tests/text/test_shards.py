@@ -4,6 +4,7 @@ import copy
 import json
 import random
 import shutil
+import sys
 import tracemalloc
 from collections import Counter
 from pathlib import Path
@@ -11,12 +12,13 @@ from pathlib import Path
 import numpy
 import pyarrow
 import pytest
+import ready
 import torch
 from accelerate import PartialState
 from pico import EVERY_ARCHITECTURE, VOCABULARY, pico_model, pico_tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
-from uptraining import curve, on_two_processes, settings
+from uptraining import curve, settings
 
 from rrtc.api import run
 from rrtc.errors import RrtcError, WrongUsage
@@ -291,7 +293,7 @@ def test_of_two_processes_one_tokenizes(tmp_path, cache):
         "print('has', shard.sha256, flush=True)\n"
     )
     pico_tokenizer().save_pretrained(tmp_path / "tokenizer")
-    result = on_two_processes(script, source, tmp_path / "tokenizer")
+    result = ready.run_two([sys.executable, script, source, tmp_path / "tokenizer"])
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("written by 0") == 1 and result.stdout.count("written by") == 1
     (shard,) = {line for line in result.stdout.splitlines() if line.startswith("has")}

@@ -4,13 +4,15 @@ Two processes on this machine's CPU do it all, once, in two_processes.py; the te
 """
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
+import ready
 import torch
 import two_processes
 from pico import save_pico
-from uptraining import STEPS, interrupt_at, make_rrt, metrics, on_two_processes, settings, weights
+from uptraining import STEPS, interrupt_at, make_rrt, metrics, settings, weights
 
 from rrtc import api as pipeline
 from rrtc.errors import WrongUsage
@@ -79,7 +81,7 @@ def two(models, cases, one, tmp_path_factory) -> Path:
             ]
         )
     )
-    run = on_two_processes(two_processes.__file__, folder)
+    run = ready.run_two([sys.executable, two_processes.__file__, folder])
     assert run.returncode == 0, run.stderr
     return folder
 

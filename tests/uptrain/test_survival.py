@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -17,9 +16,10 @@ import pytest
 import torch
 import yaml
 from pico import save_pico
+from ready import Ready
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Trainer
-from uptraining import BATCH, CONTEXT, interrupt_at, make_rrt, metrics, on_two_processes, settings, weights
+from uptraining import BATCH, CONTEXT, by_torchrun, interrupt_at, make_rrt, metrics, settings, weights
 
 from rrtc.cli.app import app
 from rrtc.errors import RrtcError
@@ -53,20 +53,19 @@ def figures(folder: Path) -> list[dict]:
     return [{name: value for name, value in step.items() if name != "seconds"} for step in metrics(folder)]
 
 
-def start(folder: Path, target: Path, **changes) -> subprocess.Popen:
+def start(folder: Path, target: Path, **changes) -> Ready:
     """`rrtc uptrain` in a process of its own."""
     recipe = target.with_suffix(".yaml")
     recipe.write_text(yaml.safe_dump(settings(**changes).model_dump(include={"uptrain"})))
-    command = [sys.executable, "-m", "rrtc", "uptrain", folder, "-o", target, "--recipe", recipe]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    return Ready([sys.executable, "-m", "rrtc", "uptrain", folder, "-o", target, "--recipe", recipe])
 
 
-def wait_for_checkpoint(run: subprocess.Popen, target: Path, step: int) -> None:
+def wait_for_checkpoint(run: Ready, target: Path, step: int) -> None:
     """Until the checkpoint of that step, or a later one, is whole."""
     checkpoints = target.with_name(target.name + ".partial") / "checkpoints"
     until = time.monotonic() + 300
     while not any(int(c.name.split("-")[1]) >= step for c in whole_checkpoints(checkpoints)):
-        assert run.poll() is None, run.stderr.read()
+        assert run.poll() is None, run.stderr
         assert time.monotonic() < until
         time.sleep(0.005)
 
@@ -98,7 +97,6 @@ def test_killed_run_goes_on_as_if_nothing_had_happened(rrt, straight, tmp_path):
     wait_for_checkpoint(run, target, 15)
     run.kill()
     assert run.wait() == -signal.SIGKILL
-    run.stderr.close()
     assert not target.exists()
     partial = target.with_name("out.partial")
     saved = whole_checkpoints(partial / "checkpoints")[-1]
@@ -118,8 +116,8 @@ def test_sigterm_leaves_a_checkpoint(rrt, straight, tmp_path):
     run = start(rrt, target, **LONG)
     wait_for_checkpoint(run, target, 5)
     run.terminate()
-    said = run.communicate()[1]
-    assert run.returncode == 143, said
+    assert run.wait() == 143, run.stderr
+    said = run.stderr
     (step,) = re.findall(rf"^Error: SIGTERM stopped the run after step (\d+) of {STEPS}; --resume goes on", said, re.M)
     assert "Traceback" not in said and said.count("--resume") == 1
     partial = target.with_name("out.partial")
@@ -208,7 +206,7 @@ def test_all_processes_stop_at_the_same_step(rrt, tmp_path):
     )
     recipe, target = tmp_path / "recipe.yaml", tmp_path / "out"
     recipe.write_text(yaml.safe_dump(settings(micro_batch=1, save_every=100).model_dump(include={"uptrain"})))
-    run = on_two_processes(script, "uptrain", rrt, "-o", target, "--recipe", recipe)
+    run = by_torchrun(script, "uptrain", rrt, "-o", target, "--recipe", recipe)
     assert run.returncode != 0
     assert run.stderr.count("SIGTERM stopped the run after step 3 of 6") == 1, run.stderr
     assert whole_checkpoints(tmp_path / "out.partial" / "checkpoints")[-1].name == "checkpoint-3"

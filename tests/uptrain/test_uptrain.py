@@ -6,12 +6,12 @@ import json
 import math
 import resource
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import ready
 import torch
 from pico import pico_model, pico_tokenizer, save_pico
 from rich.console import Console
@@ -297,9 +297,7 @@ def test_killed_while_checkpoints_are_removed(rrt, trained, tmp_path):
         "shutil.rmtree = cut_off\n"
         "uptrain(sys.argv[1], sys.argv[2], Recipe.model_validate_json(sys.argv[3]))\n"
     )
-    run = subprocess.run(
-        [sys.executable, script, rrt, target, settings().model_dump_json()], capture_output=True, text=True, timeout=300
-    )
+    run = ready.run([sys.executable, script, rrt, target, settings().model_dump_json()])
     assert run.returncode == -signal.SIGKILL, run.stderr
     # The model is whole, and what is left of the checkpoints is not taken for any.
     assert not target.with_name("out.partial").exists()

@@ -1,0 +1,76 @@
+"""Which KV heads of a model see everything and which a window, by measuring: what a window costs each head, as
+calibration finds it, and which heads look up what stands far back (text/lookups.py)."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rrtc.init.calibrate import Calibration
+from rrtc.io.dense import DenseModel
+from rrtc.io.folder import whole_file
+from rrtc.kv_budget import Head, KvBudget
+from rrtc.model.attention_rrt import Rule
+from rrtc.stock.heads import LookedUp
+from rrtc.stock.streamed import StreamedModel
+from rrtc.text.lookups import Lookups, make_lookups
+
+LOOKUP_WINDOWS = 8  # of text, at whose ends something is to be looked up
+LEAST_CONTEXT = 2048  # tokens of a calibration window, where the model can see so many: less shows no distance
+WINDOWS_IN_CONTEXT = 4  # what a calibration window holds at least of what a head sees
+
+
+def calibration_context(budget: KvBudget, longest: int) -> int:
+    """How long the windows of text are at least from which the choice is made; `longest`: what the model can see."""
+    return min(longest, max(LEAST_CONTEXT, WINDOWS_IN_CONTEXT * budget.window.window))
+
+
+def rules(budget: KvBudget) -> dict[int, Rule]:
+    """By layer, the rule by which no head sees everything."""
+    rule = Rule(budget.window.window, budget.window.sinks, ())
+    return {layer: rule for layer, _ in budget.heads}
+
+
+def window_losses(budget: KvBudget, calibration: Calibration) -> dict[Head, float]:
+    """What a window costs each head, in nats a token."""
+    by_layer = {layer: calibration.window_losses(layer) for layer, _ in budget.heads}
+    return {(layer, head): by_layer[layer][head] for layer, head in budget.heads}
+
+
+def lookups(
+    budget: KvBudget, dense: DenseModel, model: StreamedModel, tokenizer, ids: Tensor, seed: int, folder: Path,
+    device: torch.device, advance: Callable[[int], None],
+) -> dict[Head, float]:  # fmt: skip
+    """How much of its attention each head gives to what it is to look up in LOOKUP_WINDOWS windows of the calibration
+    text `ids`, (windows, context). It is kept in `folder`. advance(windows) is called for each of them and layer."""
+    file = folder / "lookups.json"
+    if not file.exists():
+        asked = make_lookups(ids[:LOOKUP_WINDOWS], tokenizer, seed)
+        found = _measure(budget, dense, model, asked, device, advance)
+        with whole_file(file) as temporary:
+            temporary.write_text(json.dumps(found), encoding="utf8")
+    by_layer = json.loads(file.read_text(encoding="utf8"))
+    return {(layer, head): by_layer[str(layer)][head] for layer, head in budget.heads}
+
+
+def _measure(
+    budget: KvBudget, dense: DenseModel, model: StreamedModel, asked: Lookups, device: torch.device,
+    advance: Callable[[int], None],
+) -> dict[int, list[float]]:  # fmt: skip
+    """By layer, what `lookups` says of each head."""
+    states, found, every = model.embed(asked.ids), {}, rules(budget)
+    for number in range(dense.depth):
+        tensors = dense.layer(number, device)
+        if number not in every:
+            model.run_layer(number, tensors, states, advance=advance)
+            continue
+        masses = []
+        for row, wanted in enumerate(asked.wanted):
+            looking = LookedUp([wanted])
+            with model.attending(number, every[number], looking.sight):
+                model.run_layer(number, tensors, states[row : row + 1], advance=advance)
+            masses.append(looking.mass)
+        found[number] = torch.stack(masses).mean(0).tolist()
+    return found

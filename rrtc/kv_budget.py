@@ -1,0 +1,171 @@
+"""What a KV budget allows: how many KV heads can see everything, and which. Pure arithmetic, no torch.
+
+What a window costs adds up over heads (benchmarks/LOG.md), so that the choice is a sort, and its cost is known before
+anything is built.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from rrtc.errors import WrongUsage
+from rrtc.plan import Architecture, Attention, Plan
+from rrtc.recipe.init import WIDEST_WINDOW, InitRecipe
+
+Head = tuple[int, int]  # (layer, KV head)
+# What there is to choose, besides the KV budget, of a model that is recursive already.
+REPLANNED = ("calibrate_on", "calibrate_tokens", "calibrate_context", "text_field", "seed", "measure_tokens")
+LOOKS_UP = 0.1  # of a head's attention on what is to be looked up: less is no looking up
+
+
+class KvBudget:
+    """The KV budget of `recipe` for models of one architecture.
+
+    context: the tokens at which it counts. heads: those that can be given a window, because their layer has none of its
+    own. window: what those see that do not see everything. Raises WrongUsage where there are no such heads, where the
+    model cannot see so many tokens, and where the budget cannot be met.
+    """
+
+    def __init__(self, architecture: Architecture, recipe: InitRecipe):
+        assert recipe.kv_budget is not None
+        self._architecture, self._recipe = architecture, recipe
+        self.context = _counted_context(architecture, recipe)
+        free = [(n, layer) for n, layer in enumerate(architecture.layers) if layer.kv_heads and not layer.window]
+        if not free:
+            own = any(layer.window for layer in architecture.layers)
+            reason = "has a window of its own" if own else "cannot be told what to see"
+            raise WrongUsage(f"There are no KV heads to choose from: every layer of this model {reason}.")
+        self.heads: list[Head] = [(number, head) for number, layer in free for head in range(layer.kv_heads)]
+        self.window = Attention(_window(recipe, self.context), recipe.kv_sinks)
+        self._dense_bytes = architecture.kv_bytes(self.context, 1)
+        self._allowed = recipe.kv_budget * self._dense_bytes
+
+    @property
+    def by_visit(self) -> bool:
+        """Whether all heads of a visit see the same."""
+        return self._recipe.kv_grain == "visits" or self._recipe.kv_choice != "measured"
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether the choice goes by what a window costs each head."""
+        return self._recipe.kv_choice == "measured"
+
+    def spend(self, plan: Plan, losses: Mapping[Head, float], lookups: Mapping[Head, float]) -> Plan:
+        """`plan` with as many heads that see everything as the budget allows.
+
+        losses: what a window costs each head, in nats a token. lookups: how much of its attention each head gives to
+        what it is to look up; heads that do come first, up to their share. Both may be empty: then it is known how many
+        they are, not which. Raises WrongUsage where not even windows alone fit.
+        """
+
+        def cost(unit: Sequence[Head]) -> float:
+            return sum(losses.get(head, 0.0) for head in unit)
+
+        units = [[head] for head in self.heads]
+        if self.by_visit:
+            units = [[head for head in self.heads if head[0] == layer] for layer in sorted({n for n, _ in self.heads})]
+        if not self.is_measured:
+            return self._most(plan, units, _even if self._recipe.kv_choice == "even" else _last)
+        units.sort(key=cost, reverse=True)
+        if self.by_visit:
+            return self._most(plan, units, _first)
+        room = self.seeing_everything(self._most(plan, units, _first))
+        able = sorted((head for head in self.heads if lookups.get(head, 0.0) >= LOOKS_UP), key=lambda h: -lookups[h])
+        able = able[: round(self._recipe.kv_lookups * room)]
+        return self._most(plan, [*([head] for head in able), *(u for u in units if u[0] not in able)], _first)
+
+    def seeing_everything(self, plan: Plan) -> int:
+        """How many of the heads that can have a window see everything in `plan`."""
+        windows = {visit.layer: visit.attention for visit in plan.visits if visit.attention is not None}
+        return sum(layer not in windows or head in windows[layer].heads for layer, head in self.heads)
+
+    def explain(self, plan: Plan) -> str:
+        """What `plan` has made of the budget, in a sentence for the user."""
+        share = plan.kv_bytes(self.context, 1) / self._dense_bytes
+        return (
+            f"{self.seeing_everything(plan)} of {len(self.heads)} KV heads see everything, the others the last "
+            f"{self.window.window} tokens and the first {self.window.sinks}: at {self.context:,} tokens the KV cache "
+            f"takes {share:.3f} of the dense model's."
+        )
+
+    def _most(self, plan: Plan, units: list[list[Head]], some: Callable[[list, int], list]) -> Plan:
+        """`plan`, in which the heads of as many `units` as fit see everything: some(units, count) of them."""
+        for count in range(len(units), -1, -1):
+            made = self._seeing(plan, {head for unit in some(units, count) for head in unit})
+            if made.kv_bytes(self.context, 1) <= self._allowed:
+                return made
+        least = made.kv_bytes(self.context, 1) / self._dense_bytes
+        raise WrongUsage(
+            f"The KV budget of {self._recipe.kv_budget:g} cannot be met: where every head that can have one has a "
+            f"window of {self.window.window} tokens, the cache takes {least:.3f} of the dense model's at "
+            f"{self.context:,} tokens.",
+            "Ask for more, give a smaller --kv-window, or count at a longer --kv-context.",
+        )
+
+    def _seeing(self, plan: Plan, everything: set[Head]) -> Plan:
+        """`plan`, in which these heads see everything, and the others that can have one a window."""
+        visits, free = [], {layer for layer, _ in self.heads}
+        for visit in plan.visits:
+            count = self._architecture.layers[visit.layer].kv_heads if visit.layer in free else 0
+            heads = tuple(head for head in range(count) if (visit.layer, head) in everything)
+            attention = None if len(heads) == count else replace(self.window, heads=heads)
+            visits.append(replace(visit, attention=attention))
+        return replace(plan, visits=tuple(visits))
+
+
+def without_windows(plan: Plan) -> Plan:
+    """`plan`, in which every visit attends to what its stock layer does."""
+    return replace(plan, visits=tuple(replace(visit, attention=None) for visit in plan.visits))
+
+
+def check_replan(uri: str, recipe: InitRecipe) -> None:
+    """Raises WrongUsage where `recipe` asks for more of a recursive model than another plan of what it attends to."""
+    if recipe.kv_budget is None:
+        raise WrongUsage(
+            f"{uri} is compressed already.",
+            "Name the dense model it was made from; or give a --kv-budget, to plan its KV cache anew.",
+        )
+    for name, field in InitRecipe.model_fields.items():
+        if name not in REPLANNED and not name.startswith("kv_") and getattr(recipe, name) != field.default:
+            raise WrongUsage(
+                f"{uri} is compressed already: its weights stay as they are, and {name} is about them.",
+                "Leave it out, or name the dense model.",
+            )
+
+
+def predicted(plan: Plan, losses: Mapping[Head, float]) -> float:
+    """What the windows of `plan` cost in nats a token: the sum of what they cost each head."""
+    chosen = {visit.layer: visit.attention for visit in plan.visits if visit.attention is not None}
+    return sum(loss for (layer, head), loss in losses.items() if layer in chosen and head not in chosen[layer].heads)
+
+
+def _counted_context(architecture: Architecture, recipe: InitRecipe) -> int:
+    longest, asked = architecture.context, recipe.kv_context
+    if asked is None and not longest:
+        raise WrongUsage("This model's config does not say how many tokens it can see.", "Say it with --kv-context.")
+    if asked is not None and longest and asked > longest:
+        raise WrongUsage(
+            f"The KV budget is to count at {asked:,} tokens, but this model can see {longest:,}.",
+            f"Give --kv-context up to {longest}, or leave it out.",
+        )
+    return asked or longest
+
+
+def _window(recipe: InitRecipe, context: int) -> int:
+    """The window asked for, or the largest power of two that takes no more than half of the budget."""
+    if recipe.kv_window is not None:
+        return recipe.kv_window
+    assert recipe.kv_budget is not None
+    room = max(1, int(recipe.kv_budget * context / 2))
+    return min(WIDEST_WINDOW, 1 << (room.bit_length() - 1))
+
+
+def _first(units: list, count: int) -> list:
+    return units[:count]
+
+
+def _last(units: list, count: int) -> list:
+    return units[len(units) - count :]
+
+
+def _even(units: list, count: int) -> list:
+    return [units[int((place + 0.5) * len(units) / count)] for place in range(count)]

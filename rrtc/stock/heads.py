@@ -1,0 +1,94 @@
+"""What the KV heads of a stock layer do while it runs: how much the loss feels it when each of them sees no more than a
+window, and how much of its attention goes to tokens that are to be looked up.
+
+Both are Sights: they stand in the place of the attention mask while `Parts.run_layer` runs the layer as it is.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from rrtc.model.attention_rrt import Sight
+
+
+def _by_kv_head(values: Tensor, kv_heads: int) -> Tensor:
+    """(rows, tokens, query heads) -> (rows, tokens, KV heads, query heads of each)."""
+    return values.unflatten(-1, (kv_heads, -1))
+
+
+class Losses:
+    """Adds up for each KV head of a layer what a window costs, as the loss feels it: E[(g·d)²]/2 in nats a token, where
+    d is what the window changes in the head's output and g the gradient of the loss with respect to that output. It is
+    the second-order change of the loss for gradients of labels that the model itself draws (the Fisher information)."""
+
+    def __init__(self, tokens: int):
+        self._tokens, self._total = tokens, 0.0
+
+    def sight(self, *given) -> Sight:
+        """To be given to `Parts.attending`, with a rule by which no head sees everything."""
+        return _Compared(self._add, *given)
+
+    def finish(self) -> Tensor:
+        """(KV heads,), float64, nats a token."""
+        return self._total / (2 * self._tokens)
+
+    def _add(self, gradient: Tensor, change: Tensor, kv_heads: int) -> None:
+        felt = _by_kv_head((gradient * change).sum(-1), kv_heads).sum(-1)
+        self._total = self._total + felt.double().square().sum((0, 1)).cpu()
+
+
+class _Compared(Sight):
+    """Computes what the stock layer does; beside it, what it would be with the rule."""
+
+    def __init__(self, add: Callable[[Tensor, Tensor, int], None], *given):
+        super().__init__(*given)
+        self._add = add
+
+    def attend(self, run: Callable, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, adds_mask: bool,
+               **kwargs) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        output, weights = run(module, query, key, value, self.mask, **kwargs)
+        if output.requires_grad:
+            with torch.no_grad():
+                change = super().attend(run, module, query, key, value, adds_mask, **kwargs)[0] - output
+            output.register_hook(lambda gradient: self._add(gradient, change, key.shape[1]))
+        return output, weights
+
+
+class LookedUp:
+    """Takes the mean, for each KV head of a layer, of the attention that some queries give to the tokens that they are
+    to look up; of the query heads of a KV head, that of the one that gives most."""
+
+    def __init__(self, wanted: Sequence[Sequence[tuple[int, tuple[int, ...]]]]):
+        """wanted: for each window of the batch (query, tokens to look up), both as places in the window."""
+        self._wanted = wanted
+        self.mass: Tensor | None = None  # (KV heads,), of the last time that the layer ran
+
+    def sight(self, *given) -> Sight:
+        """To be given to `Parts.attending`."""
+        return _Asked(self, *given)
+
+
+class _Asked(Sight):
+    def __init__(self, asking: LookedUp, *given):
+        super().__init__(*given)
+        self._asking = asking
+
+    def attend(self, run: Callable, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, adds_mask: bool,
+               **kwargs) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """With values that are 1 in one place for the tokens that a query is to look up, and 0 elsewhere, attention's
+        output is the weight of these tokens, whatever the kernel."""
+        width, wanted = value.shape[-1], self._asking._wanted
+        found: list[Tensor] = []
+        for first in range(0, max(map(len, wanted)), width):
+            marks = torch.zeros_like(value)
+            for row, asked in enumerate(wanted):
+                for place, (_, tokens) in enumerate(asked[first : first + width]):
+                    marks[row, :, list(tokens), place] = 1
+            weight, _ = run(module, query, key, marks, self.mask, **kwargs)
+            for row, asked in enumerate(wanted):
+                for place, (at, _) in enumerate(asked[first : first + width]):
+                    found.append(weight[row, at, :, place])
+        by_head = torch.stack(found)[None]  # (1, questions, query heads)
+        self._asking.mass = _by_kv_head(by_head, key.shape[1]).mean(1).amax(-1)[0].cpu()
+        return run(module, query, key, value, self.mask, **kwargs)

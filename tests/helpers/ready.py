@@ -1,0 +1,147 @@
+"""Fresh Python processes that start ready: forked from one that has imported what rrtc imports already.
+
+They are for what processes of rrtc do together, or leave behind when they are killed. How one starts, and what a
+stranger without rrtc sees, is for warm.py, and for a cold one. Here too each has its own program, arguments,
+environment, folder and end.
+"""
+
+import functools
+import gc
+import importlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import weakref
+from pathlib import Path
+
+import warm
+
+IMPORTED = [*warm.IMPORTED, "accelerate", "datasets", "matplotlib.figure", "pydantic.main", "rich.progress", "typer",
+            "transformers.conversion_mapping", "transformers.models.llama.modeling_llama",
+            "transformers.trainer"]  # fmt: skip
+
+
+@functools.cache
+def server() -> subprocess.Popen:
+    """The process that forks the others; it ends with this one."""
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    command = [sys.executable, "-P", __file__]
+    given = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "env": os.environ | {"PYTHONPATH": path}}
+    return subprocess.Popen(command, text=True, **given)
+
+
+class Ready:
+    """A running process, like subprocess.Popen([sys.executable, FILE or "-m", MODULE or "-c", CODE, *arguments])."""
+
+    def __init__(self, command: list, env: dict[str, str] | None = None, cwd: Path | None = None):
+        assert command[0] == sys.executable
+        self.args, self._folder = command, Path(tempfile.mkdtemp(prefix="rrtc-ready-"))
+        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        for name in "12":
+            (self._folder / name).touch()
+        own = [str(cwd or os.getcwd()), dict(env or os.environ), warm.plain_path()]
+        server().stdin.write(json.dumps([[str(word) for word in command[1:]], *own, str(self._folder)]) + "\n")
+        server().stdin.flush()
+        self.pid = self._told("pid", 60)
+
+    def _told(self, name: str, timeout: float) -> int:
+        until = time.monotonic() + timeout
+        while not (self._folder / name).exists():
+            if time.monotonic() > until:
+                raise subprocess.TimeoutExpired(self.args, timeout)
+            time.sleep(0.005)
+        return int((self._folder / name).read_text())
+
+    def poll(self) -> int | None:
+        """The exit code, negative for a signal; None while it runs."""
+        return self.wait() if (self._folder / "status").exists() else None
+
+    returncode = property(poll)
+
+    def wait(self, timeout: float = 300) -> int:
+        return os.waitstatus_to_exitcode(self._told("status", timeout))
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    @property
+    def stdout(self) -> str:
+        """What it has said until now."""
+        return (self._folder / "1").read_text(errors="replace")
+
+    @property
+    def stderr(self) -> str:
+        return (self._folder / "2").read_text(errors="replace")
+
+
+def run(command: list, *, check: bool = False, **others) -> subprocess.CompletedProcess:
+    """subprocess.run, of a command as Ready takes it, whose output is text and captured, and whose input is empty."""
+    process = Ready(command, **others)
+    done = subprocess.CompletedProcess(command, process.wait(), process.stdout, process.stderr)
+    if check:
+        done.check_returncode()
+    return done
+
+
+def run_two(command: list) -> subprocess.CompletedProcess:
+    """A command on two processes of one thread each that find each other as torchrun's do. What both say is in one
+    text; where one fails, the other is stopped."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    shared |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    both = [Ready(command, os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank}) for rank in ("0", "1")]
+    until = time.monotonic() + 300
+    while any(process.poll() is None for process in both):
+        if time.monotonic() > until or any(process.poll() for process in both):
+            for process in both:
+                if process.poll() is None:
+                    process.kill()
+        time.sleep(0.01)
+    codes = [process.wait() for process in both]
+    said = ["".join(getattr(process, name) for process in both) for name in ("stdout", "stderr")]
+    return subprocess.CompletedProcess(command, next(filter(None, codes), 0), *said)
+
+
+# -- in the server
+
+
+def serve() -> None:
+    """Forks a process for every line of the input."""
+    for name in IMPORTED:
+        importlib.import_module(name)
+    gc.freeze()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the keepers
+    for line in sys.stdin:
+        if not os.fork():
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            *job, folder = json.loads(line)
+            keep(job, Path(folder))
+
+
+def keep(job: list, folder: Path) -> None:
+    """Runs the job in a process of its own, and writes down its number and how it ended. Returns in neither."""
+    child = os.fork()
+    if not child:
+        warm.program(*job, [folder / "1", folder / "2"])
+        sys.exit()
+    for name, value in (("pid", lambda: child), ("status", lambda: os.waitpid(child, 0)[1])):
+        (folder / f"{name}.tmp").write_text(str(value()))
+        (folder / f"{name}.tmp").rename(folder / name)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    serve()

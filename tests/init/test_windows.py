@@ -1,0 +1,155 @@
+"""`rrtc init --kv-budget`: what is planned of the KV cache is what is written, chosen by measuring."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from pico import save_pico
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rrtc import api
+from rrtc.errors import WrongUsage
+from rrtc.io.provenance import read_provenance
+from rrtc.io.source import read_config
+from rrtc.recipe.schema import Recipe
+from rrtc.stock.architecture import read_plan
+from rrtc.text.windows import scoring_texts
+
+SMALL = {"calibrate_tokens": 1024, "kv_window": 16, "measure_tokens": 0}
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    return save_pico(tmp_path_factory.mktemp("dense") / "model", "llama", initializer_range=0.3)
+
+
+@pytest.fixture(scope="module")
+def made(dense, tmp_path_factory):
+    """Its weights as they are, and 0.3 of its KV cache."""
+    folder = tmp_path_factory.mktemp("made") / "long"
+    result = api.init(dense, folder, budget=1, kv_budget=0.3, **SMALL | {"measure_tokens": 1024})
+    return folder, result
+
+
+def test_with_budget_1_the_weights_are_the_dense_models(dense, made):
+    folder, _ = made
+    ours, theirs = load_file(folder / "model.safetensors"), load_file(dense / "model.safetensors")
+    for name, tensor in theirs.items():
+        visit = name.replace("model.layers.", "").partition(".")[0]
+        inside = name.partition(f"layers.{visit}.")[2]
+        places = [name, f"model.slots.{visit}.shared.{inside}", f"model.slots.{visit}.loops.0.{inside}"]
+        (found,) = (ours[place] for place in places if place in ours)
+        assert torch.equal(found, tensor), name
+    assert sum(tensor.numel() for tensor in ours.values()) == sum(tensor.numel() for tensor in theirs.values())
+
+
+def test_the_cache_is_what_the_plan_says_and_within_the_budget(made):
+    folder, result = made
+    plan = read_plan(read_config(folder))
+    assert plan.kv_bytes(256, 4) <= 0.3 * plan.architecture.kv_bytes(256, 4)
+    assert result["kv_bytes"] == {context: plan.kv_bytes(context, 4) for context in (2048, 8192, 32768)}
+    assert read_provenance(folder)["measured"]["init"]["kv_bytes"] == result["kv_bytes"]
+    found = api.inspect(folder)
+    assert found["kv_bytes"] == result["kv_bytes"] and any("attention" in visit for visit in found["visits"])
+    model, _ = api.load(folder)
+    with torch.no_grad():
+        cache = model(torch.arange(200)[None] % 300, use_cache=True).past_key_values
+    parts = (part for layer in cache.layers for part in getattr(layer, "parts", [layer]))
+    live = sum(tensor.nbytes for part in parts for tensor in (part.keys, part.values))
+    assert live == plan.kv_bytes(200, 4)
+
+
+def test_the_closing_measurement_is_of_the_model_with_its_windows(dense, made):
+    folder, result = made
+    tokenizer = AutoTokenizer.from_pretrained(dense)
+    asked = Recipe.model_validate({"eval": {"context": 256}})
+    ids = next(iter(scoring_texts(asked, tokenizer, 320, 256, 1024).values())).ids
+    model, _ = api.load(folder, dtype=torch.float32)
+    stock = AutoModelForCausalLM.from_pretrained(dense).eval()
+    for one, name in ((model, "after_init"), (stock, "dense")):
+        with torch.no_grad():
+            logits = one(ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+        loss = torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten()).item()
+        assert result["loss"][name] == pytest.approx(loss, abs=2e-4)
+    assert abs(result["loss"]["after_init"] - result["loss"]["dense"]) > 0.005
+
+
+def test_what_is_chosen_costs_less_than_what_the_conventions_choose(dense, made, tmp_path):
+    """The sum of what the windows of its heads cost; measured on the same text."""
+    kl = {}
+    stock = AutoModelForCausalLM.from_pretrained(dense).eval()
+    ids = torch.randint(3, 300, (4, 256), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        expected = stock(ids).logits.log_softmax(-1)
+    for choice in ("measured", "even", "last"):
+        folder = tmp_path / choice
+        api.init(dense, folder, budget=1, kv_budget=0.4, kv_choice=choice, kv_lookups=0, **SMALL)
+        with torch.no_grad():
+            found = api.load(folder)[0](ids, use_cache=False).logits.log_softmax(-1)
+        kl[choice] = (expected.exp() * (expected - found)).sum(-1).mean().item()
+    assert kl["measured"] < min(kl["even"], kl["last"])
+
+
+def test_weights_and_cache_are_planned_together(dense, tmp_path):
+    options = {"budget": 0.7, "kv_budget": 0.3} | SMALL
+    planned = api.plan(dense, **options)
+    result = api.init(dense, tmp_path / "small", **options)
+    plan = read_plan(read_config(tmp_path / "small"))
+    assert plan.non_embedding <= 0.7 * plan.architecture.non_embedding
+    assert result["kv_bytes"] == planned["kv_bytes"] == {n: plan.kv_bytes(n, 4) for n in (2048, 8192, 32768)}
+    assert "KV heads see everything, the others the last 16 tokens and the first 4" in planned["windows"]
+    assert result["predicted_window_cost"] > 0 and result["predicted_excess"] > 0
+
+
+def test_the_cache_of_a_recursive_model_is_planned_anew(made, tmp_path):
+    folder, _ = made
+    result = api.init(folder, tmp_path / "wider", kv_budget=0.6, **SMALL | {"measure_tokens": 512})
+    before, after = (read_plan(read_config(place)) for place in (folder, tmp_path / "wider"))
+    assert (folder / "model.safetensors").read_bytes() == (tmp_path / "wider" / "model.safetensors").read_bytes()
+    assert before.kv_bytes(256, 1) < after.kv_bytes(256, 1) <= 0.6 * after.architecture.kv_bytes(256, 1)
+    said = read_provenance(tmp_path / "wider")
+    assert said["measured"]["windows"] == result and said["history"][0]["path"] == str(folder)
+    assert said["recipe"]["init"]["kv_budget"] == 0.6 and said["recipe"]["init"]["budget"] == 1
+    assert set(result["loss"]) == {"tokens", "given", "after_init"}
+    config = json.loads((tmp_path / "wider" / "config.json").read_text())
+    assert config | {"visits": 0} == json.loads((folder / "config.json").read_text()) | {"visits": 0}
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({}, "is compressed already.$"),
+        ({"kv_budget": 0.5, "rank": 4}, "its weights stay as they are, and rank is about them"),
+        ({"kv_budget": 0.5, "budget": 0.5}, "its weights stay as they are, and budget is about them"),
+    ],
+)
+def test_nothing_else_of_a_recursive_model_is_planned_anew(made, tmp_path, options, sentence):
+    for ask in (api.plan, lambda folder, **options: api.init(folder, tmp_path / "out", **options)):
+        with pytest.raises(WrongUsage, match=sentence):
+            ask(made[0], **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_met_is_said_before_any_work(dense, tmp_path):
+    for options, sentence in (
+        ({"kv_budget": 0.01}, "cannot be met: where every head that can have one has a window of 16 tokens"),
+        ({"kv_budget": 0.5, "kv_context": 1000}, "to count at 1,000 tokens, but this model can see 256"),
+    ):
+        for ask in (api.plan, lambda folder, **options: api.init(folder, tmp_path / "out", **options)):
+            with pytest.raises(WrongUsage, match=sentence):
+                ask(dense, budget=1, **SMALL | options)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_replanned_model_can_be_uptrained_and_evaluated_where_its_parents_are_gone(dense, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    api.init(dense, first, budget=1, kv_budget=0.5, **SMALL)
+    api.init(first, second, kv_budget=0.3, **SMALL)
+    shutil.rmtree(first)
+    api.uptrain(second, tmp_path / "healed", context=64, tokens=512, batch_size=4, micro_batch=2, data=["pydoc"])
+    plans = [read_plan(read_config(place)) for place in (second, tmp_path / "healed")]
+    assert plans[0] == plans[1] and plans[0].is_local
+    api.evaluate(tmp_path / "healed", tmp_path / "report", tokens=512, context=64, passkey_trials=0, speed_rounds=0)

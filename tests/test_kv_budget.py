@@ -1,0 +1,155 @@
+"""What a KV budget allows: pure arithmetic on plans."""
+
+import re
+from dataclasses import replace
+
+import pytest
+from pico import pico_config
+
+from rrtc.errors import WrongUsage
+from rrtc.kv_budget import KvBudget, predicted
+from rrtc.patterns import make_plan
+from rrtc.plan import Attention, Plan
+from rrtc.recipe.init import InitRecipe
+from rrtc.recipe.schema import checked
+from rrtc.stock.architecture import read_architecture
+
+
+def made(architecture: str = "llama", changes: dict | None = None, losses=None, lookups=None, **recipe) -> Plan:
+    dense = read_architecture(pico_config(architecture, **changes or {}))
+    asked = InitRecipe(**({"rank": 2, "kv_budget": 0.4} | recipe))
+    return KvBudget(dense, asked).spend(make_plan(dense, asked), losses or {}, lookups or {})
+
+
+def seeing(plan: Plan) -> dict[int, tuple[int, ...] | None]:
+    """By layer the heads that see everything, None where all do."""
+    return {visit.layer: visit.attention and visit.attention.heads for visit in plan.visits}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3", "phi3"])
+@pytest.mark.parametrize("budget", [0.2, 0.4, 0.75, 1.0])
+def test_the_plan_takes_no_more_than_the_budget_and_one_more_head_would(architecture, budget):
+    plan = made(architecture, kv_budget=budget, kv_window=8, kv_sinks=2)
+    dense = plan.architecture
+    share = plan.kv_bytes(256, 1) / dense.kv_bytes(256, 1)
+    assert share <= budget
+    windows = [visit for visit in plan.visits if visit.attention is not None]
+    if windows:
+        layer = dense.layers[windows[0].layer]
+        one_more = layer.kv_width // layer.kv_heads * (256 - windows[0].attention.kept(256)) / dense.kv_bytes(256, 1)
+        assert share + one_more > budget
+    assert bool(windows) == (budget < 1)
+
+
+def test_the_heads_that_cost_most_see_everything():
+    losses = {(layer, head): 0.01 * ((7 * layer + 3 * head) % 12) for layer in range(6) for head in range(2)}
+    plan = made(losses=losses, kv_window=8, kv_lookups=0)
+    kept = {(layer, head) for layer, heads in seeing(plan).items() for head in (range(2) if heads is None else heads)}
+    dearest = sorted(losses, key=losses.get, reverse=True)
+    assert kept == set(dearest[: len(kept)]) and len(kept) == 4
+    assert predicted(plan, losses) == pytest.approx(sum(losses[head] for head in dearest[len(kept) :]))
+
+
+def test_heads_that_look_up_come_first_up_to_their_share():
+    losses = {(layer, head): float(layer) for layer in range(6) for head in range(2)}
+    lookups = {(0, 0): 0.5, (0, 1): 0.05, (1, 1): 0.9, (2, 0): 0.3}
+    kept = seeing(made(losses=losses, lookups=lookups, kv_window=8, kv_lookups=0.5))
+    assert kept == {0: (0,), 1: (1,), 2: (), 3: (), 4: (), 5: None}  # (2, 0) is one too many, (0, 1) looks up nothing
+    assert seeing(made(losses=losses, lookups=lookups, kv_window=8, kv_lookups=0))[1] == ()
+
+
+def test_whole_visits_by_place_and_by_cost():
+    assert [layer for layer, heads in seeing(made(kv_choice="last", kv_window=8)).items() if heads is None] == [4, 5]
+    assert [layer for layer, heads in seeing(made(kv_choice="even", kv_window=8)).items() if heads is None] == [1, 4]
+    losses = {(layer, head): float(layer in (0, 3)) for layer in range(6) for head in range(2)}
+    plan = made(losses=losses, kv_grain="visits", kv_window=8)
+    assert [layer for layer, heads in seeing(plan).items() if heads is None] == [0, 3]
+    assert all(heads in (None, ()) for heads in seeing(plan).values())
+
+
+def test_a_layer_with_a_window_of_its_own_keeps_it():
+    plan = made("gemma3", kv_window=16, kv_budget=0.6)
+    assert all(plan.visits[number].attention is None for number in (0, 2, 4))
+    assert any(plan.visits[number].attention for number in (1, 3, 5))
+    with pytest.raises(WrongUsage, match="^The attention of layer 0 has a window of its own already, of 8 tokens.$"):
+        Plan(plan.architecture, (with_window(plan, 0), *plan.visits[1:]), plan.norms)
+
+
+def with_window(plan: Plan, number: int, **attention):
+    return replace(plan.visits[number], attention=Attention(**({"window": 8} | attention)))
+
+
+@pytest.mark.parametrize(
+    ("attention", "sentence"),
+    [
+        ({"window": 0}, "has a window below 1"),
+        ({"sinks": -1}, "less than no sinks"),
+        ({"heads": (2,)}, "KV heads that are not there"),
+        ({"heads": (1, 0)}, "not in order"),
+        ({"heads": (0, 0)}, "not in order"),
+    ],
+)
+def test_attention_that_no_layer_has_is_refused(attention, sentence):
+    plan = made(kv_budget=1)
+    with pytest.raises(WrongUsage, match=sentence):
+        Plan(plan.architecture, (with_window(plan, 0, **attention), *plan.visits[1:]), plan.norms)
+
+
+def test_the_window_is_as_large_as_half_of_the_budget_allows():
+    def window(budget: float, context: int) -> int:
+        changes = {"max_position_embeddings": context}
+        return next(
+            visit.attention.window for visit in made(kv_budget=budget, changes=changes).visits if visit.attention
+        )
+
+    assert window(0.5, 256) == 64
+    assert window(0.2, 256) == 16
+    assert window(0.2, 8192) == 512
+    assert window(0.5, 32768) == 512
+
+
+@pytest.mark.parametrize(
+    ("changes", "recipe", "sentence"),
+    [
+        (
+            {},
+            {"kv_budget": 0.01, "kv_window": 64},
+            "cannot be met: .* of 64 tokens, the cache takes 0.262 .* 256 tokens",
+        ),
+        ({}, {"kv_context": 257}, "to count at 257 tokens, but this model can see 256"),
+    ],
+)
+def test_what_cannot_be_met_is_one_sentence(changes, recipe, sentence):
+    with pytest.raises(WrongUsage, match=sentence):
+        made(changes=changes, **recipe)
+
+
+def test_where_the_config_names_no_context_it_must_be_said():
+    dense = replace(read_architecture(pico_config("llama")), context=0)
+    with pytest.raises(WrongUsage, match="does not say how many tokens it can see"):
+        KvBudget(dense, InitRecipe(kv_budget=0.5))
+    assert KvBudget(dense, InitRecipe(kv_budget=0.5, kv_context=100)).context == 100
+
+
+def test_models_without_heads_to_choose_from():
+    with pytest.raises(WrongUsage, match="every layer of this model has a window of its own"):
+        made("mistral")
+    from transformers import GPTNeoConfig
+
+    config = GPTNeoConfig(hidden_size=32, num_layers=2, num_heads=2, attention_types=[[["global"], 2]], vocab_size=320)
+    with pytest.raises(WrongUsage, match="every layer of this model cannot be told what to see"):
+        KvBudget(read_architecture(config), InitRecipe(kv_budget=0.5))
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"kv_window": 8}, "kv_window says how a KV budget is met; add kv_budget"),
+        ({"kv_budget": 0}, "kv_budget"),
+        ({"kv_budget": 0.5, "kv_choice": "evn"}, "even"),
+    ],
+)
+def test_a_recipe_that_contradicts_itself(values, sentence):
+    with pytest.raises(WrongUsage) as error:
+        checked(InitRecipe, values, "a test")
+    assert re.search(sentence, f"{error.value} {error.value.hint}")
