@@ -8,7 +8,7 @@ import gc
 import hashlib
 import tempfile
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +26,7 @@ from rrtc.eval.passkey import Probe, found
 from rrtc.eval.sample import sample
 from rrtc.eval.tasks import Harness, Task
 from rrtc.io.source import load_for_scoring, read_config
+from rrtc.io.unchanged import Unchanged
 from rrtc.machine import share_of, spread
 from rrtc.recipe.eval import EvalRecipe
 from rrtc.stock.parts import Parts, states_of
@@ -71,6 +72,7 @@ class Examinee:
 
     def __init__(self, candidate: Candidate, questions: Questions, dense: "Examinee | None" = None):
         self.candidate, self._questions, self._dense = candidate, questions, dense
+        self.files = Unchanged(candidate.folder)
         self._fingerprint = candidate.fingerprint()
         self.reused = self.made = 0  # measurements
 
@@ -174,6 +176,21 @@ class Examinee:
         )
         return found["utf8"].tobytes().decode()
 
+    def _steady(self, run):
+        """`run`, of models whose files are those that were hashed."""
+
+        def steady() -> Measurement:
+            with ExitStack() as both:
+                everyone = [self.files, *([] if self._dense is None else [self._dense.files])]
+                for files in everyone:
+                    both.enter_context(files.blamed())
+                value = run()
+            for files in everyone:
+                files.check()
+            return value
+
+        return steady
+
     def _left(self, place: int | None):
         return nullcontext() if place is None else Parts(self.model).left_after(place)
 
@@ -182,7 +199,7 @@ class Examinee:
 
     def _remembered(self, run, **asked) -> Measurement:
         made_on = [str(machine.device().type), torch.__version__, transformers.__version__]
-        value, was_there = remembered({"model": self._fingerprint, "machine": made_on, **asked}, run)
+        value, was_there = remembered({"model": self._fingerprint, "machine": made_on, **asked}, self._steady(run))
         self.reused, self.made = self.reused + was_there, self.made + (not was_there)
         return value
 

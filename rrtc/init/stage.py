@@ -67,7 +67,7 @@ def _init(model: str, target: Path, recipe: Recipe, resume: bool) -> dict:
     else:
         prove(job.dense, machine.device())
     folder.check_space(job.disk_bytes())
-    with folder.folder(resume, job.fingerprint()) as partial:
+    with job.source.files.blamed(), folder.folder(resume, job.fingerprint()) as partial:
         try:
             plan, measured = _tie(job)
         except WrongUsage:  # a recipe that turns out to be impossible stays so, and the work is for no other
@@ -81,6 +81,7 @@ def _init(model: str, target: Path, recipe: Recipe, resume: bool) -> dict:
             "params_total": plan.architecture.parameters,
             "params_non_embedding": plan.architecture.non_embedding,
         }
+        job.source.files.check()
         kept = {"model": job.source.uri, "init": recipe.init.resolved()}
         write_provenance(partial, "init", base, kept, {"init": measured}, [])
     return measured
@@ -152,6 +153,7 @@ def _own_text(job: Job) -> Tensor:
         with progress("Writing text to calibrate on", tokens) as advance:
             written = own_text(job.source.folder, tokenizer, job.own_windows, context, job.recipe.init.seed, advance)
             ids = torch.cat(list(written))
+        job.source.files.check()
         with whole_file(file) as temporary:
             save_file({"ids": ids}, temporary)
     return load_file(file)["ids"]

@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rrtc.console import note, quiet_libraries
@@ -21,6 +21,7 @@ from rrtc.io.folder import check_space, file_hash, only_run, whole_folder
 from rrtc.io.license import find_license
 from rrtc.io.provenance import check_not_quantized, read_provenance
 from rrtc.io.trust import check_counts, check_folder, check_no_own_code, leads_outside
+from rrtc.io.unchanged import Unchanged
 from rrtc.io.weights import Weights
 from rrtc.machine import device, scoring_dtype
 from rrtc.plain import read_json
@@ -35,11 +36,13 @@ class Source:
     """A dense model on this machine.
 
     `folder` has config.json, safetensors and tokenizer. `file` is what the user named: the folder, or a GGUF file.
+    `files`: all of them, as they were when the model was found.
     """
 
     uri: str
     folder: Path
     file: Path
+    files: Unchanged
 
     @property
     def is_gguf(self) -> bool:
@@ -91,10 +94,11 @@ def find_model(uri: str, config_only: bool = False) -> Source:
         if not (path / "config.json").exists():
             raise RrtcError(f"{path} is not a model folder: it has no config.json.")
         check_folder(path)
-        return Source(uri, path, path)
+        return Source(uri, path, path, Unchanged(path))
     if path.suffix != ".gguf" or not path.is_file():  # opening a pipe would wait for ever
         raise RrtcError(f"{path} is neither a folder nor a .gguf file.")
-    return Source(uri, _dequantized(path), path)
+    folder = _dequantized(path)
+    return Source(uri, folder, path, Unchanged(path, folder))
 
 
 def find_base(folder: Path, named: str | None, option: str) -> Source:
@@ -118,7 +122,7 @@ def find_base(folder: Path, named: str | None, option: str) -> Source:
         except RrtcError:
             continue
         if unchanged:
-            return Source(base["uri"], source.folder, source.file)
+            return replace(source, uri=base["uri"])
     raise RrtcError(
         f"The dense model that {folder} was made from ({base['uri']}) is no longer where it was, or has changed.",
         f"Say where it is with {option} MODEL.",
@@ -213,6 +217,7 @@ def _from_hub(uri: str, config_only: bool) -> Path:
 
 
 def _dequantized(file: Path) -> Path:
+    now = Unchanged(file)
     target = cache_folder() / "gguf" / content_hash(file)
     if target.exists():
         return target
@@ -222,6 +227,7 @@ def _dequantized(file: Path) -> Path:
     mine = target.with_name(f"{target.name}-{os.getpid()}")
     with quiet_libraries(), whole_folder(mine) as folder:
         _dequantize(file, folder)
+        now.check()
     try:
         mine.rename(target)
     except OSError:  # another process was faster

@@ -41,8 +41,9 @@ class Weights:
         self._where: dict[str, Path] = {}
         self._headers: dict[str, dict] = {}
         self._data_starts: dict[Path, int] = {}
+        self._states: dict[Path, tuple] = {}
         for file in self.files:
-            header, self._data_starts[file] = _header(file)
+            header, self._data_starts[file], self._states[file] = _header(file)
             for name, entry in header.items():
                 if name in self._where:
                     where = f"{self._where[name].name} and {file.name}"
@@ -168,7 +169,10 @@ class Weights:
             dtype = getattr(torch, DTYPES[entry["dtype"]])
             if start == end:
                 return torch.empty(entry["shape"], dtype=dtype)
-            stored = numpy.memmap(file, numpy.uint8, "c", start, (end - start,))
+            with open(file, "rb") as stream:
+                if file_state(os.fstat(stream.fileno())) != self._states[file]:
+                    raise RrtcError(f"{file} was changed while it was in use.", "Start again when it stays as it is.")
+                stored = numpy.memmap(stream, numpy.uint8, "c", start, (end - start,))
             return torch.from_numpy(stored).view(dtype).view(entry["shape"])
         except (LookupError, TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise _damaged(file) from error
@@ -188,11 +192,17 @@ def all_finite(tensor) -> bool:
     return not tensor.numel() or all(bound.isfinite().item() for bound in tensor.aminmax())
 
 
-def _header(file: Path) -> tuple[dict, int]:
-    """(the header of a safetensors file: tensor name -> dtype, shape and data_offsets; where the data start). Checks
-    the file's length."""
-    length = file.stat().st_size
+def file_state(found: os.stat_result) -> tuple[int, ...]:
+    """What tells a file from one that has taken its place, or from itself with other contents."""
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _header(file: Path) -> tuple[dict, int, tuple]:
+    """(the header of a safetensors file: tensor name -> dtype, shape and data_offsets; where the data start; the state
+    of the file). Checks the file's length."""
     with open(file, "rb") as stream:
+        state = file_state(found := os.fstat(stream.fileno()))
+        length = found.st_size
         header_length = int.from_bytes(stream.read(8), "little")
         if length < 8 or header_length > min(length - 8, 100_000_000):
             raise _damaged(file)
@@ -210,7 +220,7 @@ def _header(file: Path) -> tuple[dict, int]:
         end = stop
     if 8 + header_length + end != length:
         raise _damaged(file)
-    return header, 8 + header_length
+    return header, 8 + header_length, state
 
 
 class _Entry(BaseModel):
