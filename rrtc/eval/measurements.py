@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from rrtc import machine, scoring
 from rrtc.console import progress
+from rrtc.errors import RrtcError
 from rrtc.eval.cache import Measurement, remembered
 from rrtc.eval.candidates import Candidate
 from rrtc.eval.passkey import Probe, found
@@ -49,7 +50,11 @@ class Questions:
     def tokenizer_sha256(self) -> str:
         """Of all that the tokenizer would write: its vocabulary, its settings, its chat template."""
         with tempfile.TemporaryDirectory() as folder:
-            self.tokenizer.save_pretrained(folder)
+            try:
+                self.tokenizer.save_pretrained(folder)
+            except Exception as error:  # a full disk, of which tokenizers has a kind of its own
+                hint = "Free some space, or have TMPDIR name a folder on another disk."
+                raise RrtcError(f"Writing into the temporary folder {folder} failed: {error}.", hint) from error
             digest = hashlib.sha256()
             for file in sorted(Path(folder).rglob("*")):
                 if file.is_file():

@@ -12,6 +12,7 @@ from typing import Annotated
 from pydantic import BaseModel, Field, TypeAdapter
 
 from rrtc.errors import RrtcError
+from rrtc.io.cache import cache_folder
 from rrtc.plain import from_json, read_json
 
 # Numbers of a block. What is done to a block stays in a processor's cache, and in memory that the process has already:
@@ -244,6 +245,9 @@ def _damaged(file: Path) -> RrtcError:
 
 
 def disk_error(path: Path, error: Exception) -> RrtcError:
-    """What a failed write means to the user."""
+    """What a failed write means to the user, who knows the folder that was asked for, but not rrtc's cache."""
     reason = getattr(error, "strerror", None) or str(error)
+    if Path(path).is_relative_to(cache_folder()):
+        hint = "Free some space, or have RRTC_CACHE name a folder on another disk."
+        return RrtcError(f"Writing {path} failed: {reason}.", hint)
     return RrtcError(f"Writing {path.name} failed: {reason}.", "Free some space, or write to another disk.")

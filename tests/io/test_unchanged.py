@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from initialized import recipe
+from moments import at_the
 from safetensors.torch import load_file, save_file
 from uptraining import curve, settings, weights
 
@@ -94,19 +95,6 @@ def test_no_tensor_comes_from_another_file_than_the_header(dense, tmp_path):
     replace(folder)
     with pytest.raises(RrtcError, match="model.safetensors was changed while it was in use"):
         opened.raw(name)
-
-
-def at_the(number: int, monkeypatch, where, name: str, do) -> None:
-    """Has `do` done before the call of that number, from 1, of where.name."""
-    original, calls = getattr(where, name), []
-
-    def called(*args, **kwargs):
-        calls.append(0)
-        if len(calls) == number:
-            do()
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(where, name, called)
 
 
 @pytest.mark.parametrize("change", CHANGES)
