@@ -141,6 +141,7 @@ def _timeless(value):
 def kill(name: str, arguments: list[str], work: Path, kills: int, chance: random.Random) -> Counter:
     """Kills a command so many times; returns how often it left what behind."""
     target, log, found = work / "out", work / "operations", Counter()
+    shutil.rmtree(os.environ["RRTC_CACHE"])
     started = time.monotonic()
     succeed(arguments, target, log)
     seconds, operations, whole = time.monotonic() - started, int(log.read_text()), contents(target)

@@ -76,10 +76,11 @@ class Source:
         }
 
 
-def find_model(uri: str, config_only: bool = False) -> Source:
+def find_model(uri: str, config_only: bool = False, fetch: bool = True) -> Source:
     """The model that `uri` names, made available as a local folder.
 
-    config_only: of a model on a hub, fetch no weights. Raises RrtcError where it cannot be found or read; for a package
+    config_only: of a model on a hub, fetch no weights. fetch: whether the hub is asked at all, or only what was fetched
+    from it before is taken. Raises RrtcError where it cannot be found or read; for a package
     that is not installed, the hint is the pip command.
     """
     if uri.startswith("package://"):
@@ -89,7 +90,7 @@ def find_model(uri: str, config_only: bool = False) -> Source:
     elif uri.endswith(".gguf") or uri.startswith((".", "/", "~")) or uri.count("/") > 1:
         raise RrtcError(f"There is no model at {uri}.", "Name a folder, a .gguf file, a hub id or package://name/path.")
     else:
-        path = _from_hub(uri, config_only)
+        path = _from_hub(uri, config_only, fetch)
     if path.is_dir():
         if not (path / "config.json").exists():
             raise RrtcError(f"{path} is not a model folder: it has no config.json.")
@@ -104,8 +105,9 @@ def find_model(uri: str, config_only: bool = False) -> Source:
 def find_base(folder: Path, named: str | None, option: str) -> Source:
     """The dense model that the rrtc folder `folder` was made from, or the one that the user `named` instead.
 
-    Looks where the provenance says: the path, the path relative to the folder, then the URI. Raises RrtcError with a
-    hint to use `option` where it is gone, or where what is there now has other contents.
+    Looks where the provenance says: the path, the path relative to the folder, then the URI; but nothing is fetched for
+    a folder that may be a stranger's. Raises RrtcError with a hint to use `option` where it is not on this machine, or
+    where what is there now has other contents.
     """
     if named is not None:
         return find_model(named)
@@ -117,7 +119,7 @@ def find_base(folder: Path, named: str | None, option: str) -> Source:
         if place.startswith("/") and not os.path.exists(place):
             continue
         try:
-            source = find_model(place)
+            source = find_model(place, fetch=False)
             unchanged = content_hash(source.file) == base["sha256"]
         except RrtcError:
             continue
@@ -125,7 +127,9 @@ def find_base(folder: Path, named: str | None, option: str) -> Source:
             return replace(source, uri=base["uri"])
     raise RrtcError(
         f"The dense model that {folder} was made from ({base['uri']}) is no longer where it was, or has changed.",
-        f"Say where it is with {option} MODEL.",
+        f"Say where it is with {option} MODEL. A hub's id, such as {option} {base['uri']}, has it fetched."
+        if base["uri"] in places
+        else f"Say where it is with {option} MODEL.",
     )
 
 
@@ -201,14 +205,15 @@ def _in_package(uri: str) -> Path:
     return path
 
 
-def _from_hub(uri: str, config_only: bool) -> Path:
+def _from_hub(uri: str, config_only: bool, fetch: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "README.md"]
     # The same weights in the maker's own format, often in a folder; additional_chat_templates is another one.
-    twice = ["consolidated*", "[!a]*/*"]
+    twice, wanted = ["consolidated*", "[!a]*/*"], wanted[:1] if config_only else wanted
     try:
-        return Path(snapshot_download(uri, allow_patterns=wanted[:1] if config_only else wanted, ignore_patterns=twice))
+        found = snapshot_download(uri, allow_patterns=wanted, ignore_patterns=twice, local_files_only=not fetch)
+        return Path(found)
     except Exception as error:  # offline, no such repository, no permission: huggingface_hub has a class for each
         raise RrtcError(
             f"There is no folder {uri}, and the hub did not give a model of that name.",
