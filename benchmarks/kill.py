@@ -5,7 +5,8 @@
 The model is a pico Llama of four layers. Every command begins with an empty cache and is killed with SIGKILL in two
 ways in turn: after a random part of the time that it takes, and at a random one of its operations on files of the new
 folder and of the cache, so that every step of the writing is met, the last renaming too. After each kill there may be
-no folder of the final name, or a whole one, as it is where nothing is killed; and the same command, with --resume where
+no folder of the final name, or a whole one, as it is where nothing is killed (at worst with the folder of finished work
+that was about to be removed, which nothing reads); and the same command, with --resume where
 it says that there is something to resume, must then succeed with the same files, from what the kill has left in the
 cache. Exit code 1 where that is not so. FOLDER is made, and deleted afterwards.
 
@@ -40,7 +41,7 @@ from rrtc.cli.app import main as rrtc
 from rrtc.eval import stage as evaluating  # noqa: F401 - imported once, for all the commands that are forked from here
 from rrtc.export import stage as exporting  # noqa: F401
 from rrtc.init import stage as initializing  # noqa: F401
-from rrtc.io.folder import partial_of
+from rrtc.io.folder import RESUMABLE, partial_of
 from rrtc.uptrain import stage as uptraining  # noqa: F401
 
 OPERATIONS = {"open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.listdir", "os.scandir", "shutil.copyfile"}
@@ -157,6 +158,10 @@ def kill(name: str, arguments: list[str], work: Path, kills: int, chance: random
             moment = chance.randrange(operations)
             process, at = start(arguments, target, log, moment), f"before operation {moment}"
         os.waitpid(process, 0)
+        for name in RESUMABLE:
+            if (target / name).exists() and (target / "rrtc.yaml").exists():
+                shutil.rmtree(target / name)
+                found["removing"] += 1
         # `run` makes its folder at once, and fills it stage by stage.
         left = "whole" if target.exists() else "unfinished" if partial_of(target).exists() else "nothing"
         if left == "whole" and arguments[0] != "run" and contents(target) != whole:
@@ -181,11 +186,12 @@ def main(work: Path, kills: int, seed: int, only: list[str]) -> None:
     log, made = work / "operations", commands(dense, work)
     succeed(made["init, paper"], work / "tied", log)
     succeed(made["uptrain"], work / "healed", log)
-    print(f"{'command':<20}{'kills':>6}{'nothing':>9}{'unfinished':>12}{'whole':>7}   the next run", flush=True)
+    heads = f"{'command':<20}{'kills':>6}{'nothing':>9}{'unfinished':>12}{'whole':>7}{'of them with work':>19}"
+    print(f"{heads}   the next run", flush=True)
     for name, arguments in made.items():
         if not only or arguments[0] in only:
             found = kill(name, arguments, work, kills, random.Random(f"{seed} {name}"))
-            left = f"{found['nothing']:>9}{found['unfinished']:>12}{found['whole']:>7}"
+            left = f"{found['nothing']:>9}{found['unfinished']:>12}{found['whole']:>7}{found['removing']:>19}"
             print(f"{name:<20}{kills:>6}{left}   the same files", flush=True)
 
 

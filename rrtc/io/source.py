@@ -87,7 +87,7 @@ def find_model(uri: str, config_only: bool = False, fetch: bool = True) -> Sourc
         path = _in_package(uri)
     elif os.path.exists(os.path.expanduser(uri)):  # which unlike Path's takes every text for a name
         path = Path(os.path.expanduser(uri))
-    elif uri.endswith(".gguf") or uri.startswith((".", "/", "~")) or uri.count("/") > 1:
+    elif not _may_be_hub_id(uri):
         raise RrtcError(f"There is no model at {uri}.", "Name a folder, a .gguf file, a hub id or package://name/path.")
     else:
         path = _from_hub(uri, config_only, fetch)
@@ -125,12 +125,16 @@ def find_base(folder: Path, named: str | None, option: str) -> Source:
             continue
         if unchanged:
             return replace(source, uri=base["uri"])
+    on_hub = base["uri"] in places and _may_be_hub_id(base["uri"])
+    fetched = f" To have it fetched from the hub: {option} {base['uri']}" if on_hub else ""
     raise RrtcError(
         f"The dense model that {folder} was made from ({base['uri']}) is no longer where it was, or has changed.",
-        f"Say where it is with {option} MODEL. A hub's id, such as {option} {base['uri']}, has it fetched."
-        if base["uri"] in places
-        else f"Say where it is with {option} MODEL.",
+        f"Say where it is with {option} MODEL.{fetched}",
     )
+
+
+def _may_be_hub_id(uri: str) -> bool:
+    return not uri.startswith((".", "/", "~", "package://")) and not uri.endswith(".gguf") and uri.count("/") <= 1
 
 
 def read_config(folder: Path):

@@ -266,7 +266,7 @@ def test_a_relative_path_that_is_gone_is_not_looked_up_as_a_hub_id(workplace, mo
 
 
 def test_nothing_is_fetched_because_a_folder_says_so(workplace, monkeypatch):
-    """Its rrtc.yaml may be a stranger's. What the user has fetched before is found, and what the user names is fetched."""
+    """Its rrtc.yaml may be a stranger's. What was fetched before is found, and what the user names is fetched."""
     asked = []
 
     def snapshot_download(name, *, local_files_only, **others):
