@@ -17,6 +17,7 @@ again: of a pico model's export, most is importing torch.
 import argparse
 import gc
 import hashlib
+import importlib
 import json
 import os
 import random
@@ -32,8 +33,6 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
 
-import onnxruntime  # noqa: F401
-import onnxscript.optimizer  # noqa: F401
 import ready
 from pico import save_pico
 
@@ -179,6 +178,8 @@ def kill(name: str, arguments: list[str], work: Path, kills: int, chance: random
 def main(work: Path, kills: int, seed: int, only: list[str]) -> None:
     os.environ |= {"RRTC_CACHE": str(work / "cache"), "HF_MODULES_CACHE": str(work / "modules"), "HF_HUB_OFFLINE": "1"}
     ready.server()
+    for name in ("onnxruntime", "onnxscript.optimizer"):
+        importlib.import_module(name)
     dense = save_pico(work / "dense", num_hidden_layers=4)
     gc.collect()
     gc.freeze()
