@@ -69,7 +69,8 @@ class Both(Losses):
 
 def recipe_of(args: argparse.Namespace, window: int | None, budget: float) -> Recipe:
     init = {"budget": 1, "kv_budget": budget, "kv_window": window, "calibrate_on": args.calibrate_on}
-    init |= {"calibrate_tokens": args.calibrate_tokens, "measure_tokens": 0}
+    init |= {"calibrate_tokens": args.calibrate_tokens, "calibrate_context": args.calibrate_context}
+    init |= {"measure_tokens": 0}
     return Recipe.model_validate({"init": init})
 
 
@@ -263,6 +264,7 @@ if __name__ == "__main__":
     parser.add_argument("model")
     parser.add_argument("--calibrate-on", action="append", required=True, metavar="TEXT")
     parser.add_argument("--calibrate-tokens", type=int, default=16_384)
+    parser.add_argument("--calibrate-context", type=int, default=512, help="more than that where a window asks for it")
     parser.add_argument("--text", action="append", required=True, metavar="TEXT")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--context", type=int, default=8192)

@@ -69,7 +69,7 @@ def _init(model: str, target: Path, recipe: Recipe, resume: bool) -> dict:
     else:
         prove(job.dense, machine.device())
     folder.check_space(job.disk_bytes())
-    with folder.folder(resume, job.fingerprint()) as partial:
+    with job.source.files.blamed(), folder.folder(resume, job.fingerprint()) as partial:
         try:
             plan, measured = _tie(job)
         except WrongUsage:  # a recipe that turns out to be impossible stays so, and the work is for no other
@@ -92,12 +92,14 @@ def _say_where_from(job: Job, plan: Plan, partial: Path, target: Path, measured:
         kept = before["recipe"] | {
             "init": (before["recipe"].get("init") or {}) | {name: asked[name] for name in asked if name[:3] == "kv_"}
         }
+        job.source.files.check()
         write_provenance(partial, "init", base, kept, before["measured"] | {"windows": measured}, next_history(before))
         return
     base = job.source.provenance(target) | {
         "params_total": plan.architecture.parameters,
         "params_non_embedding": plan.architecture.non_embedding,
     }
+    job.source.files.check()
     write_provenance(partial, "init", base, {"model": job.source.uri, "init": asked}, {"init": measured}, [])
 
 
@@ -198,6 +200,7 @@ def _own_text(job: Job) -> Tensor:
         with progress("Writing text to calibrate on", tokens) as advance:
             written = own_text(job.source.folder, tokenizer, job.own_windows, context, job.recipe.init.seed, advance)
             ids = torch.cat(list(written))
+        job.source.files.check()
         with whole_file(file) as temporary:
             save_file({"ids": ids}, temporary)
     return load_file(file)["ids"]
