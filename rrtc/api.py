@@ -431,7 +431,8 @@ def _check_models(recipe: Recipe) -> None:
         find_model(recipe.uptrain.teacher)
     config = find_model(cast(str, recipe.model)).config()
     check_tokens(recipe.uptrain, longest_context(config, recipe.uptrain.context))
-    check_format(recipe.export, config, read_architecture(config).parameters)
+    windows = recipe.init.kv_budget is not None and recipe.init.kv_budget < 1
+    check_format(recipe.export, config, read_architecture(config).parameters, windows)
 
 
 def _check_same_recipe(stage: str, folder: Path, recipe: Recipe) -> None:
