@@ -118,13 +118,12 @@ def _tie(job: Job) -> tuple[Plan, dict]:
     losses, lookups = heads or ({}, {})
     plan = job.kv_budget.spend(plan, losses, lookups)
     cost = predicted(plan, losses) if losses else None
-    note(job.kv_budget.explain(plan) + at_a_cost(cost))
+    said = job.kv_budget.explain(plan)
+    if cost is not None:
+        text = f"windows of {job.calibration.shape[1]:,} tokens of the calibration text"
+        said += f" On {text} that costs about {cost:.3f} nats a token, and more in longer ones."
+    note(said)
     return plan, measured | {"predicted_window_cost": cost and round(cost, 4)}
-
-
-def at_a_cost(nats: float | None) -> str:
-    """What windows are predicted to cost, to follow what they save; nothing where it was not measured."""
-    return "" if nats is None else f" On the calibration text this costs about {nats:.3f} nats a token."
 
 
 def _calibrate(job: Job, neurons: list[Neurons]) -> tuple[Calibration, tuple[dict, dict] | None]:
