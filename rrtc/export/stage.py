@@ -27,6 +27,7 @@ from rrtc.io.provenance import base_seen_from, next_history, read_provenance, wr
 from rrtc.io.report import read_report
 from rrtc.io.source import load_tokenizer
 from rrtc.io.trust import text_of_folder
+from rrtc.io.unchanged import Unchanged
 from rrtc.io.weights import Weights
 from rrtc.machine import is_too_large, too_large
 from rrtc.model import RrtConfig
@@ -51,6 +52,12 @@ def export(folder: str, output: str, recipe: Recipe, report: str | None = None) 
     read_by and llama_cpp, as its `verify` has them. Raises RrtcError, and leaves no folder, where the export is not the
     same model.
     """
+    inputs = Unchanged(Path(folder))
+    with inputs.blamed():
+        return _export(folder, output, recipe, report, inputs)
+
+
+def _export(folder: str, output: str, recipe: Recipe, report: str | None, inputs: Unchanged) -> dict:
     started = time.monotonic()
     source, target = Path(folder), Path(output)
     check_target(target, source)
@@ -115,6 +122,7 @@ def export(folder: str, output: str, recipe: Recipe, report: str | None = None) 
             "files": sorted([*_files(partial), "README.md", "rrtc.yaml"]),
             "seconds": round(time.monotonic() - started, 1),
         }
+        inputs.check()
         value = write_provenance(
             partial,
             "export",
