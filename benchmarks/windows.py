@@ -26,7 +26,7 @@ from rrtc.init import calibrate as gathering
 from rrtc.init import windows as choosing
 from rrtc.init.calibrate import calibrate
 from rrtc.init.job import Job, prepare
-from rrtc.kv_budget import Head, KvBudget, predicted, without_windows
+from rrtc.kv_budget import KvBudget, predicted, without_windows
 from rrtc.model import RrtConfig, RrtForCausalLM
 from rrtc.plan import Plan
 from rrtc.recipe.schema import Recipe
@@ -74,7 +74,7 @@ def recipe_of(args: argparse.Namespace, window: int | None, budget: float) -> Re
     return Recipe.model_validate({"init": init})
 
 
-def measured(args: argparse.Namespace, window: int) -> tuple[Plan, dict[str, dict[Head, float]]]:
+def measured(args: argparse.Namespace, window: int) -> tuple[Plan, dict[str, dict]]:
     """(the plan without windows, what was measured of every head: weighted and unweighted errors, look-ups); from the
     folder where that was done before."""
     job = prepare(args.model, args.work / "none", recipe_of(args, window, 1.0))
@@ -88,7 +88,7 @@ def measured(args: argparse.Namespace, window: int) -> tuple[Plan, dict[str, dic
     return job.plan, {name: {ast.literal_eval(head): v for head, v in one.items()} for name, one in found.items()}
 
 
-def _measured(args: argparse.Namespace, job: Job, window: int) -> dict[str, dict[Head, float]]:
+def _measured(args: argparse.Namespace, job: Job, window: int) -> dict[str, dict]:
     device, dense, found, folder = torch.device("cpu"), job.dense, {}, args.work / f"window-{window}"
     model, rules = StreamedModel(dense.config, dense.raw, device), choosing.rules(job.kv_budget)
     folder.mkdir()
@@ -97,7 +97,7 @@ def _measured(args: argparse.Namespace, job: Job, window: int) -> dict[str, dict
     calibration = calibrate(dense, model, [], job.calibration, folder, device, lambda n: None, rules, moments=False)
     found["weighted"] = choosing.window_losses(job.kv_budget, calibration)
     by_layer = dict(zip(sorted(rules, reverse=True), Both.unweighted, strict=True))
-    found["unweighted"] = {(layer, head): by_layer[layer][head].item() for layer, head in found["weighted"]}
+    found["unweighted"] = {layer: one.diag().tolist() for layer, one in by_layer.items()}
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     found["look-ups"] = choosing.lookups(
         job.kv_budget, dense, model, tokenizer, job.calibration, 0, folder, device, lambda n: None
