@@ -6,9 +6,9 @@ The model is a pico Llama of four layers. Every command begins with an empty cac
 ways in turn: after a random part of the time that it takes, and at a random one of its operations on files of the new
 folder and of the cache, so that every step of the writing is met, the last renaming too. After each kill there may be
 no folder of the final name, or a whole one, as it is where nothing is killed (at worst with the folder of finished work
-that was about to be removed, which nothing reads); and the same command, with --resume where
-it says that there is something to resume, must then succeed with the same files, from what the kill has left in the
-cache. Exit code 1 where that is not so. FOLDER is made, and deleted afterwards.
+that was about to be removed, which nothing reads); and the same command, with --resume where it says that there is
+something to resume, must then succeed with the same files, from what the kill has left in the cache. Exit code 1 where
+that is not so. FOLDER is made, and deleted afterwards.
 
 All are forked from one process that has imported what they need, and so are the fresh ones in which exports are loaded
 again: of a pico model's export, most is importing torch.

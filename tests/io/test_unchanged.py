@@ -10,7 +10,7 @@ import torch
 from initialized import recipe
 from moments import at_the
 from safetensors.torch import load_file, save_file
-from uptraining import curve, settings, weights
+from uptraining import ONE_STEP, curve, settings, weights
 
 from rrtc import scoring
 from rrtc.errors import RrtcError
@@ -22,6 +22,7 @@ from rrtc.io.source import content_hash, find_model
 from rrtc.io.unchanged import Unchanged
 from rrtc.io.weights import Weights
 from rrtc.recipe.schema import Recipe
+from rrtc.text import shards
 from rrtc.uptrain.stage import uptrain
 from rrtc.uptrain.trainer import DistillationTrainer
 
@@ -168,6 +169,18 @@ def test_export(pair, tmp_path, monkeypatch, change):
     with pytest.raises(RrtcError, match=f"{pair[0]}/.* while it was in use"):
         exporting.export(str(pair[0]), str(tmp_path / "out"), Recipe.model_validate({"export": {"format": "dense"}}))
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+def test_text_that_changes_while_it_is_tokenized_is_not_kept(rrt, tmp_path, monkeypatch):
+    monkeypatch.setenv("RRTC_CACHE", str(tmp_path / "cache"))
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n\n".join(f"Document {n} is about the number {n}. " * 8 for n in range(120)))
+    asked = settings(data=[str(text)], tokens=ONE_STEP)
+    at_the(1, monkeypatch, shards, "_write", lambda: text.write_text(text.read_text().replace("number", "figure")))
+    with pytest.raises(RrtcError, match="text.txt was changed while it was in use"):
+        uptrain(str(rrt), str(tmp_path / "out"), asked)
+    assert not list((tmp_path / "cache").rglob("ids.bin"))
+    uptrain(str(rrt), str(tmp_path / "out"), asked)
 
 
 def test_a_gguf_file_that_changes_while_it_is_dequantized_is_not_kept(dense, tmp_path, monkeypatch):
