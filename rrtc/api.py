@@ -30,13 +30,14 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from rrtc.console import note, notes_shown, quiet_downloads, quiet_libraries
 from rrtc.errors import RrtcError, WrongUsage
 from rrtc.io.folder import check_target
-from rrtc.io.provenance import read_provenance
+from rrtc.io.provenance import PROVENANCE, read_provenance
 from rrtc.io.report import read_report
 from rrtc.io.resumable import difference
-from rrtc.io.source import find_model, read_config
+from rrtc.io.source import Source, check_tokenizer, find_base, find_model, read_config
 from rrtc.io.weights import Weights
 from rrtc.plain import read_json
 from rrtc.plan import read_visits
+from rrtc.recipe.chat import ChatOptions
 from rrtc.recipe.schema import Recipe, checked, load_recipe, with_flags
 from rrtc.recipe.section import OWN_TEXT, Section
 from rrtc.results import (
@@ -57,6 +58,7 @@ from rrtc.uptrain.checks import check_recipe
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from rrtc.chat import Chat
     from rrtc.model import RrtForCausalLM
     from rrtc.plan import Plan
 
@@ -284,6 +286,43 @@ def load(model: Place, dtype: Any = "auto", device: Any = "cpu") -> "tuple[PreTr
         safe = {"use_safetensors": True, "trust_remote_code": False}
         loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **safe)
         return loaded.to(device).eval(), load_tokenizer(folder)
+
+
+def chat(
+    model: Place, against: Place | None = None, *, max_tokens: int | None = None, temperature: float | None = None,
+    top_p: float | None = None, seed: int | None = None, verbose: bool = False,
+) -> "Chat":  # fmt: skip
+    """A conversation with `model`, which may be all that `load` takes:
+
+        print(api.chat("healed").answer("Why is the sky blue?")["answers"][0]["text"])
+
+    What is said next is said after that. Where the tokenizer has a chat template, it is used; where it has none, the
+    model goes on with the text. against: another model that is told the same, or "dense": the one that the folder
+    `model` was made from. The others: of ChatOptions; as the model's own generation defaults have it where not given.
+    Raises RrtcError where one of the models cannot be found or has no tokenizer.
+    """
+    options = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    asked, name = with_flags(ChatOptions(), options, "the call"), _home(model)
+    with _work(verbose, f"Reading {name}", heavy=False):
+        sources = [find_model(name)]
+        if against is not None:
+            sources.append(_dense_of(Path(name), _home(against)))
+        for source in sources:
+            source.weights()
+            check_tokenizer(source.folder)
+        with quiet_libraries():
+            from rrtc.chat import Chat, Speaker
+            from rrtc.machine import device
+
+            return Chat([Speaker(one.uri, *load(one.folder, device=device()), asked) for one in sources])
+
+
+def _dense_of(folder: Path, named: str) -> Source:
+    """The model that the user named to compare the one in `folder` with; "dense" is the one that it was made from."""
+    if named == "dense" and not (folder / PROVENANCE).exists():
+        sentence = f"{folder} was not written by rrtc, so nothing says which dense model it was made from."
+        raise RrtcError(sentence, "Name a model in place of 'dense'.")
+    return find_base(folder, None if named == "dense" else named, "--against")
 
 
 def tie(model: "PreTrainedModel", plan: "Plan") -> "RrtForCausalLM":

@@ -151,6 +151,24 @@ class RunResult(TypedDict):
     export: ExportResult
 
 
+class AnswerResult(TypedDict):
+    """What one model said."""
+
+    model: str  # as it was named; of a dense original, as its rrtc.yaml names it
+    chat_template: bool  # whether it was asked through its chat template; if not, it went on with the text
+    text: str
+    tokens: int
+    seconds: float
+    ended: str  # by itself, max_tokens, or context: the model can see no more
+
+
+class ChatResult(TypedDict):
+    """Of an answer in a conversation that `chat` began, and of `rrtc chat --prompt`."""
+
+    prompt: str
+    answers: list[AnswerResult]  # of the model, and of the one to compare it with
+
+
 class BaseResult(TypedDict):
     """The dense model that a folder was made from."""
 

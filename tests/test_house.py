@@ -14,7 +14,7 @@ STAGES = {"init", "uptrain", "eval", "export"}
 ABOVE = [
     {"cli", "__main__"},
     {"api", "environment"},
-    STAGES,
+    STAGES | {"chat"},
     {"scoring", "text", "io", "stock"},
 ]  # and below these all others
 
