@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import TextStreamer
 
-from rrtc.console import note, quiet_libraries
+from rrtc.console import quiet_libraries
 from rrtc.errors import RrtcError, WrongUsage
 from rrtc.recipe.chat import ChatOptions, check_prompt
 from rrtc.results import AnswerResult, ChatResult
@@ -42,12 +42,9 @@ class Speaker:
         template fails, or the model's own generation defaults cannot be used.
         """
         check_prompt(prompt)
-        self.turns.append({"role": "user", "content": prompt})
-        try:
-            ids = self._ids_that_fit()
-        except RrtcError:
-            self.turns.pop()
-            raise
+        turns, ids = self._that_fit([*self.turns, {"role": "user", "content": prompt}])
+        forgotten = (len(self.turns) + 1 - len(turns)) // 2
+        self.turns = turns
         streamer, begun = _Streamer(self.tokenizer, show), time.perf_counter()
         room = self._longest - ids.shape[1]
         try:
@@ -64,12 +61,13 @@ class Speaker:
             "text": text,
             "tokens": len(new),
             "seconds": time.perf_counter() - begun,
+            "forgotten": forgotten,
             "ended": "context" if ended == "max_tokens" and room < self.options.max_tokens else ended,
         }
 
     def clear(self) -> None:
         """Forgets what was said."""
-        self.turns.clear()
+        self.turns = []
 
     @property
     def _longest(self) -> int:
@@ -92,15 +90,13 @@ class Speaker:
                 raise RrtcError(f"{self.name} cannot generate: {_short(error)}") from error
         return said[0, ids.shape[1] :]
 
-    def _ids_that_fit(self) -> torch.Tensor:
-        """Token ids (1, length) of the turns; the oldest ones are forgotten where there would be no room for an
-        answer, and a note says so."""
-        ids, forgotten = self._ids(), 0
-        while ids.shape[1] > self._longest - min(self.options.max_tokens, self._longest // ROOM) and self.turns[2:]:
-            del self.turns[:2]  # what was said, and the answer
-            ids, forgotten = self._ids(), forgotten + 1
-        if forgotten:
-            note(f"{self.name} does not see the beginning any more: the context is {self._longest} tokens.")
+    def _that_fit(self, turns: list[dict[str, str]]) -> tuple[list[dict[str, str]], torch.Tensor]:
+        """The latest of the turns and their token ids (1, length): all but the oldest that would leave no room for an
+        answer."""
+        ids = self._ids(turns)
+        while ids.shape[1] > self._longest - min(self.options.max_tokens, self._longest // ROOM) and turns[2:]:
+            turns = turns[2:]  # without what was said first, and its answer
+            ids = self._ids(turns)
         if ids.shape[1] >= self._longest:
             sentence = f"The prompt has {ids.shape[1]} tokens, and {self.name} can see {self._longest}."
             raise WrongUsage(sentence, "Say it in fewer words.")
@@ -108,16 +104,16 @@ class Speaker:
             raise WrongUsage("There is nothing in the prompt that the tokenizer has a token for.")
         if ids.max() >= self.model.config.get_text_config().vocab_size:
             raise RrtcError(f"The tokenizer of {self.name} has tokens that the model does not know.")
-        return ids
+        return turns, ids
 
-    def _ids(self) -> torch.Tensor:
+    def _ids(self, turns: list[dict[str, str]]) -> torch.Tensor:
         if not self.has_template:
             ends = {"user": "", "assistant": "\n"}  # what is typed next begins a line
-            text = "".join(turn["content"] + ends[turn["role"]] for turn in self.turns)
+            text = "".join(turn["content"] + ends[turn["role"]] for turn in turns)
             return self.tokenizer(text, return_tensors="pt")["input_ids"].long()
         given = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
         try:
-            return self.tokenizer.apply_chat_template(self.turns, **given)["input_ids"]
+            return self.tokenizer.apply_chat_template(turns, **given)["input_ids"]
         except Exception as error:  # a template is a program, which can fail in any way
             raise RrtcError(f"The chat template of {self.name} fails with '{_short(error)}'.") from error
 

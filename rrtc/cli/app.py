@@ -14,8 +14,9 @@ import typer
 from rrtc import __version__, api, console
 from rrtc.cli import tables
 from rrtc.cli.chat import chat_command
-from rrtc.cli.command import command, explained
+from rrtc.cli.command import Resume, command, explained, needs_output
 from rrtc.cli.help import Command, Group
+from rrtc.cli.run import run_command
 from rrtc.errors import WrongUsage
 from rrtc.recipe.commented import commented_recipe, recipe_schema
 from rrtc.recipe.schema import Recipe
@@ -31,19 +32,12 @@ app = typer.Typer(
 )
 Output = Annotated[str | None, typer.Option("-o", "--output", metavar="FOLDER", help="New folder to write.")]
 Folder = Annotated[str, typer.Argument(metavar="FOLDER", help="A folder that rrtc wrote.", show_default=False)]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on from where an interrupted run stopped.")]
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # how the user may have said that threads wait
 
 
 def _command(name: str, part: str | None = None) -> Callable:
     """Registers a function as the command `name`; part: the section of the recipe whose fields are flags of it."""
     return lambda function: app.command(name, cls=Command)(command(part)(function))
-
-
-def _needs_output(output: str | None) -> str:
-    if output is None:
-        raise typer.BadParameter("say where to write with -o FOLDER, or use --dry-run", param_hint="--output")
-    return output
 
 
 @_command("init", "init")
@@ -78,7 +72,7 @@ def init_command(
     if dry_run:
         result = api.plan(model, recipe, verbose=shown)
         return result, tables.plan(result)
-    target = _needs_output(output)
+    target = needs_output(output)
     result = api.init(model, target, recipe, resume=resume, verbose=shown)
     return result, tables.init(result, target)
 
@@ -106,7 +100,7 @@ def uptrain_command(
     if dry_run:
         result = api.estimate(folder, recipe, verbose=shown)
         return result, tables.estimate(result)
-    target = _needs_output(output)
+    target = needs_output(output)
     result = api.uptrain(folder, target, recipe, resume=resume, verbose=shown)
     return result, tables.uptrain(result, target)
 
@@ -165,37 +159,13 @@ def export_command(
     Example:
       rrtc export healed -o release --format dense
     """
-    target = _needs_output(output)
+    target = needs_output(output)
     result = api.export(folder, target, report, push_to_hub, private, recipe, verbose=shown)
     pushed = [console.plain(f"Pushed to {result['pushed_to']}.")] if "pushed_to" in result else []
     return result, tables.export(result, target), *pushed
 
 
-@_command("run")
-def run_command(
-    recipe: Annotated[
-        str,
-        typer.Argument(metavar="RECIPE", help="A recipe file, or quickstart, which rrtc brings.", show_default=False),
-    ],
-    output: Annotated[str, typer.Option("-o", "--output", metavar="FOLDER", help="New folder for the four stages.")],
-    tokens: Annotated[
-        int | None,
-        typer.Option("--tokens", min=1, metavar="TOKENS", help="Train on so many tokens instead of the recipe's."),
-    ] = None,
-    resume: Resume = False,
-    *,
-    shown: bool,
-):
-    """Run a whole recipe: init, uptrain, eval and export, each into a folder of its name in FOLDER.
-
-    \b
-    Example:
-      rrtc run quickstart -o runs/quickstart
-    """
-    result = api.run(recipe, output, resume, tokens=tokens, verbose=shown)
-    return result, tables.report(result["eval"]), tables.export(result["export"], os.path.join(output, "export"))
-
-
+_command("run")(run_command)
 _command("chat")(chat_command)
 
 

@@ -80,7 +80,7 @@ def chat_command(
             how = (
                 "asked through its chat template"
                 if speaker.has_template
-                else "going on with the text: no chat template"
+                else "going on with the text, without a chat template"
             )
             console.note(f"{speaker.name}: {how}")
         if prompt is None:
@@ -133,6 +133,8 @@ def _answer(chat: "Chat", speaker: "Speaker", prompt: str, shown: bool) -> "Answ
     found = speaker.answer(prompt, console.say if shown else lambda piece: None)
     if shown:
         console.say("\n")
+    if found["forgotten"]:
+        console.note(f"{speaker.name} does not see the beginning of this conversation any more.")
     return found
 
 

@@ -18,6 +18,7 @@ from rrtc.errors import RrtcError
 from rrtc.io.cache import cache_folder
 from rrtc.recipe.schema import Recipe
 
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from where an interrupted run stopped.")]
 JSON_HELP = "Write the result as JSON into FILE; - is stdout."
 QUIET_HELP = "Show the result, warnings and errors, and nothing on the way."
 VERBOSE_HELP = "Show what transformers says, too, and the traceback of an error."
@@ -118,3 +119,10 @@ def _warnings_are_notes() -> Iterator[None]:
 
         warnings.showwarning = show
         yield
+
+
+def needs_output(output: str | None) -> str:
+    """`output`. Raises BadParameter where it was not given."""
+    if output is None:
+        raise typer.BadParameter("say where to write with -o FOLDER, or use --dry-run", param_hint="--output")
+    return output
