@@ -20,25 +20,26 @@ WrongUsage where the call itself is wrong, before any work as far as it can be k
 Importing this module imports no torch: what takes seconds to import waits until the cheap checks have passed.
 """
 
-import functools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from rrtc import runs
 from rrtc.console import note, notes_shown, quiet_downloads, quiet_libraries
 from rrtc.errors import RrtcError, WrongUsage
 from rrtc.io.folder import check_target
-from rrtc.io.provenance import read_provenance
+from rrtc.io.provenance import PROVENANCE, read_provenance
 from rrtc.io.report import read_report
-from rrtc.io.resumable import difference
-from rrtc.io.source import find_model, read_config
+from rrtc.io.source import Source, check_tokenizer, find_base, find_model, read_config
 from rrtc.io.weights import Weights
 from rrtc.plain import read_json
 from rrtc.plan import read_visits
+from rrtc.recipe.chat import ChatOptions
 from rrtc.recipe.schema import Recipe, checked, load_recipe, with_flags
-from rrtc.recipe.section import OWN_TEXT, Section
+from rrtc.recipe.section import Section
+from rrtc.recipe.settings import sweep_of, with_settings
 from rrtc.results import (
     EnvResult,
     EstimateResult,
@@ -47,20 +48,32 @@ from rrtc.results import (
     InspectResult,
     PlanResult,
     Report,
+    RunPlanResult,
     RunResult,
+    SweepResult,
     UptrainResult,
 )
-from rrtc.text.sources import check_source
-from rrtc.units import parse_count, parse_size
+from rrtc.runs import (
+    STAGES,
+    check_has_weights,
+    check_run,
+    check_sizes,
+    check_sweep,
+    check_texts,
+    measure,
+    run_recipe,
+    sweep_recipes,
+)
+from rrtc.units import parse_size
 from rrtc.uptrain.checks import check_recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from rrtc.chat import Chat
     from rrtc.model import RrtForCausalLM
     from rrtc.plan import Plan
 
-STAGES = ("init", "uptrain", "eval", "export")
 # Fields of the recipe that name places, or may.
 PLACES = ("model", "calibrate_on", "data", "teacher", "teacher_cache", "text", "tasks_dir", "tasks_data")
 
@@ -78,7 +91,7 @@ def init(
     asked = _recipe(recipe, "init", fields)
     name, target = _model(model, asked), _home(output)
     _check_one_process("init")
-    _check_sizes(asked)
+    check_sizes(asked)
     if not resume:
         check_target(Path(target))
     with _work(verbose, f"Reading {name}", heavy=False):
@@ -98,7 +111,7 @@ def plan(model: Place | None, recipe: RecipeLike = None, *, verbose: bool = Fals
     asked = _recipe(recipe, "init", fields)
     name = _model(model, asked)
     _check_one_process("init")
-    _check_sizes(asked)
+    check_sizes(asked)
     with _work(verbose, f"Reading {name}", heavy=False):
         return cast(PlanResult, dry_run(name, asked))
 
@@ -144,7 +157,7 @@ def evaluate(
     for source in sources:
         read_provenance(Path(source))
     with _work(verbose, f"Reading {', '.join(sources)}"):
-        return _evaluate(sources, asked, dense, target)
+        return measure(sources, asked, dense, target)
 
 
 def export(
@@ -175,68 +188,75 @@ def export(
 
 def run(
     recipe: Place | Mapping[str, Any] | Recipe, output: Place, resume: bool = False, *, tokens: int | None = None,
-    verbose: bool = False,
+    model: Place | None = None, settings: Mapping[str, Any] | None = None, verbose: bool = False,
 ) -> RunResult:  # fmt: skip
     """Runs init, uptrain, eval and export of `recipe` into folders of those names in `output`.
 
-    tokens: to train on, instead of the recipe's. With `resume`, stages that are complete are not run again, init goes
-    on from what it has finished and training from its last checkpoint. Returns the result of each stage by its name.
-    Raises RrtcError where `output` is in use, or was made by another recipe.
+    tokens: to train on, instead of the recipe's. model: the dense model, instead of the recipe's. settings: other
+    fields, by names such as "init.rank". With `resume`, stages that are complete are not run again, init goes on from
+    what it has finished and training from its last checkpoint. Returns the result of each stage by its name. Raises
+    RrtcError where `output` is in use, or was made by another recipe.
     """
-    asked, target = _recipe(recipe, "uptrain", {"tokens": tokens}), Path(_home(output))
-    _check_one_process("run")
-    if asked.model is None:
-        raise WrongUsage("The recipe does not name a model.", "Add 'model: …', as in recipes/quickstart.yaml.")
+    asked, target = _recipe_of_run(recipe, tokens, model, settings), Path(_home(output))
+    check_has_weights(cast(str, asked.model))
     if not resume:
         check_target(target)
-    _check_recipe(asked)
+    check_run(asked)
+    check_texts(asked)
     with _work(verbose, f"Reading {asked.model}"):
-        return cast(RunResult, _run(asked, target))
+        return cast(RunResult, run_recipe(asked, target))
 
 
-def _run(recipe: Recipe, output: Path) -> dict:
-    from rrtc.eval.tasks import find_tasks
-    from rrtc.export import stage as exporting
-    from rrtc.init import stage as initializing
-    from rrtc.init.job import resumable as initialized
-    from rrtc.uptrain import stage as uptraining
+def sweep(
+    recipe: Place | Mapping[str, Any] | Recipe, output: Place, over: Mapping[str, Sequence[Any]], resume: bool = False,
+    *, tokens: int | None = None, model: Place | None = None, settings: Mapping[str, Any] | None = None,
+    verbose: bool = False,
+) -> SweepResult:  # fmt: skip
+    """Runs init and uptrain of `recipe` with every combination of the values in `over`, such as {"init.rank": [0, 64]},
+    into folders such as rank=64 in `output`, and measures all of them in one report there.
 
-    folders = {stage: str(output / stage) for stage in STAGES}
-    made, healed, measured, exported = folders.values()
-    _check_models(recipe)
-    if recipe.eval.tasks and not Path(measured).exists():
-        note("Looking for the tasks of the evaluation")
-        find_tasks(recipe.eval)
-
-    def begun(resumable: Callable, target: str) -> bool:
-        return bool(resumable(Path(target)).finished())
-
-    steps = {
-        "init": lambda: initializing.init(cast(str, recipe.model), made, recipe, begun(initialized, made)),
-        "uptrain": lambda: uptraining.uptrain(made, healed, recipe, begun(uptraining.resumable, healed)),
-        "eval": lambda: _evaluate([healed], recipe, None, measured),
-        "export": lambda: exporting.export(healed, exported, recipe, measured),
-    }
-    results = {}
-    for number, (stage, step) in enumerate(steps.items(), 1):
-        folder = Path(folders[stage])
-        if folder.exists():
-            _check_same_recipe(stage, folder, recipe)
-            note(f"{number}/4 {stage}: done before")
-            results[stage] = read_report(folder) if stage == "eval" else read_provenance(folder)["measured"][stage]
-        else:
-            note(f"{number}/4 {stage} → {folder}")
-            results[stage] = step()
-    return results
+    The others are as in `run`; with `resume`, values can be added. A run that fails loses none of the others: an
+    RrtcError at the end names it. Raises WrongUsage, before any work, for values that no run can have.
+    """
+    asked, target = _recipe_of_run(recipe, tokens, model, settings), Path(_home(output))
+    recipes = sweep_of(asked, over, "the sweep")
+    check_has_weights(cast(str, asked.model))
+    if not resume:
+        check_target(target)
+    with _work(verbose, f"Reading {asked.model}", heavy=False):
+        check_sweep(recipes)
+        with quiet_libraries():
+            return cast(SweepResult, sweep_recipes(recipes, target))
 
 
-def _evaluate(folders: list[str], recipe: Recipe, against: str | None, output: str | None) -> Report:
-    """`evaluate`, with the baselines that the stage init makes, which eval does not know."""
-    from rrtc.eval import stage
-    from rrtc.init.baselines import make_baselines
+def plan_run(
+    recipe: Place | Mapping[str, Any] | Recipe, over: Mapping[str, Sequence[Any]] | None = None, *,
+    tokens: int | None = None, model: Place | None = None, settings: Mapping[str, Any] | None = None,
+    verbose: bool = False,
+) -> dict[str, RunPlanResult]:  # fmt: skip
+    """What `run` would do, or each run of a `sweep`, by its name ("run" where there is one): the whole recipe, the plan
+    and the steps of the training. No weights are read."""
+    asked = _recipe_of_run(recipe, tokens, model, settings)
+    recipes = sweep_of(asked, over, "the sweep") if over else {"run": asked}
+    with _work(verbose, f"Reading {asked.model}", heavy=False):
+        return {name: runs.plan_run(one) for name, one in recipes.items()}
 
-    of_this_recipe = functools.partial(make_baselines, by_user=recipe.init.calibrate_on)
-    return stage.evaluate(folders, recipe, against, output, of_this_recipe)
+
+def _recipe_of_run(
+    recipe: RecipeLike, tokens: int | None, model: Place | None, settings: Mapping[str, Any] | None
+) -> Recipe:
+    """The recipe that is to be run. Raises WrongUsage for what it cannot be, and where it names no model."""
+    given = {"uptrain.tokens": tokens, "model": None if model is None else os.fspath(model)}
+    given = {name: value for name, value in given.items() if value is not None}
+    for name in given.keys() & (settings or {}).keys():
+        raise WrongUsage(f"{name} is given twice.", "Give it once, by its own option or among the settings.")
+    asked = _recipe(
+        with_settings(_recipe(recipe, "init", {}), given | dict(settings or {}), "the settings"), "init", {}
+    )
+    _check_one_process("run")
+    if asked.model is None:
+        raise WrongUsage("The recipe does not name a model.", "Name it: --model MODEL, or 'model: …' in the recipe.")
+    return asked
 
 
 def inspect(folder: Place) -> InspectResult:
@@ -284,6 +304,43 @@ def load(model: Place, dtype: Any = "auto", device: Any = "cpu") -> "tuple[PreTr
         safe = {"use_safetensors": True, "trust_remote_code": False}
         loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **safe)
         return loaded.to(device).eval(), load_tokenizer(folder)
+
+
+def chat(
+    model: Place, against: Place | None = None, *, max_tokens: int | None = None, temperature: float | None = None,
+    top_p: float | None = None, seed: int | None = None, verbose: bool = False,
+) -> "Chat":  # fmt: skip
+    """A conversation with `model`, which may be all that `load` takes:
+
+        print(api.chat("healed").answer("Why is the sky blue?")["answers"][0]["text"])
+
+    What is said next is said after that. Where the tokenizer has a chat template, it is used; where it has none, the
+    model goes on with the text. against: another model that is told the same, or "dense": the one that the folder
+    `model` was made from. The others: of ChatOptions; as the model's own generation defaults have it where not given.
+    Raises RrtcError where one of the models cannot be found or has no tokenizer.
+    """
+    options = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    asked, name = with_flags(ChatOptions(), options, "the call"), _home(model)
+    with _work(verbose, f"Reading {name}", heavy=False):
+        sources = [find_model(name)]
+        if against is not None:
+            sources.append(_dense_of(Path(name), _home(against)))
+        for source in sources:
+            source.weights()
+            check_tokenizer(source.folder)
+        with quiet_libraries():
+            from rrtc.chat import Chat, Speaker
+            from rrtc.machine import device
+
+            return Chat([Speaker(one.uri, *load(one.folder, device=device()), asked) for one in sources])
+
+
+def _dense_of(folder: Path, named: str) -> Source:
+    """The model that the user named to compare the one in `folder` with; "dense" is the one that it was made from."""
+    if named == "dense" and not (folder / PROVENANCE).exists():
+        sentence = f"{folder} was not written by rrtc, so nothing says which dense model it was made from."
+        raise RrtcError(sentence, "Name a model in place of 'dense'.")
+    return find_base(folder, None if named == "dense" else named, "--against")
 
 
 def tie(model: "PreTrainedModel", plan: "Plan") -> "RrtForCausalLM":
@@ -383,64 +440,6 @@ def _check_one_process(command: str) -> None:
         raise WrongUsage(f"'rrtc {command}' runs in one process.", "'rrtc uptrain' and 'rrtc eval' are for torchrun.")
 
 
-def _check_sizes(recipe: Recipe) -> None:
-    """Raises WrongUsage for a size or a count that is none."""
-    parse_size(recipe.init.max_shard_size)
-    if recipe.init.target_params is not None:
-        parse_count(recipe.init.target_params)
-    if recipe.init.target_bytes is not None:
-        parse_size(recipe.init.target_bytes)
-
-
 def _check_uptrain(folder: str, recipe: Recipe) -> None:
     check_recipe(recipe.uptrain)
     read_provenance(Path(folder))
-
-
-def _check_recipe(recipe: Recipe) -> None:
-    """Raises what the stages of a run would raise about the recipe itself and about the text that it names."""
-    check_recipe(recipe.uptrain)
-    if recipe.uptrain.exits:
-        raise WrongUsage(
-            "Exits are trained after the model is healed, and a run only heals it.",
-            "Leave exits out, and train them afterwards: rrtc uptrain DIR/uptrain -o DIR/exits --exits.",
-        )
-    _check_sizes(recipe)
-    parse_size(recipe.export.max_shard_size)
-    calibration = set(recipe.init.calibrate_on) - {OWN_TEXT} if recipe.init.start == "joint" else []
-    data = set(recipe.uptrain.data) - {OWN_TEXT}
-    quantized = recipe.export.calibrate_on if recipe.export.quantize != "none" else []
-    texts = (
-        (recipe.init, calibration), (recipe.uptrain, data), (recipe.eval, recipe.eval.text), (recipe.export, quantized)
-    )  # fmt: skip
-    for part, sources in texts:
-        for source in sources:
-            check_source(source, part.text_field)
-
-
-def _check_models(recipe: Recipe) -> None:
-    """Raises what the later stages of a run would raise about the models and packages that they need, before the first
-    one spends its time: all but what takes the compressed model to tell."""
-    from rrtc.export.stage import check_format
-    from rrtc.stock.architecture import read_architecture
-    from rrtc.text.windows import longest_context
-    from rrtc.uptrain.job import check_reporter, check_tokens
-
-    check_reporter(recipe.uptrain.report_to)
-    if recipe.uptrain.teacher is not None:
-        find_model(recipe.uptrain.teacher)
-    config = find_model(cast(str, recipe.model)).config()
-    check_tokens(recipe.uptrain, longest_context(config, recipe.uptrain.context))
-    windows = recipe.init.kv_budget is not None and recipe.init.kv_budget < 1
-    check_format(recipe.export, config, read_architecture(config).parameters, windows)
-
-
-def _check_same_recipe(stage: str, folder: Path, recipe: Recipe) -> None:
-    done = read_provenance(folder)["recipe"]
-    before = {"model": done["model"]} | {f"{stage}.{key}": value for key, value in done[stage].items()}
-    now = {"model": recipe.model} | {f"{stage}.{k}": value for k, value in getattr(recipe, stage).resolved().items()}
-    changed = difference(before, now)
-    if changed is not None:
-        raise RrtcError(
-            f"{folder} was made with another recipe: {changed}.", "Use the old recipe, or another output folder."
-        )

@@ -25,7 +25,7 @@ results = Console(quiet=not is_first_process, soft_wrap=True)
 notes = Console(stderr=True, quiet=not is_first_process, soft_wrap=True)
 # Control characters, those that turn the direction of writing, and bytes of a file's name that are no text.
 CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-NO_TEXT = re.compile("[\ud800-\udfff]")  # bytes of a file's name
+NOT_ON_A_PAGE = re.compile(f"(?![\\n\\t]){CONTROLS.pattern}")  # those that a text of several lines has no use for
 
 
 class RrtcWarning(UserWarning):
@@ -34,7 +34,17 @@ class RrtcWarning(UserWarning):
 
 def visible(text: object) -> str:
     """`text` on one line, with its control characters as escapes."""
-    return CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
+    return CONTROLS.sub(_escape, str(text))
+
+
+def say(text: str) -> None:
+    """Writes a piece of a model's text onto stdout at once: its lines and tabs as they are, and other control
+    characters as escapes."""
+    results.out(NOT_ON_A_PAGE.sub(_escape, text), end="", highlight=False)
+
+
+def _escape(found: re.Match) -> str:
+    return found[0].encode("unicode_escape").decode()
 
 
 def plain(text: object, style: str = "") -> Text:
@@ -153,7 +163,7 @@ def write_json(value: dict, target: str | None) -> None:
     if target is None or not is_first_process:
         return
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    text = NO_TEXT.sub(lambda found: found[0].encode("unicode_escape").decode(), text)  # JSON has the same escapes
+    text = NOT_ON_A_PAGE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)  # which says the same
     if target == "-":
         sys.stdout.write(text)
     else:

@@ -151,6 +151,56 @@ class RunResult(TypedDict):
     export: ExportResult
 
 
+class TrainingPlanResult(TypedDict):
+    """What a recipe says of its training, where the model can see as long a context as it names."""
+
+    steps: int
+    tokens: int
+    flops_total: int | None  # without attention over the context; None where a budget is met by measuring
+
+
+class RunPlanResult(TypedDict):
+    """Of one run that `plan_run` describes, and `rrtc run --dry-run`."""
+
+    recipe: dict[str, Any]  # whole, with what its defaults stand for
+    plan: PlanResult
+    uptrain: TrainingPlanResult
+
+
+class SweptResult(TypedDict):
+    """Of one run of a sweep."""
+
+    folder: str  # that of the healed model
+    init: InitResult
+    uptrain: UptrainResult
+
+
+class SweepResult(TypedDict):
+    """Of `sweep`, and of `rrtc run --sweep`."""
+
+    runs: dict[str, SweptResult]  # by name, such as rank=64
+    report: Report
+
+
+class AnswerResult(TypedDict):
+    """What one model said."""
+
+    model: str  # as it was named; of a dense original, as its rrtc.yaml names it
+    chat_template: bool  # whether it was asked through its chat template; if not, it went on with the text
+    text: str
+    tokens: int
+    seconds: float
+    forgotten: int  # of the oldest questions, with their answers, because the model cannot see so far
+    ended: str  # by itself, max_tokens, or context: the model can see no more
+
+
+class ChatResult(TypedDict):
+    """Of an answer in a conversation that `chat` began, and of `rrtc chat --prompt`."""
+
+    prompt: str
+    answers: list[AnswerResult]  # of the model, and of the one to compare it with
+
+
 class BaseResult(TypedDict):
     """The dense model that a folder was made from."""
 

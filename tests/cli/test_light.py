@@ -83,6 +83,12 @@ def test_errors_that_flags_or_the_recipe_alone_decide(dense, rrt, tmp_path):
         ("quantize is for", 2, ["export", rrt, "-o", out, "--format", "onnx", "--quantize", "int8"]),
         ("a run only heals it", 2, ["run", tmp_path / "exits.yaml", "-o", out]),
         ("was not written by rrtc", 1, ["inspect", model]),
+        ("There is no key 'init.lops'", 2, ["run", "quickstart", "-o", out, "--set", "init.lops=2"]),
+        ("fields of init and uptrain", 2, ["run", "quickstart", "-o", out, "--sweep", "eval.seed=1,2"]),
+        ("only a config", 1, ["run", "gemma-2b-2-loops", "-o", out]),
+        ("There is no model at", 1, ["chat", tmp_path / "no" / "where", "--prompt", "x"]),
+        ("so top_p says nothing", 2, ["chat", rrt, "--prompt", "x", "--temperature", "0", "--top-p", "0.5"]),
+        ("was not written by rrtc", 1, ["chat", model, "--prompt", "x", "--against", "dense"]),
     ):
         assert says in light(*arguments, code=code).stderr, says
 
@@ -112,6 +118,7 @@ def test_the_second_dry_run_of_a_model_needs_no_torch_and_says_the_same(dense, c
     first = python(RUN, *arguments)
     assert first.returncode == 0 and "'torch'" in first.stderr
     assert light(*arguments).stdout == first.stdout
+    light("run", "tinyllama-2-loops", "--model", dense("llama"), "--set", "init.rank=4", "--dry-run")
     light("init", dense("llama"), "--dry-run", "--loops", "4", code=2)  # refused by the plan, not by the model
     budget = json.loads(light("init", dense("llama"), "--dry-run", "--json", "-", "--budget", "0.7").stdout)
     assert budget["visits"] is None and budget["params_total"] < budget["dense_params_total"]

@@ -1,0 +1,235 @@
+"""Whole recipes: their stages one after the other, sweeps of several of them, and what can be said before.
+
+What a stage has finished is not done again, so that whatever stopped a run, the next one goes on.
+"""
+
+import functools
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from rrtc.console import note, warn
+from rrtc.errors import RrtcError, WrongUsage
+from rrtc.init.dry_run import dry_run
+from rrtc.io.provenance import read_provenance
+from rrtc.io.report import read_report
+from rrtc.io.resumable import difference
+from rrtc.io.source import find_model
+from rrtc.recipe.schema import Recipe
+from rrtc.recipe.section import OWN_TEXT
+from rrtc.recipe.settings import SWEPT
+from rrtc.results import Report, RunPlanResult
+from rrtc.text.sources import check_source
+from rrtc.units import parse_count, parse_size
+from rrtc.uptrain.checks import check_recipe
+
+STAGES = ("init", "uptrain", "eval", "export")
+REPORT = "report"  # of a sweep, in its folder
+SHARED = "init"  # of a sweep over what comes after it
+
+
+def run_recipe(recipe: Recipe, output: Path) -> dict[str, Any]:
+    """The results of the four stages, each in a folder of its name in `output`. Raises what the stages raise."""
+    check_models(recipe)
+    folders = {stage: output / stage for stage in STAGES}
+    if not folders["eval"].exists():
+        _check_tasks(recipe)
+    return _run_stages(recipe, folders)
+
+
+def sweep_recipes(recipes: Mapping[str, Recipe], output: Path) -> dict[str, Any]:
+    """Runs init and uptrain of each recipe into a folder of its name in `output`, and measures all results in one
+    report. What they have in common, init where a sweep is over uptrain alone, is done once.
+
+    A run that fails loses none of the others: they are run and reported, and an RrtcError at the end names it.
+    """
+    first = next(iter(recipes.values()))
+    for recipe in recipes.values():
+        check_models(recipe)
+    _check_tasks(first)
+    shared = {}
+    if len(recipes) > 1 and all(recipe.init == first.init for recipe in recipes.values()):
+        shared = {"init": output / SHARED}
+        _run_stages(first, shared)
+    done, failed = {}, {}
+    for number, (name, recipe) in enumerate(recipes.items(), 1):
+        folders = {stage: output / name / stage for stage in SWEPT} | shared
+        note(f"{name} ({number} of {len(recipes)})")
+        try:
+            done[name] = _run_stages(recipe, folders) | {"folder": str(folders["uptrain"])}
+        except (RrtcError, MemoryError, OSError, RuntimeError) as error:
+            if _is_interruption(error):
+                raise
+            failed[name] = " ".join(str(error).split()) or type(error).__name__
+            warn(f"The run {name} failed: {failed[name]}")
+    if not done:
+        name, why = next(iter(failed.items()))
+        raise RrtcError(f"All runs of the sweep failed, {name} with: {why}", "--resume tries them again.")
+    report = output / REPORT
+    if report.exists():  # of fewer runs, perhaps; what was measured is kept in the cache
+        shutil.rmtree(report)
+    found = measure([run["folder"] for run in done.values()], first, None, str(report))
+    if failed:
+        why = "; ".join(f"{name}: {why}" for name, why in failed.items())
+        hint = f"The report of the others is in {report}; --resume tries again."
+        raise RrtcError(f"{len(failed)} of {len(recipes)} runs failed: {why}", hint)
+    return {"runs": done, "report": found}
+
+
+def plan_run(recipe: Recipe) -> RunPlanResult:
+    """What a run would do, without doing it: the recipe with what its defaults stand for, init's plan, and the steps
+    of the training. Raises what would stop the run, as far as recipe, config and headers show it."""
+    check_run(recipe)
+    plan, training = dry_run(cast(str, recipe.model), recipe), recipe.uptrain
+    steps = -(-training.tokens // (training.batch_size * training.context))
+    tokens, flops = steps * training.batch_size * training.context, plan["flops_per_token"]
+    if flops is not None:
+        flops = (4 if training.activation_checkpointing else 3) * flops
+        flops += plan["dense_flops_per_token"] if training.distills else 0
+    resolved = {"model": recipe.model} | {stage: getattr(recipe, stage).resolved() for stage in STAGES}
+    of_training = {"steps": steps, "tokens": tokens, "flops_total": None if flops is None else flops * tokens}
+    return cast(RunPlanResult, {"recipe": resolved, "plan": plan, "uptrain": of_training})
+
+
+def _is_interruption(error: Exception) -> bool:
+    """Whether the user or a signal stopped the run, as its exit code says."""
+    return isinstance(error, RrtcError) and error.exit_code > 128
+
+
+def _run_stages(recipe: Recipe, folders: Mapping[str, Path]) -> dict[str, Any]:
+    """The results of the stages that have one of the `folders`. Raises RrtcError where one of them was made with
+    another recipe."""
+    from rrtc.export import stage as exporting
+    from rrtc.init import stage as initializing
+    from rrtc.init.job import resumable as initialized
+    from rrtc.uptrain import stage as uptraining
+
+    def begun(resumable: Callable, stage: str) -> bool:
+        return bool(resumable(folders[stage]).finished())
+
+    place = {stage: str(folder) for stage, folder in folders.items()}
+    steps = {
+        "init": lambda: initializing.init(cast(str, recipe.model), place["init"], recipe, begun(initialized, "init")),
+        "uptrain": lambda: uptraining.uptrain(
+            place["init"], place["uptrain"], recipe, begun(uptraining.resumable, "uptrain")
+        ),
+        "eval": lambda: measure([place["uptrain"]], recipe, None, place["eval"]),
+        "export": lambda: exporting.export(place["uptrain"], place["export"], recipe, place["eval"]),
+    }
+    results = {}
+    for number, (stage, folder) in enumerate(folders.items(), 1):
+        if folder.exists():
+            _check_same_recipe(stage, folder, recipe)
+            note(f"{number}/{len(folders)} {stage}: done before")
+            results[stage] = read_report(folder) if stage == "eval" else read_provenance(folder)["measured"][stage]
+        else:
+            note(f"{number}/{len(folders)} {stage} → {folder}")
+            results[stage] = steps[stage]()
+    return results
+
+
+def measure(folders: Sequence[str], recipe: Recipe, against: str | None, output: str | None) -> Report:
+    """`evaluate`, with the baselines that the stage init makes, which eval does not know."""
+    from rrtc.eval import stage
+    from rrtc.init.baselines import make_baselines
+
+    of_this_recipe = functools.partial(make_baselines, by_user=recipe.init.calibrate_on)
+    return stage.evaluate(folders, recipe, against, output, of_this_recipe)
+
+
+def check_sizes(recipe: Recipe) -> None:
+    """Raises WrongUsage for a size or a count that is none."""
+    parse_size(recipe.init.max_shard_size)
+    if recipe.init.target_params is not None:
+        parse_count(recipe.init.target_params)
+    if recipe.init.target_bytes is not None:
+        parse_size(recipe.init.target_bytes)
+
+
+def check_run(recipe: Recipe) -> None:
+    """Raises what the stages of a run would raise about the recipe itself."""
+    check_recipe(recipe.uptrain)
+    if recipe.uptrain.exits:
+        raise WrongUsage(
+            "Exits are trained after the model is healed, and a run only heals it.",
+            "Leave exits out, and train them afterwards: rrtc uptrain DIR/uptrain -o DIR/exits --exits.",
+        )
+    check_sizes(recipe)
+    parse_size(recipe.export.max_shard_size)
+
+
+def check_texts(*recipes: Recipe) -> None:
+    """Raises what the stages of the runs would raise about the texts that the recipes name."""
+    texts: dict[tuple[str, str], None] = {}
+    for recipe in recipes:
+        calibration = recipe.init.calibrate_on if recipe.init.reads_text else []
+        quantized = recipe.export.calibrate_on if recipe.export.quantize != "none" else []
+        sections = {"init": calibration, "uptrain": recipe.uptrain.data, "eval": recipe.eval.text, "export": quantized}
+        for stage, sources in sections.items():
+            texts |= {(source, getattr(recipe, stage).text_field): None for source in sources if source != OWN_TEXT}
+    for source, field in texts:
+        check_source(source, field)
+
+
+def check_has_weights(model: str) -> None:
+    """Raises RrtcError where the folder `model` holds a config alone, as those of the paper's recipes do."""
+    folder = Path(model)
+    weights = ("*.safetensors*", "*.bin*", "*.gguf")
+    if (folder / "config.json").is_file() and not any(file for kind in weights for file in folder.glob(kind)):
+        hint = "That is enough for --dry-run. To run, name the model with its weights: --model MODEL."
+        raise RrtcError(f"There are no weights in {folder}, only a config.", hint)
+
+
+def check_sweep(recipes: Mapping[str, Recipe]) -> None:
+    """Raises, as far as recipes, config and headers show it, what would stop one of the runs, and their report."""
+    for name, recipe in recipes.items():
+        try:
+            check_run(recipe)
+            dry_run(cast(str, recipe.model), recipe)
+        except RrtcError as error:
+            raise type(error)(f"The run {name} cannot be: {error.sentence}", error.hint) from error
+    first = next(iter(recipes.values()))
+    texts = {(*recipe.uptrain.data, recipe.uptrain.text_field) for recipe in recipes.values()}
+    if len(texts) > 1 and not first.eval.text:
+        sentence = "The runs are trained on different texts, so that there is none to compare them on."
+        raise WrongUsage(sentence, "Name one: --set eval.text=FILE.")
+    if len(recipes) > 1 and first.eval.baselines:
+        raise WrongUsage("Baselines are made for one folder, and not for a sweep.", "Add --set eval.baselines=off.")
+    check_texts(*recipes.values())
+
+
+def _check_tasks(recipe: Recipe) -> None:
+    from rrtc.eval.tasks import find_tasks
+
+    if recipe.eval.tasks:
+        note("Looking for the tasks of the evaluation")
+        find_tasks(recipe.eval)
+
+
+def check_models(recipe: Recipe) -> None:
+    """Raises what the later stages of a run would raise about the models and packages that they need, before the first
+    one spends its time: all but what takes the compressed model to tell."""
+    from rrtc.export.stage import check_format
+    from rrtc.stock.architecture import read_architecture
+    from rrtc.text.windows import longest_context
+    from rrtc.uptrain.job import check_reporter, check_tokens
+
+    check_reporter(recipe.uptrain.report_to)
+    if recipe.uptrain.teacher is not None:
+        find_model(recipe.uptrain.teacher)
+    config = find_model(cast(str, recipe.model)).config()
+    check_tokens(recipe.uptrain, longest_context(config, recipe.uptrain.context))
+    windows = recipe.init.kv_budget is not None and recipe.init.kv_budget < 1
+    check_format(recipe.export, config, read_architecture(config).parameters, windows)
+
+
+def _check_same_recipe(stage: str, folder: Path, recipe: Recipe) -> None:
+    done = read_provenance(folder)["recipe"]
+    before = {"model": done["model"]} | {f"{stage}.{key}": value for key, value in done[stage].items()}
+    now = {"model": recipe.model} | {f"{stage}.{k}": value for k, value in getattr(recipe, stage).resolved().items()}
+    changed = difference(before, now)
+    if changed is not None:
+        raise RrtcError(
+            f"{folder} was made with another recipe: {changed}.", "Use the old recipe, or another output folder."
+        )
