@@ -15,7 +15,7 @@ Head = tuple[int, int]  # (layer, KV head)
 WindowLosses = Mapping[int, Sequence[Sequence[float]]]  # by layer, what windows in both of two KV heads cost
 # What there is to choose, besides the KV budget, of a model that is recursive already.
 REPLANNED = ("calibrate_on", "calibrate_tokens", "calibrate_context", "text_field", "seed", "measure_tokens")
-LOOKS_UP = 0.1  # of a head's attention on what is to be looked up: less is no looking up
+LOOKS_UP = 0.03  # of a head's attention on what is to be looked up: less is no looking up
 
 
 class KvBudget:

@@ -70,7 +70,7 @@ def test_a_window_is_judged_beside_those_that_are_there_still():
 
 def test_heads_that_look_up_come_first_up_to_their_share():
     losses = {(layer, head): float(layer) for layer in range(6) for head in range(2)}
-    lookups = {(0, 0): 0.5, (0, 1): 0.05, (1, 1): 0.9, (2, 0): 0.3}
+    lookups = {(0, 0): 0.5, (0, 1): 0.01, (1, 1): 0.9, (2, 0): 0.3}
     kept = seeing(made(losses=losses, lookups=lookups, kv_window=8, kv_lookups=0.5))
     assert kept == {0: (0,), 1: (1,), 2: (), 3: (), 4: (), 5: None}  # (2, 0) is one too many, (0, 1) looks up nothing
     assert seeing(made(losses=losses, lookups=lookups, kv_window=8, kv_lookups=0))[1] == ()

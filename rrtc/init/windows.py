@@ -18,7 +18,7 @@ from rrtc.stock.streamed import StreamedModel
 from rrtc.text.lookups import Lookups, make_lookups
 
 LOOKUP_WINDOWS = 8  # of text, at whose ends something is to be looked up
-LEAST_CONTEXT = 2048  # tokens of a calibration window, where the model can see so many: less shows no distance
+LEAST_CONTEXT = 4096  # tokens of a calibration window, where the model can see so many: less shows no distance
 WINDOWS_IN_CONTEXT = 4  # what a calibration window holds at least of what a head sees
 
 
