@@ -1,21 +1,29 @@
 """Kills rrtc's commands at random moments and looks at what they leave behind.
 
-    python benchmarks/kill.py DENSE --work FOLDER [--kills 50] [--seed 0] [--only init uptrain …]
+    python benchmarks/kill.py --work FOLDER [--kills 50] [--seed 0] [--only init uptrain …]
 
-DENSE is a dense model folder, best a pico one. Every command is killed with SIGKILL in two ways in turn: after a random
-part of the time that it takes, and at a random one of its operations on files of the new folder, so that every step of
-the writing is met, the last renaming too. After each kill there may be no folder of the final name, or a whole one, as
-it is where nothing is killed; and the same command, with --resume where it says that there is something to resume, must
-then succeed with the same files. Exit code 1 where that is not so. FOLDER is made, and deleted afterwards.
+The model is a pico Llama of four layers. Every command begins with an empty cache and is killed with SIGKILL in two
+ways in turn: after a random part of the time that it takes, and at a random one of its operations on files of the new
+folder and of the cache, so that every step of the writing is met, the last renaming too. After each kill there may be
+no folder of the final name, or a whole one, as it is where nothing is killed (at worst with the folder of finished work
+that was about to be removed, which nothing reads); and the same command, with --resume where it says that there is
+something to resume, must then succeed with the same files, from what the kill has left in the cache. Exit code 1 where
+that is not so. FOLDER is made, and deleted afterwards.
+
+All are forked from one process that has imported what they need, and so are the fresh ones in which exports are loaded
+again: of a pico model's export, most is importing torch.
 """
 
 import argparse
+import gc
 import hashlib
+import importlib
 import json
 import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -23,11 +31,16 @@ from pathlib import Path
 
 import yaml
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
+
+import ready
+from pico import save_pico
+
 from rrtc.cli.app import main as rrtc
 from rrtc.eval import stage as evaluating  # noqa: F401 - imported once, for all the commands that are forked from here
 from rrtc.export import stage as exporting  # noqa: F401
 from rrtc.init import stage as initializing  # noqa: F401
-from rrtc.io.folder import partial_of
+from rrtc.io.folder import RESUMABLE, partial_of
 from rrtc.uptrain import stage as uptraining  # noqa: F401
 
 OPERATIONS = {"open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.listdir", "os.scandir", "shutil.copyfile"}
@@ -61,12 +74,12 @@ def commands(dense: Path, work: Path) -> dict[str, list[str]]:
 
 def start(arguments: list[str], target: Path, log: Path, last: int | None = None) -> int:
     """Runs a command in a process of its own, whose number is returned. It kills itself before operation number `last`
-    (from 0) on a file of the new folder; without that, it writes into `log` how many there were."""
+    (from 0) on a file of the new folder or of the cache; without that, it writes into `log` how many there were."""
     process = os.fork()
     if process:
         return process
     counted = 0
-    beginnings = (str(target), str(partial_of(target)))
+    beginnings = (str(target), str(partial_of(target)), os.environ["RRTC_CACHE"])
 
     def count(event: str, given: tuple) -> None:
         nonlocal counted
@@ -75,6 +88,7 @@ def start(arguments: list[str], target: Path, log: Path, last: int | None = None
                 os.kill(os.getpid(), signal.SIGKILL)
             counted += 1
 
+    subprocess.run = load_again
     sys.addaudithook(count)
     said = os.open(log.with_suffix(".txt"), os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(said, 1)
@@ -85,6 +99,11 @@ def start(arguments: list[str], target: Path, log: Path, last: int | None = None
     except SystemExit as end:
         log.write_text(str(counted))
         os._exit(end.code or 0)
+
+
+def load_again(command: list[str], **others) -> subprocess.CompletedProcess:
+    """In place of subprocess.run: the fresh process in which an export is loaded."""
+    return ready.run([command[0], *command[2:]], cwd=others["cwd"], env=others["env"])  # without -P
 
 
 def succeed(arguments: list[str], target: Path, log: Path) -> None:
@@ -122,11 +141,13 @@ def _timeless(value):
 def kill(name: str, arguments: list[str], work: Path, kills: int, chance: random.Random) -> Counter:
     """Kills a command so many times; returns how often it left what behind."""
     target, log, found = work / "out", work / "operations", Counter()
+    shutil.rmtree(os.environ["RRTC_CACHE"])
     started = time.monotonic()
     succeed(arguments, target, log)
     seconds, operations, whole = time.monotonic() - started, int(log.read_text()), contents(target)
     shutil.rmtree(target)
     for number in range(kills):
+        shutil.rmtree(os.environ["RRTC_CACHE"])
         if number % 2:
             moment = chance.uniform(0, seconds)
             process, at = start(arguments, target, log), f"after {moment:.2f} s"
@@ -136,6 +157,10 @@ def kill(name: str, arguments: list[str], work: Path, kills: int, chance: random
             moment = chance.randrange(operations)
             process, at = start(arguments, target, log, moment), f"before operation {moment}"
         os.waitpid(process, 0)
+        for name in RESUMABLE:
+            if (target / name).exists() and (target / "rrtc.yaml").exists():
+                shutil.rmtree(target / name)
+                found["removing"] += 1
         # `run` makes its folder at once, and fills it stage by stage.
         left = "whole" if target.exists() else "unfinished" if partial_of(target).exists() else "nothing"
         if left == "whole" and arguments[0] != "run" and contents(target) != whole:
@@ -150,23 +175,29 @@ def kill(name: str, arguments: list[str], work: Path, kills: int, chance: random
     return found
 
 
-def main(dense: Path, work: Path, kills: int, seed: int, only: list[str]) -> None:
-    os.environ["RRTC_CACHE"] = str(work / "cache")
+def main(work: Path, kills: int, seed: int, only: list[str]) -> None:
+    os.environ |= {"RRTC_CACHE": str(work / "cache"), "HF_MODULES_CACHE": str(work / "modules"), "HF_HUB_OFFLINE": "1"}
+    ready.server()
+    for name in ("onnxruntime", "onnxscript.optimizer"):
+        importlib.import_module(name)
+    dense = save_pico(work / "dense", num_hidden_layers=4)
+    gc.collect()
+    gc.freeze()
     (work / "recipe.yaml").write_text(yaml.safe_dump({"model": str(dense)} | RECIPE))
     log, made = work / "operations", commands(dense, work)
     succeed(made["init, paper"], work / "tied", log)
     succeed(made["uptrain"], work / "healed", log)
-    print(f"{'command':<20}{'kills':>6}{'nothing':>9}{'unfinished':>12}{'whole':>7}   the next run", flush=True)
+    heads = f"{'command':<20}{'kills':>6}{'nothing':>9}{'unfinished':>12}{'whole':>7}{'of them with work':>19}"
+    print(f"{heads}   the next run", flush=True)
     for name, arguments in made.items():
         if not only or arguments[0] in only:
             found = kill(name, arguments, work, kills, random.Random(f"{seed} {name}"))
-            left = f"{found['nothing']:>9}{found['unfinished']:>12}{found['whole']:>7}"
+            left = f"{found['nothing']:>9}{found['unfinished']:>12}{found['whole']:>7}{found['removing']:>19}"
             print(f"{name:<20}{kills:>6}{left}   the same files", flush=True)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="What killed commands leave behind.")
-    parser.add_argument("dense", type=Path, help="a dense model folder")
     parser.add_argument("--work", type=Path, required=True, help="new folder, deleted afterwards")
     parser.add_argument("--kills", type=int, default=50, help="of each command")
     parser.add_argument("--seed", type=int, default=0)
@@ -174,6 +205,6 @@ if __name__ == "__main__":
     given = parser.parse_args()
     given.work.mkdir()
     try:
-        main(given.dense.absolute(), given.work.absolute(), given.kills, given.seed, given.only)
+        main(given.work.absolute(), given.kills, given.seed, given.only)
     finally:
         shutil.rmtree(given.work)

@@ -11,6 +11,7 @@ what was measured of the heads is in it.
 """
 
 import argparse
+import ast
 import json
 import time
 from collections.abc import Iterator
@@ -24,8 +25,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from rrtc.init import calibrate as gathering
 from rrtc.init import windows as choosing
 from rrtc.init.calibrate import calibrate
-from rrtc.init.job import prepare
-from rrtc.kv_budget import Head, KvBudget, predicted, without_windows
+from rrtc.init.job import Job, prepare
+from rrtc.kv_budget import KvBudget, predicted, without_windows
 from rrtc.model import RrtConfig, RrtForCausalLM
 from rrtc.plan import Plan
 from rrtc.recipe.schema import Recipe
@@ -68,29 +69,40 @@ class Both(Losses):
 
 def recipe_of(args: argparse.Namespace, window: int | None, budget: float) -> Recipe:
     init = {"budget": 1, "kv_budget": budget, "kv_window": window, "calibrate_on": args.calibrate_on}
-    init |= {"calibrate_tokens": args.calibrate_tokens, "measure_tokens": 0}
+    init |= {"calibrate_tokens": args.calibrate_tokens, "calibrate_context": args.calibrate_context}
+    init |= {"measure_tokens": 0}
     return Recipe.model_validate({"init": init})
 
 
-def measured(args: argparse.Namespace, window: int) -> tuple[KvBudget, Plan, dict[str, dict[Head, float]]]:
-    """(the budget, the plan without windows, what was measured of every head: weighted and unweighted, look-ups)."""
+def measured(args: argparse.Namespace, window: int) -> tuple[Plan, dict[str, dict]]:
+    """(the plan without windows, what was measured of every head: weighted and unweighted errors, look-ups); from the
+    folder where that was done before."""
     job = prepare(args.model, args.work / "none", recipe_of(args, window, 1.0))
-    device, dense, found = torch.device("cpu"), job.dense, {}
-    model = StreamedModel(dense.config, dense.raw, device)
-    rules = choosing.rules(job.kv_budget)
-    folder = args.work / f"window-{window}"
+    file = args.work / f"window-{window}.json"
+    if not file.exists():
+        by_head = {
+            name: {str(head): v for head, v in one.items()} for name, one in _measured(args, job, window).items()
+        }
+        file.write_text(json.dumps(by_head))
+    found = json.loads(file.read_text())
+    return job.plan, {name: {ast.literal_eval(head): v for head, v in one.items()} for name, one in found.items()}
+
+
+def _measured(args: argparse.Namespace, job: Job, window: int) -> dict[str, dict]:
+    device, dense, found, folder = torch.device("cpu"), job.dense, {}, args.work / f"window-{window}"
+    model, rules = StreamedModel(dense.config, dense.raw, device), choosing.rules(job.kv_budget)
     folder.mkdir()
     Both.unweighted.clear()
     gathering.Losses = Both
     calibration = calibrate(dense, model, [], job.calibration, folder, device, lambda n: None, rules, moments=False)
     found["weighted"] = choosing.window_losses(job.kv_budget, calibration)
     by_layer = dict(zip(sorted(rules, reverse=True), Both.unweighted, strict=True))
-    found["unweighted"] = {(layer, head): by_layer[layer][head].item() for layer, head in found["weighted"]}
+    found["unweighted"] = {layer: one.diag().tolist() for layer, one in by_layer.items()}
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     found["look-ups"] = choosing.lookups(
         job.kv_budget, dense, model, tokenizer, job.calibration, 0, folder, device, lambda n: None
     )
-    return job.kv_budget, job.plan, found
+    return found
 
 
 def planned(args, window: int, budget: float, name: str, changes: dict, plan: Plan, found: dict) -> tuple[Plan, float]:
@@ -231,11 +243,9 @@ def main(args: argparse.Namespace) -> None:
     args.work.mkdir(exist_ok=True)
     ways = []
     for window in args.window:
-        budget, plan, found = measured(args, window)
-        by_head = {name: {str(head): value for head, value in one.items()} for name, one in found.items()}
-        (args.work / f"window-{window}.json").write_text(json.dumps(by_head))
+        plan, found = measured(args, window)
         for share in args.budgets:
-            for name, changes in CONTROLS if window == args.window[0] and share == args.budgets[0] else CONTROLS[:1]:
+            for name, changes in (CONTROLS[number] for number in args.ways):
                 try:
                     ways.append((name, *planned(args, window, share, name, changes, plan, found)))
                 except Exception as error:
@@ -254,11 +264,13 @@ if __name__ == "__main__":
     parser.add_argument("model")
     parser.add_argument("--calibrate-on", action="append", required=True, metavar="TEXT")
     parser.add_argument("--calibrate-tokens", type=int, default=16_384)
+    parser.add_argument("--calibrate-context", type=int, default=512, help="more than that where a window asks for it")
     parser.add_argument("--text", action="append", required=True, metavar="TEXT")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--context", type=int, default=8192)
     parser.add_argument("--windows", type=int, default=1, help="of each text")
     parser.add_argument("--window", type=int, nargs="+", default=[512])
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.2])
+    parser.add_argument("--ways", type=int, nargs="+", default=list(range(len(CONTROLS))), help="rows of CONTROLS")
     parser.add_argument("--only", nargs="+", default=["cost", "speed", "training"])
     main(parser.parse_args())

@@ -1,7 +1,7 @@
 """What a KV budget allows: how many KV heads can see everything, and which. Pure arithmetic, no torch.
 
-What a window costs adds up over heads (benchmarks/LOG.md), so that the choice is a sort, and its cost is known before
-anything is built.
+What windows cost adds up over layers, and within a layer over pairs of heads, so that the choice is made and its cost
+is known before anything is built.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,9 +12,10 @@ from rrtc.plan import Architecture, Attention, Plan
 from rrtc.recipe.init import WIDEST_WINDOW, InitRecipe
 
 Head = tuple[int, int]  # (layer, KV head)
+WindowLosses = Mapping[int, Sequence[Sequence[float]]]  # by layer, what windows in both of two KV heads cost
 # What there is to choose, besides the KV budget, of a model that is recursive already.
 REPLANNED = ("calibrate_on", "calibrate_tokens", "calibrate_context", "text_field", "seed", "measure_tokens")
-LOOKS_UP = 0.1  # of a head's attention on what is to be looked up: less is no looking up
+LOOKS_UP = 0.03  # of a head's attention on what is to be looked up: less is no looking up
 
 
 class KvBudget:
@@ -49,29 +50,37 @@ class KvBudget:
         """Whether the choice goes by what a window costs each head."""
         return self._recipe.kv_choice == "measured"
 
-    def spend(self, plan: Plan, losses: Mapping[Head, float], lookups: Mapping[Head, float]) -> Plan:
-        """`plan` with as many heads that see everything as the budget allows.
+    def spend(self, plan: Plan, losses: WindowLosses, lookups: Mapping[Head, float]) -> Plan:
+        """`plan` with as many heads that see everything as the budget allows: one after the other that which costs most
+        with a window, beside those that have one still.
 
-        losses: what a window costs each head, in nats a token. lookups: how much of its attention each head gives to
-        what it is to look up; heads that do come first, up to their share. Both may be empty: then it is known how many
-        they are, not which. Raises WrongUsage where not even windows alone fit.
+        lookups: how much of its attention each head gives to what it is to look up; heads that do come first, up to
+        their share. Both may be empty: then it is known how many they are, not which. Raises WrongUsage where not even
+        windows alone fit.
         """
-
-        def cost(unit: Sequence[Head]) -> float:
-            return sum(losses.get(head, 0.0) for head in unit)
-
-        units = [[head] for head in self.heads]
-        if self.by_visit:
-            units = [[head for head in self.heads if head[0] == layer] for layer in sorted({n for n, _ in self.heads})]
+        visits = [[head for head in self.heads if head[0] == layer] for layer in sorted(dict(self.heads))]
         if not self.is_measured:
-            return self._most(plan, units, _even if self._recipe.kv_choice == "even" else _last)
-        units.sort(key=cost, reverse=True)
+            return self._most(plan, visits, _even if self._recipe.kv_choice == "even" else _last)
         if self.by_visit:
-            return self._most(plan, units, _first)
-        room = self.seeing_everything(self._most(plan, units, _first))
+            visits.sort(key=lambda visit: cost(visit, losses), reverse=True)
+            return self._most(plan, visits, _first)
+        room = self.seeing_everything(self._most(plan, [[head] for head in self.heads], _first))
         able = sorted((head for head in self.heads if lookups.get(head, 0.0) >= LOOKS_UP), key=lambda h: -lookups[h])
-        able = able[: round(self._recipe.kv_lookups * room)]
-        return self._most(plan, [*([head] for head in able), *(u for u in units if u[0] not in able)], _first)
+        first = able[: round(self._recipe.kv_lookups * room)]
+        return self._most(plan, [[head] for head in self._dearest_first(first, losses)], _first)
+
+    def _dearest_first(self, first: list[Head], losses: WindowLosses) -> list[Head]:
+        """All heads: those that come `first`, and then again and again the one whose window costs most."""
+        order, left = list(first), [head for head in self.heads if head not in first]
+        whole = {layer: cost([head for head in left if head[0] == layer], losses) for layer in dict(self.heads)}
+        while left:
+            others = {head: [one for one in left if one[0] == head[0] and one != head] for head in left}
+            rest = {head: cost(others[head], losses) for head in left}
+            chosen = max(left, key=lambda head: whole[head[0]] - rest[head])
+            whole[chosen[0]] = rest[chosen]
+            order.append(chosen)
+            left.remove(chosen)
+        return order
 
     def seeing_everything(self, plan: Plan) -> int:
         """How many of the heads that can have a window see everything in `plan`."""
@@ -132,10 +141,19 @@ def check_replan(uri: str, recipe: InitRecipe) -> None:
             )
 
 
-def predicted(plan: Plan, losses: Mapping[Head, float]) -> float:
-    """What the windows of `plan` cost in nats a token: the sum of what they cost each head."""
-    chosen = {visit.layer: visit.attention for visit in plan.visits if visit.attention is not None}
-    return sum(loss for (layer, head), loss in losses.items() if layer in chosen and head not in chosen[layer].heads)
+def cost(heads: Sequence[Head], losses: WindowLosses) -> float:
+    """What windows in `heads` cost together, in nats a token; 0 in layers of which nothing is known."""
+    pairs = ((layer, head, other) for layer, head in heads for beside, other in heads if beside == layer)
+    return sum(losses[layer][head][other] for layer, head, other in pairs if layer in losses)
+
+
+def predicted(plan: Plan, losses: WindowLosses) -> float:
+    """What the windows of `plan` cost in nats a token."""
+    windows = {visit.layer: visit.attention.heads for visit in plan.visits if visit.attention is not None}
+    near = (
+        (layer, head) for layer, seeing in windows.items() for head in range(len(losses[layer])) if head not in seeing
+    )
+    return cost(list(near), losses)
 
 
 def _counted_context(architecture: Architecture, recipe: InitRecipe) -> int:

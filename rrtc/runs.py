@@ -163,7 +163,7 @@ def check_texts(*recipes: Recipe) -> None:
     """Raises what the stages of the runs would raise about the texts that the recipes name."""
     texts: dict[tuple[str, str], None] = {}
     for recipe in recipes:
-        calibration = recipe.init.calibrate_on if recipe.init.start == "joint" else []
+        calibration = recipe.init.calibrate_on if recipe.init.reads_text else []
         quantized = recipe.export.calibrate_on if recipe.export.quantize != "none" else []
         sections = {"init": calibration, "uptrain": recipe.uptrain.data, "eval": recipe.eval.text, "export": quantized}
         for stage, sources in sections.items():
@@ -220,7 +220,8 @@ def check_models(recipe: Recipe) -> None:
         find_model(recipe.uptrain.teacher)
     config = find_model(cast(str, recipe.model)).config()
     check_tokens(recipe.uptrain, longest_context(config, recipe.uptrain.context))
-    check_format(recipe.export, config, read_architecture(config).parameters)
+    windows = recipe.init.kv_budget is not None and recipe.init.kv_budget < 1
+    check_format(recipe.export, config, read_architecture(config).parameters, windows)
 
 
 def _check_same_recipe(stage: str, folder: Path, recipe: Recipe) -> None:

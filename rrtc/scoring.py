@@ -63,8 +63,10 @@ def score_tokens(
     places `exits`. advance is called after each window."""
     rows: list[list[Tensor]] = [[] for _ in range(1 + len(exits))]  # of each window (3 or 5, tokens)
     ours, theirs = Parts(model), None if reference is None else Parts(reference)
+    # Where weights wait on disk until they are computed with, the model is on no device, and the batch says where.
+    place = torch.device("cpu") if model.device.type == "meta" else model.device
     for ids in windows.ids:
-        ids = ids.unsqueeze(0).to(model.device)  # (1, context)
+        ids = ids.unsqueeze(0).to(place)  # (1, context)
         states = _states(ours, ids, exits)
         beside = None if theirs is None else theirs.run(ids)[0][0]
         found: list[list[Tensor]] = [[] for _ in rows]

@@ -73,7 +73,7 @@ def rrt(dense):
 
 
 def pytest_collection_finish():
-    """What the imports have left lives as long as the tests. So a collection, of which rrtc asks for many, need not look
-    at it each time."""
+    """What imports have left lives as long as the tests: a collection, of which rrtc asks for many, need not look at it
+    each time."""
     gc.collect()
     gc.freeze()

@@ -17,8 +17,16 @@ from rrtc.stock.architecture import read_architecture
 
 def made(architecture: str = "llama", changes: dict | None = None, losses=None, lookups=None, **recipe) -> Plan:
     dense = read_architecture(pico_config(architecture, **changes or {}))
+    if losses and isinstance(next(iter(losses)), tuple):
+        losses = alone(losses)
     asked = InitRecipe(**({"rank": 2, "kv_budget": 0.4} | recipe))
     return KvBudget(dense, asked).spend(make_plan(dense, asked), losses or {}, lookups or {})
+
+
+def alone(losses: dict[tuple[int, int], float]) -> dict[int, list[list[float]]]:
+    """Of heads whose windows cost so much whatever the other head of the layer sees."""
+    layers = {layer for layer, _ in losses}
+    return {layer: [[losses[layer, 0], 0.0], [0.0, losses[layer, 1]]] for layer in layers}
 
 
 def seeing(plan: Plan) -> dict[int, tuple[int, ...] | None]:
@@ -47,12 +55,22 @@ def test_the_heads_that_cost_most_see_everything():
     kept = {(layer, head) for layer, heads in seeing(plan).items() for head in (range(2) if heads is None else heads)}
     dearest = sorted(losses, key=losses.get, reverse=True)
     assert kept == set(dearest[: len(kept)]) and len(kept) == 4
-    assert predicted(plan, losses) == pytest.approx(sum(losses[head] for head in dearest[len(kept) :]))
+    assert predicted(plan, alone(losses)) == pytest.approx(sum(losses[head] for head in dearest[len(kept) :]))
+
+
+def test_a_window_is_judged_beside_those_that_are_there_still():
+    losses = {layer: [[0.1, 0.0], [0.0, 0.1]] for layer in range(6)}
+    losses[1] = [[0.4, -0.39], [-0.39, 0.4]]  # together they cost next to nothing
+    losses[2] = [[0.3, 0.2], [0.2, 0.2]]
+    kept = seeing(made(losses=losses, kv_window=8, kv_lookups=0))
+    assert kept[1] == () and kept[2] is None
+    plan = made(losses=losses, kv_window=8, kv_lookups=0)
+    assert predicted(plan, losses) == pytest.approx(0.02 + 2 * 0.1 * 4 - 0.2)
 
 
 def test_heads_that_look_up_come_first_up_to_their_share():
     losses = {(layer, head): float(layer) for layer in range(6) for head in range(2)}
-    lookups = {(0, 0): 0.5, (0, 1): 0.05, (1, 1): 0.9, (2, 0): 0.3}
+    lookups = {(0, 0): 0.5, (0, 1): 0.01, (1, 1): 0.9, (2, 0): 0.3}
     kept = seeing(made(losses=losses, lookups=lookups, kv_window=8, kv_lookups=0.5))
     assert kept == {0: (0,), 1: (1,), 2: (), 3: (), 4: (), 5: None}  # (2, 0) is one too many, (0, 1) looks up nothing
     assert seeing(made(losses=losses, lookups=lookups, kv_window=8, kv_lookups=0))[1] == ()

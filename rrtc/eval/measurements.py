@@ -8,7 +8,7 @@ import gc
 import hashlib
 import tempfile
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,12 +20,14 @@ from numpy.typing import NDArray
 
 from rrtc import machine, scoring
 from rrtc.console import progress
+from rrtc.errors import RrtcError
 from rrtc.eval.cache import Measurement, remembered
 from rrtc.eval.candidates import Candidate
 from rrtc.eval.passkey import Probe, found
 from rrtc.eval.sample import sample
 from rrtc.eval.tasks import Harness, Task
 from rrtc.io.source import load_for_scoring, read_config
+from rrtc.io.unchanged import Unchanged
 from rrtc.machine import share_of, spread
 from rrtc.recipe.eval import EvalRecipe
 from rrtc.stock.parts import Parts, states_of
@@ -48,7 +50,11 @@ class Questions:
     def tokenizer_sha256(self) -> str:
         """Of all that the tokenizer would write: its vocabulary, its settings, its chat template."""
         with tempfile.TemporaryDirectory() as folder:
-            self.tokenizer.save_pretrained(folder)
+            try:
+                self.tokenizer.save_pretrained(folder)
+            except Exception as error:  # a full disk, of which tokenizers has a kind of its own
+                hint = "Free some space, or have TMPDIR name a folder on another disk."
+                raise RrtcError(f"Writing into the temporary folder {folder} failed: {error}.", hint) from error
             digest = hashlib.sha256()
             for file in sorted(Path(folder).rglob("*")):
                 if file.is_file():
@@ -71,6 +77,7 @@ class Examinee:
 
     def __init__(self, candidate: Candidate, questions: Questions, dense: "Examinee | None" = None):
         self.candidate, self._questions, self._dense = candidate, questions, dense
+        self.files = Unchanged(candidate.folder)
         self._fingerprint = candidate.fingerprint()
         self.reused = self.made = 0  # measurements
 
@@ -174,6 +181,21 @@ class Examinee:
         )
         return found["utf8"].tobytes().decode()
 
+    def _steady(self, run):
+        """`run`, of models whose files are those that were hashed."""
+
+        def steady() -> Measurement:
+            with ExitStack() as both:
+                everyone = [self.files, *([] if self._dense is None else [self._dense.files])]
+                for files in everyone:
+                    both.enter_context(files.blamed())
+                value = run()
+            for files in everyone:
+                files.check()
+            return value
+
+        return steady
+
     def _left(self, place: int | None):
         return nullcontext() if place is None else Parts(self.model).left_after(place)
 
@@ -182,7 +204,7 @@ class Examinee:
 
     def _remembered(self, run, **asked) -> Measurement:
         made_on = [str(machine.device().type), torch.__version__, transformers.__version__]
-        value, was_there = remembered({"model": self._fingerprint, "machine": made_on, **asked}, run)
+        value, was_there = remembered({"model": self._fingerprint, "machine": made_on, **asked}, self._steady(run))
         self.reused, self.made = self.reused + was_there, self.made + (not was_there)
         return value
 

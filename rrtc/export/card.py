@@ -175,7 +175,7 @@ def _attention(config: RrtConfig, exported: dict) -> str:
         sees = (
             f"All that it sees in the base model: this format cannot say which heads see a window. With full attention "
             f"this model loses {found['full']:.4f} nats a token, and with the windows that it was made with "
-            f"{found['windows']:.4f} (on {found['tokens']} tokens of held-out text, in windows of {found['context']}). "
+            f"{found['windows']:.4f} (on {found['tokens']:,} tokens of held-out text, {found['context']:,} at a time). "
             f"Figures of an evaluation below are with the windows."
         )
     elif plan.is_local:

@@ -27,6 +27,7 @@ from rrtc.io.provenance import base_seen_from, next_history, read_provenance, wr
 from rrtc.io.report import read_report
 from rrtc.io.source import load_tokenizer
 from rrtc.io.trust import text_of_folder
+from rrtc.io.unchanged import Unchanged
 from rrtc.io.weights import Weights
 from rrtc.machine import is_too_large, too_large
 from rrtc.model import RrtConfig
@@ -51,6 +52,12 @@ def export(folder: str, output: str, recipe: Recipe, report: str | None = None) 
     read_by and llama_cpp, as its `verify` has them. Raises RrtcError, and leaves no folder, where the export is not the
     same model.
     """
+    inputs = Unchanged(Path(folder))
+    with inputs.blamed():
+        return _export(folder, output, recipe, report, inputs)
+
+
+def _export(folder: str, output: str, recipe: Recipe, report: str | None, inputs: Unchanged) -> dict:
     started = time.monotonic()
     source, target = Path(folder), Path(output)
     check_target(target, source)
@@ -58,12 +65,13 @@ def export(folder: str, output: str, recipe: Recipe, report: str | None = None) 
     evaluation = _report_about(report, provenance)
     chat = load_tokenizer(source).chat_template is not None
     made_as, bits = FORMATS[recipe.export.format], BITS.get(recipe.export.quantize)
-    parameters = max(weights.parameters, read_plan(config).architecture.parameters)
-    from_disk = check_format(recipe.export, config.base_config, parameters, config)
+    plan = read_plan(config)
+    parameters = max(weights.parameters, plan.architecture.parameters)
+    from_disk = check_format(recipe.export, config.base_config, parameters, plan.is_local, config)
     cast = made_as.number_format(recipe.export.dtype, weights.dtype)
     dtype = cast or getattr(torch, weights.dtype)  # of most of what is written
     shards = parse_size(recipe.export.max_shard_size)
-    widened = not made_as.WINDOWS and read_plan(config).is_local
+    widened = not made_as.WINDOWS and plan.is_local
     wanted = _with_text(recipe, provenance, source) if bits is not None or widened else recipe.export
     if bits is not None:
         context = longest_context(config.base_config, wanted.calibrate_context)
@@ -114,6 +122,7 @@ def export(folder: str, output: str, recipe: Recipe, report: str | None = None) 
             "files": sorted([*_files(partial), "README.md", "rrtc.yaml"]),
             "seconds": round(time.monotonic() - started, 1),
         }
+        inputs.check()
         value = write_provenance(
             partial,
             "export",
@@ -126,13 +135,18 @@ def export(folder: str, output: str, recipe: Recipe, report: str | None = None) 
     return measured
 
 
-def check_format(recipe: ExportRecipe, base: PreTrainedConfig, parameters: int, made: RrtConfig | None = None) -> bool:
+def check_format(
+    recipe: ExportRecipe, base: PreTrainedConfig, parameters: int, windows: bool, made: RrtConfig | None = None
+) -> bool:
     """Whether a model of so many parameters does not fit into memory, so that it has to be made and checked from disk.
 
-    base: the config of the dense model. made: that of the recursive one, where there is one already. Raises RrtcError
-    where the format cannot be made of such a model, or not from disk, and where what it takes is not installed.
+    base: the config of the dense model. windows: whether visits see a window. made: the config of the recursive model,
+    where there is one already. Raises RrtcError where the format cannot be made of such a model, or not from disk, and
+    where what it takes is not installed.
     """
     made_as, quantized = FORMATS[recipe.format], recipe.quantize != "none"
+    if windows and made_as.NO_WINDOWS:
+        raise RrtcError(f"The {recipe.format} format {made_as.NO_WINDOWS}.", "Export it with --format recursive.")
     if quantized:
         check_installed()
     made_as.check(recipe, base, made)

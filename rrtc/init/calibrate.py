@@ -57,8 +57,8 @@ class Calibration:
     def __init__(self, folder: Path, tokens: int):
         self._folder, self._tokens = Path(folder), tokens
 
-    def window_losses(self, number: int) -> list[float]:
-        """For each KV head of layer `number` what a window costs, in nats a token (stock/heads.py)."""
+    def window_losses(self, number: int) -> list[list[float]]:
+        """For every two KV heads of layer `number` what windows in both cost, in nats a token (stock/heads.py)."""
         return load_file(self._folder / f"output-gradients-{number}.safetensors")[WINDOW_LOSSES].tolist()
 
     def seen(self, number: int, tensors: dict[str, Tensor]) -> "SeenLayer":

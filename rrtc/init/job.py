@@ -149,9 +149,10 @@ def prepare(model: str, target: Path, recipe: Recipe) -> Job:
         plan = without_windows(dense.plan)
         dtype = stored_dtype(source, "auto")
     else:
+        architecture = read_architecture(source.config())  # raises for what cannot be tied
         dense = DenseModel(source, _folds(source, recipe))
         dtype = stored_dtype(source, recipe.init.dtype)
-        plan = make_plan(read_architecture(source.config()), recipe.init, NUMBER_BYTES[dtype])
+        plan = make_plan(architecture, recipe.init, NUMBER_BYTES[dtype])
     architecture, joint = plan.architecture, recipe.init.start == "joint" and isinstance(dense, DenseModel)
     tokenizer = load_tokenizer(source.folder)
     calibration = scoring = None

@@ -69,7 +69,7 @@ def _init(model: str, target: Path, recipe: Recipe, resume: bool) -> dict:
     else:
         prove(job.dense, machine.device())
     folder.check_space(job.disk_bytes())
-    with folder.folder(resume, job.fingerprint()) as partial:
+    with job.source.files.blamed(), folder.folder(resume, job.fingerprint()) as partial:
         try:
             plan, measured = _tie(job)
         except WrongUsage:  # a recipe that turns out to be impossible stays so, and the work is for no other
@@ -92,12 +92,14 @@ def _say_where_from(job: Job, plan: Plan, partial: Path, target: Path, measured:
         kept = before["recipe"] | {
             "init": (before["recipe"].get("init") or {}) | {name: asked[name] for name in asked if name[:3] == "kv_"}
         }
+        job.source.files.check()
         write_provenance(partial, "init", base, kept, before["measured"] | {"windows": measured}, next_history(before))
         return
     base = job.source.provenance(target) | {
         "params_total": plan.architecture.parameters,
         "params_non_embedding": plan.architecture.non_embedding,
     }
+    job.source.files.check()
     write_provenance(partial, "init", base, {"model": job.source.uri, "init": asked}, {"init": measured}, [])
 
 
@@ -116,13 +118,12 @@ def _tie(job: Job) -> tuple[Plan, dict]:
     losses, lookups = heads or ({}, {})
     plan = job.kv_budget.spend(plan, losses, lookups)
     cost = predicted(plan, losses) if losses else None
-    note(job.kv_budget.explain(plan) + at_a_cost(cost))
+    said = job.kv_budget.explain(plan)
+    if cost is not None:
+        text = f"windows of {job.calibration.shape[1]:,} tokens of the calibration text"
+        said += f" On {text} that costs about {cost:.3f} nats a token, and more in longer ones."
+    note(said)
     return plan, measured | {"predicted_window_cost": cost and round(cost, 4)}
-
-
-def at_a_cost(nats: float | None) -> str:
-    """What windows are predicted to cost, to follow what they save; nothing where it was not measured."""
-    return "" if nats is None else f" On the calibration text this costs about {nats:.3f} nats a token."
 
 
 def _calibrate(job: Job, neurons: list[Neurons]) -> tuple[Calibration, tuple[dict, dict] | None]:
@@ -198,6 +199,7 @@ def _own_text(job: Job) -> Tensor:
         with progress("Writing text to calibrate on", tokens) as advance:
             written = own_text(job.source.folder, tokenizer, job.own_windows, context, job.recipe.init.seed, advance)
             ids = torch.cat(list(written))
+        job.source.files.check()
         with whole_file(file) as temporary:
             save_file({"ids": ids}, temporary)
     return load_file(file)["ids"]

@@ -11,14 +11,14 @@ from torch import Tensor
 from rrtc.init.calibrate import Calibration
 from rrtc.io.dense import DenseModel
 from rrtc.io.folder import whole_file
-from rrtc.kv_budget import Head, KvBudget
+from rrtc.kv_budget import Head, KvBudget, WindowLosses
 from rrtc.model.attention_rrt import Rule
 from rrtc.stock.heads import LookedUp
 from rrtc.stock.streamed import StreamedModel
 from rrtc.text.lookups import Lookups, make_lookups
 
 LOOKUP_WINDOWS = 8  # of text, at whose ends something is to be looked up
-LEAST_CONTEXT = 2048  # tokens of a calibration window, where the model can see so many: less shows no distance
+LEAST_CONTEXT = 4096  # tokens of a calibration window, where the model can see so many: less shows no distance
 WINDOWS_IN_CONTEXT = 4  # what a calibration window holds at least of what a head sees
 
 
@@ -33,10 +33,9 @@ def rules(budget: KvBudget) -> dict[int, Rule]:
     return {layer: rule for layer, _ in budget.heads}
 
 
-def window_losses(budget: KvBudget, calibration: Calibration) -> dict[Head, float]:
-    """What a window costs each head, in nats a token."""
-    by_layer = {layer: calibration.window_losses(layer) for layer, _ in budget.heads}
-    return {(layer, head): by_layer[layer][head] for layer, head in budget.heads}
+def window_losses(budget: KvBudget, calibration: Calibration) -> WindowLosses:
+    """What windows cost every two heads of a layer, in nats a token."""
+    return {layer: calibration.window_losses(layer) for layer in dict(budget.heads)}
 
 
 def lookups(

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -141,10 +142,11 @@ def file_hash(file: Path) -> str:
 @contextmanager
 def whole_file(file: Path) -> Iterator[Path]:
     """Yields where to write `file`. It gets its name when the block ends and its contents are on the disk, so that a
-    file is whole where there is one. Raises RrtcError where the disk does not take it."""
+    file is whole where there is one, whoever else writes it meanwhile. Raises RrtcError where the disk does not take
+    it."""
     from safetensors import SafetensorError
 
-    temporary = file.with_name(f"{file.name}.tmp")
+    temporary = file.with_name(f"{file.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         yield temporary
         with open(temporary, "rb") as stream:
@@ -152,6 +154,9 @@ def whole_file(file: Path) -> Iterator[Path]:
         temporary.rename(file)
     except (OSError, SafetensorError) as error:
         raise disk_error(file, error) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager

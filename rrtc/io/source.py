@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rrtc.console import note, quiet_libraries
@@ -21,6 +21,7 @@ from rrtc.io.folder import check_space, file_hash, only_run, whole_folder
 from rrtc.io.license import find_license
 from rrtc.io.provenance import check_not_quantized, read_provenance
 from rrtc.io.trust import check_counts, check_folder, check_no_own_code, leads_outside
+from rrtc.io.unchanged import Unchanged
 from rrtc.io.weights import Weights
 from rrtc.machine import device, scoring_dtype
 from rrtc.plain import read_json
@@ -36,11 +37,13 @@ class Source:
     """A dense model on this machine.
 
     `folder` has config.json, safetensors and tokenizer. `file` is what the user named: the folder, or a GGUF file.
+    `files`: all of them, as they were when the model was found.
     """
 
     uri: str
     folder: Path
     file: Path
+    files: Unchanged
 
     @property
     def is_gguf(self) -> bool:
@@ -82,37 +85,40 @@ class Source:
         }
 
 
-def find_model(uri: str, config_only: bool = False) -> Source:
+def find_model(uri: str, config_only: bool = False, fetch: bool = True) -> Source:
     """The model that `uri` names, made available as a local folder.
 
-    config_only: of a model on a hub, fetch no weights. Raises RrtcError where it cannot be found or read; for a package
+    config_only: of a model on a hub, fetch no weights. fetch: whether the hub is asked at all, or only what was fetched
+    from it before is taken. Raises RrtcError where it cannot be found or read; for a package
     that is not installed, the hint is the pip command.
     """
     if uri.startswith("package://"):
         path = _in_package(uri)
     elif os.path.exists(os.path.expanduser(uri)):  # which unlike Path's takes every text for a name
         path = Path(os.path.expanduser(uri))
-    elif uri.endswith(".gguf") or uri.startswith((".", "/", "~")) or uri.count("/") > 1:
+    elif not _may_be_hub_id(uri):
         raise RrtcError(f"There is no model at {uri}.", "Name a folder, a .gguf file, a hub id or package://name/path.")
     else:
-        path = _from_hub(uri, config_only)
+        path = _from_hub(uri, config_only, fetch)
     if path.is_dir():
         if not (path / "config.json").exists():
             if len(files := list(path.glob("*.gguf"))) == 1:  # an export as GGUF
                 return Source(uri, _dequantized(files[0]), files[0])
             raise RrtcError(f"{path} is not a model folder: it has no config.json.")
         check_folder(path)
-        return Source(uri, path, path)
+        return Source(uri, path, path, Unchanged(path))
     if path.suffix != ".gguf" or not path.is_file():  # opening a pipe would wait for ever
         raise RrtcError(f"{path} is neither a folder nor a .gguf file.")
-    return Source(uri, _dequantized(path), path)
+    folder = _dequantized(path)
+    return Source(uri, folder, path, Unchanged(path, folder))
 
 
 def find_base(folder: Path, named: str | None, option: str) -> Source:
     """The dense model that the rrtc folder `folder` was made from, or the one that the user `named` instead.
 
-    Looks where the provenance says: the path, the path relative to the folder, then the URI. Raises RrtcError with a
-    hint to use `option` where it is gone, or where what is there now has other contents.
+    Looks where the provenance says: the path, the path relative to the folder, then the URI; but nothing is fetched for
+    a folder that may be a stranger's. Raises RrtcError with a hint to use `option` where it is not on this machine, or
+    where what is there now has other contents.
     """
     if named is not None:
         return find_model(named)
@@ -124,16 +130,22 @@ def find_base(folder: Path, named: str | None, option: str) -> Source:
         if place.startswith("/") and not os.path.exists(place):
             continue
         try:
-            source = find_model(place)
+            source = find_model(place, fetch=False)
             unchanged = content_hash(source.file) == base["sha256"]
         except RrtcError:
             continue
         if unchanged:
-            return Source(base["uri"], source.folder, source.file)
+            return replace(source, uri=base["uri"])
+    on_hub = base["uri"] in places and _may_be_hub_id(base["uri"])
+    fetched = f" To have it fetched from the hub: {option} {base['uri']}" if on_hub else ""
     raise RrtcError(
         f"The dense model that {folder} was made from ({base['uri']}) is no longer where it was, or has changed.",
-        f"Say where it is with {option} MODEL.",
+        f"Say where it is with {option} MODEL.{fetched}",
     )
+
+
+def _may_be_hub_id(uri: str) -> bool:
+    return not uri.startswith((".", "/", "~", "package://")) and not uri.endswith(".gguf") and uri.count("/") <= 1
 
 
 def read_config(folder: Path):
@@ -212,14 +224,15 @@ def _in_package(uri: str) -> Path:
     return path
 
 
-def _from_hub(uri: str, config_only: bool) -> Path:
+def _from_hub(uri: str, config_only: bool, fetch: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "README.md"]
     # The same weights in the maker's own format, often in a folder; additional_chat_templates is another one.
-    twice = ["consolidated*", "[!a]*/*"]
+    twice, wanted = ["consolidated*", "[!a]*/*"], wanted[:1] if config_only else wanted
     try:
-        return Path(snapshot_download(uri, allow_patterns=wanted[:1] if config_only else wanted, ignore_patterns=twice))
+        found = snapshot_download(uri, allow_patterns=wanted, ignore_patterns=twice, local_files_only=not fetch)
+        return Path(found)
     except Exception as error:  # offline, no such repository, no permission: huggingface_hub has a class for each
         raise RrtcError(
             f"There is no folder {uri}, and the hub did not give a model of that name.",
@@ -228,6 +241,7 @@ def _from_hub(uri: str, config_only: bool) -> Path:
 
 
 def _dequantized(file: Path) -> Path:
+    now = Unchanged(file)
     target = cache_folder() / "gguf" / content_hash(file)
     if target.exists():
         return target
@@ -237,6 +251,7 @@ def _dequantized(file: Path) -> Path:
     mine = target.with_name(f"{target.name}-{os.getpid()}")
     with quiet_libraries(), whole_folder(mine) as folder:
         _dequantize(file, folder)
+        now.check()
     try:
         mine.rename(target)
     except OSError:  # another process was faster

@@ -12,6 +12,7 @@ from typing import Annotated
 from pydantic import BaseModel, Field, TypeAdapter
 
 from rrtc.errors import RrtcError
+from rrtc.io.cache import cache_folder
 from rrtc.plain import from_json, read_json
 
 # Numbers of a block. What is done to a block stays in a processor's cache, and in memory that the process has already:
@@ -41,8 +42,9 @@ class Weights:
         self._where: dict[str, Path] = {}
         self._headers: dict[str, dict] = {}
         self._data_starts: dict[Path, int] = {}
+        self._states: dict[Path, tuple] = {}
         for file in self.files:
-            header, self._data_starts[file] = _header(file)
+            header, self._data_starts[file], self._states[file] = _header(file)
             for name, entry in header.items():
                 if name in self._where:
                     where = f"{self._where[name].name} and {file.name}"
@@ -168,7 +170,10 @@ class Weights:
             dtype = getattr(torch, DTYPES[entry["dtype"]])
             if start == end:
                 return torch.empty(entry["shape"], dtype=dtype)
-            stored = numpy.memmap(file, numpy.uint8, "c", start, (end - start,))
+            with open(file, "rb") as stream:
+                if file_state(os.fstat(stream.fileno())) != self._states[file]:
+                    raise RrtcError(f"{file} was changed while it was in use.", "Start again when it stays as it is.")
+                stored = numpy.memmap(stream, numpy.uint8, "c", start, (end - start,))
             return torch.from_numpy(stored).view(dtype).view(entry["shape"])
         except (LookupError, TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise _damaged(file) from error
@@ -188,11 +193,17 @@ def all_finite(tensor) -> bool:
     return not tensor.numel() or all(bound.isfinite().item() for bound in tensor.aminmax())
 
 
-def _header(file: Path) -> tuple[dict, int]:
-    """(the header of a safetensors file: tensor name -> dtype, shape and data_offsets; where the data start). Checks
-    the file's length."""
-    length = file.stat().st_size
+def file_state(found: os.stat_result) -> tuple[int, ...]:
+    """What tells a file from one that has taken its place, or from itself with other contents."""
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _header(file: Path) -> tuple[dict, int, tuple]:
+    """(the header of a safetensors file: tensor name -> dtype, shape and data_offsets; where the data start; the state
+    of the file). Checks the file's length."""
     with open(file, "rb") as stream:
+        state = file_state(found := os.fstat(stream.fileno()))
+        length = found.st_size
         header_length = int.from_bytes(stream.read(8), "little")
         if length < 8 or header_length > min(length - 8, 100_000_000):
             raise _damaged(file)
@@ -210,7 +221,7 @@ def _header(file: Path) -> tuple[dict, int]:
         end = stop
     if 8 + header_length + end != length:
         raise _damaged(file)
-    return header, 8 + header_length
+    return header, 8 + header_length, state
 
 
 class _Entry(BaseModel):
@@ -234,6 +245,9 @@ def _damaged(file: Path) -> RrtcError:
 
 
 def disk_error(path: Path, error: Exception) -> RrtcError:
-    """What a failed write means to the user."""
+    """What a failed write means to the user, who knows the folder that was asked for, but not rrtc's cache."""
     reason = getattr(error, "strerror", None) or str(error)
+    if Path(path).is_relative_to(cache_folder()):
+        hint = "Free some space, or have RRTC_CACHE name a folder on another disk."
+        return RrtcError(f"Writing {path} failed: {reason}.", hint)
     return RrtcError(f"Writing {path.name} failed: {reason}.", "Free some space, or write to another disk.")

@@ -177,6 +177,11 @@ class InitRecipe(Section):
         return self.budget == 1 and self.sharing in (None, "auto") and self.shared_init is None
 
     @property
+    def reads_text(self) -> bool:
+        """Whether anything is chosen by what the model does on text."""
+        return self.start == "joint" or (self.kv_budget is not None and self.kv_choice == "measured")
+
+    @property
     def pattern(self) -> str:
         """`sharing`, or what it is where it is not given."""
         return self.sharing or ("auto" if self.has_budget else "cycle")

@@ -18,24 +18,26 @@ def _by_kv_head(values: Tensor, kv_heads: int) -> Tensor:
 
 
 class Losses:
-    """Adds up for each KV head of a layer what a window costs, as the loss feels it: E[(g·d)²]/2 in nats a token, where
-    d is what the window changes in the head's output and g the gradient of the loss with respect to that output. It is
-    the second-order change of the loss for gradients of labels that the model itself draws (the Fisher information)."""
+    """Adds up for the KV heads of a layer what a window costs, as the loss feels it: E[(g·d)(g'·d')]/2 in nats a token
+    for every two heads, where d is what the window changes in a head's output and g the gradient of the loss with
+    respect to that output. The sum over all pairs of the heads that have a window is the second-order change of the
+    loss for gradients of labels that the model itself draws (the Fisher information)."""
 
     def __init__(self, tokens: int):
-        self._tokens, self._total = tokens, 0.0
+        self._tokens: int = tokens
+        self._total: Tensor | float = 0.0
 
     def sight(self, *given) -> Sight:
         """To be given to `Parts.attending`, with a rule by which no head sees everything."""
         return _Compared(self._add, *given)
 
     def finish(self) -> Tensor:
-        """(KV heads,), float64, nats a token."""
+        """(KV heads, KV heads), float64, nats a token."""
         return self._total / (2 * self._tokens)
 
     def _add(self, gradient: Tensor, change: Tensor, kv_heads: int) -> None:
-        felt = _by_kv_head((gradient * change).sum(-1), kv_heads).sum(-1)
-        self._total = self._total + felt.double().square().sum((0, 1)).cpu()
+        felt = _by_kv_head((gradient * change).sum(-1), kv_heads).sum(-1).flatten(0, 1).double()
+        self._total = self._total + (felt.T @ felt).cpu()
 
 
 class _Compared(Sight):

@@ -73,10 +73,14 @@ class Parts:
 
     def __init__(self, model: PreTrainedModel, device: torch.device | None = None):
         """device: where batches are computed; by default where the model is."""
-        self.model, self.layers = model, decoder_layers(model)
+        self.model = model
         self.device = model.device if device is None else device
         self._calls: dict[tuple[int, int], list[tuple[tuple, dict]]] = {}  # by (windows, context)
         self._eyes: dict[int, Eyes] = {}
+
+    @cached_property
+    def layers(self) -> list[nn.Module]:
+        return decoder_layers(self.model)
 
     def run(self, ids: Tensor, keep: Sequence[int] = (), **kwargs) -> tuple[Tensor, list]:
         """(what the head is given for `ids`, (windows, context, width); what the layers at the indices `keep` return,

@@ -28,8 +28,9 @@ from rrtc.console import note, progress
 from rrtc.io.cache import cache_folder
 from rrtc.io.folder import file_hash, partial_of, whole_folder
 from rrtc.io.source import Source, content_hash
+from rrtc.io.unchanged import Unchanged
 from rrtc.text.own import AT_ONCE, own_text
-from rrtc.text.sources import FEW, HELD_OUT_OF, cut, documents, source_fingerprint, training_documents
+from rrtc.text.sources import FEW, HELD_OUT_OF, cut, documents, source_files, source_fingerprint, training_documents
 from rrtc.text.tokens import begin_and_end, encoded, tokenizer_fingerprint
 from rrtc.units import count
 
@@ -79,6 +80,7 @@ def text_shard(source: str, text_field: str, tokenizer, vocabulary: int, tokens:
 
     Raises RrtcError as `documents` and `encoded` do.
     """
+    files = Unchanged(*source_files(source))
     made_from = {
         "text": source_fingerprint(source),
         "text_field": text_field,
@@ -90,7 +92,7 @@ def text_shard(source: str, text_field: str, tokenizer, vocabulary: int, tokens:
     whole = training_documents(documents(source, text_field, tokenizer))
     texts = (piece for text in whole for piece in cut(text, LONGEST))
     found = _tokenized(texts, tokenizer, vocabulary, f"Tokenizing {source}", tokens)
-    return _shard(f"The text {source} is tokenized already", made_from, tokens, vocabulary, found, group)
+    return _shard(f"The text {source} is tokenized already", made_from, files, tokens, vocabulary, found, group)
 
 
 def own_shard(teacher: Source, tokenizer, windows: int, context: int, seed: int, group: PartialState) -> Shard:
@@ -115,7 +117,8 @@ def own_shard(teacher: Source, tokenizer, windows: int, context: int, seed: int,
 
     tokens = windows * (context - len(begin))
     vocabulary = teacher.config().get_text_config().vocab_size
-    return _shard(f"Text by {teacher.uri} is written already", made_from, tokens, vocabulary, found(), group)
+    cached = f"Text by {teacher.uri} is written already"
+    return _shard(cached, made_from, teacher.files, tokens, vocabulary, found(), group)
 
 
 def _tokenized(texts: Iterable[str], tokenizer, vocabulary: int, title: str, total: int) -> Iterator[list[int]]:
@@ -140,11 +143,17 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 def _shard(
-    cached: str, made_from: dict, tokens: int, vocabulary: int, found: Iterator[Sequence[int]], group: PartialState
+    cached: str,
+    made_from: dict,
+    files: Unchanged,
+    tokens: int,
+    vocabulary: int,
+    found: Iterator[Sequence[int]],
+    group: PartialState,
 ) -> Shard:
     """The shard made from `made_from`, as far as it takes for `tokens` tokens: what is in the cache where that is
     enough, or else written from `found`, the token ids of its documents, all smaller than `vocabulary`. cached: what
-    to say in the first case."""
+    to say in the first case. files: those that `made_from` has hashes of."""
     fingerprint = hashlib.sha256(json.dumps({"version": VERSION, **made_from}, sort_keys=True).encode()).hexdigest()
     folder = cache_folder() / "tokens" / fingerprint
     with _one_at_a_time(folder, group):
@@ -158,6 +167,7 @@ def _shard(
         with whole_folder(folder) as partial, closing(found):
             dtype = "uint16" if vocabulary <= 2**16 else "uint32"
             complete = _write(partial, found, dtype, tokens)
+            files.check()
             about = {"complete": complete, "dtype": dtype, "sha256": _hashes(partial), "made_from": made_from}
             (partial / "about.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf8")
         return _opened(folder, about).beginning(tokens)

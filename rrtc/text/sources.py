@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import re
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 from rrtc.errors import RrtcError
 from rrtc.io.folder import file_hash
@@ -72,6 +73,12 @@ def source_fingerprint(source: str) -> list:
     for file in files_in(path):
         found.append([*kind(file), file_hash(file)])
     return found
+
+
+def source_files(source: str) -> list[Path]:
+    """The files that a source consists of; none of one that is not on this machine's disks."""
+    path = None if source == BUILT_IN_TEXT else local_path(source)
+    return [] if path is None else list(files_in(path))
 
 
 def _built_in() -> list[str]:

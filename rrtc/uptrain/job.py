@@ -15,6 +15,7 @@ from rrtc.errors import RrtcError, WrongUsage
 from rrtc.io.folder import copy_companions
 from rrtc.io.provenance import base_seen_from, check_not_quantized, next_history, read_provenance, write_provenance
 from rrtc.io.source import Source, content_hash, find_base, find_model, load_tokenizer, read_config
+from rrtc.io.unchanged import Unchanged
 from rrtc.io.weights import Weights
 from rrtc.machine import fast_bfloat16, process_group
 from rrtc.model import RrtConfig
@@ -37,7 +38,8 @@ class Job:
     that of the computations, and `accumulation` how many micro-batches of one process make a step.
 
     `taught_by` has the `uri` and the `sha256` of the dense model that is learned from; None where there is none.
-    `teacher` is that model where it has to be run, and None where `cache` has all that it would say.
+    `teacher` is that model where it has to be run, and None where `cache` has all that it would say. `inputs` are the
+    files of `folder`.
     """
 
     folder: Path
@@ -52,6 +54,7 @@ class Job:
     steps: int
     accumulation: int
     arithmetic: str
+    inputs: Unchanged
 
     @property
     def context(self) -> int:
@@ -88,7 +91,11 @@ class Job:
 
     def complete(self, folder: Path, measured: dict, target: Path | None = None) -> None:
         """Makes `folder`, which holds weights of this run, one that other commands take: with the config, the tokenizer
-        and rrtc.yaml. measured: what it says under measured.uptrain. target: what `folder` will be called."""
+        and rrtc.yaml. measured: what it says under measured.uptrain. target: what `folder` will be called. Raises
+        RrtcError where the model that is trained, or its teacher, has changed meanwhile."""
+        self.inputs.check()
+        if self.teacher is not None:
+            self.teacher.files.check_mapped()
         shutil.copyfile(self.folder / "config.json", folder / "config.json")
         copy_companions(self.folder, folder)
         write_provenance(
@@ -120,6 +127,7 @@ def prepare(folder: Path, recipe: UptrainRecipe, most_steps: int | None = None) 
 
     Raises RrtcError or WrongUsage for everything that would stop the run.
     """
+    inputs = Unchanged(folder)
     check_recipe(recipe)
     check_reporter(recipe.report_to)
     provenance = read_provenance(folder)
@@ -184,6 +192,7 @@ def prepare(folder: Path, recipe: UptrainRecipe, most_steps: int | None = None) 
         steps=steps,
         accumulation=recipe.batch_size // (recipe.micro_batch * processes),
         arithmetic=arithmetic,
+        inputs=inputs,
     )
 
 

@@ -15,6 +15,7 @@ from rrtc.console import note
 from rrtc.io.folder import only_run, partial_of
 from rrtc.io.resumable import Resumable
 from rrtc.io.shard_writer import ShardWriter
+from rrtc.io.unchanged import Unchanged
 from rrtc.io.weights import Weights
 from rrtc.machine import is_first_process, process_group
 from rrtc.recipe.schema import Recipe
@@ -41,7 +42,7 @@ def uptrain(folder: str, output: str, recipe: Recipe, resume: bool = False) -> d
     advance, and where another run is writing `output`; after an error, NAME.partial stays only if it holds a
     checkpoint.
     """
-    with only_run(Path(output)) if is_first_process else contextlib.nullcontext():
+    with only_run(Path(output)) if is_first_process else contextlib.nullcontext(), Unchanged(Path(folder)).blamed():
         return _uptrain(Path(folder), Path(output), recipe, resume)
 
 

@@ -20,7 +20,7 @@ from rrtc.machine import device, process_group
 from rrtc.model.modeling_rrt import Slot
 from rrtc.recipe.uptrain import UptrainRecipe
 from rrtc.stock.architecture import quiet_warnings
-from rrtc.uptrain.checkpoints import WHOLE, mark_whole
+from rrtc.uptrain.checkpoints import WHOLE, mark_whole, remove, whole_checkpoints
 from rrtc.uptrain.curve import steps_of, summary
 from rrtc.uptrain.data import Stream, given
 from rrtc.uptrain.job import Job
@@ -30,6 +30,7 @@ from rrtc.uptrain.student import Student
 from rrtc.uptrain.teacher import LiveTeacher
 from rrtc.uptrain.teacher_cache import CachedTeacher
 
+KEPT = 2  # checkpoints, beside the one that is written
 # What `accelerate launch` tells every Trainer by the environment, and the value that says nothing.
 LAUNCHER_SETTINGS = {
     "ACCELERATE_MIXED_PRECISION": "no",
@@ -75,6 +76,7 @@ class DistillationTrainer(Trainer):
             dtype = torch.bfloat16 if job.bfloat16 else torch.float32
             matches = bool(job.recipe.losses.get("hidden"))
             self.teacher = LiveTeacher(job.teacher.folder, dtype, self.args.device, job.recipe.temperature, matches)
+            job.teacher.files.check()
         self._means: dict[str, torch.Tensor] = {}  # of the losses since the last step, summed over micro-batches
         self._step_began: float | None = None
 
@@ -126,7 +128,7 @@ class DistillationTrainer(Trainer):
 
     def train(self, *args, **kwargs):
         try:
-            with quiet_warnings():  # about files of the same age, and about a micro-batch changed on resume
+            with quiet_warnings():  # about a micro-batch changed on resume
                 return super().train(*args, **kwargs)
         except torch.OutOfMemoryError as error:
             raise RrtcError(
@@ -157,6 +159,8 @@ class DistillationTrainer(Trainer):
         if self.args.should_save:
             self.job.complete(folder, self.measured())
             mark_whole(folder)
+            for older in whole_checkpoints(folder.parent)[:-KEPT]:  # by their steps: the clock may have been set back
+                remove(older)
 
     def measured(self) -> dict:
         """What this run has measured so far, for rrtc.yaml."""
@@ -195,7 +199,6 @@ def arguments(job: Job, steps: int, output: Path, save: bool) -> TrainingArgumen
         seed=recipe.seed,
         save_strategy="steps" if save else "no",
         save_steps=recipe.save_every,
-        save_total_limit=2,
         logging_steps=1,
         logging_nan_inf_filter=False,  # it would hide that training has failed
         use_cpu=device().type == "cpu",  # or processes on CPUs would not see each other

@@ -310,25 +310,27 @@ def test_no_space_left(dense, tmp_path):
 def test_ctrl_c_leaves_nothing_under_the_final_name(dense, tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
     assert rrtc("init", dense, "-o", tmp_path / "tied", *SMALL).exit_code == 0
-    command = [
-        *(sys.executable, "-X", "faulthandler", "-m", "rrtc", "uptrain", tmp_path / "tied", "-o", tmp_path / "out"),
-        *("--data", tmp_path / "text.txt", "--context", "32", "--tokens", "10000000", "--save-every", "5"),
-    ]
     # What a shell starts in the background ignores Ctrl-C, and so do the tests then, and what they start.
-    running = subprocess.Popen(
-        list(map(str, command)), stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
+    listening = "import faulthandler, signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"{listening}; faulthandler.enable(); from rrtc.cli.app import main; main()"
+    running = ready.Ready(
+        [
+            *(sys.executable, "-c", code, "uptrain", tmp_path / "tied", "-o", tmp_path / "out"),
+            *("--data", tmp_path / "text.txt", "--context", "32", "--tokens", "10000000", "--save-every", "5"),
+        ]
+    )
     deadline = time.monotonic() + 120
     while not list((tmp_path / "out.partial").glob("checkpoints/checkpoint-*/rrtc-whole")) and running.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.1)
     running.send_signal(signal.SIGINT)
     try:
-        _, errors = running.communicate(timeout=60)
+        running.wait(timeout=60)
     except subprocess.TimeoutExpired:
         running.send_signal(signal.SIGABRT)  # has every thread say where it is
-        pytest.fail(f"It goes on after Ctrl-C: {running.communicate()[1]}")
+        running.wait()
+        pytest.fail(f"It goes on after Ctrl-C: {running.stderr}")
+    errors = running.stderr
     assert running.returncode == 130 and "Traceback" not in errors
     assert re.search(r"^Error: Ctrl-C stopped the run after step \d+ of \d+; --resume goes on from there", errors, re.M)
     assert not (tmp_path / "out").exists() and (tmp_path / "out.partial").exists()

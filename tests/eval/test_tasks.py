@@ -12,9 +12,11 @@ import pytest
 import ready
 import torch
 import yaml
+from exports import make_rrt
 from pico import pico_tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
+from windowed import by_brute_force, see_windows
 
 from rrtc.errors import RrtcError, WrongUsage
 from rrtc.eval.tasks import Harness, find_tasks
@@ -144,6 +146,16 @@ def test_every_item_of_the_four_task_files_is_scored_as_by_hand(model, data):
         assert list(scores["score"]) == expected.get("acc_norm", expected["acc"]), name
         assert scores["score"].dtype == np.float64
         assert 0 < scores["score"].mean() < 1
+
+
+def test_a_model_whose_visits_see_a_window_is_asked_with_it(data, tmp_path):
+    folder, calls = see_windows(make_rrt(tmp_path / "rrt")), []
+    model = load_for_scoring(folder)
+    model.register_forward_hook(lambda module, args, output: calls.append((args[0], output.logits)))
+    scored(model, recipe(data, tasks=["piqa"], task_items=3))
+    assert calls
+    for ids, logits in calls:
+        torch.testing.assert_close(logits, by_brute_force(folder, ids), atol=1e-4, rtol=0)
 
 
 def test_a_second_run_gives_the_same_and_progress_is_told_in_items(model, data):

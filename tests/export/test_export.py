@@ -101,7 +101,7 @@ def test_recursive_loads_and_generates_where_rrtc_is_not(tmp_path, cold):
 
 
 @pytest.mark.slow
-def test_recursive_export_with_report_and_license(tmp_path, cold):
+def test_recursive_export_with_report_and_license(tmp_path):
     source = make_rrt(tmp_path / "rrt")
     (source / "LICENSE").write_text("Apache License\nVersion 2.0, January 2004\n")
     (source / "tokenizer_config.json").unlink()  # old models have none that says much

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from windowed import KINDS, SINKS, WINDOW, by_brute_force, see_windows, without_windows
 
-from rrtc import machine
+from rrtc import api, machine
 from rrtc.cli import tables
 from rrtc.errors import RrtcError
 from rrtc.export import full_attention, stage, verify
@@ -158,8 +158,15 @@ def test_full_attention_that_is_worse_is_refused_with_the_figures(form, learnt, 
 
 def test_onnx_is_refused_before_any_work(source, tmp_path, monkeypatch):
     monkeypatch.setattr(stage, "reference", None)
-    with pytest.raises(RrtcError, match="The ONNX format has one length .* would each need an input of their own"):
+    with pytest.raises(RrtcError, match="The onnx format has one length .* would each need an input of their own"):
         stage.export(str(source), str(tmp_path / "out"), recipe(format="onnx"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_would_end_in_such_an_export_is_refused_at_once(dense, tmp_path):
+    asked = {"model": str(dense("llama")), "init": {"kv_budget": 0.5}, "export": {"format": "onnx"}}
+    with pytest.raises(RrtcError, match="The onnx format has one length"):
+        api.run(asked, str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 

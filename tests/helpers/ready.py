@@ -48,7 +48,7 @@ class Ready:
         own = [str(cwd or os.getcwd()), dict(env or os.environ), warm.plain_path()]
         server().stdin.write(json.dumps([[str(word) for word in command[1:]], *own, str(self._folder)]) + "\n")
         server().stdin.flush()
-        self.pid = self._told("pid", 60)
+        self.pid = self._told("pid", 300)
 
     def _told(self, name: str, timeout: float) -> int:
         until = time.monotonic() + timeout

@@ -13,7 +13,7 @@ from pico import save_pico
 from rrtc import __version__
 from rrtc.errors import RrtcError, WrongUsage
 from rrtc.io.cache import cache_folder
-from rrtc.io.folder import check_space, check_target, copy_companions, only_run, partial_of, whole_folder
+from rrtc.io.folder import check_space, check_target, copy_companions, only_run, partial_of, whole_file, whole_folder
 from rrtc.io.provenance import (
     PROVENANCE,
     base_seen_from,
@@ -213,6 +213,20 @@ def test_a_full_disk_is_one_clear_sentence_and_leaves_nothing(tmp_path, what):
     assert sentence.startswith("Writing ") and "File too large" in sentence and sentence.count(". ") == 0
     assert hint == "Free some space, or write to another disk."
     assert listing(tmp_path) == []
+
+
+def test_a_file_that_two_write_at_once_is_that_of_the_last_one_and_whole(tmp_path):
+    file = tmp_path / "file"
+    with whole_file(file) as one:
+        one.write_text("one")
+        with whole_file(file) as other:
+            other.write_text("other")
+        assert file.read_text() == "other"
+    assert file.read_text() == "one" and listing(tmp_path) == ["file"]
+    with pytest.raises(KeyboardInterrupt), whole_file(file) as third:
+        third.write_text("th")
+        raise KeyboardInterrupt
+    assert file.read_text() == "one" and listing(tmp_path) == ["file"]
 
 
 # What goes along

@@ -15,6 +15,7 @@ from rrtc.io.cache import cache_folder
 from rrtc.io.folder import only_run, whole_folder
 from rrtc.io.provenance import write_provenance
 from rrtc.io.source import content_hash, find_base, find_model, load_tokenizer, read_config
+from rrtc.plain import read_yaml, to_yaml
 
 
 @pytest.fixture(scope="session")
@@ -262,6 +263,30 @@ def test_a_relative_path_that_is_gone_is_not_looked_up_as_a_hub_id(workplace, mo
     (workplace / "models").rename(workplace / "away")
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *args, **kwargs: pytest.fail("asked the hub"))
     base_is_asked_for(workplace / "runs" / "other")
+
+
+def test_nothing_is_fetched_because_a_folder_says_so(workplace, monkeypatch):
+    """Its rrtc.yaml may be a stranger's. What was fetched before is found, and what the user names is fetched."""
+    asked = []
+
+    def snapshot_download(name, *, local_files_only, **others):
+        asked.append((name, local_files_only))
+        return str(workplace / "away" / "dense")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    folder = workplace / "runs" / "init"
+    said = read_yaml(folder / "rrtc.yaml")
+    said["base"]["uri"] = "maker/model"
+    (folder / "rrtc.yaml").write_text(to_yaml(said))
+    (workplace / "models").rename(workplace / "away")
+    assert find_base(folder, None, "--teacher").folder == workplace / "away" / "dense"
+    (workplace / "away" / "dense" / "model.safetensors").unlink()
+    with pytest.raises(RrtcError, match="is no longer where it was") as error:
+        find_base(folder, None, "--teacher")
+    assert "--teacher maker/model" in error.value.hint
+    assert asked == [("maker/model", True)] * 2
+    find_base(folder, "maker/model", "--teacher")
+    assert asked[2:] == [("maker/model", False)]
 
 
 def test_a_base_in_a_package_is_found_wherever_the_package_is(tmp_path, dense, monkeypatch):

@@ -23,6 +23,7 @@ from uptraining import curve, settings
 from rrtc.api import run
 from rrtc.errors import RrtcError, WrongUsage
 from rrtc.io.source import find_model
+from rrtc.io.unchanged import Unchanged
 from rrtc.recipe.schema import Recipe
 from rrtc.recipe.uptrain import UptrainRecipe
 from rrtc.text import files, shards
@@ -127,7 +128,9 @@ def test_longer_runs_and_other_seeds_have_the_windows_of_shorter_ones(tmp_path, 
 def test_ids_are_as_short_as_the_vocabulary_allows(tmp_path):
     for vocabulary, dtype in ((2**16, "uint16"), (2**16 + 1, "uint32")):
         found = [numpy.array([0, vocabulary - 1]), numpy.array([1])]
-        shard = shards._shard("", {"of": vocabulary}, 10, vocabulary, iter_of(found), PartialState(cpu=True))
+        shard = shards._shard(
+            "", {"of": vocabulary}, Unchanged(), 10, vocabulary, iter_of(found), PartialState(cpu=True)
+        )
         assert shard.ids.dtype == dtype and shard.ids.tolist() == [0, vocabulary - 1, 1]
         assert shard.offsets.tolist() == [0, 2, 3] and shard.complete
 

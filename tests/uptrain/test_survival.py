@@ -308,6 +308,32 @@ def test_disk_space_counts_the_first_checkpoint(rrt):
     assert at_once(tokens=CONTEXT * BATCH) == 1
 
 
+def test_a_clock_that_is_set_back_costs_no_checkpoint(rrt, tmp_path, monkeypatch):
+    """Each checkpoint is older than the one before it, by its times. The last two stay, and the last one is gone on
+    from."""
+    original, now = checkpoints.mark_whole, 2e9
+
+    def marked(checkpoint: Path) -> None:
+        nonlocal now
+        original(checkpoint)
+        now -= 3600
+        for file in (*checkpoint.iterdir(), checkpoint):
+            os.utime(file, (now, now))
+
+    monkeypatch.setattr("rrtc.uptrain.trainer.mark_whole", marked)
+    target = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        interrupt_at(patched, 10)
+        with pytest.raises(KeyboardInterrupt):
+            uptrain(str(rrt), str(target), settings(save_every=1))
+    kept = tmp_path / "out.partial" / "checkpoints"
+    assert sorted(path.name for path in kept.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
+    interrupt_at(monkeypatch, 3)
+    with pytest.raises(KeyboardInterrupt):
+        uptrain(str(rrt), str(target), settings(save_every=1), resume=True)
+    assert [entry["step"] for entry in metrics(tmp_path / "out.partial")] == [1, 2, 3, 4, 5]
+
+
 # -- a loss that is lost
 
 

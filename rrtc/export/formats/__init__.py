@@ -6,6 +6,7 @@
     MULTIPLIED_OUT     whether each W' + B·A is one matrix in it, and rounded as one
     GENERATES          whether the fresh process that checks it also generates text greedily
     WINDOWS            whether visits see in it the windows that they have; else it attends to everything
+    NO_WINDOWS         why it refuses a model whose visits see a window; empty where it does not
     check              raises RrtcError where what the format takes is not installed, or the model cannot have it
     number_format      the dtype its tensors are cast to
     bytes_written      about how many bytes will be written

@@ -32,7 +32,7 @@ LIBRARY, TAGS = "llama.cpp", ("gguf",)
 FROM_DISK, TIMES_IN_MEMORY = False, 1
 MULTIPLIED_OUT = True
 GENERATES = True
-WINDOWS = False
+WINDOWS, NO_WINDOWS = False, ""
 
 VARIABLE, SCRIPT = "RRTC_LLAMA_CPP", "convert_hf_to_gguf.py"
 WHERE = (

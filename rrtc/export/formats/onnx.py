@@ -40,6 +40,7 @@ FROM_DISK, TIMES_IN_MEMORY = False, 2  # beside the model, its graph has it once
 MULTIPLIED_OUT = False
 GENERATES = True
 WINDOWS = False
+NO_WINDOWS = "has one length for the whole KV cache, and heads that see a window would each need an input of their own"
 
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
 GRAPH, DATA = "onnx/model.onnx", "onnx/model.onnx_data"
@@ -52,14 +53,7 @@ FOLDED = 1024  # elements: larger constants are not worked out in advance, which
 
 
 def check(recipe: ExportRecipe, base: PreTrainedConfig, made: RrtConfig | None = None) -> None:
-    """Raises RrtcError where the packages of the extra `onnx` are not installed, and for a model whose visits see
-    windows."""
-    if made is not None and read_plan(made).is_local:
-        raise RrtcError(
-            "The ONNX format has one length for the whole KV cache, and heads that see a window would each need an "
-            "input of their own.",
-            "Export it with --format recursive.",
-        )
+    """Raises RrtcError where the packages of the extra `onnx` are not installed."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise RrtcError(

@@ -27,7 +27,7 @@ LIBRARY, TAGS = "transformers", ("custom_code",)
 FROM_DISK, TIMES_IN_MEMORY = True, 1
 MULTIPLIED_OUT = False
 GENERATES = False
-WINDOWS = True
+WINDOWS, NO_WINDOWS = True, ""
 
 # AutoModel is there for vLLM, which refuses remote code without it.
 AUTO_MAP = {
