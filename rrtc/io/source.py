@@ -100,10 +100,10 @@ def find_model(uri: str, config_only: bool = False, fetch: bool = True) -> Sourc
         raise RrtcError(f"There is no model at {uri}.", "Name a folder, a .gguf file, a hub id or package://name/path.")
     else:
         path = _from_hub(uri, config_only, fetch)
+    if path.is_dir() and not (path / "config.json").exists() and len(found := list(path.glob("*.gguf"))) == 1:
+        path = found[0]  # an export as GGUF
     if path.is_dir():
         if not (path / "config.json").exists():
-            if len(files := list(path.glob("*.gguf"))) == 1:  # an export as GGUF
-                return Source(uri, _dequantized(files[0]), files[0])
             raise RrtcError(f"{path} is not a model folder: it has no config.json.")
         check_folder(path)
         return Source(uri, path, path, Unchanged(path))
