@@ -22,8 +22,10 @@ from rrtc.export.formats import FORMATS
 from rrtc.export.formats.recursive import recursive_config
 from rrtc.io.provenance import read_provenance
 from rrtc.io.shard_writer import ShardWriter
+from rrtc.io.source import load_tokenizer
 from rrtc.io.weights import Weights
 from rrtc.recipe.schema import Recipe, load_recipe
+from rrtc.text.calibration import calibration_windows
 from rrtc.text.windows import Windows
 from rrtc.tying import rounding
 from rrtc.uptrain.stage import uptrain
@@ -234,13 +236,15 @@ def test_the_text_is_by_default_what_the_model_was_made_with(tmp_path):
     provenance = read_provenance(source)
     provenance["recipe"]["init"]["calibrate_on"] = [str(text)]
     config = recursive_config(source)
-    default, named, built_in = (
-        stage._texts_to_quantize_by(recipe(calibrate_tokens=512, calibrate_on=on), provenance, source, config)
+    asked = [
+        stage._with_text(recipe(calibrate_tokens=512, calibrate_on=on), provenance, source)
         for on in ([], str(text), "pydoc")
-    )
-    assert torch.equal(default[0], named[0])
-    assert torch.equal(default[1].ids, named[1].ids)
-    assert not torch.equal(default[0], built_in[0])
+    ]
+    tokenizer = load_tokenizer(source)
+    default, named, built_in = (calibration_windows(one, tokenizer, config.vocab_size, 64) for one in asked)
+    assert torch.equal(default, named) and not torch.equal(default, built_in)
+    held_out = [stage._held_out(one, source, config, 64, 512).ids for one in asked]
+    assert torch.equal(held_out[0], held_out[1]) and not torch.equal(held_out[0], held_out[2])
 
 
 @pytest.mark.parametrize(

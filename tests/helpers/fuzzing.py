@@ -38,6 +38,7 @@ from rrtc.io.trust import check_folder
 from rrtc.io.weights import Weights
 from rrtc.plain import to_yaml
 from rrtc.recipe.schema import Recipe, load_recipe, with_flags
+from rrtc.runs import check_sizes
 from rrtc.stock.architecture import read_architecture, read_plan
 from rrtc.text.files import texts_in
 from rrtc.text.tokens import encoded
@@ -279,7 +280,7 @@ def kinds(folder: Path) -> list[Kind]:
 
     def recipe_from_file() -> None:
         found = load_recipe(str(recipe))
-        api._check_sizes(found)
+        check_sizes(found)
         found.init.resolved()
 
     def recipe_from_flags() -> None:
