@@ -100,7 +100,9 @@ class Parts:
         """The logits (tokens, vocabulary) of `hidden` (tokens, width), which the head is given, with whatever the model
         does beside the projection: scaling, capping, a bias."""
         known = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden[None])
-        with standing_in({self.model.base_model: lambda *args, **kwargs: known}):
+        # Whichever it is that the model calls: OPT calls its decoder, inside of the base model.
+        called = [module for module in self.model.base_model.modules() if isinstance(module, PreTrainedModel)]
+        with standing_in(dict.fromkeys(called, lambda *args, **kwargs: known)):
             return self.model(hidden.new_zeros(1, 1).long()).logits[0]
 
     @contextlib.contextmanager

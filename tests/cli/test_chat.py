@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from pico import pico_tokenizer, save_pico
@@ -217,7 +218,10 @@ def test_a_conversation_in_a_terminal(tmp_path, request):
     say("\x03", r"Stopped\.\r\n> ")
     say("/cler\n", r"There is no command /cler\. Did you mean '/clear'\?\r\n> ")
     say("/clear\n", r"What was said is forgotten\.\r\n> ")
-    say("half a line\x03", r"> ")
+    say("half a line", "half a line")
+    while psutil.Process(child).status() != psutil.STATUS_SLEEPING:  # until it waits for more, as for any person
+        time.sleep(0.01)
+    say("\x03", r"> ")
     os.write(terminal, b"\x04")
     _, status = os.waitpid(child, 0)
     gone.append(child)
