@@ -15,6 +15,8 @@ Head = tuple[int, int]  # (layer, KV head)
 WindowLosses = Mapping[int, Sequence[Sequence[float]]]  # by layer, what windows in both of two KV heads cost
 # What there is to choose, besides the KV budget, of a model that is recursive already.
 REPLANNED = ("calibrate_on", "calibrate_tokens", "calibrate_context", "text_field", "seed", "measure_tokens")
+LEAST_CONTEXT = 4096  # tokens of a calibration window, where the model can see so many: less shows no distance
+WINDOWS_IN_CONTEXT = 4  # what a calibration window holds at least of what a head sees
 LOOKS_UP = 0.03  # of a head's attention on what is to be looked up: less is no looking up
 
 
@@ -39,6 +41,12 @@ class KvBudget:
         self.window = Attention(_window(recipe, self.context), recipe.kv_sinks)
         self._dense_bytes = architecture.kv_bytes(self.context, 1)
         self._allowed = recipe.kv_budget * self._dense_bytes
+
+    @property
+    def calibration_context(self) -> int:
+        """How long the windows of text are at least, in tokens, from which the choice is made."""
+        wanted = max(LEAST_CONTEXT, WINDOWS_IN_CONTEXT * self.window.window)
+        return min(wanted, self._architecture.context or wanted)
 
     @property
     def by_visit(self) -> bool:

@@ -34,17 +34,17 @@ def dry_run(model: str, recipe: Recipe) -> dict:
         architecture, named = dense.architecture, None if has_weights(source) else dense.dtype or "bfloat16"
         dtype = stored_dtype(source, recipe.init.dtype, named)
         plan = make_plan(architecture, recipe.init, NUMBER_BYTES[dtype])
-    counted, windows = plan, None
+    counted, windows, context = plan, None, 0
     if recipe.init.kv_budget is not None:
         budget = KvBudget(architecture, recipe.init)
         counted = budget.spend(plan, {}, {})
-        windows = budget.explain(counted)
+        windows, context = budget.explain(counted), budget.calibration_context
         plan = plan if budget.is_measured else counted  # which heads they are is known once they are measured
     joint = recipe.init.start == "joint" and not source.is_recursive
-    tokens = max(recipe.init.measure_tokens, recipe.init.calibrate_tokens if joint else 0)
+    tokens = max(recipe.init.measure_tokens, recipe.init.calibrate_tokens if recipe.init.reads_text else 0)
     width = NUMBER_BYTES[dtype]
     known = {"kv_bytes": counted.summary(width)["kv_bytes"], "windows": windows}
-    summary = plan.summary(width) | known | {"init_peak_bytes": init_bytes(plan, tokens, joint)}
+    summary = plan.summary(width) | known | {"init_peak_bytes": init_bytes(plan, tokens, joint, context)}
     if joint and OWN_TEXT in recipe.init.calibrate_on:  # the whole model writes it
         from rrtc.text.own import check_writer_fits
 

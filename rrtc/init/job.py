@@ -28,7 +28,6 @@ from rrtc import machine
 from rrtc.console import note
 from rrtc.init.calibrate import bytes_on_disk
 from rrtc.init.dtypes import NUMBER_BYTES, stored_dtype
-from rrtc.init.windows import LEAST_CONTEXT, calibration_context
 from rrtc.io.dense import DenseModel
 from rrtc.io.folder import check_target, file_hash, partial_of, whole_file
 from rrtc.io.recursive import RecursiveModel, in_slot
@@ -160,7 +159,7 @@ def prepare(model: str, target: Path, recipe: Recipe) -> Job:
     budget = KvBudget(architecture, recipe.init) if recipe.init.kv_budget is not None else None
     if budget is not None:
         budget.spend(plan, {}, {})  # raises where it cannot be met
-    far = 0 if budget is None else calibration_context(budget, architecture.context or LEAST_CONTEXT)
+    far = 0 if budget is None else budget.calibration_context
     if recipe.init.measure_tokens:
         context = longest_context(dense.config, max(recipe.eval.context, far))
         texts = scoring_texts(recipe, tokenizer, vocabulary, context, recipe.init.measure_tokens)

@@ -11,9 +11,9 @@ MMAP_THRESHOLD = -3  # the option's number in glibc's malloc.h
 LEAST_BYTES = 1 << 20
 
 
-def init_bytes(plan: Plan, tokens: int, joint: bool) -> int:
+def init_bytes(plan: Plan, tokens: int, joint: bool, context: int = 0) -> int:
     """An estimate of the peak memory of `init` in bytes, parts of files that it looks at included. tokens: that the
-    model is run over, layer by layer. joint: whether layers are tied by what they see of these.
+    model is run over, layer by layer, in windows of `context`. joint: whether layers are tied by what they see.
 
     The larger of two. Running: a layer, the activations of a batch, the hidden states and their gradients, and what
     is gathered for the moments. Tying: the layers of the largest slot (or two neighbors, where any may be tied),
@@ -23,7 +23,7 @@ def init_bytes(plan: Plan, tokens: int, joint: bool) -> int:
     visits = max(plan.slots, key=lambda visits: len(visits) * sum(m.size for m in plan.matrices(visits[0])))
     matrices, together = plan.matrices(visits[0]), max(len(visits), 2 if joint else 1)
     layer, largest = 4 * sum(m.size for m in matrices), max(matrices, key=lambda m: m.inputs)
-    at_once = 6 * min(tokens, BATCH_TOKENS) * sum(m.inputs + m.outputs for m in matrices)
+    at_once = 6 * min(tokens, max(BATCH_TOKENS, context)) * sum(m.inputs + m.outputs for m in matrices)
     gathered = 4 * sum(min(tokens, m.inputs) * m.inputs for m in matrices)
     running = layer + at_once + gathered + 2 * 4 * tokens * matrices[0].inputs
     work = 6 * 4 * max(m.size for m in matrices)

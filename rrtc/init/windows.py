@@ -18,13 +18,6 @@ from rrtc.stock.streamed import StreamedModel
 from rrtc.text.lookups import Lookups, make_lookups
 
 LOOKUP_WINDOWS = 8  # of text, at whose ends something is to be looked up
-LEAST_CONTEXT = 4096  # tokens of a calibration window, where the model can see so many: less shows no distance
-WINDOWS_IN_CONTEXT = 4  # what a calibration window holds at least of what a head sees
-
-
-def calibration_context(budget: KvBudget, longest: int) -> int:
-    """How long the windows of text are at least from which the choice is made; `longest`: what the model can see."""
-    return min(longest, max(LEAST_CONTEXT, WINDOWS_IN_CONTEXT * budget.window.window))
 
 
 def rules(budget: KvBudget) -> dict[int, Rule]:
