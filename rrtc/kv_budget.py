@@ -40,18 +40,22 @@ class KvBudget:
         self.heads: list[Head] = [(number, head) for number, layer in free for head in range(layer.kv_heads)]
         self.window = Attention(_window(recipe, self.context), recipe.kv_sinks)
         self._dense_bytes = architecture.kv_bytes(self.context, 1)
-        self._allowed = recipe.kv_budget * self._dense_bytes
+        least = sum(layer.kv_numbers(self.context) for layer in architecture.layers)
+        least -= sum(self._saved(layer) for layer, _ in self.heads)
+        self._spare = recipe.kv_budget * self._dense_bytes - least  # bytes, for heads that see everything
+        if self._spare < 0:
+            raise WrongUsage(
+                f"The KV budget of {recipe.kv_budget:g} cannot be met: where every head that can have one has a "
+                f"window of {self.window.window} tokens, the cache takes {least / self._dense_bytes:.3f} of the dense "
+                f"model's at {self.context:,} tokens.",
+                "Ask for more, give a smaller --kv-window, or count at a longer --kv-context.",
+            )
 
     @property
     def calibration_context(self) -> int:
         """How long the windows of text are at least, in tokens, from which the choice is made."""
         wanted = max(LEAST_CONTEXT, WINDOWS_IN_CONTEXT * self.window.window)
         return min(wanted, self._architecture.context or wanted)
-
-    @property
-    def by_visit(self) -> bool:
-        """Whether all heads of a visit see the same."""
-        return self._recipe.kv_grain == "visits" or self._recipe.kv_choice != "measured"
 
     @property
     def is_measured(self) -> bool:
@@ -63,32 +67,19 @@ class KvBudget:
         with a window, beside those that have one still.
 
         lookups: how much of its attention each head gives to what it is to look up; heads that do come first, up to
-        their share. Both may be empty: then it is known how many they are, not which. Raises WrongUsage where not even
-        windows alone fit.
+        their share. Both may be empty: then it is known how many they are, not which.
         """
         visits = [[head for head in self.heads if head[0] == layer] for layer in sorted(dict(self.heads))]
         if not self.is_measured:
-            return self._most(plan, visits, _even if self._recipe.kv_choice == "even" else _last)
-        if self.by_visit:
+            return self._seeing(plan, self._most(visits, _even if self._recipe.kv_choice == "even" else _last))
+        if self._recipe.kv_grain == "visits":
             visits.sort(key=lambda visit: cost(visit, losses), reverse=True)
-            return self._most(plan, visits, _first)
-        room = self.seeing_everything(self._most(plan, [[head] for head in self.heads], _first))
+            return self._seeing(plan, self._most(visits, _first))
+        room = len(self._most([[head] for head in self.heads], _first))
         able = sorted((head for head in self.heads if lookups.get(head, 0.0) >= LOOKS_UP), key=lambda h: -lookups[h])
         first = able[: round(self._recipe.kv_lookups * room)]
-        return self._most(plan, [[head] for head in self._dearest_first(first, losses)], _first)
-
-    def _dearest_first(self, first: list[Head], losses: WindowLosses) -> list[Head]:
-        """All heads: those that come `first`, and then again and again the one whose window costs most."""
-        order, left = list(first), [head for head in self.heads if head not in first]
-        whole = {layer: cost([head for head in left if head[0] == layer], losses) for layer in dict(self.heads)}
-        while left:
-            others = {head: [one for one in left if one[0] == head[0] and one != head] for head in left}
-            rest = {head: cost(others[head], losses) for head in left}
-            chosen = max(left, key=lambda head: whole[head[0]] - rest[head])
-            whole[chosen[0]] = rest[chosen]
-            order.append(chosen)
-            left.remove(chosen)
-        return order
+        ordered = [*first, *_dearest_first([[head for head in visit if head not in first] for visit in visits], losses)]
+        return self._seeing(plan, self._most([[head] for head in ordered], _first))
 
     def seeing_everything(self, plan: Plan) -> int:
         """How many of the heads that can have a window see everything in `plan`."""
@@ -104,19 +95,18 @@ class KvBudget:
             f"takes {share:.3f} of the dense model's."
         )
 
-    def _most(self, plan: Plan, units: list[list[Head]], some: Callable[[list, int], list]) -> Plan:
-        """`plan`, in which the heads of as many `units` as fit see everything: some(units, count) of them."""
-        for count in range(len(units), -1, -1):
-            made = self._seeing(plan, {head for unit in some(units, count) for head in unit})
-            if made.kv_bytes(self.context, 1) <= self._allowed:
-                return made
-        least = made.kv_bytes(self.context, 1) / self._dense_bytes
-        raise WrongUsage(
-            f"The KV budget of {self._recipe.kv_budget:g} cannot be met: where every head that can have one has a "
-            f"window of {self.window.window} tokens, the cache takes {least:.3f} of the dense model's at "
-            f"{self.context:,} tokens.",
-            "Ask for more, give a smaller --kv-window, or count at a longer --kv-context.",
-        )
+    def _saved(self, layer: int) -> int:
+        """Bytes that a window saves for one head of a layer."""
+        heads = self._architecture.layers[layer]
+        return heads.kv_width // heads.kv_heads * (self.context - self.window.kept(self.context))
+
+    def _most(self, units: list[list[Head]], some: Callable[[list, int], list]) -> set[Head]:
+        """The heads of as many `units` as can see everything: some(units, count) of them."""
+        for count in range(len(units), 0, -1):
+            chosen = {head for unit in some(units, count) for head in unit}
+            if sum(self._saved(layer) for layer, _ in chosen) <= self._spare:
+                return chosen
+        return set()
 
     def _seeing(self, plan: Plan, everything: set[Head]) -> Plan:
         """`plan`, in which these heads see everything, and the others that can have one a window."""
@@ -127,6 +117,27 @@ class KvBudget:
             attention = None if len(heads) == count else replace(self.window, heads=heads)
             visits.append(replace(visit, attention=attention))
         return replace(plan, visits=tuple(visits))
+
+
+def _dearest_first(visits: Sequence[Sequence[Head]], losses: WindowLosses) -> list[Head]:
+    """The heads of all `visits`: again and again the one whose window costs most beside those that are left."""
+
+    def dearest(left: list[Head]) -> tuple[float, Head]:
+        whole = cost(left, losses)
+        return max(((whole - cost([one for one in left if one != head], losses), head) for head in left),
+                   key=lambda gain: gain[0])  # fmt: skip
+
+    order, left = [], [list(visit) for visit in visits if visit]
+    next_of = [dearest(heads) for heads in left]
+    while left:
+        place = max(range(len(left)), key=lambda n: next_of[n][0])
+        order.append(next_of[place][1])
+        left[place].remove(order[-1])
+        if left[place]:
+            next_of[place] = dearest(left[place])
+        else:
+            del left[place], next_of[place]
+    return order
 
 
 def without_windows(plan: Plan) -> Plan:

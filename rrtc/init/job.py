@@ -157,8 +157,6 @@ def prepare(model: str, target: Path, recipe: Recipe) -> Job:
     calibration = scoring = None
     vocabulary = dense.config.get_text_config().vocab_size
     budget = KvBudget(architecture, recipe.init) if recipe.init.kv_budget is not None else None
-    if budget is not None:
-        budget.spend(plan, {}, {})  # raises where it cannot be met
     far = 0 if budget is None else budget.calibration_context
     if recipe.init.measure_tokens:
         context = longest_context(dense.config, max(recipe.eval.context, far))
