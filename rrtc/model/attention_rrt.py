@@ -47,14 +47,15 @@ class Rule:
 
 class Documents:
     """Where documents begin in the batch that a model works on: after the padding on the left, and where positions
-    begin anew. The base model notes it at every forward pass, and its visits read it."""
+    begin anew. The base model `model` notes it at every forward pass, and its visits read it."""
 
-    def __init__(self):
+    def __init__(self, model: nn.Module):
+        self._names = list(inspect.signature(type(model).forward).parameters)[1:]
         self.start: Tensor | None = None  # (rows or 1, tokens or 1), columns; None: all of them at 0
 
     def note(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
-        """To be registered as a hook before the forward pass of the base model, with keyword arguments."""
-        given = dict(zip(inspect.signature(type(model).forward).parameters, (model, *args), strict=False)) | kwargs
+        """To be registered as a hook before the forward pass of that model, with keyword arguments."""
+        given = dict(zip(self._names, args, strict=False)) | kwargs
         tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
         positions, mask = given.get("position_ids"), given.get("attention_mask")
         starts = []
@@ -193,8 +194,10 @@ class KeptLayer(DynamicLayer):
         self._show()
 
     def _show(self) -> None:
-        """Where stock code looks for the tensors of a layer, there are those of some heads."""
-        self.keys, self.values = self.parts[0].keys, self.parts[0].values
+        """Where stock code looks for the tensors of a layer, there are those of some heads; before the first token, as
+        in stock layers, none."""
+        for part in self.parts[:1]:
+            self.keys, self.values = part.keys, part.values
 
 
 class Sight:

@@ -169,7 +169,7 @@ def graft(model: nn.Module, visits: list[dict], norms: str = "per_visit") -> Non
         slots[visit["slot"]].loops.append(layer)
     # The slots hang beside the old list, inside the stock base model: its hooks look for layers among its children.
     parent.slots = slots
-    documents = Documents()
+    documents = Documents(parent)
     visits_list = nn.ModuleList(
         Visit(Reference(slots, str(visit["slot"])), visit["loop"], rule and Eyes(layer, rule, documents))
         for layer, visit, rule in zip(layers, visits, rules, strict=True)

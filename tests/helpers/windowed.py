@@ -44,21 +44,25 @@ def by_brute_force(folder: Path, ids: torch.Tensor) -> torch.Tensor:
     plain = AutoModelForCausalLM.from_config(_plain(model.config)).eval()
     plain.load_state_dict(model.state_dict())
     parent, name = find_layers(plain.stock, len(wanted))
-    tokens = torch.arange(ids.shape[1])
-    query, key = tokens[:, None], tokens[None]
     for visit, attention in zip(getattr(parent, name), wanted, strict=True):
         if attention is not None:
-            near = (query - key < attention["window"]) | (key < attention["sinks"])
-            of = torch.arange(plain.config.num_attention_heads) // (
-                plain.config.num_attention_heads // plain.config.num_key_value_heads
-            )
-            far = torch.tensor([int(head) in attention["heads"] for head in of])
-            seen = (key <= query) & (near[None] | far[:, None, None])
-            mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[None]
+            heads = plain.config.num_attention_heads, plain.config.num_key_value_heads
+            mask = mask_of_each_head(attention, *heads, ids.shape[1])
             forward = visit.forward
             visit.forward = lambda *args, f=forward, m=mask, **kwargs: f(*args, **kwargs | {"attention_mask": m})
     with torch.no_grad():
         return plain(ids, use_cache=False).logits
+
+
+def mask_of_each_head(attention: dict, query_heads: int, kv_heads: int, length: int) -> torch.Tensor:
+    """What is to be added to the scores of each query head of a visit with that `attention`: (1, query heads, length,
+    length), 0 where a key is seen."""
+    tokens = torch.arange(length)
+    query, key = tokens[:, None], tokens[None]
+    near = (query - key < attention["window"]) | (key < attention["sinks"])
+    far = torch.tensor([head // (query_heads // kv_heads) in attention["heads"] for head in range(query_heads)])
+    seen = (key <= query) & (near[None] | far[:, None, None])
+    return torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[None]
 
 
 def _plain(config):

@@ -13,6 +13,7 @@ import torch
 from pico import ARCHITECTURES, VOCABULARY, pico_config
 from recursive_models import assert_equal, randomize, recursive, written_out
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+from windowed import mask_of_each_head
 
 from rrtc.export.formats.recursive import write_config
 from rrtc.model import RrtConfig, RrtForCausalLM
@@ -66,20 +67,12 @@ def at_once(architecture: str) -> torch.Tensor:
 def masks_by_hand(model: RrtForCausalLM, stock: torch.nn.Module, length: int) -> None:
     """Gives every layer of the `stock` model that is written out from `model` a mask of its own, of each head."""
     parent, name = find_layers(stock, len(model.config.visits))
-    query_heads = stock.config.num_attention_heads
+    layers = read_architecture(stock.config).layers
     for layer, visit in zip(getattr(parent, name), model.config.visits, strict=True):
         if "attention" not in visit:
             continue
-        wanted = visit["attention"]
-        plan_layer = read_architecture(stock.config).layers[visit["layer"]]
-        mask = torch.zeros(1, query_heads, length, length, dtype=torch.bool)
-        for head in range(query_heads):
-            for query in range(length):
-                for key in range(query + 1):
-                    near = query - key < wanted["window"] or key < wanted["sinks"]
-                    everywhere = head // (query_heads // plan_layer.kv_heads) in wanted["heads"]
-                    mask[0, head, query, key] = near or everywhere
-        forward, mask = layer.forward, torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+        heads = stock.config.num_attention_heads, layers[visit["layer"]].kv_heads
+        forward, mask = layer.forward, mask_of_each_head(visit["attention"], *heads, length)
 
         def with_mask(*args, forward=forward, mask=mask, **kwargs):
             if len(args) > 2:  # GPT-2 gives the cache and the mask by position
@@ -265,6 +258,16 @@ def test_what_was_let_go_of_cannot_be_cropped_unless_the_past_is_recorded():
     assert cache.get_seq_length() == LENGTH - 20
     assert live_bytes(cache) == 2 * local_plan("llama").kv_bytes(LENGTH - 20, 4)
     assert_equal(model(ids()[:, -20:], past_key_values=cache).logits, at_once("llama")[:, -20:], 1e-3)
+
+
+def test_an_empty_place_in_the_cache_can_be_treated_as_a_full_one():
+    """As offloaded caches do, which fetch the next layer before it has any tokens."""
+    layer = KeptLayer(Rule(8, 2, (0,)))
+    for treat in (layer.prefetch, layer.offload, lambda: layer.crop(0), lambda: layer.batch_repeat_interleave(2)):
+        treat()
+    layer.reorder_cache(torch.tensor([0]))
+    assert layer.get_seq_length() == 0 and not layer.is_initialized and layer.keys is None
+    assert layer.get_mask_sizes(3) == (3, 0)
 
 
 @torch.no_grad()
