@@ -292,10 +292,15 @@ class Plan:
             "dense_flops_per_token": dense.flops_per_token,
             "kv_bytes_per_token": self.kv_bytes_per_token(width),
             "dense_kv_bytes_per_token": dense.kv_bytes_per_token(width),
-            "kv_bytes": {context: self.kv_bytes(context, width) for context in KV_CONTEXTS},
-            "dense_kv_bytes": {context: dense.kv_bytes(context, width) for context in KV_CONTEXTS},
+            "kv_bytes": kv_bytes_at(self, width),
+            "dense_kv_bytes": kv_bytes_at(dense, width),
             "visits": [visit.fields() for visit in self.visits],
         }
+
+
+def kv_bytes_at(counted: Plan | Architecture, width: int) -> dict[int, int]:
+    """Bytes of the KV cache by the number of tokens in it, for people, at `width` bytes a number."""
+    return {context: counted.kv_bytes(context, width) for context in KV_CONTEXTS}
 
 
 def savings(flops: float | None, dense_flops: float, kv_bytes: float, dense_kv_bytes: float) -> str:

@@ -31,7 +31,7 @@ from rrtc.io.source import Source, content_hash, find_base, load_tokenizer, read
 from rrtc.io.trust import text_of_folder
 from rrtc.machine import from_first_process, on_first_process
 from rrtc.plain import from_json
-from rrtc.plan import KV_CONTEXTS, Plan
+from rrtc.plan import Plan, kv_bytes_at
 from rrtc.recipe.eval import EvalRecipe
 from rrtc.recipe.schema import Recipe
 from rrtc.text.windows import Windows, longest_context, scoring_texts
@@ -233,7 +233,7 @@ def _cost(candidate: Candidate, dtype: torch.dtype, questions: Questions) -> dic
         peak = on_first_process(lambda: peak_memory(candidate.folder, machine.scoring_dtype()))
     return {
         "kv_bytes_per_token": counted.kv_bytes_per_token(dtype.itemsize),
-        "kv_bytes": {str(context): counted.kv_bytes(context, dtype.itemsize) for context in KV_CONTEXTS},
+        "kv_bytes": {str(context): size for context, size in kv_bytes_at(counted, dtype.itemsize).items()},
         "flops_per_token": counted.flops_per_token,
         "peak_memory_bytes": peak,
     }

@@ -33,13 +33,13 @@ from rrtc.tying.whiten import Seen
 WINDOW_LOSSES = "window losses"  # a name that no matrix has
 
 
-def bytes_on_disk(architecture: Architecture, tokens: int) -> int:
+def bytes_on_disk(architecture: Architecture, tokens: int, moments: bool) -> int:
     """What `calibrate` writes at most: what enters every layer, two more of that size (what leaves the last one, and a
-    gradient), and their moments; all float32."""
+    gradient), and their `moments`, if these are wanted; all float32."""
     matrices = [m for layer in architecture.layers for m in layer.matrices]
     states = (len(architecture.layers) + 2) * tokens * architecture.layers[0].matrices[0].inputs
     sizes = [size for m in matrices for size in (m.inputs, m.outputs)]
-    return 4 * (states + sum(min(tokens, size) * size for size in sizes))
+    return 4 * (states + moments * sum(min(tokens, size) * size for size in sizes))
 
 
 def layers_done(folder: Path, depth: int) -> tuple[int, int]:

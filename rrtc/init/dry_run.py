@@ -10,6 +10,7 @@ from rrtc.io.architectures import dense_of, has_weights
 from rrtc.io.source import find_model
 from rrtc.kv_budget import KvBudget, check_replan, without_windows
 from rrtc.patterns import make_plan, target_parameters
+from rrtc.plan import kv_bytes_at
 from rrtc.recipe.schema import Recipe
 from rrtc.recipe.section import OWN_TEXT
 from rrtc.units import parse_size
@@ -40,10 +41,10 @@ def dry_run(model: str, recipe: Recipe) -> dict:
         counted = budget.spend(plan, {}, {})
         windows, context = budget.explain(counted), budget.calibration_context
         plan = plan if budget.is_measured else counted  # which heads they are is known once they are measured
-    joint = recipe.init.start == "joint" and not source.is_recursive
+    joint = recipe.init.start == "joint"
     tokens = max(recipe.init.measure_tokens, recipe.init.calibrate_tokens if recipe.init.reads_text else 0)
     width = NUMBER_BYTES[dtype]
-    known = {"kv_bytes": counted.summary(width)["kv_bytes"], "windows": windows}
+    known = {"kv_bytes": kv_bytes_at(counted, width), "windows": windows}
     summary = plan.summary(width) | known | {"init_peak_bytes": init_bytes(plan, tokens, joint, context)}
     if joint and OWN_TEXT in recipe.init.calibrate_on:  # the whole model writes it
         from rrtc.text.own import check_writer_fits

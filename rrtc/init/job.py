@@ -76,11 +76,6 @@ class Job:
         """Whether the model is recursive already, so that its attention is planned anew, and no more."""
         return isinstance(self.dense, RecursiveModel)
 
-    @property
-    def is_joint(self) -> bool:
-        """Whether layers are tied by what the loss feels of them."""
-        return self.recipe.init.start == "joint" and not self.is_replan
-
     def fingerprint(self) -> dict:
         """What a continued run must have in common with the one it continues, as plain data."""
         weights = self.dense.weights
@@ -100,7 +95,8 @@ class Job:
         waiting = 0
         if self.calibration is not None:
             windows, context = self.calibration.shape
-            waiting = bytes_on_disk(self.plan.architecture, (windows + self.own_windows) * context)
+            tokens, joint = (windows + self.own_windows) * context, self.recipe.init.start == "joint"
+            waiting = bytes_on_disk(self.plan.architecture, tokens, moments=joint)
         return 2 * self.plan.parameters * NUMBER_BYTES[self.dtype] + waiting
 
     def missing_slots(self, plan: Plan) -> list[int]:
@@ -152,7 +148,7 @@ def prepare(model: str, target: Path, recipe: Recipe) -> Job:
         dense = DenseModel(source, _folds(source, recipe))
         dtype = stored_dtype(source, recipe.init.dtype)
         plan = make_plan(architecture, recipe.init, NUMBER_BYTES[dtype])
-    architecture, joint = plan.architecture, recipe.init.start == "joint" and isinstance(dense, DenseModel)
+    architecture = plan.architecture
     tokenizer = load_tokenizer(source.folder)
     calibration = scoring = None
     vocabulary = dense.config.get_text_config().vocab_size
@@ -164,7 +160,7 @@ def prepare(model: str, target: Path, recipe: Recipe) -> Job:
         scoring = next(iter(texts.values()))
     measured = budget is not None and budget.is_measured
     context = longest_context(dense.config, max(recipe.init.calibrate_context, far if measured else 0))
-    if joint or measured:
+    if recipe.init.reads_text:
         calibration = calibration_windows(recipe.init, tokenizer, vocabulary, context)
     own, work = own_windows(recipe.init, context), partial_of(target) / WORK
     if own and calibration is not None and not (work / OWN_TEXT_FILE).exists():

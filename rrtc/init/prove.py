@@ -25,8 +25,7 @@ def prove(dense: DenseModel | RecursiveModel, device: torch.device) -> None:
     ids = (torch.arange(longest_context(dense.config, TOKENS)) * 7919 % vocabulary)[None]
     model = StreamedModel(dense.config, dense.raw, device)
     states = model.embed(ids)
-    rules = dense.rules if isinstance(dense, RecursiveModel) else {}
-    model.run(lambda number: dense.layer(number, device), states, rules)
+    model.run(lambda number: dense.layer(number, device), states, dense.rules)
     streamed = model.loss(states, ids)
     with tempfile.TemporaryDirectory(prefix="rrtc-prove-") as scratch, quiet_libraries():
         try:

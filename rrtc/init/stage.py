@@ -31,7 +31,7 @@ from rrtc.io.resumable import discard
 from rrtc.io.source import load_tokenizer
 from rrtc.kv_budget import predicted
 from rrtc.patterns import target_parameters
-from rrtc.plan import KV_CONTEXTS, Plan
+from rrtc.plan import Plan, kv_bytes_at
 from rrtc.recipe.schema import Recipe
 from rrtc.recipe.section import BUILT_IN_TEXT
 from rrtc.stock.streamed import StreamedModel
@@ -90,7 +90,7 @@ def _say_where_from(job: Job, plan: Plan, partial: Path, target: Path, measured:
         before = read_provenance(job.source.folder)
         base = base_seen_from(target, job.source.folder, before)
         kept = before["recipe"] | {
-            "init": (before["recipe"].get("init") or {}) | {name: asked[name] for name in asked if name[:3] == "kv_"}
+            "init": (before["recipe"].get("init") or {}) | {n: v for n, v in asked.items() if n.startswith("kv_")}
         }
         job.source.files.check()
         write_provenance(partial, "init", base, kept, before["measured"] | {"windows": measured}, next_history(before))
@@ -105,11 +105,12 @@ def _say_where_from(job: Job, plan: Plan, partial: Path, target: Path, measured:
 
 def _tie(job: Job) -> tuple[Plan, dict]:
     """Finishes every slot. Returns the plan, and what was measured on the way."""
-    neurons = find_neurons(job.dense.config) if job.is_joint else []
+    joint = job.recipe.init.start == "joint"
+    neurons = find_neurons(job.dense.config) if joint else []
     calibration, heads = (None, None) if job.calibration is None else _calibrate(job, neurons)
     if job.is_replan:
         plan, measured = job.plan, {}
-    elif job.is_joint:
+    elif joint:
         plan, measured = _tie_jointly(job, calibration, neurons)
     else:
         plan, measured = _tie_as_in_paper(job)
@@ -138,8 +139,8 @@ def _calibrate(job: Job, neurons: list[Neurons]) -> tuple[Calibration, tuple[dic
     done = sum(layers_done(job.work, dense.depth))
     model = StreamedModel(dense.config, dense.raw, device)
     with progress("Calibrating", 2 * dense.depth * len(ids), done * len(ids)) as advance:
-        every = None if budget is None else rules(budget)
-        calibration = calibrate(dense, model, neurons, ids, job.work, device, advance, every, moments=job.is_joint)
+        every, moments = None if budget is None else rules(budget), recipe.start == "joint"
+        calibration = calibrate(dense, model, neurons, ids, job.work, device, advance, every, moments)
     if budget is None:
         return calibration, None
     tokenizer, count = load_tokenizer(job.source.folder), min(LOOKUP_WINDOWS, len(ids))
@@ -229,8 +230,8 @@ def _write(job: Job, plan: Plan, folder: Path, shard_bytes: int) -> dict:
         "bytes": written,
         "dense_bytes": plan.architecture.parameters * width,
         "source_bytes": job.source.bytes_on_disk if job.source.is_gguf else None,
-        "kv_bytes": {context: plan.kv_bytes(context, width) for context in KV_CONTEXTS},
-        "dense_kv_bytes": {context: plan.architecture.kv_bytes(context, width) for context in KV_CONTEXTS},
+        "kv_bytes": kv_bytes_at(plan, width),
+        "dense_kv_bytes": kv_bytes_at(plan.architecture, width),
         "folded_norms": [fold.norm for fold in job.dense.folds],
     }
 
@@ -243,8 +244,7 @@ def _closing_measurement(given: DenseModel | RecursiveModel, compressed: Path, w
     with progress("Measuring", 2 * given.depth * len(windows.ids)) as advance:
         for name, one in ((first, given), ("after_init", RecursiveModel(compressed))):
             model = StreamedModel(one.config, one.raw, device)
-            rules = one.rules if isinstance(one, RecursiveModel) else {}
             states = model.embed(windows.ids)
-            model.run(lambda number, one=one: one.layer(number, device), states, rules, advance)
+            model.run(lambda number, one=one: one.layer(number, device), states, one.rules, advance)
             losses[name] = round(model.loss(states, windows.ids), 4)
     return losses

@@ -12,6 +12,7 @@ from rrtc.console import note
 from rrtc.errors import RrtcError
 from rrtc.io.source import Source
 from rrtc.io.weights import FLOATS, row_blocks
+from rrtc.model.attention_rrt import Rule
 from rrtc.stock.architecture import decoder_layers, layers_path, stock_model, transposed_matrices
 from rrtc.tying.norms import Fold, apply_folds
 
@@ -27,6 +28,7 @@ class DenseModel:
 
     def __init__(self, source: Source, folds: Sequence[Fold] = ()):
         self.folds = list(folds)
+        self.rules: dict[int, Rule] = {}  # as RecursiveModel's: it attends to all that its stock layers do
         self.weights = source.weights()
         self.config = source.config()
         self._stock = stock_model(self.config)

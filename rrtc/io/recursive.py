@@ -23,6 +23,7 @@ from rrtc.io.source import read_config
 from rrtc.io.weights import Weights, row_blocks
 from rrtc.model import RrtConfig
 from rrtc.model.attention_rrt import Rule
+from rrtc.model.modeling_rrt import rule_of
 from rrtc.plain import read_json
 from rrtc.plan import Matrix, Plan, Visit
 from rrtc.stock.architecture import decoder_layers, layers_path, read_plan, stock_model
@@ -106,7 +107,8 @@ class EffectiveLayers:
 class RecursiveModel:
     """A recursive model on disk, read layer by layer as a DenseModel is: what its layers amount to, in float32.
 
-    Its `plan` has the attention that it was written with; `rules` say by layer what that is.
+    Its `plan` has the attention that it was written with; `rules` say of layers what their heads attend to, where that
+    is not everything.
     """
 
     def __init__(self, folder: Path):
@@ -120,10 +122,8 @@ class RecursiveModel:
         self._effective = EffectiveLayers(self.weights, self.plan, self.parent)
         self.depth = len(self._paths)
         self.folds: list[Fold] = []  # what was folded is so in the weights
-
-    @property
-    def rules(self) -> dict[int, Rule]:
-        return rules_of(self.plan)
+        rules = ((visit.layer, rule_of(visit.fields())) for visit in self.plan.visits)
+        self.rules: dict[int, Rule] = {layer: rule for layer, rule in rules if rule is not None}
 
     def layer(self, number: int, device: torch.device) -> dict[str, Tensor]:
         """As DenseModel.layer."""
@@ -132,12 +132,6 @@ class RecursiveModel:
     def raw(self, name: str) -> Tensor:
         """As DenseModel.raw, of a tensor that belongs to no layer."""
         return self.weights.raw(name)
-
-
-def rules_of(plan: Plan) -> dict[int, Rule]:
-    """By layer what its heads attend to, for those that do not attend to everything."""
-    attentions = {visit.layer: visit.attention for visit in plan.visits if visit.attention is not None}
-    return {layer: Rule(seen.window, seen.sinks, seen.heads) for layer, seen in attentions.items()}
 
 
 def copy_with_plan(source: RecursiveModel, plan: Plan, folder: Path) -> int:

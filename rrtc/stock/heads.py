@@ -24,7 +24,7 @@ class Losses:
     loss for gradients of labels that the model itself draws (the Fisher information)."""
 
     def __init__(self, tokens: int):
-        self._tokens: int = tokens
+        self._tokens = tokens
         self._total: Tensor | float = 0.0
 
     def sight(self, *given) -> Sight:

@@ -11,10 +11,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rrtc import api
 from rrtc.errors import WrongUsage
+from rrtc.init.calibrate import bytes_on_disk
 from rrtc.io.provenance import read_provenance
 from rrtc.io.source import read_config
 from rrtc.recipe.schema import Recipe
-from rrtc.stock.architecture import read_plan
+from rrtc.stock.architecture import read_architecture, read_plan
 from rrtc.text.windows import scoring_texts
 
 SMALL = {"calibrate_tokens": 1024, "kv_window": 16, "measure_tokens": 0}
@@ -130,6 +131,14 @@ def test_nothing_else_of_a_recursive_model_is_planned_anew(made, tmp_path, optio
         with pytest.raises(WrongUsage, match=sentence):
             ask(made[0], **options)
     assert not list(tmp_path.iterdir())
+
+
+def test_without_moments_calibration_is_given_room_for_states_alone(dense):
+    architecture = read_architecture(read_config(dense))
+    sizes = [size for layer in architecture.layers for m in layer.matrices for size in (m.inputs, m.outputs)]
+    states = 4 * (6 + 2) * 1000 * 48
+    assert bytes_on_disk(architecture, 1000, moments=False) == states
+    assert bytes_on_disk(architecture, 1000, moments=True) == states + 4 * sum(size**2 for size in sizes)
 
 
 def test_what_cannot_be_met_is_said_before_any_work(dense, tmp_path):
