@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from rrtc.errors import WrongUsage
-from rrtc.plan import Architecture, Attention, Plan
+from rrtc.plan import Architecture, Attention, Plan, in_sight
 from rrtc.recipe.init import WIDEST_WINDOW, InitRecipe
 
 Head = tuple[int, int]  # (layer, KV head)
@@ -89,10 +89,10 @@ class KvBudget:
     def explain(self, plan: Plan) -> str:
         """What `plan` has made of the budget, in a sentence for the user."""
         share = plan.kv_bytes(self.context, 1) / self._dense_bytes
+        others = in_sight(self.window.window, self.window.sinks)
         return (
-            f"{self.seeing_everything(plan)} of {len(self.heads)} KV heads see everything, the others the last "
-            f"{self.window.window} tokens and the first {self.window.sinks}: at {self.context:,} tokens the KV cache "
-            f"takes {share:.3f} of the dense model's."
+            f"{self.seeing_everything(plan)} of {len(self.heads)} KV heads see everything, the others {others}: at "
+            f"{self.context:,} tokens the KV cache takes {share:.3f} of the dense model's."
         )
 
     def _saved(self, layer: int) -> int:

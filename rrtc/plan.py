@@ -303,6 +303,11 @@ def kv_bytes_at(counted: Plan | Architecture, width: int) -> dict[int, int]:
     return {context: counted.kv_bytes(context, width) for context in KV_CONTEXTS}
 
 
+def in_sight(window: int, sinks: int) -> str:
+    """What a KV head with a window sees, for people."""
+    return f"the last {window} tokens" + (f" and the first {sinks}" if sinks else "")
+
+
 def savings(flops: float | None, dense_flops: float, kv_bytes: float, dense_kv_bytes: float) -> str:
     """What one token saves of the dense model's arithmetic and KV cache, as a sentence for people. flops: None where
     they are not known yet; then the sentence is about the cache alone. kv_bytes: at SAVINGS_CONTEXT tokens."""

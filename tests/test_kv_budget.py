@@ -149,6 +149,17 @@ def test_where_the_config_names_no_context_it_must_be_said():
     assert KvBudget(dense, InitRecipe(kv_budget=0.5, kv_context=100)).context == 100
 
 
+@pytest.mark.parametrize(("sinks", "near"), [(4, "the last 8 tokens and the first 4"), (0, "the last 8 tokens")])
+def test_what_is_made_of_it_is_a_sentence(sinks, near):
+    plan = made(kv_budget=0.5, kv_window=8, kv_sinks=sinks)
+    budget = KvBudget(plan.architecture, InitRecipe(rank=2, kv_budget=0.5, kv_window=8, kv_sinks=sinks))
+    share = plan.kv_bytes(256, 1) / plan.architecture.kv_bytes(256, 1)
+    assert budget.explain(plan) == (
+        f"5 of 12 KV heads see everything, the others {near}: at 256 tokens the KV cache takes {share:.3f} of the dense "
+        "model's."
+    )
+
+
 def test_models_without_heads_to_choose_from():
     with pytest.raises(WrongUsage, match="every layer of this model has a window of its own"):
         made("mistral")

@@ -8,7 +8,7 @@ from rich.text import Text
 
 from rrtc.console import plain, table
 from rrtc.plain import to_yaml
-from rrtc.plan import KV_CONTEXTS, SAVINGS_CONTEXT, savings
+from rrtc.plan import KV_CONTEXTS, SAVINGS_CONTEXT, in_sight, savings
 from rrtc.units import count, duration, size
 
 
@@ -51,7 +51,7 @@ def _attention(visit: dict) -> str:
     """What a visit attends to; empty where that is everything."""
     if not (attention := visit.get("attention")):
         return ""
-    near = f"the last {attention['window']} tokens and the first {attention['sinks']}"
+    near = in_sight(attention["window"], attention["sinks"])
     if not (heads := attention["heads"]):
         return f"sees {near}"
     named = f"KV head{'s' * (len(heads) > 1)} {', '.join(map(str, heads))}"
@@ -375,7 +375,6 @@ def environment(result: dict) -> Group:
 def _figures(figures) -> str:
     if not isinstance(figures, dict):
         return str(figures)
-    shown = {
-        key: value for key, value in figures.items() if key not in ("kv_bytes", "dense_kv_bytes")
-    }  # in a row of its own
+    # What the KV cache takes has a row of its own.
+    shown = {key: value for key, value in figures.items() if key not in ("kv_bytes", "dense_kv_bytes")}
     return ", ".join(f"{key}: {_figures(value)}" for key, value in shown.items())

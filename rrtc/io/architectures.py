@@ -23,13 +23,8 @@ from rrtc.io.source import Source
 from rrtc.io.weights import Weights
 from rrtc.plan import Architecture
 
-READ_BY = (
-    "io/dense.py",
-    "model/attention_rrt.py",
-    "model/modeling_rrt.py",
-    "plan.py",
-    "stock/architecture.py",
-)  # in the package
+# Files of the package.
+READ_BY = ("io/dense.py", "model/attention_rrt.py", "model/modeling_rrt.py", "plan.py", "stock/architecture.py")
 
 
 @dataclass(frozen=True)
