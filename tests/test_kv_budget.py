@@ -155,8 +155,8 @@ def test_what_is_made_of_it_is_a_sentence(sinks, near):
     budget = KvBudget(plan.architecture, InitRecipe(rank=2, kv_budget=0.5, kv_window=8, kv_sinks=sinks))
     share = plan.kv_bytes(256, 1) / plan.architecture.kv_bytes(256, 1)
     assert budget.explain(plan) == (
-        f"5 of 12 KV heads see everything, the others {near}: at 256 tokens the KV cache takes {share:.3f} of the dense "
-        "model's."
+        f"5 of 12 KV heads see everything, the others {near}: at 256 tokens the KV cache takes {share:.3f} of the "
+        "dense model's."
     )
 
 
