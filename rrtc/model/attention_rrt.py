@@ -313,7 +313,7 @@ def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attenti
     if chosen not in MASKED_KERNELS:
         named = " or ".join(MASKED_KERNELS)
         raise ValueError(f"A model with visits that see a window needs the kernel {named}, and not {chosen}.")
-    run = ALL_ATTENTION_FUNCTIONS.get_interface(chosen, _eager(module))
+    run = ALL_ATTENTION_FUNCTIONS.get_interface(chosen, eager_kernel(module))
     if not isinstance(attention_mask, Sight):
         raise TypeError("a visit with a rule of attention was called without its Sight")
     return attention_mask.attend(run, module, query, key, value, adds_mask=chosen == "eager", **kwargs)
@@ -342,10 +342,10 @@ class KernelConfig:
 def attention_of(layer: nn.Module) -> nn.Module | None:
     """The module of a decoder layer that looks its kernel up by name; None where there is no such one."""
     found = [m for m in layer.modules() if m is not layer and hasattr(m, "layer_idx") and hasattr(m, "config")]
-    return found[0] if len(found) == 1 and _eager(found[0]) else None
+    return found[0] if len(found) == 1 and eager_kernel(found[0]) else None
 
 
-def _eager(attention: nn.Module) -> Callable | None:
+def eager_kernel(attention: nn.Module) -> Callable | None:
     """The kernel that modules which look theirs up have beside them, for when none is chosen."""
     return getattr(sys.modules[type(attention).__module__], "eager_attention_forward", None)
 

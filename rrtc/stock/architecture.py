@@ -100,7 +100,7 @@ def read_architecture(config: PreTrainedConfig) -> Architecture:
     model = stock_model(config)
     text = config.get_text_config()
 
-    layers = []
+    layers, windows = [], windows_of(config)
     for number, layer in enumerate(decoder_layers(model)):
         modules = matrices_of(layer)
         matrices = tuple(_matrix(name, module, text) for name, module in modules.items())
@@ -114,7 +114,7 @@ def read_architecture(config: PreTrainedConfig) -> Architecture:
                 "rrtc ties linear layers only: mixture-of-experts and state-space models are not supported yet.",
             )
         made = Layer(matrices, tuple((name, p.numel()) for name, p in vectors.items()))
-        layers.append(replace(made, kv_heads=_kv_heads(layer, made.kv_width), window=_window(number, text)))
+        layers.append(replace(made, kv_heads=_kv_heads(layer, made.kv_width), window=windows[number]))
 
     # The output projection counts as a head of its own unless the config ties it to the embedding.
     output = model.get_output_embeddings()
@@ -153,10 +153,11 @@ def _kv_heads(layer: nn.Module, kv_width: int) -> int:
     return 0 if not width or kv_width % (2 * width) else kv_width // (2 * width)
 
 
-def _window(number: int, config: PreTrainedConfig) -> int:
-    """How many keys a query of the stock layer sees, itself included; 0: all. As transformers' caches decide it."""
-    types, settings = get_layer_types_and_kwargs(config)
-    return settings[number].get("sliding_window") or 0 if types[number] != "full_attention" else 0
+def windows_of(config: PreTrainedConfig) -> list[int]:
+    """How many keys a query of each stock layer sees, itself included; 0: all. As transformers' caches decide it."""
+    types, settings = get_layer_types_and_kwargs(config.get_text_config())
+    kinds = zip(types, settings, strict=True)
+    return [0 if kind == "full_attention" else own.get("sliding_window") or 0 for kind, own in kinds]
 
 
 def _matrix(name: str, module: nn.Module, config: PreTrainedConfig) -> Matrix:
