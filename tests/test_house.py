@@ -15,7 +15,7 @@ ABOVE = [
     {"cli", "__main__"},
     {"api", "environment", "runs"},
     STAGES | {"chat"},
-    {"scoring", "text", "io", "stock"},
+    {"scoring", "text", "generate", "io", "stock"},
 ]  # and below these all others
 
 

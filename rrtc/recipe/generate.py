@@ -1,0 +1,85 @@
+"""What can be chosen in `rrtc generate` and `rrtc serve`, which are no stages and so no sections of a recipe."""
+
+from typing import Any
+
+from pydantic import Field, field_validator, model_validator
+
+from rrtc.recipe.chat import ChatOptions
+
+
+class AnswerOptions(ChatOptions):
+    """How a model goes on with a prompt. What is None is as the model's own generation defaults have it."""
+
+    top_k: int | None = Field(
+        None,
+        ge=0,
+        le=10**9,
+        description="Draw from so many of the most probable tokens; 0: from all. By default as the model says.",
+    )
+    repetition_penalty: float | None = Field(
+        None,
+        gt=0,
+        le=100,
+        description="Above 1, tokens that were there before become less probable. By default as the model says.",
+    )
+    stop: list[str] = Field(
+        [], max_length=16, description="An answer ends before this text. Can be given several times."
+    )
+
+    @field_validator("stop")
+    @classmethod
+    def _something_to_stop_at(cls, value: list[str]) -> list[str]:
+        if "" in value:
+            raise ValueError("every answer would end before an empty text")
+        return value
+
+    @model_validator(mode="after")
+    def _many_to_draw_from(self) -> "AnswerOptions":
+        if self.temperature == 0 and self.top_k is not None:
+            raise ValueError("with temperature 0 nothing is drawn, so top_k says nothing")
+        return self
+
+    def of_generate(self) -> dict[str, Any]:
+        given = super().of_generate()
+        more: dict[str, Any] = {} if self.top_k is None else {"do_sample": True, "top_k": self.top_k}
+        if self.repetition_penalty is not None:
+            more["repetition_penalty"] = self.repetition_penalty
+        return given | more
+
+
+class WayOptions(AnswerOptions):
+    """Beside that, how many requests go on at once, and what early exits are used for."""
+
+    batch: int = Field(8, ge=1, le=4096, description="Requests that go on at once; the others wait.")
+    speculate: int = Field(
+        0,
+        ge=0,
+        le=64,
+        description="Tokens that the exit after the first loop drafts, and the other loops check, at most: the text "
+        "stays what it is without.",
+    )
+    exit_threshold: float | None = Field(
+        None,
+        gt=0,
+        description="Leave a token at the first exit that is surer of it than this. The text becomes another one.",
+    )
+    exit_quality: float | None = Field(
+        None,
+        gt=0,
+        le=10,
+        description="Find the threshold at which the loss grows by no more than so many nats, on text of its own.",
+    )
+    catch_up: bool = Field(
+        False,
+        description="Let tokens that have left go through the later loops too, together with the next one that does: "
+        "nothing is missing for those behind them, and less is saved.",
+    )
+
+    @model_validator(mode="after")
+    def _one_way(self) -> "WayOptions":
+        given = [name for name in ("speculate", "exit_threshold", "exit_quality") if getattr(self, name)]
+        if len(given) > 1:
+            raise ValueError(f"{given[0]} and {given[1]} are two ways to use exits; choose one of them")
+        if self.catch_up and not (self.exit_threshold or self.exit_quality):
+            raise ValueError("catch_up is for tokens that have left; add exit_threshold or exit_quality")
+        return self
