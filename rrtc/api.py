@@ -21,7 +21,7 @@ Importing this module imports no torch: what takes seconds to import waits until
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -32,11 +32,13 @@ from rrtc.errors import RrtcError, WrongUsage
 from rrtc.io.folder import check_target
 from rrtc.io.provenance import PROVENANCE, read_provenance
 from rrtc.io.report import read_report
-from rrtc.io.source import Source, check_tokenizer, find_base, find_model, read_config
+from rrtc.io.source import Source, check_tokenizer, content_hash, find_base, find_model, read_config
 from rrtc.io.weights import Weights
 from rrtc.plain import read_json
 from rrtc.plan import read_visits
+from rrtc.prompts import AnswersFile, Prompt, check_prompt_value, prompt_of, read_prompts
 from rrtc.recipe.chat import ChatOptions
+from rrtc.recipe.generate import WayOptions
 from rrtc.recipe.schema import Recipe, checked, load_recipe, with_flags
 from rrtc.recipe.section import Section
 from rrtc.recipe.settings import sweep_of, with_settings
@@ -44,6 +46,8 @@ from rrtc.results import (
     EnvResult,
     EstimateResult,
     ExportResult,
+    GeneratedResult,
+    GenerateResult,
     InitResult,
     InspectResult,
     PlanResult,
@@ -71,6 +75,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from rrtc.chat import Chat
+    from rrtc.generate.words import Show
     from rrtc.model import RrtForCausalLM
     from rrtc.plan import Plan
 
@@ -333,6 +338,63 @@ def chat(
             from rrtc.machine import device
 
             return Chat([Speaker(one.uri, *load(one.folder, device=device()), asked) for one in sources])
+
+
+def generate(
+    model: Place, prompts: "Prompt | Sequence[Prompt]", *, show: "Show | None" = None,
+    done: "Callable[[int, GeneratedResult], None] | None" = None, verbose: bool = False, **options: Any,
+) -> GenerateResult:  # fmt: skip
+    """Goes on with many prompts at once, with `model`, which may be all that `load` takes:
+
+        for answer in api.generate("healed", ["Once upon a time", "The sky is"], max_tokens=40)["answers"]:
+            print(answer["text"])
+
+    A prompt is text that is gone on with, or a list of messages for the chat template. show(piece) is called with each
+    piece of text as it comes, done(number, answer) with each answer as soon as it is whole. options: of WayOptions in
+    rrtc/recipe/generate.py. What a request is answered does not depend on the others.
+
+    Raises WrongUsage for prompts that hold nothing or more than the model can see, and for exits that the model does
+    not have; RrtcError where the model cannot be found, or has no tokenizer.
+    """
+    one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], dict))
+    several = cast("list[Prompt]", [prompts] if one else list(prompts))
+    if not several:
+        raise WrongUsage("There are no prompts.")
+    for number, prompt in enumerate(several, 1):
+        check_prompt_value(prompt, f"Prompt {number}")
+    asked, name = with_flags(WayOptions(), options, "the call"), _home(model)
+    with _work(verbose, f"Reading {name}"):
+        source = find_model(name)
+        source.weights()
+        check_tokenizer(source.folder)
+        from rrtc.generate.answers import answer_all
+        from rrtc.io.recursive import trained_exits
+        from rrtc.machine import device
+
+        return answer_all(name, *load(source.folder, device=device()), several, asked,
+                          bool(trained_exits(source.folder)), show, done)  # fmt: skip
+
+
+def generate_file(
+    model: Place, prompts: Place, output: Place, *, resume: bool = False, verbose: bool = False, **options: Any
+) -> GenerateResult | None:
+    """`generate` for the .jsonl file `prompts`, a line of which is {"prompt": …} or {"messages": …}, into the new
+    .jsonl file `output`: the same lines, with `text`, `tokens` and `ended`. resume: goes on from what an interrupted
+    run has answered already. What is returned is about the prompts that were answered now; None where all had been."""
+    with_flags(WayOptions(), options, "the call")
+    rows = read_prompts(Path(_home(prompts)))
+    source = find_model(_home(model))
+    file = AnswersFile(Path(_home(output)), rows, options | {"model": content_hash(source.folder)})
+    file.check(resume)
+    left = [number for number in range(len(rows)) if number not in file.done]
+    asked = [prompt_of(rows[number]) for number in left]
+    with file.writing():
+        result = None
+        if left:
+            result = generate(
+                model, asked, done=lambda number, answer: file.add(left[number], answer), verbose=verbose, **options
+            )
+    return result
 
 
 def _dense_of(folder: Path, named: str) -> Source:

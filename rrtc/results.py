@@ -201,6 +201,31 @@ class ChatResult(TypedDict):
     answers: list[AnswerResult]  # of the model, and of the one to compare it with
 
 
+class GeneratedResult(TypedDict):
+    """One of the answers of `generate`."""
+
+    text: str
+    tokens: int
+    ended: str  # by itself, stopped (by a text that was to end it), max_tokens, or context: the model can see no more
+
+
+class GenerateResult(TypedDict):
+    """Of `generate`."""
+
+    model: str  # as it was named
+    answers: list[GeneratedResult]  # in the order of the prompts
+    way: str  # full depth, speculation or early exits
+    why: str  # where another way was looked at
+    forecast: float | None  # times as fast as full depth, before it was tried; None where no way but that was looked at
+    tokens: int  # of all answers that were made now
+    seconds: float
+    loops: int  # that a token of full depth goes through
+    passes: int  # tokens that went through a loop, those of prompts included
+    left: list[int]  # with early exits: tokens that were said after each loop, the last one included
+    drafted: int  # tokens
+    accepted: int  # of those
+
+
 class BaseResult(TypedDict):
     """The dense model that a folder was made from."""
 

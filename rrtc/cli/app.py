@@ -15,6 +15,7 @@ from rrtc import __version__, api, console
 from rrtc.cli import tables
 from rrtc.cli.chat import chat_command
 from rrtc.cli.command import Resume, command, explained, needs_output
+from rrtc.cli.generate import generate_command
 from rrtc.cli.help import Command, Group
 from rrtc.cli.run import run_command
 from rrtc.errors import WrongUsage
@@ -167,6 +168,7 @@ def export_command(
 
 _command("run")(run_command)
 _command("chat")(chat_command)
+_command("generate")(generate_command)
 
 
 @_command("inspect")

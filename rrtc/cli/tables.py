@@ -154,6 +154,17 @@ def init(result: dict, folder: str) -> Group:
     return Group(*lines)
 
 
+def generated(result: dict) -> Text:
+    """How fast `generate` was, in a line."""
+    prompts, tokens, seconds = len(result["answers"]), result["tokens"], result["seconds"]
+    parts = [f"{tokens:,} tokens for {prompts} prompt{'s' * (prompts > 1)}", f"{tokens / seconds:.1f} a second"]
+    if result["drafted"]:
+        parts.append(f"{result['accepted'] / result['drafted']:.0%} of {result['drafted']:,} drafts were right")
+    if result["left"]:
+        parts.append(f"{1 - result['left'][-1] / max(sum(result['left']), 1):.0%} of them left early")
+    return plain("; ".join(parts) + f" ({result['way']}).", "dim")
+
+
 def report(result: dict) -> Group:
     """What `eval` found: tables of the models' sizes and scores, and one of each other kind of measurement."""
     models = result["models"]

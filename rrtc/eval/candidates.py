@@ -8,6 +8,7 @@ import torch
 
 from rrtc.errors import RrtcError, WrongUsage
 from rrtc.io.provenance import earlier_stages, read_provenance
+from rrtc.io.recursive import trained_exits
 from rrtc.io.source import Source, content_hash, read_config
 from rrtc.io.weights import Weights
 from rrtc.model import RrtConfig
@@ -95,13 +96,6 @@ def check_holds_model(folder: Path) -> dict:
     if isinstance(config := read_config(folder), RrtConfig):
         read_plan(config)
     return provenance
-
-
-def trained_exits(folder: Path) -> tuple[int, ...]:
-    """The places of the layers after which the model was trained to be left early; none in a dense form."""
-    trained = (read_provenance(folder)["recipe"].get("uptrain") or {}).get("exits", False)
-    config = read_config(folder)
-    return read_plan(config).exits if trained and isinstance(config, RrtConfig) else ()
 
 
 def stored_dtype(folder: Path) -> torch.dtype:

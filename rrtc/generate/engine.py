@@ -87,6 +87,11 @@ class Engine:
             self._release(request)
         return ended
 
+    @property
+    def busy(self) -> bool:
+        """Whether a step has anything to do."""
+        return bool(self.active or self.queue)
+
     def run(self, *requests: Request) -> None:
         """Steps until all of `requests` have ended, or all that there are."""
         while any(not request.ended for request in requests or (*self.active, *self.queue)):

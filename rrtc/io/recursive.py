@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rrtc.io.dense import DenseModel
 from rrtc.io.folder import copy_companions
-from rrtc.io.provenance import check_not_quantized
+from rrtc.io.provenance import PROVENANCE, check_not_quantized, read_provenance
 from rrtc.io.shard_writer import ShardWriter
 from rrtc.io.source import read_config
 from rrtc.io.weights import Weights, row_blocks
@@ -28,6 +28,16 @@ from rrtc.plain import read_json
 from rrtc.plan import Matrix, Plan, Visit
 from rrtc.stock.architecture import decoder_layers, layers_path, read_plan, stock_model
 from rrtc.tying.norms import Fold
+
+
+def trained_exits(folder: Path) -> tuple[int, ...]:
+    """The places of the layers after which the model was trained to be left early; none in a dense form, or in a folder
+    that rrtc did not write."""
+    if not (folder / PROVENANCE).exists():
+        return ()
+    trained = (read_provenance(folder)["recipe"].get("uptrain") or {}).get("exits", False)
+    config = read_config(folder)
+    return read_plan(config).exits if trained and isinstance(config, RrtConfig) else ()
 
 
 def in_slot(parent: str, slot: int, name: str) -> str:

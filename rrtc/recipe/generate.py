@@ -51,12 +51,12 @@ class WayOptions(AnswerOptions):
     """Beside that, how many requests go on at once, and what early exits are used for."""
 
     batch: int = Field(8, ge=1, le=4096, description="Requests that go on at once; the others wait.")
-    speculate: int = Field(
-        0,
+    speculate: int | None = Field(
+        None,
         ge=0,
         le=64,
         description="Tokens that the exit after the first loop drafts, and the other loops check, at most: the text "
-        "stays what it is without.",
+        "stays what it is without. 0: none. By default as many as are worth it, of a model with exits.",
     )
     exit_threshold: float | None = Field(
         None,
@@ -77,9 +77,14 @@ class WayOptions(AnswerOptions):
 
     @model_validator(mode="after")
     def _one_way(self) -> "WayOptions":
-        given = [name for name in ("speculate", "exit_threshold", "exit_quality") if getattr(self, name)]
+        given = [name for name in ("speculate", "exit_threshold", "exit_quality") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{given[0]} and {given[1]} are two ways to use exits; choose one of them")
         if self.catch_up and not (self.exit_threshold or self.exit_quality):
             raise ValueError("catch_up is for tokens that have left; add exit_threshold or exit_quality")
         return self
+
+    @property
+    def uses_exits(self) -> bool:
+        """Whether the user asks for something that takes exits."""
+        return bool(self.speculate or self.exit_threshold or self.exit_quality)

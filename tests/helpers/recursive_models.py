@@ -83,3 +83,28 @@ def assert_equal(actual: torch.Tensor, expected: torch.Tensor, tolerance: float 
 @torch.no_grad()
 def logits(model, **kwargs) -> torch.Tensor:
     return model(tokens(), **kwargs).logits
+
+
+@functools.cache
+def double(architecture: str, **recipe) -> RrtForCausalLM:
+    """A recursive pico model in float64, in which there are no ties; not to be changed."""
+    return copy.deepcopy(recursive(architecture, **recipe)).double()
+
+
+@functools.cache
+def idle_after_the_first_loop(loops: int = 2) -> RrtForCausalLM:
+    """A recursive model whose later loops change nothing, so that every draft is right."""
+    model = copy.deepcopy(recursive("llama", loops=loops)).double()
+    parent, _ = find_layers(model.stock, len(model.config.visits))
+    with torch.no_grad():
+        for slot in parent.slots:
+            for path in ("self_attn.o_proj", "mlp.down_proj"):
+                shared = slot.shared.get_submodule(path)
+                for loop in list(slot.loops)[1:]:
+                    matrix = loop.get_submodule(path)
+                    matrix.A, matrix.B = (
+                        torch.nn.Parameter(-shared.weight.clone()),
+                        torch.nn.Parameter(torch.eye(shared.weight.shape[0], dtype=torch.double)),
+                    )
+                    matrix.rank = shared.weight.shape[1]
+    return model

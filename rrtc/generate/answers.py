@@ -1,0 +1,91 @@
+"""Answers to many prompts: the engine, with text at both ends."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from rrtc.console import note, progress, warn
+from rrtc.errors import WrongUsage
+from rrtc.generate.choice import choose
+from rrtc.generate.engine import UNBOUNDED, Engine
+from rrtc.generate.request import Request
+from rrtc.generate.ways import Leave, Speculate
+from rrtc.generate.words import Show, Turns, Words, prompt_ids
+from rrtc.recipe.generate import WayOptions
+from rrtc.results import GeneratedResult, GenerateResult
+from rrtc.text.windows import longest_context
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def answer_all(
+    name: str, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str | Turns],
+    options: WayOptions, has_exits: bool, show: Show | None = None,
+    done: Callable[[int, GeneratedResult], None] | None = None,
+) -> GenerateResult:  # fmt: skip
+    """The answers of `model`, which the user calls `name`, to all prompts. has_exits: whether its exits were trained.
+    show(piece) is called with each piece of text as it comes, done(number, answer) with each answer when it is whole.
+
+    Raises, before any of them is answered, WrongUsage for a prompt that holds nothing or more than the model can see,
+    and as `choose` does.
+    """
+    vocabulary, context = model.get_input_embeddings().weight.shape[0], longest_context(model.config, UNBOUNDED)
+    asked = []
+    for number, prompt in enumerate(prompts, 1):
+        ids = prompt_ids(prompt, tokenizer, vocabulary, name)
+        if len(ids) >= context:
+            which = f"Prompt {number}" if len(prompts) > 1 else "The prompt"
+            raise WrongUsage(f"{which} has {len(ids)} tokens, and {name} can see {context}.", "Say it in fewer words.")
+        asked.append(ids)
+    rows = min(options.batch, len(asked))
+    choice = choose(model, tokenizer, options, has_exits, rows)
+    if choice.why:
+        (warn if options.uses_exits and choice.name == "full depth" else note)(choice.why)
+    longest = min(context, max(map(len, asked)) + options.max_tokens)
+    engine = Engine(model, choice.way, rows, longest)
+    begun, found = time.perf_counter(), {}
+    with progress("answers", total=len(asked)) as advance:
+        for number, answer in _answers(engine, tokenizer, asked, options, show or (lambda piece: None)):
+            found[number] = answer
+            if done is not None:
+                done(number, answer)
+            advance()
+    way = engine.way
+    return {
+        "model": name,
+        "answers": [found[number] for number in range(len(asked))],
+        "way": choice.name,
+        "why": choice.why,
+        "forecast": choice.forecast,
+        "tokens": sum(answer["tokens"] for answer in found.values()),
+        "seconds": time.perf_counter() - begun,
+        "loops": engine.stages.loops,
+        "passes": engine.passes,
+        "left": way.left if isinstance(way, Leave) else [],
+        "drafted": way.drafted if isinstance(way, Speculate) else 0,
+        "accepted": way.accepted if isinstance(way, Speculate) else 0,
+    }
+
+
+def _answers(
+    engine: Engine,
+    tokenizer: "PreTrainedTokenizerBase",
+    asked: Sequence[Sequence[int]],
+    options: WayOptions,
+    show: Show,
+) -> Iterator[tuple[int, GeneratedResult]]:
+    """(number of a prompt, its answer), in the order in which they are done."""
+    waiting, numbers = deque(enumerate(asked)), {}
+    while waiting or engine.busy:
+        while waiting and len(numbers) < engine.store.rows:
+            number, ids = waiting.popleft()
+            words = Words(tokenizer, show, options.stop)
+            # A seed of its own, so that what is drawn does not depend on the company.
+            seed = None if options.seed is None else (options.seed + number) % 2**32
+            request: Request = engine.submit(ids, options.max_tokens, seed, words.add, **options.of_generate())
+            numbers[request] = number, words
+        for request in engine.step():
+            number, words = numbers.pop(request)
+            yield number, {"text": words.finish(), "tokens": len(request.said), "ended": request.ended or ""}

@@ -1,0 +1,116 @@
+"""Which way a model's exits are used: the one that the user asks for, unless nothing is to be won by it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from rrtc.console import note, progress
+from rrtc.errors import RrtcError, WrongUsage
+from rrtc.generate.forecast import WORTH_IT, Costs, measure_costs
+from rrtc.generate.quality import find_threshold, passes
+from rrtc.generate.stages import Stages
+from rrtc.generate.ways import FullDepth, Leave, Speculate
+from rrtc.recipe.generate import WayOptions
+from rrtc.recipe.section import BUILT_IN_TEXT
+from rrtc.stock.parts import Parts
+from rrtc.text.windows import held_out_windows, longest_context
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DRAFTS = 4  # at most, where the user does not say
+TRIAL = (4, 128)  # windows and tokens of the text on which it is found out how often an exit is right
+QUALITY = (16, 256)  # of that on which a threshold is
+Way = Callable[[int, int], FullDepth]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """way: for the engine. name: full depth, speculation or early exits. forecast: times full depth, None where no
+    other way was looked at. why: a sentence for people; "" where there is nothing to say."""
+
+    way: Way
+    name: str
+    forecast: float | None = None
+    why: str = ""
+
+
+def choose(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", options: WayOptions, has_exits: bool, requests: int
+) -> Choice:
+    """The way to generate with so many requests at once. has_exits: whether the model's exits were trained.
+
+    Raises WrongUsage where exits are asked for and there are none; RrtcError where tokens cannot leave the model early.
+    """
+    if options.speculate == 0 or not (options.uses_exits or has_exits):
+        return Choice(FullDepth, "full depth")
+    if not has_exits:
+        raise WrongUsage(
+            "The model has no exits that were trained.",
+            "Train them: rrtc uptrain FOLDER -o NEW --exits. It takes a cycle of loops.",
+        )
+    stages = Stages(model)
+    if stages.loops == 1:
+        if not options.uses_exits:
+            return Choice(FullDepth, "full depth")
+        raise RrtcError("The layers that share weights in this model differ in kind, so tokens cannot leave it early.")
+    if options.exit_threshold:
+        return Choice(partial(Leave, threshold=options.exit_threshold, catch_up=options.catch_up), "early exits")
+    note("Finding out what early exits are worth here")
+    costs = measure_costs(model, requests)
+    if options.exit_quality:
+        return _by_quality(model, tokenizer, options, costs)
+    kept = agreement(model, stages, _text(model, tokenizer, *TRIAL))
+    most = options.speculate or DRAFTS
+    drafts = costs.drafts(kept, most)
+    forecast = costs.speculating(kept, drafts or 1)
+    said = f"The first exit is right about {kept:.0%} of tokens, so speculation would be {forecast:.2f} times as fast"
+    if forecast < WORTH_IT:
+        return Choice(FullDepth, "full depth", forecast, f"{said} as full depth, which it therefore is.")
+    way = partial(Speculate, drafts=most, worth=costs.drafts)
+    return Choice(way, "speculation", forecast, f"{said} as full depth.")
+
+
+def _by_quality(model, tokenizer, options: WayOptions, costs: Costs) -> Choice:
+    windows, context = QUALITY
+    with progress("exit quality", total=passes(windows, costs.loops)) as advance:
+        text = _text(model, tokenizer, windows, context)
+        found = find_threshold(model, text, options.exit_quality, options.catch_up, advance)
+    if found.value is None:
+        return Choice(
+            FullDepth, "full depth", None, f"The loss would grow by {options.exit_quality} nats a token or more, "
+            "however few of them left early: all go through all loops.",
+        )  # fmt: skip
+    forecast = costs.leaving(found.shares)
+    left = ", ".join(f"{share:.0%} after loop {loop}" for loop, share in enumerate(found.shares[:-1], 1))
+    said = (
+        f"Leaving where an exit is surer than {found.value:.3f} ({left}) costs {found.growth:.4f} nats a token, at "
+        f"most {found.most:.4f}, and would be {forecast:.2f} times as fast as full depth"
+    )
+    if forecast < WORTH_IT:
+        return Choice(FullDepth, "full depth", forecast, f"{said}, which it therefore is.")
+    return Choice(partial(Leave, threshold=found.value, catch_up=options.catch_up), "early exits", forecast, f"{said}.")
+
+
+@torch.inference_mode()
+def agreement(model: "PreTrainedModel", stages: Stages, windows: Tensor) -> float:
+    """The share of tokens in `windows`, (windows, context) token ids, of which the exit after the first loop says what
+    the model says in the end."""
+    parts, same = Parts(getattr(model, "stock", model)), []
+    for ids in windows[:, None].to(model.device):
+        hidden, (left,) = parts.run(ids, [stages.body[-1]])
+        end, early = (parts.head(states[0]).argmax(-1) for states in (hidden, parts.after(ids, left)))
+        same.append((end == early).float().mean())
+    return float(torch.stack(same).mean())
+
+
+def _text(model, tokenizer, windows: int, context: int) -> Tensor:
+    """Text that Python ships and that no training of ours has seen: (windows, context) token ids."""
+    context = longest_context(model.config, context)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    found = held_out_windows([BUILT_IN_TEXT], "text", tokenizer, vocabulary, context, windows * context)
+    return torch.as_tensor(found.ids[:windows]).long()

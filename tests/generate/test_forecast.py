@@ -1,0 +1,108 @@
+"""What exits would win, from times; and thresholds, from the loss of text that is scored as it would be generated."""
+
+from functools import partial
+
+import pytest
+import torch
+from recursive_models import double, idle_after_the_first_loop, recursive, tokens
+
+from rrtc.generate.choice import agreement
+from rrtc.generate.engine import Engine
+from rrtc.generate.forecast import Costs, measure_costs
+from rrtc.generate.quality import NEVER, PROMPT, Scored, find_threshold, passes
+from rrtc.generate.stages import Stages
+from rrtc.generate.ways import Leave
+
+COSTS = Costs(loops=2, whole=2.2, first=1.0, head=0.2, rest=1.2, rest_more=0.0)
+WINDOWS = tokens(8, 40)
+
+
+@pytest.mark.parametrize(
+    "kept, drafts, expected",
+    [
+        (1.0, 1, 2 * 2.2 / (2 * 1.0 + 0.2 + 1.2)),
+        (1.0, 3, 4 * 2.2 / (4 * 1.0 + 3 * 0.2 + 1.2)),
+        (0.5, 2, 1.75 * 2.2 / (3 * 1.0 + 2 * 0.2 + 1.2)),
+        (0.0, 0, 1.0),
+    ],
+)
+def test_speculation_by_hand(kept, drafts, expected):
+    assert COSTS.speculating(kept, drafts) == pytest.approx(expected)
+
+
+def test_the_best_number_of_drafts():
+    assert COSTS.drafts(0.1, 8) == 0
+    assert COSTS.drafts(0.8, 8) == max(range(1, 9), key=lambda drafts: COSTS.speculating(0.8, drafts)) > 0
+    assert COSTS.drafts(1.0, 8) == 8
+    assert COSTS.drafts(1.0, 0) == 0
+
+
+def test_leaving_by_hand():
+    assert COSTS.leaving([0.0, 1.0]) == pytest.approx(2.2 / (1.2 + 1.2))  # the head is asked twice
+    assert COSTS.leaving([1.0, 0.0]) == pytest.approx(2.2 / 1.2)
+    three = Costs(loops=3, whole=3.2, first=1.0, head=0.2, rest=2.2, rest_more=0.0)
+    assert three.leaving([0.5, 0.25, 0.25]) == pytest.approx(3.2 / (1.2 + 0.5 * 1.1 + 0.25 * 1.1))
+
+
+@pytest.mark.parametrize("recipe", [{"sharing": "middle_cycle"}, {"loops": 3}], ids=str)
+def test_costs_are_measured_where_tokens_can_leave(recipe):
+    found = measure_costs(recursive("llama", **recipe), requests=2, context=20)
+    assert found.loops == recipe.get("loops", 2)
+    assert min(found.whole, found.first, found.rest) > 0 <= min(found.head, found.rest_more)
+    assert measure_costs(recursive("llama", sharing="sequence")) is None
+
+
+def test_an_exit_agrees_with_the_end_where_nothing_follows():
+    idle, other = idle_after_the_first_loop(), double("llama")
+    assert agreement(idle, Stages(idle), WINDOWS) == 1.0
+    assert agreement(other, Stages(other), WINDOWS) < 0.9
+
+
+@pytest.mark.parametrize("recipe", [{"sharing": "middle_cycle"}, {"loops": 3}], ids=str)
+@pytest.mark.parametrize("catch_up", [False, True])
+@torch.inference_mode()
+def test_text_is_scored_as_it_would_be_generated(recipe, catch_up):
+    model = double("llama", **recipe)
+    scored = Scored(model, WINDOWS[:1], catch_up, lambda: None)
+    ids, threshold = WINDOWS[0], scored.sureness(0.4)
+    losses, loops = scored._losses(0, threshold)
+    assert loops[:PROMPT].eq(scored.stages.loops - 1).all() and 3 < loops[PROMPT:].eq(0).sum() < len(ids) - PROMPT
+    # The engine, made to say what the text says.
+    said = []
+
+    class Forced(Leave):
+        def say(self, request, logits):
+            at = len(request.tokens)
+            said.append((-float(logits.float().log_softmax(-1)[ids[at]]), request.span.loop))
+            request.take(int(ids[at]))
+            if request.ended is None:
+                request.enter(request.said[-1:], at)
+
+    engine = Engine(model, partial(Forced, threshold=threshold, catch_up=catch_up), context=64)
+    engine.submit(ids[:PROMPT].tolist(), len(ids) - PROMPT, do_sample=False, eos_token_id=None)
+    engine.run()
+    assert [loop for _, loop in said] == loops[PROMPT - 1 : -1].tolist()
+    assert torch.tensor([loss for loss, _ in said]) == pytest.approx(losses[PROMPT - 1 : -1].float(), abs=1e-5)
+
+
+@torch.inference_mode()
+def test_the_growth_of_the_loss_is_from_full_depth():
+    model = double("llama")
+    scored = Scored(model, WINDOWS[:2], False, lambda: None)
+    growth, shares = scored.leaving(NEVER)
+    assert growth == [0.0, 0.0] and shares == [0.0, 1.0]
+    logits = model(WINDOWS[:2]).logits.float().log_softmax(-1)
+    full = -logits[:, :-1].gather(-1, WINDOWS[:2, 1:, None])[..., 0]
+    assert scored._full[1][:-1].float() == pytest.approx(full[1], abs=1e-5)
+
+
+def test_the_threshold_keeps_to_the_limit():
+    model, advanced = double("llama"), []
+    strict, loose = (find_threshold(model, WINDOWS, limit, advance=lambda: advanced.append(1)) for limit in (0.1, 5.0))
+    assert len(advanced) <= 2 * passes(len(WINDOWS), 2)
+    assert loose.most < 5.0 and loose.shares[0] >= strict.shares[0]
+    assert strict.value is None or strict.most < 0.1
+    idle = find_threshold(idle_after_the_first_loop(), WINDOWS, 0.001)
+    assert idle.growth == pytest.approx(0, abs=1e-6) and idle.shares[0] > 0.7
+    with pytest.raises(ValueError, match="7 windows are too few"):
+        find_threshold(model, WINDOWS[:7], 0.1)
