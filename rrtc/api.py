@@ -36,7 +36,6 @@ from rrtc.io.source import Source, check_tokenizer, content_hash, find_base, fin
 from rrtc.io.weights import Weights
 from rrtc.plain import read_json
 from rrtc.plan import read_visits
-from rrtc.prompts import AnswersFile, Prompt, check_prompt_value, prompt_of, read_prompts
 from rrtc.recipe.chat import ChatOptions
 from rrtc.recipe.generate import WayOptions
 from rrtc.recipe.schema import Recipe, checked, load_recipe, with_flags
@@ -68,6 +67,7 @@ from rrtc.runs import (
     run_recipe,
     sweep_recipes,
 )
+from rrtc.text.prompts import AnswersFile, Prompt, check_prompt_value, prompt_of, read_prompts
 from rrtc.units import parse_size
 from rrtc.uptrain.checks import check_recipe
 

@@ -10,10 +10,10 @@ from rrtc import api, console
 from rrtc.cli import tables
 from rrtc.cli.command import Resume
 from rrtc.errors import WrongUsage
-from rrtc.prompts import prompt_of, read_prompts
 from rrtc.recipe.chat import check_prompt
 from rrtc.recipe.generate import WayOptions
 from rrtc.recipe.schema import with_flags
+from rrtc.text.prompts import prompt_of, read_prompts
 
 FIELDS = WayOptions.model_fields
 HELP = {name: field.description or "" for name, field in FIELDS.items()}

@@ -71,7 +71,7 @@ def test_a_file_of_prompts_becomes_a_file_of_answers(rrt, questions, tmp_path):
 
 def test_what_an_interrupted_run_has_answered_is_not_answered_again(rrt, questions, tmp_path, monkeypatch):
     output, given = tmp_path / "answers.jsonl", {"max_tokens": 12, "temperature": 0, "batch": 1}
-    from rrtc.prompts import AnswersFile
+    from rrtc.text.prompts import AnswersFile
 
     add = AnswersFile.add
 
