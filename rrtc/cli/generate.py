@@ -75,7 +75,7 @@ def generate_command(
       rrtc generate healed "Once upon a time"
       rrtc generate healed --prompts questions.jsonl -o answers.jsonl
     With a model whose exits were trained (rrtc uptrain --exits):
-      rrtc generate exits --prompts questions.jsonl -o answers.jsonl --exit-quality 0.02
+      rrtc generate exits --prompts questions.jsonl --exit-quality 0.02
     """
     options = {
         "max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k,
