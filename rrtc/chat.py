@@ -1,7 +1,6 @@
 """What a model answers to what is said to it, as it comes; through its chat template, or as plain continuation."""
 
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
@@ -9,7 +8,9 @@ import torch
 from transformers import TextStreamer
 
 from rrtc.console import quiet_libraries
-from rrtc.errors import RrtcError, WrongUsage
+from rrtc.errors import RrtcError, WrongUsage, short
+from rrtc.generate.engine import UNBOUNDED
+from rrtc.generate.words import Show, Turns, prompt_ids
 from rrtc.recipe.chat import ChatOptions, check_prompt
 from rrtc.results import AnswerResult, ChatResult
 from rrtc.text.windows import longest_context
@@ -17,10 +18,7 @@ from rrtc.text.windows import longest_context
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-UNBOUNDED = 10**9  # tokens
 ROOM = 4  # a fourth of the context at least is for the answer, as long as there are older turns to forget
-
-Show = Callable[[str], None]
 
 
 class Speaker:
@@ -28,7 +26,7 @@ class Speaker:
 
     def __init__(self, name: str, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", options: ChatOptions):
         self.name, self.model, self.tokenizer, self.options = name, model, tokenizer, options
-        self.turns: list[dict[str, str]] = []
+        self.turns: Turns = []
 
     @property
     def has_template(self) -> bool:
@@ -87,10 +85,10 @@ class Speaker:
                     return_dict_in_generate=False, **self.options.of_generate(),
                 )  # fmt: skip
             except ValueError as error:  # what its generation_config.json asks for cannot be done
-                raise RrtcError(f"{self.name} cannot generate: {_short(error)}") from error
+                raise RrtcError(f"{self.name} cannot generate: {short(error)}") from error
         return said[0, ids.shape[1] :]
 
-    def _that_fit(self, turns: list[dict[str, str]]) -> tuple[list[dict[str, str]], torch.Tensor]:
+    def _that_fit(self, turns: Turns) -> tuple[Turns, torch.Tensor]:
         """The latest of the turns and their token ids (1, length): all but the oldest that would leave no room for an
         answer."""
         ids = self._ids(turns)
@@ -100,22 +98,11 @@ class Speaker:
         if ids.shape[1] >= self._longest:
             sentence = f"The prompt has {ids.shape[1]} tokens, and {self.name} can see {self._longest}."
             raise WrongUsage(sentence, "Say it in fewer words.")
-        if not ids.shape[1]:
-            raise WrongUsage("There is nothing in the prompt that the tokenizer has a token for.")
-        if ids.max() >= self.model.config.get_text_config().vocab_size:
-            raise RrtcError(f"The tokenizer of {self.name} has tokens that the model does not know.")
         return turns, ids
 
-    def _ids(self, turns: list[dict[str, str]]) -> torch.Tensor:
-        if not self.has_template:
-            ends = {"user": "", "assistant": "\n"}  # what is typed next begins a line
-            text = "".join(turn["content"] + ends[turn["role"]] for turn in turns)
-            return self.tokenizer(text, return_tensors="pt")["input_ids"].long()
-        given = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
-        try:
-            return self.tokenizer.apply_chat_template(turns, **given)["input_ids"]
-        except Exception as error:  # a template is a program, which can fail in any way
-            raise RrtcError(f"The chat template of {self.name} fails with '{_short(error)}'.") from error
+    def _ids(self, turns: Turns) -> torch.Tensor:
+        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        return torch.tensor([prompt_ids(turns, self.tokenizer, vocabulary, self.name)])
 
 
 class Chat:
@@ -145,7 +132,3 @@ class _Streamer(TextStreamer):
         self.text += text
         if text:
             self._show(text)
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:160] or type(error).__name__

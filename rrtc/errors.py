@@ -23,6 +23,11 @@ class WrongUsage(RrtcError):
     exit_code = 2
 
 
+def short(error: BaseException) -> str:
+    """What somebody else's error says, as a part of a sentence."""
+    return " ".join(str(error).split())[:160] or type(error).__name__
+
+
 def nearest(name: str, valid) -> str:
     """A hint for a misspelled `name`: the closest of `valid`, or all of them where none is close."""
     import difflib

@@ -3,6 +3,7 @@
 import torch
 from transformers import GenerationConfig
 
+from rrtc.errors import short
 from rrtc.text.windows import longest_context
 
 SAID_AT_LEAST = 12  # tokens: a model that would stop at once still shows what it would say
@@ -18,7 +19,7 @@ def sample(model, tokenizer, prompt: str, tokens: int) -> str:
     try:
         ids = _prompt_ids(tokenizer, prompt).to(model.device)
     except Exception as error:  # a chat template is a program, which can fail in any way
-        reason = " ".join(str(error).split())[:100] or type(error).__name__
+        reason = short(error)
         return f"(no sample: the chat template fails with '{reason}')"
     length = longest_context(model.config, ids.shape[1] + tokens) - ids.shape[1]
     if length <= 0:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rrtc.errors import RrtcError
+from rrtc.errors import RrtcError, short
 
 
 class Drawing:
@@ -28,7 +28,7 @@ class Drawing:
                 ids, attention_mask=torch.ones_like(ids), custom_generate=_asked, **single, **settings
             )
         except ValueError as error:
-            raise RrtcError(f"The model cannot generate: {' '.join(str(error).split())[:160]}") from error
+            raise RrtcError(f"The model cannot generate: {short(error)}") from error
         self.draws, self.device = bool(config.do_sample), model.device
         ends = config.eos_token_id
         self.ends = frozenset([] if ends is None else [ends] if isinstance(ends, int) else ends)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from rrtc.errors import RrtcError, WrongUsage
+from rrtc.errors import RrtcError, WrongUsage, short
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,7 +31,7 @@ def prompt_ids(prompt: str | Turns, tokenizer: "PreTrainedTokenizerBase", vocabu
         try:
             ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
         except Exception as error:  # a template is a program, which can fail in any way
-            raise RrtcError(f"The chat template of {name} fails with '{_short(error)}'.") from error
+            raise RrtcError(f"The chat template of {name} fails with '{short(error)}'.") from error
     if not ids:
         raise WrongUsage("There is nothing in the prompt that the tokenizer has a token for.")
     if max(ids) >= vocabulary:
@@ -91,7 +91,3 @@ class Words:
 
     def _decoded(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:160] or type(error).__name__

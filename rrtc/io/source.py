@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rrtc.console import note, quiet_libraries
-from rrtc.errors import RrtcError
+from rrtc.errors import RrtcError, short
 from rrtc.io.cache import cache_folder
 from rrtc.io.folder import check_space, file_hash, only_run, whole_folder
 from rrtc.io.license import find_license
@@ -169,7 +169,7 @@ def read_config(folder: Path):
             read_visits(config.visits)
         return config
     except Exception as error:  # transformers raises many kinds, all of them about this file
-        reason = " ".join(str(error).split())[:160]
+        reason = short(error)
         raise RrtcError(f"The config {file} of a '{values['model_type']}' model cannot be used: {reason}") from error
 
 

@@ -15,7 +15,7 @@ from transformers import (
 from transformers.cache_utils import get_layer_types_and_kwargs
 from transformers.pytorch_utils import Conv1D
 
-from rrtc.errors import RrtcError
+from rrtc.errors import RrtcError, short
 from rrtc.model.attention_rrt import attention_of
 from rrtc.model.configuration_rrt import RrtConfig
 from rrtc.model.modeling_rrt import find_layers, matrices_of, matrix_shape
@@ -52,7 +52,7 @@ def stock_model(config: PreTrainedConfig) -> PreTrainedModel:
             with init_empty_weights(include_buffers=False):
                 return MODEL_FOR_CAUSAL_LM_MAPPING[kind](config).eval()
     except Exception as error:  # every architecture has its own way to fail over a config that does not add up
-        reason = " ".join(str(error).split())[:160]
+        reason = short(error)
         raise RrtcError(f"No '{config.model_type}' model can be built from this config: {reason}") from error
 
 
