@@ -48,7 +48,7 @@ COMMANDS = [
     f"uptrain llama-paper -o up-paper {TRAIN} --losses forward_kl=1 --losses next_token=1 --losses hidden=0.5",
     f"uptrain llama-middle -o up-middle {TRAIN}",
     f"uptrain gemma3-auto -o up-gemma {TRAIN} --optimizer muon",
-    f"uptrain up-middle -o up-exits {TRAIN} --exits --teacher-cache cache",
+    f"uptrain up-middle -o up-exits {TRAIN} --exits after --teacher-cache cache",
     f"uptrain gpt2-paper -o up-gpt2 {TRAIN} --losses next_token=1",
     f"eval up-exits -o report-exits {EVAL}",
     f"eval up-gemma -o report-gemma {EVAL} --text text.txt --baselines",

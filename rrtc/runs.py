@@ -150,10 +150,10 @@ def check_sizes(recipe: Recipe) -> None:
 def check_run(recipe: Recipe) -> None:
     """Raises what the stages of a run would raise about the recipe itself."""
     check_recipe(recipe.uptrain)
-    if recipe.uptrain.exits:
+    if recipe.uptrain.exits == "after":
         raise WrongUsage(
             "Exits are trained after the model is healed, and a run only heals it.",
-            "Leave exits out, and train them afterwards: rrtc uptrain DIR/uptrain -o DIR/exits --exits.",
+            "Leave exits out, and train them afterwards: rrtc uptrain DIR/uptrain -o DIR/exits --exits after.",
         )
     check_sizes(recipe)
     parse_size(recipe.export.max_shard_size)

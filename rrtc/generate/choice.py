@@ -51,7 +51,7 @@ def choose(
     if not has_exits:
         raise WrongUsage(
             "The model has no exits that were trained.",
-            "Train them: rrtc uptrain FOLDER -o NEW --exits. It takes a cycle of loops.",
+            "Train them: rrtc uptrain FOLDER -o NEW --exits after. It takes a cycle of loops.",
         )
     stages = Stages(model)
     if stages.loops == 1:

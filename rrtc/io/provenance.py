@@ -44,7 +44,7 @@ class _Init(_Said):
 class _Uptrain(_Said):
     data: list[str]
     text_field: str
-    exits: bool = False
+    exits: bool | str = False  # until 0.1 whether, now when they were trained
 
 
 class _Recipe(_Said):

@@ -35,9 +35,9 @@ def trained_exits(folder: Path) -> tuple[int, ...]:
     that rrtc did not write."""
     if not (folder / PROVENANCE).exists():
         return ()
-    trained = (read_provenance(folder)["recipe"].get("uptrain") or {}).get("exits", False)
+    trained = (read_provenance(folder)["recipe"].get("uptrain") or {}).get("exits")
     config = read_config(folder)
-    return read_plan(config).exits if trained and isinstance(config, RrtConfig) else ()
+    return read_plan(config).exits if trained not in (None, False, "none") and isinstance(config, RrtConfig) else ()
 
 
 def in_slot(parent: str, slot: int, name: str) -> str:

@@ -68,14 +68,17 @@ class UptrainRecipe(Section):
     )
     temperature: float = Field(1.0, ge=0.01, le=100, description="Of both distributions, where they are compared.")
     teacher: str | None = Field(None, description="The model to learn from; by default the one that was compressed.")
-    exits: bool = Field(
-        False, description="Also train an exit after each loop but the last (cycle), of a model that is healed already."
+    exits: Literal["none", "after", "joint"] = Field(
+        "none",
+        description="Also train an exit after each loop but the last (cycle): of a model that is healed already "
+        "(after), or along with healing it (joint); then exits learn from the teacher, too.",
     )
     exit_weight: float = Field(
         0.1,
         gt=0,
         le=MOST_WEIGHT,
-        description="Weight of the mean over the exits of next_token and of forward_kl from the model's own end.",
+        description="Weight of the exits' losses: after, the mean over the exits of next_token and of forward_kl from "
+        "the model's own end; joint, forward_kl from the mean of the teacher and that end, later exits weighing more.",
     )
     teacher_cache: str | None = Field(
         None,
@@ -103,6 +106,12 @@ class UptrainRecipe(Section):
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = Field(
         "none", description="Tracker that is sent every step's figures; tensorboard writes into the output folder."
     )
+
+    @field_validator("exits", mode="before", json_schema_input_type=Literal["none", "after", "joint"] | bool)
+    @classmethod
+    def _exits_or_not(cls, value: Any) -> Any:
+        """Folders of before say whether there are any."""
+        return {True: "after", False: "none"}[value] if isinstance(value, bool) else value
 
     @field_validator("losses", mode="before", json_schema_input_type=dict[str, float] | list[str])
     @classmethod

@@ -79,7 +79,7 @@ class Job:
         each exit the head: forward, backward, and once more for what the model says in the end."""
         passes = 4 if self.recipe.activation_checkpointing else 3
         teacher = read_architecture(self.teacher.config()).flops_per_token if self.teacher else 0
-        exits = len(self.plan.exits) * 4 * 2 * self.plan.architecture.head_flops if self.recipe.exits else 0
+        exits = len(self.plan.exits) * 4 * 2 * self.plan.architecture.head_flops if self.recipe.exits != "none" else 0
         return passes * self.plan.flops_per_token + teacher + exits
 
     def checkpoint_bytes(self) -> int:
@@ -138,8 +138,8 @@ def prepare(folder: Path, recipe: UptrainRecipe, most_steps: int | None = None) 
         raise RrtcError(f"{folder} holds a dense '{config.model_type}' model.", "Compress it first, with 'rrtc init'.")
     check_not_quantized(folder, config)
     plan = read_plan(config)
-    if recipe.exits:
-        _check_exits(folder, plan, provenance)
+    if recipe.exits != "none":
+        _check_exits(folder, plan, provenance, recipe.exits)
     dtype = Weights(folder).dtype
     tokenizer = load_tokenizer(folder)
     arithmetic = recipe.precision
@@ -196,15 +196,15 @@ def prepare(folder: Path, recipe: UptrainRecipe, most_steps: int | None = None) 
     )
 
 
-def _check_exits(folder: Path, plan: Plan, provenance: dict) -> None:
+def _check_exits(folder: Path, plan: Plan, provenance: dict, when: str) -> None:
     """Raises WrongUsage where there is no loop to exit from; warns where the exits come too early in training."""
     if not plan.exits:
         raise WrongUsage(
             f"The model in {folder} has no exits, because no loop over its tied layers ends before another begins.",
             "Exits need at least 2 loops and the sharing cycle or middle_cycle.",
         )
-    if "uptrain" not in [provenance["stage"], *(entry["stage"] for entry in provenance["history"])]:
-        warn("This model was not healed yet. Exits that learn along with it cost quality: heal it first.")
+    if when == "after" and "uptrain" not in [provenance["stage"], *(one["stage"] for one in provenance["history"])]:
+        warn("This model was not healed yet. Heal it first, or train its exits along with it: --exits joint.")
 
 
 def check_tokens(recipe: UptrainRecipe, context: int) -> None:

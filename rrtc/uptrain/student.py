@@ -15,9 +15,10 @@ from rrtc.plan import Visit, ends_of_loops
 from rrtc.recipe.uptrain import UptrainRecipe
 from rrtc.stock.parts import Parts, states_of
 from rrtc.uptrain.losses import chunked_losses, hidden_distance
-from rrtc.uptrain.teacher import LiveLesson
+from rrtc.uptrain.teacher import LiveLesson, MeanLesson
 
 EXIT_LOSSES = {"next_token": 1.0, "forward_kl": 1.0}  # paper appendix J: with self-distillation
+JOINT_LOSSES = {"forward_kl": 1.0}  # later loops weigh more, as in LayerSkip (Elhoushi et al. 2024, §4.1.2)
 
 
 class Student(RrtForCausalLM):
@@ -34,7 +35,7 @@ class Student(RrtForCausalLM):
     def forward(self, input_ids: Tensor, targets: Tensor, recipe: UptrainRecipe, lesson=None, **kwargs) -> dict:
         """Means over the tokens by name: `objective`, which has a gradient, and what it is made of (see losses.py).
         With exits, counted by their loops from 1, also `exit_1_loss`, `exit_1_kl` (from the model's own final
-        distribution) and so on.
+        distribution, or, where they learn jointly, from the mean of that and the teacher's) and so on.
 
         input_ids, targets: (windows, context), int64. lesson: what the teacher says of the same input_ids, or None.
         kwargs, such as position_ids, go to the stock base model.
@@ -54,7 +55,8 @@ class Student(RrtForCausalLM):
             )
 
         matches = bool(recipe.losses.get("hidden"))
-        exits = ends_of_loops([Visit(**visit) for visit in self.config.visits]) if recipe.exits else ()
+        visits = [Visit(**visit) for visit in self.config.visits]
+        exits = ends_of_loops(visits) if recipe.exits != "none" else ()
         hidden, outputs = parts.run(input_ids, range(len(parts.layers)) if matches else exits, **kwargs)
         means = compare(hidden, recipe.losses, lesson)
         if matches:
@@ -63,9 +65,12 @@ class Student(RrtForCausalLM):
             means["hidden"] = distance.detach()
             outputs = [outputs[index] for index in exits]
         own = LiveLesson(parts, hidden, recipe.temperature)  # what it says in the end
+        joint = recipe.exits == "joint"
+        learned = MeanLesson(lesson, own) if joint and lesson is not None else own
+        shares = [loop if joint else 1 for loop in range(1, len(outputs) + 1)]
         for loop, output in enumerate(outputs, 1):
-            found = compare(parts.after(input_ids, output, **kwargs), EXIT_LOSSES, own)
-            weight = recipe.exit_weight / len(outputs)
+            found = compare(parts.after(input_ids, output, **kwargs), JOINT_LOSSES if joint else EXIT_LOSSES, learned)
+            weight = recipe.exit_weight * shares[loop - 1] / sum(shares)
             means["objective"] = means["objective"] + weight * found.pop("objective")
             means |= {f"exit_{loop}_{name}": mean for name, mean in found.items()}
         return means

@@ -1,5 +1,6 @@
 """The model that a student learns from: what it says of each batch."""
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from rrtc.io.source import load_model
 from rrtc.stock.parts import Parts, states_of
+from rrtc.uptrain.losses import Lesson
 
 
 class LiveTeacher:
@@ -24,6 +26,24 @@ class LiveTeacher:
         """ids: (windows, context), int64. kwargs: what else the base model is given."""
         hidden, outputs = self.parts.run(ids, self.kept, **kwargs)
         return LiveLesson(self.parts, hidden, self.temperature, [states_of(output) for output in outputs])
+
+
+class MeanLesson:
+    """What several lessons about one batch say on the average. The gradient of forward_kl from it is the average of
+    those from each of them."""
+
+    def __init__(self, *lessons: Lesson):
+        self._lessons = lessons
+
+    def about(self, part: slice) -> Callable[[slice, Tensor], Tensor]:
+        """See rrtc.uptrain.losses.Lesson."""
+        every = [lesson.about(part) for lesson in self._lessons]
+
+        def log_q(rows: slice, log_p: Tensor) -> Tensor:
+            said = torch.stack([one(rows, log_p) for one in every])
+            return said.logsumexp(0) - math.log(len(every))
+
+        return log_q
 
 
 class LiveLesson:

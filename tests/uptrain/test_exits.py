@@ -36,6 +36,7 @@ from rrtc.uptrain import losses
 from rrtc.uptrain.job import prepare
 from rrtc.uptrain.stage import uptrain
 from rrtc.uptrain.student import Student
+from rrtc.uptrain.teacher import LiveLesson
 from rrtc.uptrain.trainer import DistillationTrainer
 
 CONTEXT = 32
@@ -181,6 +182,34 @@ def test_the_objective_is_its_definition(architecture, checkpointing, ids, monke
     pairs = zip(student.named_parameters(), model.named_parameters(), strict=True)
     for (name, ours), (other, whole) in pairs:
         assert name == other and ours.grad is not None
+        torch.testing.assert_close(ours.grad, whole.grad, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_exits_that_learn_jointly_learn_from_the_teacher_and_from_the_end_and_later_ones_weigh_more(ids):
+    student, model = recursive(Student, loops=3), recursive(RrtForCausalLM, loops=3)
+    teacher, given, targets = recursive(RrtForCausalLM, loops=2), ids[:, :-1], ids[:, 1:]
+    recipe = UptrainRecipe(exits="joint", exit_weight=0.3, temperature=1.5)
+    lesson = LiveLesson(Parts(teacher.stock), teacher.model(given, use_cache=False)[0], recipe.temperature)
+    found = student(given, targets, recipe, lesson)
+
+    def kl(q, logits):
+        return recipe.temperature**2 * kl_div((logits / recipe.temperature).log_softmax(-1), q, reduction="batchmean")
+
+    parent = find_layers(model.stock, 6)
+    layers, every = getattr(*parent), []
+    for place in (1, 3, 5):
+        setattr(*parent, nn.ModuleList(list(layers)[: place + 1]))
+        every.append(model(given, use_cache=False).logits.flatten(0, 1))
+        setattr(*parent, layers)
+    q = (teacher(given, use_cache=False).logits.detach().flatten(0, 1) / recipe.temperature).softmax(-1)
+    own = (every[-1].detach() / recipe.temperature).softmax(-1)
+    first, second, end = kl((q + own) / 2, every[0]), kl((q + own) / 2, every[1]), kl(q, every[2])
+    objective = end + recipe.exit_weight * (first + 2 * second) / 3
+    torch.testing.assert_close(found["objective"], objective)
+    torch.testing.assert_close(found["exit_2_kl"], second.detach() / recipe.temperature**2)
+    found["objective"].backward()
+    objective.backward()
+    for (name, ours), whole in zip(student.named_parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, whole.grad, rtol=1e-3, atol=1e-6, msg=name)
 
 
