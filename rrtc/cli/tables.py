@@ -192,6 +192,10 @@ def report(result: dict) -> Group:
         if long := speed.get("long"):
             ratios.append(f"decode after {long['prompt_tokens']:,} tokens {_ratio(long['decode'])}")
         lines.append(plain(f"Speed, as a multiple of the dense model's (quartiles): {', '.join(ratios)}"))
+    if engine := result.get("engine"):
+        ways = [[one["way"], one["requests"], _or_dash(one["forecast"]), _ratio(one)] for one in engine["ways"]]
+        title = "Ways to generate, as a multiple of full depth's speed"
+        lines.append(table(title, ["way", "requests", "forecast", "measured"], ways))
     if result["source_bytes"]:
         lines.append(
             plain(
@@ -227,6 +231,10 @@ def _difference(score: dict) -> str:
 
 def _ratio(found: dict) -> str:
     return f"{found['ratio']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
+
+
+def _or_dash(ratio: float | None) -> str:
+    return "–" if ratio is None else f"{ratio:.2f}"
 
 
 def _tasks(models: list[dict]) -> list[Table]:

@@ -194,4 +194,21 @@ def _made_with(made: dict) -> str:
     )
 
 
-TABLES = (_models, _tasks, _passkey, _parts, _cost)
+def _engine(report: dict) -> Table:
+    found = report.get("engine") or {"ways": []}
+    rows = [
+        [way["way"], str(way["requests"]), "–" if way["forecast"] is None else f"{way['forecast']:.2f}", _ratio(way)]
+        for way in found["ways"]
+    ]
+    notes = ["Speed as a multiple of full depth by rrtc's engine, in turn on this machine; median and quartiles."]
+    if found["ways"] and found["right"] is not None:
+        notes.append(f"The first exit says what the model says in the end of {found['right']:.0%} of tokens.")
+    for one in found.get("thresholds", ()):
+        notes.append(
+            f"At most {one['limit']} nats a token are lost where an exit is surer than {one['threshold']:.3f}: "
+            f"{one['left']:.0%} of tokens leave early."
+        )
+    return Table("Ways to generate", ["way", "requests at once", "forecast", "measured"], rows, " ".join(notes))
+
+
+TABLES = (_models, _tasks, _passkey, _parts, _cost, _engine)

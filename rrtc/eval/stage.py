@@ -18,6 +18,7 @@ from rrtc.console import note, progress, warn
 from rrtc.errors import RrtcError, WrongUsage
 from rrtc.eval.candidates import Candidate, candidates_of, check_holds_model, dense_candidate, stored_dtype
 from rrtc.eval.cost import peak_memory, speed, speed_after
+from rrtc.eval.engine import engine_passes, measure_engine
 from rrtc.eval.measurements import Examinee, Questions
 from rrtc.eval.page import write_page
 from rrtc.eval.passkey import Probe, make_probes
@@ -26,6 +27,7 @@ from rrtc.eval.summary import scores_of
 from rrtc.eval.tasks import Task, find_tasks
 from rrtc.io.folder import check_target, whole_folder
 from rrtc.io.provenance import base_seen_from, next_history, read_provenance, write_provenance
+from rrtc.io.recursive import trained_exits
 from rrtc.io.report import PAGE, SCHEMA, write_report
 from rrtc.io.source import Source, content_hash, find_base, load_tokenizer, read_config
 from rrtc.io.trust import text_of_folder
@@ -186,7 +188,7 @@ def _measure(
     """(rows of the report, its parts that are about one compressed model, samples). Besides the dense model, one model
     at a time is in memory."""
     rows, samples, reused, made = [], [], 0, 0
-    last: dict = {"layers": [], "speed": None}
+    last: dict = {"layers": [], "speed": None, "engine": None}
     stages = [candidate for candidate in candidates if candidate.kind == "stage" and candidate.throughout]
     reference = Examinee(dense, questions)
     theirs = reference.answers()[0]
@@ -212,6 +214,7 @@ def _measure(
             samples.append({"model": candidate.name, "text": every[0].said})
         if [candidate] == stages:
             last = {"layers": _layers(candidate, examinee), "speed": _speed(reference, examinee, questions)}
+            last["engine"] = _engine(examinee, questions)
         reused, made = reused + examinee.reused, made + examinee.made
         if examinee is not reference:
             examinee.leave()
@@ -252,6 +255,16 @@ def _speed(dense: Examinee, examinee: Examinee, questions: Questions) -> dict | 
             after = on_first_process(lambda: speed_after(*pair, rounds, context, advance))
         found |= {} if after is None else {"long": after}
     return found
+
+
+def _engine(examinee: Examinee, questions: Questions) -> dict | None:
+    if not questions.recipe.engine:
+        return None
+    rounds, tokenizer = max(questions.recipe.speed_rounds, 1), questions.tokenizer
+    loops = max((visit.loop for visit in getattr(examinee.candidate.counted, "visits", ())), default=0) + 1
+    with progress("Timing ways to generate in turn", engine_passes(loops, rounds)) as advance:
+        has_exits = bool(trained_exits(examinee.candidate.folder))
+        return on_first_process(lambda: measure_engine(examinee.model, tokenizer, has_exits, rounds, advance))
 
 
 def _layers(candidate: Candidate, examinee: Examinee) -> list[dict]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from rrtc.console import note, progress
 from rrtc.errors import RrtcError, WrongUsage
 from rrtc.generate.forecast import WORTH_IT, Costs, measure_costs
-from rrtc.generate.quality import find_threshold, passes
+from rrtc.generate.quality import Scored, find_threshold, passes
 from rrtc.generate.stages import Stages
 from rrtc.generate.ways import FullDepth, Leave, Speculate
 from rrtc.recipe.generate import WayOptions
@@ -64,7 +64,7 @@ def choose(
     costs = measure_costs(model, requests)
     if options.exit_quality:
         return _by_quality(model, tokenizer, options, costs)
-    kept = agreement(model, stages, _text(model, tokenizer, *TRIAL))
+    kept = agreement(model, stages, trial_text(model, tokenizer, *TRIAL))
     most = options.speculate or DRAFTS
     drafts = costs.drafts(kept, most)
     forecast = costs.speculating(kept, drafts or 1)
@@ -78,8 +78,8 @@ def choose(
 def _by_quality(model, tokenizer, options: WayOptions, costs: Costs) -> Choice:
     windows, context = QUALITY
     with progress("exit quality", total=passes(windows, costs.loops)) as advance:
-        text = _text(model, tokenizer, windows, context)
-        found = find_threshold(model, text, options.exit_quality, options.catch_up, advance)
+        scored = Scored(model, trial_text(model, tokenizer, windows, context), options.catch_up, advance)
+        found = find_threshold(scored, options.exit_quality)
     if found.value is None:
         return Choice(
             FullDepth, "full depth", None, f"The loss would grow by {options.exit_quality} nats a token or more, "
@@ -108,7 +108,7 @@ def agreement(model: "PreTrainedModel", stages: Stages, windows: Tensor) -> floa
     return float(torch.stack(same).mean())
 
 
-def _text(model, tokenizer, windows: int, context: int) -> Tensor:
+def trial_text(model, tokenizer, windows: int, context: int) -> Tensor:
     """Text that Python ships and that no training of ours has seen: (windows, context) token ids."""
     context = longest_context(model.config, context)
     vocabulary = model.get_input_embeddings().weight.shape[0]

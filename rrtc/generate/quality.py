@@ -36,10 +36,16 @@ class Threshold:
 
 
 class Scored:
-    """Windows of text, (windows, context) token ids, scored at full depth and at their first exit."""
+    """Windows of text, (windows, context) token ids, scored at full depth and at their first exit. advance is called
+    after each pass over one of them: see `passes`."""
 
-    def __init__(self, model: PreTrainedModel, windows: Tensor, catch_up: bool, advance: Callable[[], None]):
+    @torch.inference_mode()
+    def __init__(
+        self, model: PreTrainedModel, windows: Tensor, catch_up: bool = False,
+        advance: Callable[[], None] = lambda: None,
+    ):  # fmt: skip
         """Raises ValueError where tokens cannot leave the model early."""
+        windows = windows.to(model.device)
         self.stages, self._windows, self._catch_up, self._advance = Stages(model), windows, catch_up, advance
         if self.stages.loops == 1:
             raise ValueError("tokens cannot leave this model early")
@@ -47,6 +53,9 @@ class Scored:
         self._positions = torch.arange(windows.shape[1], device=windows.device)
         self._first = [self._after_first_loop(ids) for ids in windows]
         self._full = [self._losses(number, NEVER)[0] for number in range(len(windows))]
+
+    def __len__(self) -> int:
+        return len(self._windows)
 
     def sureness(self, share: float) -> float:
         """What the first exit must be surer than for that share of all tokens to leave there."""
@@ -103,19 +112,12 @@ class Scored:
         return loss.masked_fill(positions == len(ids) - 1, 0.0)
 
 
-def find_threshold(
-    model: PreTrainedModel, windows: Tensor, limit: float, catch_up: bool = False,
-    advance: Callable[[], None] = lambda: None,
-) -> Threshold:  # fmt: skip
-    """The lowest threshold by which the loss grows by less than `limit` nats a token, as far as `windows` of text can
-    tell, (windows, context) token ids. advance is called after each pass over one of them: see `passes`.
-
-    Raises ValueError for fewer windows than a bound can be had of, or a model that tokens cannot leave early.
-    """
-    if len(windows) < FEWEST:
-        raise ValueError(f"{len(windows)} windows are too few; a bound takes {FEWEST}")
+def find_threshold(scored: Scored, limit: float) -> Threshold:
+    """The lowest threshold by which the loss grows by less than `limit` nats a token, as far as the scored windows can
+    tell. Raises ValueError for fewer windows than a bound can be had of."""
+    if len(scored) < FEWEST:
+        raise ValueError(f"{len(scored)} windows are too few; a bound takes {FEWEST}")
     with torch.inference_mode():
-        scored = Scored(model, windows.to(model.device), catch_up, advance)
         found = Threshold(None, 0.0, 0.0, (*[0.0] * (scored.stages.loops - 1), 1.0))
         low, high = 0, len(SHARES)  # the larger the share, the more it costs
         while low < high:
@@ -128,9 +130,9 @@ def find_threshold(
         return found
 
 
-def passes(windows: int, loops: int) -> int:
-    """How often `find_threshold` advances, at most."""
-    return windows * (1 + (loops - 1) * (1 + len(SHARES).bit_length()))
+def passes(windows: int, loops: int, limits: int = 1) -> int:
+    """How often so many windows advance until the thresholds for so many limits are found, at most."""
+    return windows * (1 + (loops - 1) * (1 + limits * len(SHARES).bit_length()))
 
 
 def _tried(scored: Scored, threshold: float) -> Threshold:

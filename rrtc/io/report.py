@@ -36,6 +36,11 @@ layers         a dict a layer of the compressed model: layer, slot, loop, tied (
 speed          null, or the compressed model's speed over the dense one's, measured in turn: device, rounds,
                prompt_tokens, new_tokens, and for each of prefill and decode {ratio, low, high} (median and quartiles);
                where visits see a window, also long: prompt_tokens, new_tokens and decode after a long prompt
+engine         null, or what `rrtc generate` could win: loops, right (share of tokens of which the first exit says what
+               the model says in the end; null without trained exits), rounds, prompt_tokens, new_tokens, thresholds: a
+               list of {limit (nats a token that early exits may cost), threshold, growth (nats), left (share of the
+               tokens)}, and ways: a list of {way, requests (at once), forecast (times full depth; or null), ratio, low,
+               high (measured: times full depth, median and quartiles)}
 training       the training curve of each stage that has one: stage, and points: [tokens, loss, kl or null]
 source_bytes   the size of the file the dense model was read from, where that is a GGUF
 samples        a continuation by each model: model, text
@@ -165,6 +170,29 @@ class _Speed(_Decoding):
     long: _Decoding | None = None
 
 
+class _Way(_Ratio):
+    way: str
+    requests: int
+    forecast: float | None
+
+
+class _Threshold(_Part):
+    limit: float
+    threshold: float
+    growth: float
+    left: float
+
+
+class _Engine(_Part):
+    loops: int
+    right: float | None
+    rounds: int
+    prompt_tokens: int
+    new_tokens: int
+    thresholds: list[_Threshold]
+    ways: list[_Way]
+
+
 class _NotRun(_Part):
     task: str
     why: str
@@ -189,6 +217,7 @@ class _Report(_Part):
     not_run: list[_NotRun]
     layers: list[dict[str, Any]]
     speed: _Speed | None
+    engine: _Engine | None = None  # reports of older versions have none
     training: list[dict[str, Any]]
     source_bytes: int | None
     samples: list[_Sample]

@@ -47,6 +47,11 @@ class EvalRecipe(Section):
         description="Where visits see a window, they are also timed at the end of so many tokens of context, or of the "
         "model's longest.",
     )
+    engine: bool = Field(
+        False,
+        description="Also time what early exits, speculation and many requests at once are worth here, beside what was "
+        "to be expected.",
+    )
     baselines: bool = Field(
         False, description="Also make and measure what untied low rank and dropping layers give at the same size."
     )

@@ -295,3 +295,22 @@ def _rounded(value):
     if isinstance(value, list):
         return [_rounded(one) for one in value]
     return pytest.approx(value, abs=1e-5) if isinstance(value, float) else value
+
+
+def test_ways_to_generate_are_timed_beside_what_was_to_be_expected(models, tmp_path):
+    asked = recipe(**text_of(models), engine=True, speed_rounds=2)
+    report = evaluate(str(models / "exits"), asked, output=str(tmp_path / "report"))
+    engine = read_report(tmp_path / "report")["engine"]
+    assert engine == report["engine"] and engine["loops"] == 2 and 0 <= engine["right"] <= 1
+    ways = {(way["way"].partition(",")[0], way["requests"]) for way in engine["ways"]}
+    assert ways >= {(name, n) for name in ("full depth", "speculation", "transformers") for n in (1, 8)}
+    for way in engine["ways"]:
+        assert way["low"] <= way["ratio"] <= way["high"]
+        assert (way["forecast"] is None) == way["way"].startswith(("full", "trans"))
+        if way["way"] == "full depth":
+            assert way["ratio"] == 1.0
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "Ways to generate" in page and f"of {engine['right']:.0%} of tokens" in page
+    without = evaluate(str(models / "small"), asked)["engine"]
+    assert without["right"] is None and without["thresholds"] == []
+    assert {way["way"] for way in without["ways"]} == {"full depth", "transformers, one by one"}

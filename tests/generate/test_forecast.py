@@ -63,7 +63,7 @@ def test_an_exit_agrees_with_the_end_where_nothing_follows():
 @torch.inference_mode()
 def test_text_is_scored_as_it_would_be_generated(recipe, catch_up):
     model = double("llama", **recipe)
-    scored = Scored(model, WINDOWS[:1], catch_up, lambda: None)
+    scored = Scored(model, WINDOWS[:1], catch_up)
     ids, threshold = WINDOWS[0], scored.sureness(0.4)
     losses, loops = scored._losses(0, threshold)
     assert loops[:PROMPT].eq(scored.stages.loops - 1).all() and 3 < loops[PROMPT:].eq(0).sum() < len(ids) - PROMPT
@@ -88,7 +88,7 @@ def test_text_is_scored_as_it_would_be_generated(recipe, catch_up):
 @torch.inference_mode()
 def test_the_growth_of_the_loss_is_from_full_depth():
     model = double("llama")
-    scored = Scored(model, WINDOWS[:2], False, lambda: None)
+    scored = Scored(model, WINDOWS[:2])
     growth, shares = scored.leaving(NEVER)
     assert growth == [0.0, 0.0] and shares == [0.0, 1.0]
     logits = model(WINDOWS[:2]).logits.float().log_softmax(-1)
@@ -98,11 +98,12 @@ def test_the_growth_of_the_loss_is_from_full_depth():
 
 def test_the_threshold_keeps_to_the_limit():
     model, advanced = double("llama"), []
-    strict, loose = (find_threshold(model, WINDOWS, limit, advance=lambda: advanced.append(1)) for limit in (0.1, 5.0))
-    assert len(advanced) <= 2 * passes(len(WINDOWS), 2)
+    scored = Scored(model, WINDOWS, advance=lambda: advanced.append(1))
+    strict, loose = (find_threshold(scored, limit) for limit in (0.1, 5.0))
+    assert len(advanced) <= passes(len(WINDOWS), 2, 2)
     assert loose.most < 5.0 and loose.shares[0] >= strict.shares[0]
     assert strict.value is None or strict.most < 0.1
-    idle = find_threshold(idle_after_the_first_loop(), WINDOWS, 0.001)
+    idle = find_threshold(Scored(idle_after_the_first_loop(), WINDOWS), 0.001)
     assert idle.growth == pytest.approx(0, abs=1e-6) and idle.shares[0] > 0.7
     with pytest.raises(ValueError, match="7 windows are too few"):
-        find_threshold(model, WINDOWS[:7], 0.1)
+        find_threshold(Scored(model, WINDOWS[:7]), 0.1)
