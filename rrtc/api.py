@@ -372,7 +372,7 @@ def generate(
         from rrtc.machine import device
 
         return answer_all(name, *load(source.folder, device=device()), several, asked,
-                          bool(trained_exits(source.folder)), show, done)  # fmt: skip
+                          bool(trained_exits(source.folder)), content_hash(source.folder), show, done)  # fmt: skip
 
 
 def generate_file(

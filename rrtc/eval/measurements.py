@@ -1,6 +1,6 @@
 """One model measured by everything that is asked: texts, tasks, pass keys, its hidden states, what it says.
 
-Every measurement is kept (rrtc/eval/cache.py) as figures of single items, and a model is only loaded for one that is
+Every measurement is kept (rrtc/io/remembered.py) as figures of single items, and a model is only loaded for one that is
 not there yet.
 """
 
@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 from rrtc import machine, scoring
 from rrtc.console import progress
 from rrtc.errors import RrtcError
-from rrtc.eval.cache import Measurement, remembered
 from rrtc.eval.candidates import Candidate
 from rrtc.eval.passkey import Probe, found
 from rrtc.eval.sample import sample
 from rrtc.eval.tasks import Harness, Task
+from rrtc.io.remembered import Measurement, remembered
 from rrtc.io.source import load_for_scoring, read_config
 from rrtc.io.unchanged import Unchanged
 from rrtc.machine import share_of, spread

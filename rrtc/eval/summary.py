@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import numpy
 from numpy.typing import NDArray
 
-from rrtc.eval.cache import Measurement
 from rrtc.eval.measurements import Answers, Questions
 from rrtc.eval.passkey import Probe
 from rrtc.eval.statistics import Estimate, average, calibration_error, estimate, wilson
 from rrtc.eval.tasks import Task
+from rrtc.io.remembered import Measurement
 
 TEXT_SCORES = ("loss", "bits_per_byte", "kl", "top1_agreement")
 

@@ -22,11 +22,12 @@ if TYPE_CHECKING:
 
 def answer_all(
     name: str, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str | Turns],
-    options: WayOptions, has_exits: bool, show: Show | None = None,
+    options: WayOptions, has_exits: bool, fingerprint: str, show: Show | None = None,
     done: Callable[[int, GeneratedResult], None] | None = None,
 ) -> GenerateResult:  # fmt: skip
     """The answers of `model`, which the user calls `name`, to all prompts. has_exits: whether its exits were trained.
-    show(piece) is called with each piece of text as it comes, done(number, answer) with each answer when it is whole.
+    fingerprint: of its files. show(piece) is called with each piece of text as it comes, done(number, answer) with each
+    answer when it is whole.
 
     Raises, before any of them is answered, WrongUsage for a prompt that holds nothing or more than the model can see,
     and as `choose` does.
@@ -40,7 +41,7 @@ def answer_all(
             raise WrongUsage(f"{which} has {len(ids)} tokens, and {name} can see {context}.", "Say it in fewer words.")
         asked.append(ids)
     rows = min(options.batch, len(asked))
-    choice = choose(model, tokenizer, options, has_exits, rows)
+    choice = choose(model, tokenizer, options, has_exits, rows, fingerprint)
     if choice.why:
         (warn if options.uses_exits and choice.name == "full depth" else note)(choice.why)
     longest = min(context, max(map(len, asked)) + options.max_tokens)

@@ -1,19 +1,23 @@
 """Which way a model's exits are used: the one that the user asks for, unless nothing is to be won by it."""
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
+from hashlib import sha256
 from typing import TYPE_CHECKING
 
+import numpy
 import torch
 from torch import Tensor
 
 from rrtc.console import note, progress
 from rrtc.errors import RrtcError, WrongUsage
 from rrtc.generate.forecast import WORTH_IT, Costs, measure_costs
-from rrtc.generate.quality import Scored, find_threshold, passes
+from rrtc.generate.quality import Scored, Threshold, find_threshold, passes
 from rrtc.generate.stages import Stages
 from rrtc.generate.ways import FullDepth, Leave, Speculate
+from rrtc.io.remembered import remembered
 from rrtc.recipe.generate import WayOptions
 from rrtc.recipe.section import BUILT_IN_TEXT
 from rrtc.stock.parts import Parts
@@ -40,9 +44,15 @@ class Choice:
 
 
 def choose(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", options: WayOptions, has_exits: bool, requests: int
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    options: WayOptions,
+    has_exits: bool,
+    requests: int,
+    fingerprint: str,
 ) -> Choice:
     """The way to generate with so many requests at once. has_exits: whether the model's exits were trained.
+    fingerprint: of the model's files, for each of which it is found once how sure exits must be.
 
     Raises WrongUsage where exits are asked for and there are none; RrtcError where tokens cannot leave the model early.
     """
@@ -63,7 +73,7 @@ def choose(
     note("Finding out what early exits are worth here")
     costs = measure_costs(model, requests)
     if options.exit_quality:
-        return _by_quality(model, tokenizer, options, costs)
+        return _by_quality(model, tokenizer, options, fingerprint, costs)
     kept = agreement(model, stages, trial_text(model, tokenizer, *TRIAL))
     most = options.speculate or DRAFTS
     drafts = costs.drafts(kept, most)
@@ -75,11 +85,22 @@ def choose(
     return Choice(way, "speculation", forecast, f"{said} as full depth.")
 
 
-def _by_quality(model, tokenizer, options: WayOptions, costs: Costs) -> Choice:
+def _by_quality(model, tokenizer, options: WayOptions, fingerprint: str, costs: Costs) -> Choice:
     windows, context = QUALITY
-    with progress("exit quality", total=passes(windows, costs.loops)) as advance:
-        scored = Scored(model, trial_text(model, tokenizer, windows, context), options.catch_up, advance)
-        found = find_threshold(scored, options.exit_quality)
+    text = trial_text(model, tokenizer, windows, context)
+
+    def find() -> dict:
+        with progress("How sure exits must be", total=passes(windows, costs.loops)) as advance:
+            found = find_threshold(Scored(model, text, options.catch_up, advance), options.exit_quality)
+        return {name: numpy.array(numpy.nan if one is None else one) for name, one in asdict(found).items()}
+
+    made_from = {
+        "what": "threshold", "model": fingerprint, "limit": options.exit_quality, "catch_up": options.catch_up,
+        "text": sha256(text.numpy().tobytes()).hexdigest(), "dtype": str(model.dtype), "device": model.device.type,
+    }  # fmt: skip
+    kept = {name: array.tolist() for name, array in remembered(made_from, find)[0].items()}
+    kept["value"] = None if math.isnan(kept["value"]) else kept["value"]
+    found = Threshold(**kept | {"shares": tuple(kept["shares"])})
     if found.value is None:
         return Choice(
             FullDepth, "full depth", None, f"The loss would grow by {options.exit_quality} nats a token or more, "

@@ -18,10 +18,11 @@ from typer.testing import CliRunner
 
 from rrtc.cli.app import app
 from rrtc.errors import RrtcError, WrongUsage
-from rrtc.eval import cache, measurements
-from rrtc.eval.cache import remembered
+from rrtc.eval import measurements
 from rrtc.eval.stage import evaluate
 from rrtc.init.stage import init
+from rrtc.io import remembered as cache
+from rrtc.io.remembered import remembered
 from rrtc.io.report import read_report
 from rrtc.io.source import load_for_scoring, read_config
 from rrtc.recipe.schema import Recipe

@@ -8,10 +8,12 @@ import pytest
 import torch
 from pico import pico_model
 from recursive_models import double, everywhere, idle_after_the_first_loop, randomize, rrt_config, tokens
+from scipy.stats import chisquare
 from transformers import PreTrainedModel
 
 from rrtc.errors import RrtcError, WrongUsage
 from rrtc.generate.engine import Busy, Engine
+from rrtc.generate.sampling import Drawing
 from rrtc.generate.ways import FullDepth, Leave, Speculate
 from rrtc.model import RrtConfig, RrtForCausalLM
 from rrtc.model.modeling_rrt import find_layers
@@ -323,3 +325,16 @@ def test_greedy_repetition_penalties_hold_for_drafts_too():
     settings = {"repetition_penalty": 2.0, "no_repeat_ngram_size": 2}
     engine = Engine(model, WAYS["speculating"], context=CONTEXT)
     assert by_engine(engine, **settings) == [by_transformers(model, prompt, **settings) for prompt in PROMPTS]
+
+
+def test_what_is_said_where_a_draft_was_drawn_is_distributed_as_without():
+    drawing = Drawing(double("llama"), PROMPTS[0], NEW, 0, do_sample=True, top_k=0)
+    chance = torch.Generator().manual_seed(1)
+    exit_scores, scores = torch.tensor([2.0, 0.0, 1.0, -1.0, 0.5]), torch.tensor([0.0, 1.0, 1.5, -2.0, 0.3])
+    drafts = torch.multinomial(exit_scores.softmax(-1), 20_000, replacement=True, generator=chance)
+    said = [drawing.judge(int(draft), exit_scores, scores) for draft in drafts]
+    counts = torch.bincount(torch.tensor([token for token, _ in said]), minlength=5)
+    assert chisquare(counts.numpy(), (20_000 * scores.double().softmax(-1)).numpy()).pvalue > 0.01
+    kept = sum(same for _, same in said) / len(said)
+    assert kept == pytest.approx(torch.minimum(exit_scores.softmax(-1), scores.softmax(-1)).sum().item(), abs=0.015)
+    assert all(token == draft for (token, same), draft in zip(said, drafts.tolist(), strict=True) if same)

@@ -1,8 +1,8 @@
 """Measurements that were made before: each is kept under a fingerprint of all that it depends on.
 
-So an evaluation that was interrupted goes on where it stopped, a second one with other tasks measures only these, and
-the dense model is measured once for all models that are compared with it. They lie in $RRTC_CACHE/eval; who wants them
-made again deletes that folder.
+So an evaluation that was interrupted goes on where it stopped, a second one with other tasks measures only these, the
+dense model is measured once for all models that are compared with it, and how sure an exit must be is found once. They
+lie in $RRTC_CACHE/eval; who wants them made again deletes that folder.
 """
 
 import functools
@@ -21,7 +21,7 @@ from rrtc.io.folder import whole_file
 from rrtc.machine import from_first_process, is_first_process
 
 # What a measurement is made by: with another line in one of these files, it is another measurement.
-CODE = ("eval", "model", "stock", "scoring.py")
+CODE = ("eval", "generate", "model", "stock", "scoring.py")
 
 Measurement = dict[str, NDArray]  # figures of single items by what they are
 
