@@ -29,7 +29,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rrtc.errors import RrtcError
 from rrtc.generate.store import Sighting, Store
-from rrtc.model.attention_rrt import MASKED_KERNELS, KernelConfig, Rule, attention_of, eager_kernel
+from rrtc.model.attention_rrt import MASKED_KERNELS, KernelConfig, Rule, added, attention_of, eager_kernel
 from rrtc.model.modeling_rrt import RelaxedLinear, Visit, rule_of
 from rrtc.stock.architecture import decoder_layers, windows_of
 from rrtc.stock.parts import standing_in, states_of
@@ -283,7 +283,7 @@ class Stages:
             sighting = span.sightings[shelf.rule]
             shelf.write(self.store.rows, span.row, sighting.columns, key, value)
             keys, values = shelf.read(span.row, sighting.width)
-            mask = _added(sighting.mask, query.dtype) if adds_mask and sighting.mask is not None else sighting.mask
+            mask = added(sighting.mask, query.dtype) if adds_mask and sighting.mask is not None else sighting.mask
             if len(shelf.heads) == heads:
                 return run(query, keys, values, mask)[0]
             group = query.shape[1] // heads
@@ -317,11 +317,6 @@ def _stock(layer: nn.Module) -> nn.Module:
 def _stock_config(attention: nn.Module):
     config = attention.config
     return config.stock if isinstance(config, KernelConfig) else config
-
-
-def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask of what is seen, to be added to scores."""
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
 
 def _shares(modules: list[nn.Module]) -> bool:

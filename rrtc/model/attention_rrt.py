@@ -298,12 +298,13 @@ class Sight:
         start = self._starts(first, last, columns)[:, None, :, None]
         seen = self.rule.visible(queries, columns, start)
         if self.mask is None:
-            return seen if dtype is None else _added(seen, dtype)
+            return seen if dtype is None else added(seen, dtype)
         stock = self.mask[..., first:last, :][..., columns]
         return seen & stock if stock.dtype == torch.bool else stock.masked_fill(~seen, torch.finfo(stock.dtype).min)
 
 
-def _added(seen: Tensor, dtype: torch.dtype) -> Tensor:
+def added(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask of what is seen, to be added to scores."""
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
 
 
