@@ -48,6 +48,15 @@ def scoring_dtype() -> "torch.dtype":
     return torch.float32 if device().type == "cpu" else torch.bfloat16
 
 
+def free_memory(of: "torch.device") -> int:
+    """Bytes that are free now where `of` computes."""
+    import psutil
+    import torch
+
+    module = torch.get_device_module(of)
+    return module.mem_get_info(of)[0] if hasattr(module, "mem_get_info") else psutil.virtual_memory().available
+
+
 def is_too_large(parameters: int, dtype: "torch.dtype") -> bool:
     """Whether a model of so many parameters does not fit into the memory that is free now, in `dtype`."""
     import psutil

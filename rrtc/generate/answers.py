@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from rrtc.console import note, progress, warn
+from rrtc.console import progress
 from rrtc.errors import WrongUsage
 from rrtc.generate.choice import choose
 from rrtc.generate.engine import UNBOUNDED, Engine
@@ -42,8 +42,7 @@ def answer_all(
         asked.append(ids)
     rows = min(options.batch, len(asked))
     choice = choose(model, tokenizer, options, has_exits, rows, fingerprint)
-    if choice.why:
-        (warn if options.uses_exits and choice.name == "full depth" else note)(choice.why)
+    choice.tell(options)
     longest = min(context, max(map(len, asked)) + options.max_tokens)
     engine = Engine(model, choice.way, rows, longest)
     begun, found = time.perf_counter(), {}
@@ -89,4 +88,6 @@ def _answers(
             numbers[request] = number, words
         for request in engine.step():
             number, words = numbers.pop(request)
+            if request.error is not None:
+                raise request.error
             yield number, {"text": words.finish(), "tokens": len(request.said), "ended": request.ended or ""}

@@ -11,14 +11,14 @@ import numpy
 import torch
 from torch import Tensor
 
-from rrtc.console import note, progress
+from rrtc.console import note, progress, warn
 from rrtc.errors import RrtcError, WrongUsage
 from rrtc.generate.forecast import WORTH_IT, Costs, measure_costs
 from rrtc.generate.quality import Scored, Threshold, find_threshold, passes
 from rrtc.generate.stages import Stages
 from rrtc.generate.ways import FullDepth, Leave, Speculate
 from rrtc.io.remembered import remembered
-from rrtc.recipe.generate import WayOptions
+from rrtc.recipe.generate import EngineOptions
 from rrtc.recipe.section import BUILT_IN_TEXT
 from rrtc.stock.parts import Parts
 from rrtc.text.windows import held_out_windows, longest_context
@@ -42,11 +42,16 @@ class Choice:
     forecast: float | None = None
     why: str = ""
 
+    def tell(self, options: EngineOptions) -> None:
+        """Says why: with emphasis where the user asked for another way."""
+        if self.why:
+            (warn if options.uses_exits and self.name == "full depth" else note)(self.why)
+
 
 def choose(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
-    options: WayOptions,
+    options: EngineOptions,
     has_exits: bool,
     requests: int,
     fingerprint: str,
@@ -85,7 +90,7 @@ def choose(
     return Choice(way, "speculation", forecast, f"{said} as full depth.")
 
 
-def _by_quality(model, tokenizer, options: WayOptions, fingerprint: str, costs: Costs) -> Choice:
+def _by_quality(model, tokenizer, options: EngineOptions, fingerprint: str, costs: Costs) -> Choice:
     windows, context = QUALITY
     text = trial_text(model, tokenizer, windows, context)
 

@@ -58,7 +58,7 @@ class Engine:
         if room < 1:
             sentence = f"The prompt has {len(prompt)} tokens, and with its answer there is room for {self.context}."
             raise WrongUsage(sentence, "Say it in fewer words.")
-        if not self._free and len(self.queue) >= self._longest_queue:
+        if len(self.queue) - len(self._free) >= self._longest_queue:
             raise Busy(f"{len(self.queue)} requests wait already.", "Ask again when some of them have been answered.")
         drawing = Drawing(self.model, prompt, min(most, room), seed, **settings)
         request = Request(list(prompt), min(most, room), drawing, say, most <= room)
@@ -80,7 +80,10 @@ class Engine:
             self.store.arrivals[span.row][span.loop].add(span.positions)
         left, read = self.stages.run(spans, self.store)
         for request, span, states, logits in zip(taking_part, spans, left, read, strict=True):
-            self.way.after(request, span, states, logits, self.store)
+            try:
+                self.way.after(request, span, states, logits, self.store)
+            except Exception as error:  # that its next token cannot be drawn is no matter of the others
+                request.ended, request.error = "failed", error
         self.steps, self.passes = self.steps + 1, self.passes + sum(len(span) for span in spans)
         ended = [request for request in taking_part if request.ended]
         for request in ended:

@@ -10,7 +10,7 @@ from torch import Tensor
 from rrtc.generate.sampling import Drawing
 from rrtc.generate.stages import Span
 
-Ended = Literal["by itself", "max_tokens", "context", "stopped"]
+Ended = Literal["by itself", "max_tokens", "context", "stopped", "failed"]
 
 
 @dataclass(eq=False)
@@ -25,6 +25,7 @@ class Request:
     room: bool = True  # whether `most` is what was asked for; else the context allows no more
     said: list[int] = field(default_factory=list)
     ended: Ended | None = None
+    error: Exception | None = None  # with which it failed
     row: int = -1
     span: Span | None = None
     drafts: list[tuple[int, Tensor]] = field(default_factory=list)  # tokens, and the scores that they are drawn from

@@ -30,8 +30,8 @@ class Shelf:
         there are."""
         if self.keys is None:
             shape = (rows, len(self.heads), self.columns, keys.shape[-1])
-            self.keys = keys.new_zeros(shape)
-            self.values = values.new_zeros(*shape[:3], values.shape[-1])
+            self.keys = keys.new_empty(shape)  # what was not written is never read, and on a CPU takes no memory
+            self.values = values.new_empty(*shape[:3], values.shape[-1])
         if len(self.heads) < keys.shape[1]:
             keys, values = keys[:, self.heads], values[:, self.heads]
         self.keys[row, :, columns], self.values[row, :, columns] = keys[0], values[0]
@@ -112,9 +112,10 @@ class Store:
         for _ in range(rows):
             self.arrivals.append([Arrivals(context, device) for _ in range(max(depths) + 1)])
 
-    def ring(self, rule: Rule | None) -> int:
-        """Columns of a shelf whose heads see what the rule says."""
-        return self.context if rule is None else min(self.context, rule.sinks + rule.window + self._most)
+    def ring(self, rule: Rule | None, context: int | None = None) -> int:
+        """Columns of a shelf whose heads see what the rule says. context: in place of its own."""
+        context = context or self.context
+        return context if rule is None else min(context, rule.sinks + rule.window + self._most)
 
     def kinds(self, depth: int) -> set[Rule | None]:
         """What is seen by heads in that loop, without saying which heads."""
@@ -147,8 +148,16 @@ class Store:
     @property
     def bytes(self) -> int:
         """What the keys and values of all rows take."""
-        tensors = [tensor for made in self._shelves.values() for shelf in made for tensor in (shelf.keys, shelf.values)]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+        return self.bytes_of(self.rows, self.context)
+
+    def bytes_of(self, rows: int, context: int) -> int:
+        """What they would take with so many rows and such a context, as far as a token has come to every visit."""
+        made = [shelf for shelves in self._shelves.values() for shelf in shelves if shelf.keys is not None]
+        return sum(
+            rows * self.ring(shelf.rule, context) * tensor[0, :, 0].numel() * tensor.element_size()
+            for shelf in made
+            for tensor in (shelf.keys, shelf.values)
+        )
 
 
 def _of_any_heads(rule: Rule) -> Rule:

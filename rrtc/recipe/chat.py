@@ -5,6 +5,8 @@ from pydantic import Field, model_validator
 from rrtc.errors import WrongUsage
 from rrtc.recipe.section import Section
 
+LOWEST = 0.001  # temperature by which scores can be divided, however large they are
+
 
 class ChatOptions(Section):
     """How a model answers. What is None is as the model's own generation defaults have it."""
@@ -29,6 +31,8 @@ class ChatOptions(Section):
 
     @model_validator(mode="after")
     def _something_to_draw_from(self) -> "ChatOptions":
+        if self.temperature is not None and 0 < self.temperature < LOWEST:
+            raise ValueError(f"a temperature below {LOWEST} is 0, or greater than that")
         if self.temperature == 0 and self.top_p is not None:
             raise ValueError("with temperature 0 nothing is drawn, so top_p says nothing")
         return self

@@ -14,6 +14,7 @@ import psutil
 import pytest
 import torch
 from pico import pico_tokenizer, save_pico
+from said import greedy
 from typer.testing import CliRunner
 
 from rrtc import api
@@ -36,14 +37,6 @@ def fails(*arguments, says: str, code: int = 1, stdin: bytes | None = None) -> N
     done = rrtc(*arguments, stdin=stdin)
     assert done.exit_code == code and done.stdout == "", done.output
     assert says in done.stderr, done.stderr
-
-
-def greedy(folder: Path, text: str, tokens: int) -> str:
-    """What `generate` says after `text`, which goes on as it is."""
-    model, tokenizer = api.load(folder)
-    ids = tokenizer(text, return_tensors="pt")
-    said = model.generate(**ids, max_new_tokens=tokens, do_sample=False)
-    return tokenizer.decode(said[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def with_template(folder: Path, template: str = TEMPLATE, **changes) -> Path:

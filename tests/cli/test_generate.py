@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from pico import save_pico
+from said import greedy
 from typer.testing import CliRunner
 
 from rrtc import api
@@ -25,13 +26,6 @@ def fails(*arguments, says: str, code: int = 1) -> None:
     done = rrtc(*arguments)
     assert done.exit_code == code and done.stdout == "", done.output
     assert says in done.stderr, done.stderr
-
-
-def greedy(folder: Path, text: str, tokens: int = 12) -> str:
-    model, tokenizer = api.load(folder)
-    ids = tokenizer(text, return_tensors="pt")
-    said = model.generate(**ids, max_new_tokens=tokens, do_sample=False)
-    return tokenizer.decode(said[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def written(file: Path, rows: list[dict]) -> Path:
