@@ -37,7 +37,7 @@ from rrtc.io.weights import Weights
 from rrtc.plain import read_json
 from rrtc.plan import read_visits
 from rrtc.recipe.chat import ChatOptions
-from rrtc.recipe.generate import WayOptions
+from rrtc.recipe.generate import ServeOptions, WayOptions
 from rrtc.recipe.schema import Recipe, checked, load_recipe, with_flags
 from rrtc.recipe.section import Section
 from rrtc.recipe.settings import sweep_of, with_settings
@@ -53,6 +53,7 @@ from rrtc.results import (
     Report,
     RunPlanResult,
     RunResult,
+    ServeResult,
     SweepResult,
     UptrainResult,
 )
@@ -67,6 +68,7 @@ from rrtc.runs import (
     run_recipe,
     sweep_recipes,
 )
+from rrtc.serve.place import bind, check_installed
 from rrtc.text.prompts import AnswersFile, Prompt, check_prompt_value, prompt_of, read_prompts
 from rrtc.units import parse_size
 from rrtc.uptrain.checks import check_recipe
@@ -395,6 +397,29 @@ def generate_file(
                 model, asked, done=lambda number, answer: file.add(left[number], answer), verbose=verbose, **options
             )
     return result
+
+
+def serve(model: Place, *, verbose: bool = False, **options: Any) -> ServeResult:
+    """Answers requests of OpenAI's protocol with `model`, which may be all that `load` takes, until Ctrl-C or SIGTERM:
+    /v1/completions, /v1/chat/completions, /v1/models and /health. options: of ServeOptions in rrtc/recipe/generate.py.
+
+    Raises RrtcError, before it listens, where the packages of the extra `serve` are not installed, nothing can listen
+    at the address, the model cannot be found or has no tokenizer, or there is no room for so many requests; WrongUsage
+    for exits that the model does not have, and a context that it cannot see.
+    """
+    asked, name = with_flags(ServeOptions(), options, "the call"), _home(model)
+    _check_one_process("serve")
+    check_installed()
+    with _work(verbose, f"Reading {name}"), bind(asked.host, asked.port) as place:
+        source = find_model(name)
+        source.weights()
+        check_tokenizer(source.folder)
+        from rrtc.io.recursive import trained_exits
+        from rrtc.machine import device
+        from rrtc.serve.server import serve
+
+        loaded, has_exits = load(source.folder, device=device()), bool(trained_exits(source.folder))
+        return serve(*loaded, name, asked, has_exits, content_hash(source.folder), place)
 
 
 def _dense_of(folder: Path, named: str) -> Source:

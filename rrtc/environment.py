@@ -11,6 +11,7 @@ from rrtc.results import DeviceResult, EnvResult
 PACKAGES = (
     "torch", "transformers", "accelerate", "datasets", "safetensors", "huggingface-hub", "numpy", "scipy", "pydantic",
     "typer", "rich", "gguf", "lm_eval", "compressed-tensors", "onnx", "onnxruntime", "llama-cpp-python", "vllm",
+    "starlette", "uvicorn",
 )  # fmt: skip
 
 

@@ -226,6 +226,16 @@ class GenerateResult(TypedDict):
     accepted: int  # of those
 
 
+class ServeResult(TypedDict):
+    """Of `serve`, when it has been stopped."""
+
+    model: str  # the name by which clients ask for it
+    url: str
+    answered: int  # prompts that were answered to the end
+    tokens: int  # that were said, those of other answers included
+    seconds: float  # from when it listened
+
+
 class BaseResult(TypedDict):
     """The dense model that a folder was made from."""
 

@@ -14,7 +14,7 @@ STAGES = {"init", "uptrain", "eval", "export"}
 ABOVE = [
     {"cli", "__main__"},
     {"api", "environment", "runs"},
-    STAGES | {"chat"},
+    STAGES | {"chat", "serve"},
     {"scoring", "text", "generate", "io", "stock"},
 ]  # and below these all others
 

@@ -18,6 +18,7 @@ from rrtc.cli.command import Resume, command, explained, needs_output
 from rrtc.cli.generate import generate_command
 from rrtc.cli.help import Command, Group
 from rrtc.cli.run import run_command
+from rrtc.cli.serve import serve_command
 from rrtc.errors import WrongUsage
 from rrtc.recipe.commented import commented_recipe, recipe_schema
 from rrtc.recipe.schema import Recipe
@@ -169,6 +170,7 @@ def export_command(
 _command("run")(run_command)
 _command("chat")(chat_command)
 _command("generate")(generate_command)
+_command("serve")(serve_command)
 
 
 @_command("inspect")

@@ -165,6 +165,11 @@ def generated(result: dict) -> Text:
     return plain("; ".join(parts) + f" ({result['way']}).", "dim")
 
 
+def served(result: dict) -> Text:
+    """What `serve` did until it was stopped, in a line."""
+    return plain(f"Answered {result['answered']:,} prompts; {result['tokens']:,} tokens were said.", "dim")
+
+
 def report(result: dict) -> Group:
     """What `eval` found: tables of the models' sizes and scores, and one of each other kind of measurement."""
     models = result["models"]

@@ -5,6 +5,9 @@ from typing import Any
 from pydantic import Field, field_validator, model_validator
 
 from rrtc.recipe.chat import ChatOptions
+from rrtc.recipe.section import Section
+
+CONTEXT = 4096  # tokens of a request that is served, where nobody says how many
 
 
 class AnswerOptions(ChatOptions):
@@ -18,7 +21,7 @@ class AnswerOptions(ChatOptions):
     )
     repetition_penalty: float | None = Field(
         None,
-        gt=0,
+        ge=0.01,
         le=100,
         description="Above 1, tokens that were there before become less probable. By default as the model says.",
     )
@@ -47,8 +50,8 @@ class AnswerOptions(ChatOptions):
         return given | more
 
 
-class WayOptions(AnswerOptions):
-    """Beside that, how many requests go on at once, and what early exits are used for."""
+class EngineOptions(Section):
+    """How many requests go on at once, and what early exits are used for."""
 
     batch: int = Field(8, ge=1, le=4096, description="Requests that go on at once; the others wait.")
     speculate: int | None = Field(
@@ -76,7 +79,7 @@ class WayOptions(AnswerOptions):
     )
 
     @model_validator(mode="after")
-    def _one_way(self) -> "WayOptions":
+    def _one_way(self) -> "EngineOptions":
         given = [name for name in ("speculate", "exit_threshold", "exit_quality") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{given[0]} and {given[1]} are two ways to use exits; choose one of them")
@@ -88,3 +91,25 @@ class WayOptions(AnswerOptions):
     def uses_exits(self) -> bool:
         """Whether the user asks for something that takes exits."""
         return bool(self.speculate or self.exit_threshold or self.exit_quality)
+
+
+class WayOptions(AnswerOptions, EngineOptions):
+    """What can be chosen in `rrtc generate`."""
+
+
+class ServeOptions(EngineOptions):
+    """What can be chosen in `rrtc serve`. How an answer is drawn is said by each request."""
+
+    host: str = Field("127.0.0.1", description="Address to listen at; by default this machine alone can connect.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen at; 0: one that is free.")
+    context: int | None = Field(
+        None,
+        ge=2,
+        le=10**9,
+        description="Tokens of a prompt and its answer at most; room for as many is kept for each request of the "
+        f"batch. By default {CONTEXT:,}, or what the model can see if that is less.",
+    )
+    waiting: int = Field(256, ge=0, le=10**6, description="Requests that may wait; more are told to come back later.")
+    api_key: str | None = Field(
+        None, min_length=1, description="What clients have to send as their API key; by default they need none."
+    )

@@ -338,3 +338,22 @@ def test_what_is_said_where_a_draft_was_drawn_is_distributed_as_without():
     kept = sum(same for _, same in said) / len(said)
     assert kept == pytest.approx(torch.minimum(exit_scores.softmax(-1), scores.softmax(-1)).sum().item(), abs=0.015)
     assert all(token == draft for (token, same), draft in zip(said, drafts.tolist(), strict=True) if same)
+
+
+def test_one_whose_token_cannot_be_drawn_ends_and_the_others_go_on():
+    engine = Engine(double("llama"), rows=3, context=CONTEXT)
+    requests = [engine.submit(prompt, NEW, **GREEDY) for prompt in PROMPTS[:3]]
+    requests[1].drawing.pick = lambda scores: 1 / 0
+    engine.run()
+    assert (requests[1].ended, requests[1].said, type(requests[1].error)) == ("failed", [], ZeroDivisionError)
+    expected = [by_transformers(double("llama"), prompt) for prompt in PROMPTS[:3]]
+    assert [requests[0].said, requests[2].said] == [expected[0], expected[2]]
+    assert sorted(engine._free) == [0, 1, 2]
+
+
+def test_those_who_have_no_row_yet_wait_too():
+    engine = Engine(double("llama"), rows=2, context=CONTEXT, waiting=1)
+    for prompt in PROMPTS[:3]:
+        engine.submit(prompt, NEW, **GREEDY)
+    with pytest.raises(Busy):
+        engine.submit(PROMPTS[3], NEW)
