@@ -393,6 +393,12 @@ class RrtForCausalLM(RrtWithHead, GenerationMixin):
         if cache is not None and generation_config.is_assistant:
             cache.activate_past_recording()
 
+    def _sample(self, *args, **kwargs):
+        """Greedy and sampled generation; with guesses of an exit, where the generation config has `speculate`."""
+        from .speculate_rrt import speculate  # which imports this file
+
+        return speculate(self, *args, **kwargs)
+
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None,
                 inputs_embeds=None, labels=None, use_cache=None, output_attentions=None, output_hidden_states=None,
                 logits_to_keep=0, **kwargs):  # fmt: skip
