@@ -34,10 +34,22 @@ FUNCTIONS = {
     logits_process.TemperatureLogitsWarper, logits_process.TopKLogitsWarper, logits_process.TopPLogitsWarper,
     logits_process.MinPLogitsWarper,
 }  # fmt: skip
-CROPPED = {DynamicLayer, DynamicSlidingWindowLayer, KeptLayer}  # places in a cache that take tokens back
 # What a pass of several tokens costs more than one of one token, and what every further one costs, as parts of it. A
 # processor multiplies matrices by a vector faster than by two, where it does not compute in 16 bits.
 SEVERAL, FURTHER = {True: 0.55, False: 0.0}, 0.05
+
+
+def _keeps_its_window() -> bool:
+    """Whether stock places with a window show no more than it when several passes go on without taking anything back.
+    Those of transformers 5.16 show more."""
+    layer, token = DynamicSlidingWindowLayer(sliding_window=2), torch.zeros(1, 1, 1, 1)
+    layer.activate_past_recording()
+    return [layer.update(token, token)[0].shape[2] for _ in range(3)] == [1, 2, 2]
+
+
+CROPPED = {DynamicLayer, KeptLayer}  # places in a cache that take tokens back
+if _keeps_its_window():
+    CROPPED.add(DynamicSlidingWindowLayer)
 
 
 def speculate(model, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=False,
@@ -93,7 +105,7 @@ def _place(model, generation_config) -> int | None:
     if type(place) is not int or not 0 <= place < len(model.config.visits) - 1:
         raise ValueError(
             f"generation_config.speculate is {asked!r}, which names no layer of this model that others follow. It is "
-            "{'exit': its number}, or None."
+            "{'exit': its number}, or False."
         )
     return place
 

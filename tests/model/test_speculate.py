@@ -79,7 +79,7 @@ def idle_after_the_exit(model: RrtForCausalLM) -> RrtForCausalLM:
 
 
 def plain(model: RrtForCausalLM, *args, **kwargs):
-    return model.generate(*args, speculate=None, **kwargs)
+    return model.generate(*args, speculate=False, **kwargs)
 
 
 def both(model: RrtForCausalLM, asked: dict) -> list:
@@ -102,7 +102,7 @@ def test_every_architecture_says_what_plain_generation_says(architecture, recipe
         expected = plain(model, tokens(1, 11), **SETTINGS)
         guessing.rounds.clear()
         assert torch.equal(model.generate(tokens(1, 11), **SETTINGS), expected)
-        assert any(ran > said for ran, said in guessing.rounds)  # an untrained exit is wrong somewhere
+        assert any(ran > 1 for ran, _ in guessing.rounds)
 
 
 @everywhere
@@ -386,7 +386,7 @@ def test_it_can_be_given_to_generate(guessing):
     model = with_exit()
     expected = plain(model, tokens(1, 11), **SETTINGS)
     assert torch.equal(model.generate(tokens(1, 11), custom_generate=speculate, **SETTINGS), expected)
-    assert guessing.rounds
+    assert any(ran > said for ran, said in guessing.rounds)  # an untrained exit is often wrong
     beams = plain(model, tokens(1, 11), num_beams=2, **SETTINGS)
     assert torch.equal(model.generate(tokens(1, 11), custom_generate=speculate, num_beams=2, **SETTINGS), beams)
 
