@@ -133,6 +133,7 @@ class ExportResult(TypedDict):
     # Of a format that attends to everything, where the model has windows: tokens and context that were scored, and the
     # losses of the model with its windows and with full attention.
     full_attention: NotRequired[dict[str, float]]
+    speculate: NotRequired[dict[str, int]]  # recursive, where exits were trained: after which layer `generate` guesses
     quantize: NotRequired[str]  # int8 or int4
     bits_per_byte: NotRequired[dict[str, float]]  # of a quantized model, on held-out text: plain, nearest, calibrated
     read_by: NotRequired[str]  # gguf: the package whose logits were compared

@@ -329,6 +329,8 @@ def export(result: dict, folder: str) -> Group:
         f"Wrote {folder}: {result['format']}, {count(result['parameters'])} parameters, {size(result['bytes'])}. "
         f"Reloaded in a fresh process: largest logit difference {result['max_logit_difference']:.1e}."
     ]
+    if "speculate" in result:
+        lines.append("Its exit guesses: transformers' generate gives the same text, sooner where guesses are right.")
     if found := result.get("full_attention"):
         lines.append(
             f"This format attends to everything: {found['full']:.4f} nats a token on held-out text, where the model "

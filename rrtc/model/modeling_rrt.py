@@ -393,6 +393,14 @@ class RrtForCausalLM(RrtWithHead, GenerationMixin):
         if cache is not None and generation_config.is_assistant:
             cache.activate_past_recording()
 
+    def _sample(self, *args, generation_config, **kwargs):
+        """Greedy and sampled generation; with guesses of an exit, where the generation config has `speculate`."""
+        if not getattr(generation_config, "speculate", None):
+            return super()._sample(*args, generation_config=generation_config, **kwargs)
+        from .speculate_rrt import speculate  # which imports this file
+
+        return speculate(self, *args, generation_config=generation_config, **kwargs)
+
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None,
                 inputs_embeds=None, labels=None, use_cache=None, output_attentions=None, output_hidden_states=None,
                 logits_to_keep=0, **kwargs):  # fmt: skip

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig
 
 import rrtc.model
 from rrtc.errors import RrtcError
@@ -16,10 +16,12 @@ from rrtc.export.formats.loading import in_transformers
 from rrtc.export.formats.writing import Tensors, write_tensors
 from rrtc.export.verify import Reference, check_loaded
 from rrtc.io.provenance import check_not_quantized
+from rrtc.io.recursive import trained_exits
 from rrtc.io.source import load_tokenizer, read_config
 from rrtc.io.trust import without_code
 from rrtc.io.weights import Weights
 from rrtc.model import RrtConfig
+from rrtc.plain import read_json
 from rrtc.recipe.export import ExportRecipe
 from rrtc.stock.architecture import read_plan
 
@@ -68,7 +70,7 @@ def write(source: Path, folder: Path, dtype: torch.dtype | None, shard_bytes: in
 
     dtype: as `number_format` gives it. Raises RrtcError for a tensor with NaN or infinity.
     """
-    recursive_config(source)  # raises for another model
+    config = recursive_config(source)  # raises for another model
     weights = Weights(source)
     write_config(source, folder, dtype or getattr(torch, weights.dtype))
 
@@ -78,7 +80,29 @@ def write(source: Path, folder: Path, dtype: torch.dtype | None, shard_bytes: in
 
     parameters = write_tensors(source, folder, shard_bytes, len(list(weights)), tensors)
     _name_tokenizer_class(source, folder)
+    _ask_for_guesses(source, folder, config)
     return parameters
+
+
+def guesses(source: Path) -> dict | None:
+    """What the generation config of the export of the model in `source` says of guessing by an exit, as
+    rrtc/model/speculate_rrt.py reads it; None where no exit was trained."""
+    exits = trained_exits(source)
+    return {"exit": exits[0]} if exits else None
+
+
+def _ask_for_guesses(source: Path, folder: Path, config: RrtConfig) -> None:
+    """Lets the generation defaults in `folder` ask for guesses, where an exit was trained to make them."""
+    file, asked = folder / "generation_config.json", guesses(source)
+    said = read_json(file) if file.exists() else {}
+    if asked == said.get("speculate"):
+        return
+    if not said:  # what transformers then takes from config.json
+        said = GenerationConfig.from_model_config(config).to_diff_dict()
+    # With the mark of a file that was made of a config, transformers reads nothing from it but what it knows.
+    said = {key: value for key, value in said.items() if key not in ("speculate", "_from_model_config")}
+    said |= {} if asked is None else {"speculate": asked}
+    file.write_text(json.dumps(said, indent=2) + "\n", encoding="utf8")
 
 
 def _name_tokenizer_class(source: Path, folder: Path) -> None:
@@ -125,8 +149,12 @@ def kv_bytes(config: RrtConfig, context: int, dtype: torch.dtype) -> int:
 
 
 def verify(folder: Path, expected: Reference, dtype: torch.dtype, from_disk: bool) -> tuple[float, dict]:
-    """(the largest difference of a logit, nothing else that was measured). Raises RrtcError as `check_loaded` does."""
-    return check_loaded(folder, expected, dtype, from_disk=from_disk, trust_remote_code=True), {}
+    """(the largest difference of a logit, and which exit guesses, if one does). Raises RrtcError as `check_loaded`
+    does."""
+    difference = check_loaded(folder, expected, dtype, from_disk=from_disk, trust_remote_code=True)
+    file = folder / "generation_config.json"
+    asked = read_json(file).get("speculate") if file.exists() else None
+    return difference, {"speculate": asked} if asked else {}
 
 
 def summary(config: RrtConfig) -> str:
@@ -136,7 +164,9 @@ def summary(config: RrtConfig) -> str:
 def limits(exported: dict, config: RrtConfig) -> str:
     return f"""- Tying saves memory and disk. {read_plan(config).savings} It passes through {len(config.visits)} \
 layers, each with a place of its own in the cache.
-- It is not the base model: what tying cost is above, as far as it was measured."""
+- It is not the base model: what tying cost is above, as far as it was measured.
+- transformers' own `assistant_early_exit` fails with models of the GPT-2 and GPT-NeoX kind, and leaves them \
+changed: load the model again."""
 
 
 def how_to_load(exported: dict, name: str, config: RrtConfig, chat: bool) -> str:
@@ -147,8 +177,22 @@ def how_to_load(exported: dict, name: str, config: RrtConfig, chat: bool) -> str
         f"`trust_remote_code` runs the {len(code)} Python files of this folder, which import nothing but torch and "
         "transformers; the tokenizer does without. Where rrtc is installed, `import rrtc.model` makes it unnecessary."
     )
-    shown = in_transformers(exported, name, chat, remark, has_code=True)
+    shown = in_transformers(exported, name, chat, remark, has_code=True) + _guessing(exported, config)
     return shown if "quantize" in exported else shown + _adapting(config)
+
+
+def _guessing(exported: dict, config: RrtConfig) -> str:
+    """What `generate` does with an exit that was trained."""
+    if "speculate" not in exported:
+        return ""
+    return f"""
+
+`generate` is faster where it can be: after {exported["speculate"]["exit"] + 1} of {len(config.visits)} layers an exit \
+guesses the next tokens, and the other layers check several at once, on the same KV cache. The text is the same, also \
+when it is sampled with the same seed, but where two tokens are equally good up to rounding. Where the exit is seldom \
+right, it stops guessing; for several prompts at once, beams, scores or padding, it works as always. To switch it off: \
+`model.generate(..., speculate=False)`, or `model.generation_config.speculate = False`. vLLM and SGLang have no such \
+thing, and run all layers."""
 
 
 def _adapting(config: RrtConfig) -> str:

@@ -11,6 +11,8 @@ safetensors with one tensor (rows, tokens, vocabulary), computed in float32, and
     token_ids            of the text; null where transformers cannot build the tokenizer of a GGUF file
     hidden_difference    with trust_remote_code: by how much AutoModel's last hidden state differs from
                          AutoModelForCausalLM's, as a part of its largest number
+    greedy, guessed      where an exit of the model is to guess: the tokens of greedy generation without that, each with
+                         the lead of its logit over the second largest, and those with it
 """
 
 import json
@@ -23,6 +25,8 @@ if __name__ == "__main__":
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+NEW = 24  # tokens that are generated with and without guesses
 
 
 def main(job: dict) -> dict:
@@ -37,6 +41,8 @@ def main(job: dict) -> dict:
         )
     save_file({"logits": output.logits.float().contiguous()}, job["logits"])
     report = {"problems": problems, "token_ids": token_ids(job)}
+    if getattr(model.generation_config, "speculate", None) and not job["from_disk"]:  # that would read it many times
+        report |= generated(model, ids[:1, : len(job["prompt"])])
     if job["trust_remote_code"]:
         inside = f"unexpected {model.base_model_prefix}."
         del model
@@ -64,6 +70,16 @@ def load(auto_class, job: dict):
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
     problems = [f"{kind.removesuffix('_keys')} {key}" for kind in kinds for key in sorted(map(str, info[kind]))]
     return model.eval(), problems
+
+
+def generated(model, prompt: torch.Tensor) -> dict:
+    settings = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    settings |= {"inputs": prompt, "attention_mask": torch.ones_like(prompt)}
+    plain = model.generate(**settings, speculate=False, output_logits=True, return_dict_in_generate=True)
+    best = torch.stack(plain.logits)[:, 0].float().topk(2).values
+    tokens = plain.sequences[0, prompt.shape[1] :].tolist()
+    guessed = model.generate(**settings)[0, prompt.shape[1] :].tolist()
+    return {"greedy": list(zip(tokens, (best[:, 0] - best[:, 1]).tolist(), strict=True)), "guessed": guessed}
 
 
 def token_ids(job: dict) -> list[int] | None:
