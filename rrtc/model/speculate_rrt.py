@@ -258,7 +258,7 @@ class Worth:
     """
 
     FIXED, MOST = 0.03, 12  # of a round: what it costs beside reading weights; its most guesses
-    BINS, PRIOR, MEMORY = 4, 2.0, 32.0  # of being sure; what is taken for seen in each at first, and is kept in mind
+    BINS, PRIOR, MEMORY = 6, 4.0, 32.0  # of being sure; what all of them are worth in each; what is kept in mind
     LOSS, GAIN = 0.15, 3.0  # how much may be lost before guessing rests; how much of what was won counts against it
     SHORTEST, LONGEST = 8, 128  # tokens of a rest
 
@@ -268,9 +268,8 @@ class Worth:
         # How probable it must be that a guess and all before it are right: of the first, seldom alone; of the others.
         least = self.early + self.draft + FURTHER * self.late
         self.least = (least + several / 3 * self.late) / (1 + self.draft), least / (1 + self.draft)
-        # At first a little below what pays: nothing is built on a guess before the exit was right once.
-        self._right, self._seen = [0.8 * self.PRIOR * self.least[0]] * self.BINS, [self.PRIOR] * self.BINS
-        self._balance, self._rest, self._pause = 0.0, 0, self.SHORTEST
+        self._right, self._seen = [0.0] * self.BINS, [0.0] * self.BINS
+        self._balance, self._rest, self._pause, self._reach = 0.0, 0, self.SHORTEST, 2
 
     def rests(self) -> bool:
         """Whether the next token is to be had without guessing."""
@@ -283,10 +282,12 @@ class Worth:
 
     def goes_on(self, sure: float) -> bool:
         """Whether to take a guess of which the exit is so sure for right, and guess what comes after it."""
+        # At first a little below what pays: nothing is built on a guess before the exit was right once.
+        overall = (sum(self._right) + 1.6 * self.least[0]) / (sum(self._seen) + 2)
         number = self._bin(sure)
-        self._all_right *= self._right[number] / self._seen[number]
+        self._all_right *= (self._right[number] + self.PRIOR * overall) / (self._seen[number] + self.PRIOR)
         self._guesses += 1
-        return self._guesses <= self.MOST and self._all_right >= self.least[self._guesses > 1]
+        return self._guesses <= self._reach and self._all_right >= self.least[self._guesses > 1]
 
     def learn(self, sure: float, right: bool) -> None:
         """Whether a guess of which the exit was so sure was right."""
@@ -298,6 +299,7 @@ class Worth:
 
     def end(self, tokens: int, said: int) -> None:
         """The round is over, in which so many tokens were run and so many said. Where guessing loses, it rests."""
+        self._reach = min(2 * self._reach, self.MOST) if said == tokens else max(2, self._reach // 2)
         together = 1 + FURTHER * (tokens - 1) + (self.several if tokens > 1 else 0)
         spent = tokens * (self.early + self.draft) + self.late * together + self.FIXED
         self._balance = min(self._balance + said - spent, self.GAIN)
@@ -305,8 +307,8 @@ class Worth:
             self._pause = self.SHORTEST
         if self._balance < -self.LOSS:
             self._balance, self._rest, self._pause = 0.0, self._pause, min(2 * self._pause, self.LONGEST)
-            for number, seen in enumerate(self._seen):  # what was seen will be long ago
-                self._right[number], self._seen[number] = self.PRIOR * self._right[number] / seen, self.PRIOR
+            known = min(1.0, 2 / sum(self._seen))  # after the rest, what was seen before it will be long ago
+            self._right, self._seen = ([known * number for number in kept] for kept in (self._right, self._seen))
 
     def _bin(self, sure: float) -> int:
         return min(int(sure * self.BINS), self.BINS - 1)
