@@ -196,7 +196,7 @@ REFUSED = [
     ({"prompt": "a", "echo": True}, "'echo' is not supported"),
     ({"prompt": "a", "presence_penalty": 0.5}, "'presence_penalty' is not supported"),
     ({"prompt": "a", "logit_bias": {"3": 1}}, "'logit_bias' is not supported"),
-    ({"prompt": "a", "tempurature": 0}, "no field 'tempurature' in such a request. Did you mean 'temperature'?"),
+    ({"prompt": "a", "max_token": 3}, "There is no field 'max_token' in such a request. Did you mean 'max_tokens'?"),
     ({"prompt": "a", "temperature": -1}, "In the request, 'temperature' is wrong: it should be greater than"),
     ({"prompt": "a", "temperature": 1e-9}, "a temperature below 0.001 is 0, or greater than that"),
     ({"prompt": "a", "max_tokens": 0}, "In the request, 'max_tokens' is wrong"),
