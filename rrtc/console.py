@@ -9,12 +9,16 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from logging import ERROR, getLogger
 from pathlib import Path
 
-from rich.console import Console
+from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Group as RichGroup
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -170,12 +174,67 @@ def write_json(value: dict, target: str | None) -> None:
         Path(target).write_text(text, encoding="utf8")
 
 
-def table(title: str, columns: list[str], rows: list[list]) -> Table:
-    """A Rich table: the first column to the left, the others, numbers, to the right."""
-    made = Table(title=plain(title), title_justify="left", title_style="bold")
-    for number, column in enumerate(columns):
-        justify = "left" if number == 0 else "right"
-        made.add_column(plain(column), justify=justify, overflow="fold", no_wrap=number == 0)
-    for row in rows:
-        made.add_row(*map(plain, row))
-    return made
+class FittedTable:
+    """A table that loses no figure and breaks no word where the terminal is narrow.
+
+    The first column is to the left, the others, numbers, to the right. Those in `prose` are to the left, and their
+    cells may be broken between words, as the first one's may. Where that is too wide still, each row is a record: its
+    first cell, and under it a line for each other one.
+    """
+
+    def __init__(self, title: str, columns: list[str], rows: list[list], prose: Sequence[int] = ()):
+        self._title, self._prose = plain(title, "bold"), {0, *prose}
+        self._columns, self._rows = [plain(one) for one in columns], [[plain(cell) for cell in row] for row in rows]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        cells = list(zip(*self._rows, strict=True)) if self._rows else [()] * len(self._columns)
+        least, widest = [], []
+        for place, (title, column) in enumerate(zip(self._columns, cells, strict=True)):
+            natural = max((cell.cell_len for cell in column), default=0)
+            needed = _longest_word(title, *column) if place in self._prose else max(natural, _longest_word(title))
+            least.append(needed)
+            widest.append(max(natural, title.cell_len))
+        room = options.max_width - sum(least) - GAP * (len(least) - 1)
+        yield self._title
+        yield self._as_table(least, widest, room) if room >= 0 else self._as_records()
+        yield Text("")
+
+    def _as_table(self, least: list[int], widest: list[int], room: int) -> Table:
+        made = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, GAP - 1, 0, 0))
+        made.show_header = any(title.plain for title in self._columns)
+        for place in sorted(range(len(least)), key=lambda place: place not in self._prose):  # headings come last
+            more = min(widest[place] - least[place], room)
+            least[place], room = least[place] + more, room - more
+        for place, (title, width) in enumerate(zip(self._columns, least, strict=True)):
+            justify = "left" if place in self._prose else "right"
+            made.add_column(title, justify=justify, width=width, overflow="fold")
+        for row in self._rows:
+            made.add_row(*row)
+        return made
+
+    def _as_records(self) -> RichGroup:
+        lines: list = []
+        for first, *others in self._rows:
+            lines.append(_wrapped(first))
+            for title, cell in zip(self._columns[1:], others, strict=True):
+                said = Text.assemble(title, ": ", cell) if title.plain else cell
+                lines.append(Padding(_wrapped(said), (0, 0, 0, 2), expand=False))
+        return RichGroup(*lines)
+
+
+GAP = 2  # blanks between columns
+
+
+def _longest_word(*texts: Text) -> int:
+    return max((cell_len(word) for text in texts for word in text.plain.split()), default=0)
+
+
+def _wrapped(text: Text) -> Text:
+    """`text`, to be broken between words even where the console leaves that to the terminal."""
+    text.no_wrap, text.overflow = False, "fold"
+    return text
+
+
+def table(title: str, columns: list[str], rows: list[list], prose: Sequence[int] = ()) -> FittedTable:
+    """A table of texts and numbers for people; prose: the columns, by place, whose cells may be broken."""
+    return FittedTable(title, columns, rows, prose)

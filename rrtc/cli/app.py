@@ -64,7 +64,7 @@ def init_command(
 
     \b
     Example:
-      rrtc init ./SmolLM2-135M -o small --budget 0.7 --calibrate-on corpus.txt
+      rrtc init ./SmolLM2-135M -o small --size 0.7 --calibrate-on corpus.txt
     """
     if model is None and recipe.model is None:
         raise typer.BadParameter("name the dense model, here or in the recipe", param_hint="MODEL")
@@ -75,7 +75,7 @@ def init_command(
         return result, tables.plan(result)
     target = needs_output(output)
     result = api.init(model, target, recipe, resume=resume, verbose=shown)
-    return result, tables.init(result, target)
+    return result, tables.init(result, target, recipe.init.resolved())
 
 
 @_command("uptrain", "uptrain")

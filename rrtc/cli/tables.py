@@ -3,10 +3,9 @@
 from collections import defaultdict
 
 from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 
-from rrtc.console import plain, table
+from rrtc.console import FittedTable, plain, table
 from rrtc.plain import to_yaml
 from rrtc.plan import KV_CONTEXTS, SAVINGS_CONTEXT, in_sight, savings
 from rrtc.units import count, duration, size
@@ -89,7 +88,10 @@ def plan(result: dict) -> Group:
         ratio = result["bytes"] / result["source_bytes"]
         rows.append(["the GGUF file, on disk", size(result["source_bytes"]), size(result["bytes"]), f"{ratio:.3f}"])
     if result["visits"] is None:
-        chosen = ["How each matrix is stored is chosen by init, once it has measured what the loss feels."]
+        chosen = [
+            f"{_pattern(result['recipe'])} How each matrix is stored is chosen by init, once it has measured what the "
+            "loss feels."
+        ]
     else:
         parts = ", ".join(f"{name.replace('_', ' ')} {count(n)}" for name, n in result["params_by_part"].items() if n)
         chosen = [f"Parameters by part: {parts}", visits(result["visits"])]
@@ -100,6 +102,19 @@ def plan(result: dict) -> Group:
         *map(plain, [*chosen, *([result["windows"]] if result["windows"] else [])]),
         plain(saved if result["recipe"]["budget"] == 1 else f"Tying saves memory and disk. {saved}"),
     )
+
+
+def _pattern(recipe: dict) -> str:
+    """Which layers will share weights, in a sentence."""
+    kept = {0: "All layers", 1: "All layers but the first and the last"}.get(
+        recipe["keep"], f"All layers but {recipe['keep']} at each end"
+    )
+    if recipe["sharing"] == "auto":
+        return "Neighbors are tied where that is cheaper, which may be nowhere (--sharing auto)."
+    if recipe["loops"] == 1:
+        return "No layers are tied (--loops 1)."
+    order = "in loops" if recipe["sharing"].endswith("cycle") else "in sequence"
+    return f"{kept} are tied {order}, {recipe['loops']} to a slot (--sharing {recipe['sharing']})."
 
 
 def planned(runs: dict) -> Group:
@@ -129,16 +144,10 @@ def _size_and_work(run: dict) -> list[str]:
     ]
 
 
-def init(result: dict, folder: str) -> Group:
-    """What `init` made."""
+def init(result: dict, folder: str, asked: dict) -> Group:
+    """What `init` made; asked: the section of the recipe."""
     kept = result.get("residual_energy_kept", {})
-    written, dense, source = result["bytes"], result["dense_bytes"], result["source_bytes"]
-    sizes = f"{size(written)}, {written / dense:.3f} of the dense model in the same format"
-    if source:
-        sizes += f", {written / source:.3f} of the GGUF file"
-    lines = [
-        plain(f"Wrote {folder}: {count(result['params_total'])} parameters, {sizes}"),
-    ]
+    lines = [plain(f"Wrote {folder}: {_size_made(result, asked)}")]
     if any(kept.values()):
         rows = [[matrix, f"{energy:.1%}"] for matrix, energy in kept.items()]
         lines.append(table("What the LoRA kept of what tying lost", ["matrix", "energy"], rows))
@@ -150,6 +159,8 @@ def init(result: dict, folder: str) -> Group:
                 f"(nats per token, {loss['tokens']} tokens)"
             )
         )
+    if rows := result.get("alternatives"):
+        lines += _alternatives(rows, result)
     lines.append(plain(f"Next: rrtc uptrain {folder} -o HEALED"))
     return Group(*lines)
 
@@ -163,6 +174,48 @@ def generated(result: dict) -> Text:
     if result["left"]:
         parts.append(f"{1 - result['left'][-1] / max(sum(result['left']), 1):.0%} of them left early")
     return plain("; ".join(parts) + f" ({result['way']}).", "dim")
+
+
+def _size_made(result: dict, asked: dict) -> str:
+    """How much was written, first in the unit in which it was asked for."""
+    share = result["params_non_embedding"] / result["dense_params_non_embedding"]
+    in_files = size(result["bytes_on_disk"])
+    of_dense = f"{result['bytes_on_disk'] / result['dense_bytes']:.3f} of the dense model in the same format"
+    numbers = f"{count(result['params_total'])} parameters"
+    inner = f"{count(result['params_non_embedding'])} of them without embeddings"
+    if asked.get("size") is not None:
+        said = f"{in_files}, {of_dense}; {numbers}"
+    elif asked.get("budget") is not None:
+        said = f"{numbers}, {inner}, {share:.3f} of the dense model's; {in_files}"
+    else:
+        said = f"{numbers}, {in_files}, {of_dense}"
+    if source := result["source_bytes"]:
+        said += f"; {result['bytes'] / source:.3f} of the GGUF file"
+    return said
+
+
+def _alternatives(rows: list[dict], result: dict) -> list:
+    """What else could have been made at this size, and how to have it."""
+    dense, kv = result["dense_flops_per_token"], size(result["kv_bytes"][SAVINGS_CONTEXT])
+    cells = [
+        [
+            row["way"] + (" (made)" if row["made"] else ""),
+            f"{row['predicted_excess']:.2f}",
+            f"{row['flops_per_token'] / dense:.2f}",
+            kv,
+            f"{row['exits']}" if row["exits"] else "–",
+            count(row["shared_params"]) if row["shared_params"] else "–",
+            row["flags"],
+        ]
+        for row in rows
+    ]
+    columns = ["way", "costs at least", "FLOPs", f"KV at {SAVINGS_CONTEXT:,}", "early exits", "shared", "choose it by"]
+    note = (
+        "costs at least: nats a token on the calibration text, each change by itself and to second order; good to "
+        "compare rows, and what is lost is more. Of rows that were not made a part of the layers was measured. FLOPs: "
+        "of the dense model's, for a token. shared: weights that several layers use."
+    )
+    return [table("Ways to be this size", columns, cells, prose=[6]), plain(note)]
 
 
 def report(result: dict) -> Group:
@@ -237,7 +290,7 @@ def _or_dash(ratio: float | None) -> str:
     return "–" if ratio is None else f"{ratio:.2f}"
 
 
-def _tasks(models: list[dict]) -> list[Table]:
+def _tasks(models: list[dict]) -> list[FittedTable]:
     """A table of tasks with a column a model; [] where no task was run."""
     asked = [row for row in models if "tasks" in row]
     if not asked:
@@ -255,7 +308,7 @@ def _share(score: dict) -> str:
     return f"{100 * score['value']:.1f}{stderr}"
 
 
-def _passkey(models: list[dict]) -> list[Table]:
+def _passkey(models: list[dict]) -> list[FittedTable]:
     """A table of pass keys found with a row a length; [] where none was hidden."""
     from rrtc.eval.statistics import over_depths
 
@@ -269,7 +322,7 @@ def _passkey(models: list[dict]) -> list[Table]:
     return [table("Pass keys found, over all depths", ["text", *(row["model"] for row in asked)], rows)]
 
 
-def _cache(models: list[dict]) -> list[Table]:
+def _cache(models: list[dict]) -> list[FittedTable]:
     """A table of the KV cache with a column for each length; [] where it was not worked out, as in older reports."""
     rows = [
         [row["model"], *(size(row["cost"]["kv_bytes"][str(context)]) for context in KV_CONTEXTS)]
@@ -360,8 +413,7 @@ def description(result: dict) -> Group:
         rows.append([f"recipe, {stage}", text])
     for stage, figures in result["measured"].items():
         rows.append([f"measured, {stage}", _figures(figures)])
-    made = table(result["folder"], ["", ""], rows)
-    made.columns[1].justify = "left"
+    made = table(result["folder"], ["", ""], rows, prose=[1])
     lines = [made]
     if result.get("visits"):
         lines.append(plain(visits(result["visits"])))
@@ -386,9 +438,7 @@ def environment(result: dict) -> Group:
         ["not installed", missing or "–"],
         ["cache", result["cache_folder"]],
     ]
-    made = table("Where rrtc runs", ["", ""], rows)
-    made.columns[1].justify = "left"
-    return Group(made)
+    return Group(table("Where rrtc runs", ["", ""], rows, prose=[1]))
 
 
 def _figures(figures) -> str:

@@ -15,9 +15,10 @@ from torch import Tensor
 from rrtc import machine
 from rrtc.console import note, progress
 from rrtc.errors import WrongUsage
-from rrtc.init.budget import explain, measure_groups, plan_under_budget
+from rrtc.init.allocate import Group
+from rrtc.init.alternatives import alternatives, said
+from rrtc.init.budget import explain, measure_groups, plan_under
 from rrtc.init.calibrate import Calibration, calibrate, layers_done
-from rrtc.init.dtypes import NUMBER_BYTES
 from rrtc.init.job import OWN_TEXT_FILE, Job, prepare, resumable
 from rrtc.init.memory import return_freed_memory
 from rrtc.init.prove import prove
@@ -29,13 +30,14 @@ from rrtc.io.provenance import base_seen_from, next_history, read_provenance, wr
 from rrtc.io.recursive import RecursiveModel, copy_with_plan, write_recursive
 from rrtc.io.resumable import discard
 from rrtc.io.source import load_tokenizer
+from rrtc.io.weights import Weights
 from rrtc.kv_budget import predicted
-from rrtc.patterns import target_parameters
 from rrtc.plan import Plan, kv_bytes_at
 from rrtc.recipe.schema import Recipe
 from rrtc.recipe.section import BUILT_IN_TEXT
 from rrtc.stock.streamed import StreamedModel
 from rrtc.stock.trial import find_neurons
+from rrtc.storage import NUMBER_BYTES
 from rrtc.text.own import own_text
 from rrtc.text.windows import Windows
 from rrtc.tying.neurons import Neurons
@@ -171,17 +173,26 @@ def _tie_as_in_paper(job: Job) -> tuple[Plan, dict]:
 
 
 def _tie_jointly(job: Job, calibration: Calibration, neurons: list[Neurons]) -> tuple[Plan, dict]:
-    """Chooses under the budget if there is one, and ties. Measured are the nats a token that a chosen plan is predicted
-    to cost."""
+    """Chooses under the size or the budget if there is one, and ties. Measured are the nats a token that a chosen plan
+    is predicted to cost, and what others would, where no pattern was asked for."""
     plan, dense, recipe = job.plan, job.dense, job.recipe.init
     device, excess = machine.device(), None
     gc.collect()  # the streamed model refers to itself
-    if recipe.has_budget:
-        target = target_parameters(plan.architecture, recipe, NUMBER_BYTES[job.dtype])
+    target, rows = job.target, []
+    if target is not None:
         free = recipe.pattern == "auto"
-        groups = measure_groups(plan, free, dense, calibration, neurons, device, job.work)
-        plan, excess = plan_under_budget(plan, groups, target, neurons)
+
+        def measure(pattern: Plan, most: int | None = None) -> list[Group]:
+            return measure_groups(pattern, free, dense, calibration, neurons, device, job.work, most)
+
+        def choose(pattern: Plan, groups: list[Group]) -> tuple[Plan, float]:
+            return plan_under(pattern, groups, target, neurons)
+
+        plan, excess = choose(plan, measure(plan))
         note(explain(plan, excess, free))
+        if recipe.sharing is None:
+            rows = alternatives(recipe, target, (plan, excess), measure, choose)
+            note(said(rows))
 
     def make(k: int) -> Slot:
         layers = {visit.layer: dense.layer(visit.layer, device) for visit in plan.slots[k]}
@@ -189,7 +200,8 @@ def _tie_jointly(job: Job, calibration: Calibration, neurons: list[Neurons]) -> 
         return joint_slot(plan, plan.slots[k], layers, seen, neurons), {}
 
     _make_slots(job, plan, make)
-    return plan, {"predicted_excess": excess and round(excess, 4)}
+    found = {"predicted_excess": excess and round(excess, 4)}
+    return plan, found | ({"alternatives": rows} if rows else {})
 
 
 def _own_text(job: Job) -> Tensor:
@@ -227,8 +239,13 @@ def _write(job: Job, plan: Plan, folder: Path, shard_bytes: int) -> dict:
     return {
         "params_total": plan.parameters,
         "params_non_embedding": plan.non_embedding,
+        "dense_params_total": plan.architecture.parameters,
+        "dense_params_non_embedding": plan.architecture.non_embedding,
         "bytes": written,
         "dense_bytes": plan.architecture.parameters * width,
+        "bytes_on_disk": Weights(folder).bytes_on_disk,
+        "flops_per_token": plan.flops_per_token,
+        "dense_flops_per_token": plan.architecture.flops_per_token,
         "source_bytes": job.source.bytes_on_disk if job.source.is_gguf else None,
         "kv_bytes": kv_bytes_at(plan, width),
         "dense_kv_bytes": kv_bytes_at(plan.architecture, width),
