@@ -9,10 +9,11 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from logging import ERROR, getLogger
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.cells import cell_len
@@ -25,8 +26,20 @@ from rich.text import Text
 from rrtc.errors import RrtcError, WrongUsage
 from rrtc.machine import is_first_process
 
-results = Console(quiet=not is_first_process, soft_wrap=True)
-notes = Console(stderr=True, quiet=not is_first_process, soft_wrap=True)
+if TYPE_CHECKING:
+    from rrtc.progress_line import Progress
+
+
+def _console(stderr: bool = False, quiet: bool = False) -> Console:
+    """A console that breaks long lines between words in a terminal, and leaves them whole in a pipe or a file."""
+    made = Console(stderr=stderr, quiet=quiet)
+    made.soft_wrap = not made.is_terminal
+    return made
+
+
+results = _console(quiet=not is_first_process)
+notes = _console(stderr=True, quiet=not is_first_process)
+_phases: "Progress | None" = None  # what is going on, where that is several kinds of work in a row
 # Control characters, those that turn the direction of writing, and bytes of a file's name that are no text.
 CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 NOT_ON_A_PAGE = re.compile(f"(?![\\n\\t]){CONTROLS.pattern}")  # those that a text of several lines has no use for
@@ -118,39 +131,52 @@ def warn(text: str) -> None:
 
 def show_warning(text: str) -> None:
     """One line the user should not miss, on stderr."""
-    Console(stderr=True, soft_wrap=True).print(Text(f"Note: {visible(text)}", "yellow"))
+    _console(stderr=True).print(Text(f"Note: {visible(text)}", "yellow"))
 
 
 def show_error(error: RrtcError) -> None:
     """The sentence and the hint of `error`, on stderr, from every process that meets one of its own."""
     if error.of_all_processes and not is_first_process:
         return
-    console = Console(stderr=True, soft_wrap=True)
+    console = _console(stderr=True)
     console.print(Text(f"Error: {visible(error.sentence)}", "bold red"))
     if error.hint:
         console.print(Text(f"Hint: {visible(error.hint)}", "cyan"))
 
 
 @contextmanager
-def progress(description: str, total: int, done: int = 0):
-    """A progress bar with the time left, on stderr; yields a function that advances it by n steps (default 1). Of
-    `total` steps, `done` were done before."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )  # fmt: skip
+def progress(description: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
+    """A progress line with the time left, on stderr; yields a function that advances it by n steps (default 1). Of
+    `total` steps, `done` were done before. In a block of `whole_progress` with this name it is a part of that."""
+    from rrtc.progress_line import Phase, Progress, Work
 
-    columns = (
-        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        TextColumn("left"), TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal) as bar:
-        task = bar.add_task(visible(description), total=total, completed=done)
-        yield lambda n=1: bar.advance(task, n)
+    name = visible(description)
+    if _phases is not None and name in _phases.names:
+        _phases.begin(name, total, done)
+        yield lambda n=1: _phases.advance(name, n)
+        _phases.end(name)
+        return
+    line = Progress(notes, Work({name: Phase(1.0)}), amounts=True)
+    try:
+        line.begin(name, total, done)
+        yield lambda n=1: line.advance(name, n)
+    finally:
+        line.stop()
+
+
+@contextmanager
+def whole_progress(weights: Mapping[str, float]) -> Iterator[None]:
+    """One progress line over several calls of `progress` in the block, by their descriptions, in that order: with the
+    share of all of them, and the time left in all. weights: how long each takes, beside the others."""
+    from rrtc.progress_line import Phase, Progress, Work
+
+    global _phases
+    before, _phases = _phases, Progress(notes, Work({name: Phase(weight) for name, weight in weights.items()}))
+    try:
+        yield
+    finally:
+        _phases.stop()
+        _phases = before
 
 
 def check_json_target(target: str | None) -> None:
@@ -214,11 +240,10 @@ class FittedTable:
 
     def _as_records(self) -> RichGroup:
         lines: list = []
-        for first, *others in self._rows:
-            lines.append(_wrapped(first))
-            for title, cell in zip(self._columns[1:], others, strict=True):
-                said = Text.assemble(title, ": ", cell) if title.plain else cell
-                lines.append(Padding(_wrapped(said), (0, 0, 0, 2), expand=False))
+        for row in self._rows:
+            for place, (title, cell) in enumerate(zip(self._columns, row, strict=True)):
+                said = _wrapped(Text.assemble(title, ": ", cell) if title.plain else cell.copy())
+                lines.append(Padding(said, (0, 0, 0, 2 if place else 0), expand=False))
         return RichGroup(*lines)
 
 

@@ -15,6 +15,7 @@ from rrtc import __version__, api, console
 from rrtc.cli import tables
 from rrtc.cli.chat import chat_command
 from rrtc.cli.command import Resume, command, explained, needs_output
+from rrtc.cli.description import description
 from rrtc.cli.generate import generate_command
 from rrtc.cli.help import Command, Group
 from rrtc.cli.run import run_command
@@ -180,7 +181,7 @@ def inspect_command(folder: Folder, *, shown: bool):
       rrtc inspect runs/quickstart/uptrain
     """
     result = api.inspect(folder)
-    return result, tables.description(result)
+    return result, description(result)
 
 
 @app.command("recipe", cls=Command)

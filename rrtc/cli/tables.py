@@ -1,11 +1,14 @@
 """Results as tables for people. The numbers are those that `--json` writes."""
 
+import math
 from collections import defaultdict
 
 from rich.console import Group
 from rich.text import Text
 
 from rrtc.console import FittedTable, plain, table
+from rrtc.eval.words import UNITS, verdict
+from rrtc.io.report import parts_by_model
 from rrtc.plain import to_yaml
 from rrtc.plan import KV_CONTEXTS, SAVINGS_CONTEXT, in_sight, savings
 from rrtc.units import count, duration, size
@@ -153,12 +156,7 @@ def init(result: dict, folder: str, asked: dict) -> Group:
         lines.append(table("What the LoRA kept of what tying lost", ["matrix", "energy"], rows))
     if loss := result.get("loss"):
         before = "dense" if "dense" in loss else "given"
-        lines.append(
-            plain(
-                f"Loss before any training: {loss['after_init']:.3f}; {before}: {loss[before]:.3f} "
-                f"(nats per token, {loss['tokens']} tokens)"
-            )
-        )
+        lines.append(plain(_loss_in_words(loss["after_init"], loss[before], before, loss["tokens"])))
     if rows := result.get("alternatives"):
         lines += _alternatives(rows, result)
     lines.append(plain(f"Next: rrtc uptrain {folder} -o HEALED"))
@@ -174,6 +172,15 @@ def generated(result: dict) -> Text:
     if result["left"]:
         parts.append(f"{1 - result['left'][-1] / max(sum(result['left']), 1):.0%} of them left early")
     return plain("; ".join(parts) + f" ({result['way']}).", "dim")
+
+
+def _loss_in_words(ours: float, theirs: float, whose: str, tokens: int) -> str:
+    """What a loss of `ours` nats a token is beside one of `theirs`."""
+    return (
+        f"Loss before any training: {ours:.3f} nats a token, where the {whose} model has {theirs:.3f} ({tokens:,} "
+        f"tokens): the right token gets {math.exp(theirs - ours):.0%} of the probability that it has there (geometric "
+        "mean)."
+    )
 
 
 def _size_made(result: dict, asked: dict) -> str:
@@ -200,7 +207,7 @@ def _alternatives(rows: list[dict], result: dict) -> list:
     cells = [
         [
             row["way"] + (" (made)" if row["made"] else ""),
-            f"{row['predicted_excess']:.2f}",
+            f"{row['predicted_excess']:.3f}",
             f"{row['flops_per_token'] / dense:.2f}",
             kv,
             f"{row['exits']}" if row["exits"] else "–",
@@ -234,17 +241,12 @@ def report(result: dict) -> Group:
     if exits:
         rows = [[row["model"], f"{row['layers_computed']:.0%}", *_scores(row)] for row in exits]
         lines.append(table("Left early", ["model", "layers computed", *scores], rows))
-    lines += [*_tasks(models), *_passkey(models), *_cache(models)]
+    lines += [*_tasks(models), *_passkey(models), *_cache(models), *_speeds(result)]
     scored = ", ".join(f"{name} ({count(n)} tokens)" for name, n in result["tokens"].items())
     lines += [
-        plain("KL: nats per token from the dense model. top-1: share of tokens on which both agree. [95 % interval]"),
+        plain(f"{UNITS} [95 % interval]"),
         plain(f"Scored on: {scored}"),
     ]
-    if speed := result["speed"]:
-        ratios = [f"{what} {_ratio(speed[what])}" for what in ("prefill", "decode")]
-        if long := speed.get("long"):
-            ratios.append(f"decode after {long['prompt_tokens']:,} tokens {_ratio(long['decode'])}")
-        lines.append(plain(f"Speed, as a multiple of the dense model's (quartiles): {', '.join(ratios)}"))
     if engine := result.get("engine"):
         ways = [[one["way"], one["requests"], _or_dash(one["forecast"]), _ratio(one)] for one in engine["ways"]]
         title = "Ways to generate, as a multiple of full depth's speed"
@@ -258,10 +260,12 @@ def report(result: dict) -> Group:
         )
     for entry in result["not_run"]:
         lines.append(plain(f"Not run: {entry['task']}. {entry['why']}"))
+    if result["samples"] and (prompt := result.get("prompt")):
+        lines.append(Text.assemble(plain("Asked: ", "bold"), plain(" ".join(prompt.split()))))
     for said in result["samples"]:
         words = " ".join(said["text"].split()) or "(says nothing)"
         lines.append(Text.assemble(plain(f"{said['model']}: ", "bold"), plain(words)))
-    return Group(*lines)
+    return Group(*lines, *map(plain, verdict(result)))
 
 
 SHOWN = {"bits_per_byte": "{:.4f}", "kl": "{:.4f}", "top1_agreement": "{:.1%}"}
@@ -329,7 +333,25 @@ def _cache(models: list[dict]) -> list[FittedTable]:
         for row in models
         if (row.get("cost") or {}).get("kv_bytes")
     ]
-    return [table("KV cache", ["model", *(f"{n:,} tokens" for n in KV_CONTEXTS)], rows)] if rows else []
+    if len({tuple(sizes) for _, *sizes in rows}) < 2:  # there is nothing to compare
+        return []
+    return [table("KV cache", ["model", *(f"{n:,} tokens" for n in KV_CONTEXTS)], rows)]
+
+
+def _speeds(result: dict) -> list[FittedTable]:
+    """A table of how fast each compressed model is; [] where that was not measured."""
+    rows, lengths = [], []
+    for name, speed in parts_by_model(result, "speed").items():
+        long = speed.get("long")
+        lengths += [long["prompt_tokens"]] if long else []
+        rows.append(
+            [name, *(_ratio(speed[what]) for what in ("prefill", "decode")), _ratio(long["decode"]) if long else "–"]
+        )
+    columns = ["model", "reading a prompt", "generating"]
+    if lengths:
+        columns.append(f"generating after {max(lengths):,} tokens")
+    title = "Speed, as a multiple of the dense model's [quartiles]"
+    return [table(title, columns, [row[: len(columns)] for row in rows])] if rows else []
 
 
 def estimate(result: dict) -> Group:
@@ -367,6 +389,7 @@ def uptrain(result: dict, folder: str) -> Group:
         )
     return Group(
         *lines,
+        plain("A nat less: the right token is 2.7 times as probable. What that is worth, rrtc eval measures."),
         plain(f"Curves: {folder}/loss.png. Next: rrtc eval {folder} -o REPORT"),
     )
 
@@ -391,37 +414,6 @@ def export(result: dict, folder: str) -> Group:
     return Group(*map(plain, lines))
 
 
-def description(result: dict) -> Group:
-    """What `inspect` found."""
-    base = result["base"]
-    rows = [
-        ["stage", result["stage"]],
-        ["made", f"{result['made']} by rrtc {result['rrtc']}"],
-        ["versions", ", ".join(f"{name} {version}" for name, version in result["versions"].items())],
-        ["dense model", f"{base['uri']} ({size(base['bytes'])}, sha256 {base['sha256'][:12]}…)"],
-        ["came through", " → ".join([h["stage"] for h in result["history"]] + [result["stage"]])],
-    ]
-    if "bytes_on_disk" in result:
-        rows.append(["weights", f"{size(result['bytes_on_disk'])} in {result['dtype']}"])
-    if kv := result.get("kv_bytes"):
-        shares = ((context, kv[context], kv[context] / result["dense_kv_bytes"][context]) for context in kv)
-        rows.append(
-            ["KV cache", "; ".join(f"{size(n)} at {c:,} tokens ({share:.3f} of dense)" for c, n, share in shares)]
-        )
-    for stage, recipe in result["recipe"].items():
-        text = ", ".join(f"{k}: {v}" for k, v in recipe.items()) if isinstance(recipe, dict) else recipe
-        rows.append([f"recipe, {stage}", text])
-    for stage, figures in result["measured"].items():
-        rows.append([f"measured, {stage}", _figures(figures)])
-    made = table(result["folder"], ["", ""], rows, prose=[1])
-    lines = [made]
-    if result.get("visits"):
-        lines.append(plain(visits(result["visits"])))
-    if "report" in result:
-        lines.append(report(result["report"]))
-    return Group(*lines)
-
-
 def environment(result: dict) -> Group:
     """What `env` found."""
     device, memory = result["device"], result["device"]["memory_bytes"]
@@ -439,11 +431,3 @@ def environment(result: dict) -> Group:
         ["cache", result["cache_folder"]],
     ]
     return Group(table("Where rrtc runs", ["", ""], rows, prose=[1]))
-
-
-def _figures(figures) -> str:
-    if not isinstance(figures, dict):
-        return str(figures)
-    # What the KV cache takes has a row of its own.
-    shown = {key: value for key, value in figures.items() if key not in ("kv_bytes", "dense_kv_bytes")}
-    return ", ".join(f"{key}: {_figures(value)}" for key, value in shown.items())

@@ -38,11 +38,11 @@ def alternatives(
     recipe: InitRecipe,
     target: Target,
     made: tuple[Plan, float],
-    measure: Callable[[Plan, int], list[Group]],
+    measure: Callable[[Plan, int, str], list[Group]],
     choose: Callable[[Plan, list[Group]], tuple[Plan, float]],
 ) -> list[dict[str, Any]]:
     """A row of results.AlternativeResult for what is `made` (plan, nats a token that it is predicted to cost), and one
-    for each other way that can be as small. measure(pattern, most): its groups, of which so many are measured.
+    for each other way that can be as small. measure(pattern, most, way): its groups, of which so many are measured.
     choose(pattern, groups): the plan under the target and its predicted cost."""
     rows = []
     for name, flags, asked in ways(recipe):
@@ -52,7 +52,7 @@ def alternatives(
                 plan, predicted = made
             else:
                 pattern = make_plan(target.architecture, asked, target.dtype)
-                plan, predicted = choose(pattern, measure(pattern, MEASURED))
+                plan, predicted = choose(pattern, measure(pattern, MEASURED, name))
         except WrongUsage:  # these layers cannot be tied so, or not be so small
             continue
         rows.append(
@@ -72,5 +72,5 @@ def alternatives(
 
 def said(rows: list[dict[str, Any]]) -> str:
     """What the other ways are predicted to cost, in a sentence for the user; empty where there are none."""
-    others = [f"{row['way']} {row['predicted_excess']:.2f} ({row['flags']})" for row in rows if not row["made"]]
+    others = [f"{row['way']} {row['predicted_excess']:.3f} ({row['flags']})" for row in rows if not row["made"]]
     return f"At the same size at least about: {', '.join(others)}." if others else ""

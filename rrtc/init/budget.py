@@ -42,11 +42,12 @@ def measure_groups(
     device: torch.device,
     work: Path,
     most: int | None = None,
+    called: str = "",
 ) -> list[Group]:
     """The choices there are for every slot of `pattern`; with `free`, for every layer by itself and for every two
     neighbors that are alike, any part of which may be left untied. Each is kept in the folder `work` once it is
     measured, and taken from there. most: of so many slots of a kind, and of the first and the last; the others are
-    taken to be like the nearest that was measured."""
+    taken to be like the nearest that was measured. called: the name of this work for its progress."""
     views: dict[int, dict[str, Seen]] = {}  # of the layers of the group at hand
 
     def seen(number: int) -> dict[str, Seen]:
@@ -74,8 +75,7 @@ def measure_groups(
         wanted = [tuple(visit.layer for visit in visits) for visits in pattern.slots]
     chosen = wanted if most is None else _some(pattern, wanted, most)
     missing = [numbers for numbers in chosen if not _file_of(numbers, work).exists()]
-    what = "Comparing other patterns" if most is not None else f"Measuring {'layers' if free else 'slots'}"
-    with progress(what, len(chosen), len(chosen) - len(missing)) as advance:
+    with progress(called, len(chosen), len(chosen) - len(missing)) as advance:
         for numbers in missing:
             for number in views.keys() - set(numbers):
                 del views[number]

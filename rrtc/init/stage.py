@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rrtc import machine
-from rrtc.console import note, progress
+from rrtc.console import note, progress, whole_progress
 from rrtc.errors import WrongUsage
+from rrtc.init import phases
 from rrtc.init.allocate import Group
 from rrtc.init.alternatives import alternatives, said
 from rrtc.init.budget import explain, measure_groups, plan_under
@@ -71,7 +72,11 @@ def _init(model: str, target: Path, recipe: Recipe, resume: bool) -> dict:
     else:
         prove(job.dense, machine.device())
     folder.check_space(job.disk_bytes())
-    with job.source.files.blamed(), folder.folder(resume, job.fingerprint()) as partial:
+    with (
+        job.source.files.blamed(),
+        folder.folder(resume, job.fingerprint()) as partial,
+        whole_progress(phases.weights(job)),
+    ):
         try:
             plan, measured = _tie(job)
         except WrongUsage:  # a recipe that turns out to be impossible stays so, and the work is for no other
@@ -140,13 +145,13 @@ def _calibrate(job: Job, neurons: list[Neurons]) -> tuple[Calibration, tuple[dic
     budget = job.kv_budget if job.kv_budget is not None and job.kv_budget.is_measured else None
     done = sum(layers_done(job.work, dense.depth))
     model = StreamedModel(dense.config, dense.raw, device)
-    with progress("Calibrating", 2 * dense.depth * len(ids), done * len(ids)) as advance:
+    with progress(phases.CALIBRATING, 2 * dense.depth * len(ids), done * len(ids)) as advance:
         every, moments = None if budget is None else rules(budget), recipe.start == "joint"
         calibration = calibrate(dense, model, neurons, ids, job.work, device, advance, every, moments)
     if budget is None:
         return calibration, None
     tokenizer, count = load_tokenizer(job.source.folder), min(LOOKUP_WINDOWS, len(ids))
-    with progress("Finding heads that look up what stands far back", dense.depth * count) as advance:
+    with progress(phases.LOOKUPS, dense.depth * count) as advance:
         able = lookups(budget, dense, model, tokenizer, ids, recipe.seed, job.work, device, advance)
     return calibration, (window_losses(budget, calibration), able)
 
@@ -182,8 +187,9 @@ def _tie_jointly(job: Job, calibration: Calibration, neurons: list[Neurons]) -> 
     if target is not None:
         free = recipe.pattern == "auto"
 
-        def measure(pattern: Plan, most: int | None = None) -> list[Group]:
-            return measure_groups(pattern, free, dense, calibration, neurons, device, job.work, most)
+        def measure(pattern: Plan, most: int | None = None, way: str = "") -> list[Group]:
+            called = phases.trying(way) if way else phases.PLANNING
+            return measure_groups(pattern, free, dense, calibration, neurons, device, job.work, most, called)
 
         def choose(pattern: Plan, groups: list[Group]) -> tuple[Plan, float]:
             return plan_under(pattern, groups, target, neurons)
@@ -209,7 +215,7 @@ def _own_text(job: Job) -> Tensor:
     file, context = job.work / OWN_TEXT_FILE, job.calibration.shape[1]
     if not file.exists():
         tokenizer, tokens = load_tokenizer(job.source.folder), job.own_windows * (context - 1)
-        with progress("Writing text to calibrate on", tokens) as advance:
+        with progress(phases.OWN_TEXT, tokens) as advance:
             written = own_text(job.source.folder, tokenizer, job.own_windows, context, job.recipe.init.seed, advance)
             ids = torch.cat(list(written))
         job.source.files.check()
@@ -221,7 +227,7 @@ def _own_text(job: Job) -> Tensor:
 def _make_slots(job: Job, plan: Plan, make: Callable[[int], Slot]) -> None:
     """Makes and saves the slots of `plan` that are not finished, one after the other. make(k): slot k."""
     missing = job.missing_slots(plan)
-    with progress("Tying slots", len(plan.slots), len(plan.slots) - len(missing)) as advance:
+    with progress(phases.TYING, len(plan.slots), len(plan.slots) - len(missing)) as advance:
         for k in missing:
             job.save_slot(k, *make(k))
             advance()
@@ -234,8 +240,14 @@ def _write(job: Job, plan: Plan, folder: Path, shard_bytes: int) -> dict:
     if isinstance(job.dense, RecursiveModel):
         written = copy_with_plan(job.dense, plan, folder)
     else:
-        slots = (named for k in range(len(plan.slots)) for named in job.slot(k))
-        written = write_recursive(folder, job.dense, plan, slots, job.dtype, shard_bytes)
+
+        def slots(advance: Callable[[], None]) -> Iterator[tuple[str, Tensor]]:
+            for k in range(len(plan.slots)):
+                yield from job.slot(k)
+                advance()
+
+        with progress(phases.WRITING, len(plan.slots)) as advance:
+            written = write_recursive(folder, job.dense, plan, slots(advance), job.dtype, shard_bytes)
     return {
         "params_total": plan.parameters,
         "params_non_embedding": plan.non_embedding,
@@ -258,7 +270,7 @@ def _closing_measurement(given: DenseModel | RecursiveModel, compressed: Path, w
     are run layer by layer, so that neither is ever in memory whole."""
     device, losses = machine.device(), {"tokens": windows.ids.shape[0] * (windows.ids.shape[1] - 1)}
     first = "given" if isinstance(given, RecursiveModel) else "dense"
-    with progress("Measuring", 2 * given.depth * len(windows.ids)) as advance:
+    with progress(phases.SCORING, 2 * given.depth * len(windows.ids)) as advance:
         for name, one in ((first, given), ("after_init", RecursiveModel(compressed))):
             model = StreamedModel(one.config, one.raw, device)
             states = model.embed(windows.ids)

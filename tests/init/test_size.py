@@ -129,9 +129,9 @@ def test_sizes_are_told_in_the_unit_of_the_question():
         "bytes_on_disk": 135_000_000, "source_bytes": None, "kv_bytes": {}, "folded_norms": [], "seconds": 1.0,
     }  # fmt: skip
     said = {
-        "size": "Wrote out: 135 MB, 0.500 of the dense model in the same format; 67M parameters",
+        "size": "Wrote out: 135 MB, 0.504 of the dense model in the same format; 67M parameters",
         "budget": "Wrote out: 67M parameters, 40M of them without embeddings, 0.377 of the dense model's; 135 MB",
-        "rank": "Wrote out: 67M parameters, 135 MB, 0.500 of the dense model in the same format",
+        "rank": "Wrote out: 67M parameters, 135 MB, 0.504 of the dense model in the same format",
     }
     for asked, line in said.items():
         with console.results.capture() as shown:
