@@ -71,6 +71,6 @@ def alternatives(
 
 
 def said(rows: list[dict[str, Any]]) -> str:
-    """What the other ways are predicted to cost, in a sentence for the user; empty where there are none."""
-    others = [f"{row['way']} {row['predicted_excess']:.3f} ({row['flags']})" for row in rows if not row["made"]]
-    return f"At the same size at least about: {', '.join(others)}." if others else ""
+    """What the other ways are predicted to cost, in a sentence for the user."""
+    others = [f"{row['way']} {row['predicted_excess']:.2f} ({row['flags']})" for row in rows if not row["made"]]
+    return f"At the same size at least about: {', '.join(others)}."

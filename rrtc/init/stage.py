@@ -198,7 +198,8 @@ def _tie_jointly(job: Job, calibration: Calibration, neurons: list[Neurons]) -> 
         note(explain(plan, excess, free))
         if recipe.sharing is None:
             rows = alternatives(recipe, target, (plan, excess), measure, choose)
-            note(said(rows))
+            if len(rows) > 1:
+                note(said(rows))
 
     def make(k: int) -> Slot:
         layers = {visit.layer: dense.layer(visit.layer, device) for visit in plan.slots[k]}

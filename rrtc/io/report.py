@@ -42,7 +42,7 @@ engine         null, as where several are compared, or what `rrtc generate` coul
                which the first exit says what the model says in the end; null without trained exits), rounds,
                prompt_tokens, new_tokens, thresholds: a list of {limit (nats a token that early exits may cost),
                threshold, growth (nats), left (share of the tokens)}, and ways: a list of {way, requests (at once),
-               forecast (times full depth; or null), ratio, low, high (measured: times full depth, median and quartiles)}
+               forecast (times full depth; or null), ratio, low, high (measured: times full depth, median, quartiles)}
 training       the training curve of each stage that has one: stage, and points: [tokens, loss, kl or null]
 source_bytes   the size of the file the dense model was read from, where that is a GGUF
 samples        a continuation by each model: model, text

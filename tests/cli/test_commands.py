@@ -41,7 +41,8 @@ def test_quiet_shows_the_result_warnings_and_errors_and_nothing_on_the_way(dense
 
     monkeypatch.setattr(api, "plan", warned)
     assert rrtc("init", dense("llama"), "--dry-run", "-q").stderr == "Note: mind the gap\n"
-    assert rrtc("init", dense("llama"), "--dry-run").stderr == f"Note: mind the gap\nReading {dense('llama')}\n"
+    told = rrtc("init", dense("llama"), "--dry-run").stderr
+    assert told.startswith(f"Note: mind the gap\nReading {dense('llama')}\n")
 
 
 def test_verbose_shows_where_an_error_came_from(tmp_path):
