@@ -37,7 +37,7 @@ TRAIN = (
 )
 EVAL = "--tokens 1000 --context 64 --passkey-lengths 200 --sample-tokens 8 --speed-rounds 1"
 MEASURE = "--measure-tokens 500"
-AUTO = f"--budget 0.6 --calibrate-on text.txt --calibrate-on self --calibrate-tokens 1024 {MEASURE}"
+AUTO = f"--budget 0.6 --sharing auto --calibrate-on text.txt --calibrate-on self --calibrate-tokens 1024 {MEASURE}"
 MIDDLE = f"--budget 0.6 --sharing middle_cycle --calibrate-tokens 1024 {MEASURE} --dtype bfloat16"
 ARCHITECTURES = ("llama", "gemma3", "gpt2", "phi3")
 COMMANDS = [

@@ -61,7 +61,7 @@ def commands(dense: Path, work: Path) -> dict[str, list[str]]:
     shards = ["--max-shard-size", "100KB"]
     found = {
         "init, paper": ["init", str(dense), "--rank", "4", "--measure-tokens", "256", *shards],
-        "init, budget": ["init", str(dense), "--budget", "0.6", "--calibrate-tokens", "512", "--measure-tokens", "256"],
+        "init, size": ["init", str(dense), "--size", "0.7", "--calibrate-tokens", "512", "--measure-tokens", "256"],
         "uptrain": ["uptrain", tied, *TRAINING.split()],
         "eval": ["eval", healed, *SCORING.split()],
         "run": ["run", str(work / "recipe.yaml")],

@@ -16,7 +16,7 @@ from matplotlib.ticker import PercentFormatter
 
 HERE = Path(__file__).parent
 STYLES = {
-    "rrtc init --budget": {"color": "#0072B2", "marker": "o"},
+    "rrtc init --sharing auto": {"color": "#0072B2", "marker": "o"},
     "the same, two loops": {"color": "#0072B2", "marker": "D", "markerfacecolor": "white", "linestyle": "none"},
     "whitened SVD, nothing tied": {"color": "#D55E00", "marker": "s", "linestyle": "--"},
 }
@@ -30,7 +30,7 @@ def draw(models: list[dict], target: Path) -> None:
         for row in model["rows"]:
             sizes, losses = zip(*row["points"], strict=True)
             ax.plot(sizes, losses, label=row["method"], **STYLES[row["method"]])
-            below = row["method"] == "rrtc init --budget"
+            below = row["method"] == "rrtc init --sharing auto"
             for size, loss in row["points"]:
                 text, place = f"{loss + 1e-9:.2f}", (0, -14 if below else 6)
                 ax.annotate(text, (size, loss), place, textcoords="offset points", ha="center", fontsize=8)

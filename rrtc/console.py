@@ -9,20 +9,37 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from logging import ERROR, getLogger
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rich.console import Console
+from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Group as RichGroup
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from rrtc.errors import RrtcError, WrongUsage
 from rrtc.machine import is_first_process
 
-results = Console(quiet=not is_first_process, soft_wrap=True)
-notes = Console(stderr=True, quiet=not is_first_process, soft_wrap=True)
+if TYPE_CHECKING:
+    from rrtc.progress_line import Progress
+
+
+def _console(stderr: bool = False, quiet: bool = False) -> Console:
+    """A console that breaks long lines between words in a terminal, and leaves them whole in a pipe or a file."""
+    made = Console(stderr=stderr, quiet=quiet)
+    made.soft_wrap = not made.is_terminal
+    return made
+
+
+results = _console(quiet=not is_first_process)
+notes = _console(stderr=True, quiet=not is_first_process)
+_phases: "Progress | None" = None  # what is going on, where that is several kinds of work in a row
 # Control characters, those that turn the direction of writing, and bytes of a file's name that are no text.
 CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 NOT_ON_A_PAGE = re.compile(f"(?![\\n\\t]){CONTROLS.pattern}")  # those that a text of several lines has no use for
@@ -114,39 +131,52 @@ def warn(text: str) -> None:
 
 def show_warning(text: str) -> None:
     """One line the user should not miss, on stderr."""
-    Console(stderr=True, soft_wrap=True).print(Text(f"Note: {visible(text)}", "yellow"))
+    _console(stderr=True).print(Text(f"Note: {visible(text)}", "yellow"))
 
 
 def show_error(error: RrtcError) -> None:
     """The sentence and the hint of `error`, on stderr, from every process that meets one of its own."""
     if error.of_all_processes and not is_first_process:
         return
-    console = Console(stderr=True, soft_wrap=True)
+    console = _console(stderr=True)
     console.print(Text(f"Error: {visible(error.sentence)}", "bold red"))
     if error.hint:
         console.print(Text(f"Hint: {visible(error.hint)}", "cyan"))
 
 
 @contextmanager
-def progress(description: str, total: int, done: int = 0):
-    """A progress bar with the time left, on stderr; yields a function that advances it by n steps (default 1). Of
-    `total` steps, `done` were done before."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )  # fmt: skip
+def progress(description: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
+    """A progress line with the time left, on stderr; yields a function that advances it by n steps (default 1). Of
+    `total` steps, `done` were done before. In a block of `whole_progress` with this name it is a part of that."""
+    from rrtc.progress_line import Phase, Progress, Work
 
-    columns = (
-        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        TextColumn("left"), TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal) as bar:
-        task = bar.add_task(visible(description), total=total, completed=done)
-        yield lambda n=1: bar.advance(task, n)
+    name = visible(description)
+    if _phases is not None and name in _phases.names:
+        _phases.begin(name, total, done)
+        yield lambda n=1: _phases.advance(name, n)
+        _phases.end(name)
+        return
+    line = Progress(notes, Work({name: Phase(1.0)}), amounts=True)
+    try:
+        line.begin(name, total, done)
+        yield lambda n=1: line.advance(name, n)
+    finally:
+        line.stop()
+
+
+@contextmanager
+def whole_progress(weights: Mapping[str, float]) -> Iterator[None]:
+    """One progress line over several calls of `progress` in the block, by their descriptions, in that order: with the
+    share of all of them, and the time left in all. weights: how long each takes, beside the others."""
+    from rrtc.progress_line import Phase, Progress, Work
+
+    global _phases
+    before, _phases = _phases, Progress(notes, Work({name: Phase(weight) for name, weight in weights.items()}))
+    try:
+        yield
+    finally:
+        _phases.stop()
+        _phases = before
 
 
 def check_json_target(target: str | None) -> None:
@@ -170,12 +200,66 @@ def write_json(value: dict, target: str | None) -> None:
         Path(target).write_text(text, encoding="utf8")
 
 
-def table(title: str, columns: list[str], rows: list[list]) -> Table:
-    """A Rich table: the first column to the left, the others, numbers, to the right."""
-    made = Table(title=plain(title), title_justify="left", title_style="bold")
-    for number, column in enumerate(columns):
-        justify = "left" if number == 0 else "right"
-        made.add_column(plain(column), justify=justify, overflow="fold", no_wrap=number == 0)
-    for row in rows:
-        made.add_row(*map(plain, row))
-    return made
+class FittedTable:
+    """A table that loses no figure and breaks no word where the terminal is narrow.
+
+    The first column is to the left, the others, numbers, to the right. Those in `prose` are to the left, and their
+    cells may be broken between words, as the first one's may. Where that is too wide still, each row is a record: its
+    first cell, and under it a line for each other one.
+    """
+
+    def __init__(self, title: str, columns: list[str], rows: list[list], prose: Sequence[int] = ()):
+        self._title, self._prose = plain(title, "bold"), {0, *prose}
+        self._columns, self._rows = [plain(one) for one in columns], [[plain(cell) for cell in row] for row in rows]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        cells = list(zip(*self._rows, strict=True)) if self._rows else [()] * len(self._columns)
+        least, widest = [], []
+        for place, (title, column) in enumerate(zip(self._columns, cells, strict=True)):
+            natural = max((cell.cell_len for cell in column), default=0)
+            needed = _longest_word(title, *column) if place in self._prose else max(natural, _longest_word(title))
+            least.append(needed)
+            widest.append(max(natural, title.cell_len))
+        room = options.max_width - sum(least) - GAP * (len(least) - 1)
+        yield self._title
+        yield self._as_table(least, widest, room) if room >= 0 else self._as_records()
+        yield Text("")
+
+    def _as_table(self, least: list[int], widest: list[int], room: int) -> Table:
+        made = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, GAP - 1, 0, 0))
+        made.show_header = any(title.plain for title in self._columns)
+        for place in sorted(range(len(least)), key=lambda place: place not in self._prose):  # headings come last
+            more = min(widest[place] - least[place], room)
+            least[place], room = least[place] + more, room - more
+        for place, (title, width) in enumerate(zip(self._columns, least, strict=True)):
+            justify = "left" if place in self._prose else "right"
+            made.add_column(title, justify=justify, width=width, overflow="fold")
+        for row in self._rows:
+            made.add_row(*row)
+        return made
+
+    def _as_records(self) -> RichGroup:
+        lines: list = []
+        for row in self._rows:
+            for place, (title, cell) in enumerate(zip(self._columns, row, strict=True)):
+                said = _wrapped(Text.assemble(title, ": ", cell) if title.plain else cell.copy())
+                lines.append(Padding(said, (0, 0, 0, 2 if place else 0), expand=False))
+        return RichGroup(*lines)
+
+
+GAP = 2  # blanks between columns
+
+
+def _longest_word(*texts: Text) -> int:
+    return max((cell_len(word) for text in texts for word in text.plain.split()), default=0)
+
+
+def _wrapped(text: Text) -> Text:
+    """`text`, to be broken between words even where the console leaves that to the terminal."""
+    text.no_wrap, text.overflow = False, "fold"
+    return text
+
+
+def table(title: str, columns: list[str], rows: list[list], prose: Sequence[int] = ()) -> FittedTable:
+    """A table of texts and numbers for people; prose: the columns, by place, whose cells may be broken."""
+    return FittedTable(title, columns, rows, prose)

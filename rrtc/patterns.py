@@ -4,62 +4,51 @@ import bisect
 
 from rrtc.errors import WrongUsage
 from rrtc.plan import Architecture, Matrix, Plan, Visit
-from rrtc.recipe.init import BUDGETS, InitRecipe
-from rrtc.units import parse_count, parse_size
+from rrtc.recipe.init import TARGETS, InitRecipe
+from rrtc.target import target_of
 
 
-def make_plan(architecture: Architecture, recipe: InitRecipe, width: int = 4) -> Plan:
-    """The plan that `recipe` asks for.
+def make_plan(architecture: Architecture, recipe: InitRecipe, dtype: str = "float32") -> Plan:
+    """The plan that `recipe` asks for, stored in `dtype`.
 
-    Under a budget the rank is the largest that meets it; but with a joint start, where every matrix gets a rank of its
-    own once it is measured, the plan has rank 0 here. `width`: bytes a parameter. Raises WrongUsage where the layers
-    cannot be divided as asked, where layers to be tied differ (the message names them and what differs), and for a
-    budget that is too small.
+    Under a size or a budget the rank is the largest that meets it; but with a joint start, where every matrix gets a
+    rank of its own once it is measured, the plan has rank 0 here. Raises WrongUsage where the layers cannot be divided
+    as asked, where layers to be tied differ (the message names them and what differs), and for a size or a budget that
+    is too small, or larger than the dense model.
     """
-    if recipe.keeps_weights:
-        alone = dict.fromkeys(BUDGETS) | {"sharing": "cycle", "loops": 1, "keep": 0, "rank": 0}
-        return _plan_of_pattern(architecture, recipe.model_copy(update=alone))
-    if not recipe.has_budget:
+    if not recipe.has_target:
         return _plan_of_pattern(architecture, recipe)
-    target = target_parameters(architecture, recipe, width)
+    target = target_of(architecture, recipe, dtype)
+    given = dict.fromkeys(TARGETS) | {"sharing": recipe.pattern, "shared_init": recipe.start}
+    if recipe.keeps_weights:
+        alone = {"sharing": "cycle", "loops": 1, "keep": 0, "rank": 0}
+        return _plan_of_pattern(architecture, recipe.model_copy(update=given | alone))
     widest = max(min(m.inputs, m.outputs) for layer in architecture.layers for m in layer.matrices)
-    no_budget = dict.fromkeys(BUDGETS) | {"sharing": recipe.pattern, "shared_init": recipe.start}
 
     def at(rank: int) -> Plan:
-        return _plan_of_pattern(architecture, recipe.model_copy(update=no_budget | {"rank": rank}))
+        return _plan_of_pattern(architecture, recipe.model_copy(update=given | {"rank": rank}))
 
-    unrelaxed = at(0)
-    least = _least(unrelaxed) if recipe.start == "joint" else unrelaxed.parameters
-    if target < least:
-        raise too_small(target, least)
+    try:
+        unrelaxed = at(0)
+    except WrongUsage as error:
+        if recipe.sharing is not None:
+            raise
+        hint = "By default all layers but the first and the last are tied in loops."
+        others = "--sharing auto ties neighbors where that is cheaper, --loops 1 nothing."
+        raise WrongUsage(error.sentence, f"{hint} {error.hint} Or {others}") from error
     if recipe.start == "joint":
+        target.check(_least(unrelaxed) * target.number)
         return unrelaxed
-    return at(bisect.bisect_right(range(widest + 1), target, key=lambda rank: at(rank).parameters) - 1)
+    target.check(target.taken(unrelaxed))
+    return at(bisect.bisect_right(range(widest + 1), target.limit, key=lambda rank: target.taken(at(rank))) - 1)
 
 
 def _least(plan: Plan) -> int:
-    """What a budget cannot go below with the slots of `plan`: what is shared stays whole, but for about half of an
-    FFN's neurons. Layers by themselves can become nearly nothing."""
+    """How many numbers the slots of `plan` cannot go below: what is shared stays whole, but for about half of an FFN's
+    neurons. Layers by themselves can become nearly nothing."""
     shared = (plan.matrices(visits[0]) for visits in plan.slots if len(visits) > 1)
     kept = sum(int(m.size * (0.45 if m.parts[0][0] == "ffn" else 1)) for matrices in shared for m in matrices)
     return plan.architecture.embedding + plan.architecture.head + kept
-
-
-def too_small(target: int, least: int) -> WrongUsage:
-    return WrongUsage(
-        f"The budget of {target:,} parameters cannot be met: the least possible is {least:,}.",
-        "Ask for a larger one, or, with a pattern of your own, tie more layers (loops).",
-    )
-
-
-def target_parameters(architecture: Architecture, recipe: InitRecipe, width: int) -> int:
-    """The parameters in all that the budget of `recipe` allows, at `width` bytes each."""
-    if recipe.budget is not None:
-        return architecture.embedding + architecture.head + int(recipe.budget * architecture.non_embedding)
-    if recipe.target_params is not None:
-        return parse_count(recipe.target_params)
-    assert recipe.target_bytes is not None  # one of the three is given
-    return parse_size(recipe.target_bytes) // width
 
 
 def _plan_of_pattern(architecture: Architecture, recipe: InitRecipe) -> Plan:

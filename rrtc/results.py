@@ -57,6 +57,19 @@ class LossResult(TypedDict):
     after_init: float
 
 
+class AlternativeResult(TypedDict):
+    """One way to tie the layers of a model, or none of them, at one size."""
+
+    way: str  # in words
+    flags: str  # of `rrtc init`, that choose it
+    made: bool  # whether it is what init made; of the others a part of the slots was measured
+    predicted_excess: float  # as in InitResult
+    params_total: int
+    flops_per_token: int
+    exits: int  # places where it can be left early
+    shared_params: int  # that several layers use
+
+
 class InitResult(TypedDict):
     """Of `init`."""
 
@@ -66,10 +79,16 @@ class InitResult(TypedDict):
     kv_bytes: dict[int, int]  # of the KV cache, by the number of tokens in it
     dense_kv_bytes: dict[int, int]
     predicted_excess: NotRequired[float | None]  # a lower bound of what was lost on the calibration text
+    alternatives: NotRequired[list[AlternativeResult]]  # with a size or a budget, where no pattern was asked for
     params_total: int
     params_non_embedding: int
+    dense_params_total: int
+    dense_params_non_embedding: int
     bytes: int  # of the weights
     dense_bytes: int  # of the dense model's in the same dtype
+    bytes_on_disk: int  # of the weights files, headers and all
+    flops_per_token: int  # of a forward pass, without attention over the context
+    dense_flops_per_token: int
     source_bytes: int | None  # of the GGUF file that was read; None where it was none
     folded_norms: list[str]  # paths in the layer of the norms whose gains are in the matrices now
     loss: NotRequired[LossResult]  # not with measure_tokens=0

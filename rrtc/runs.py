@@ -21,7 +21,7 @@ from rrtc.recipe.section import OWN_TEXT
 from rrtc.recipe.settings import SWEPT
 from rrtc.results import Report, RunPlanResult
 from rrtc.text.sources import check_source
-from rrtc.units import parse_count, parse_size
+from rrtc.units import parse_size
 from rrtc.uptrain.checks import check_recipe
 
 STAGES = ("init", "uptrain", "eval", "export")
@@ -139,12 +139,8 @@ def measure(folders: Sequence[str], recipe: Recipe, against: str | None, output:
 
 
 def check_sizes(recipe: Recipe) -> None:
-    """Raises WrongUsage for a size or a count that is none."""
+    """Raises WrongUsage for a size that is none."""
     parse_size(recipe.init.max_shard_size)
-    if recipe.init.target_params is not None:
-        parse_count(recipe.init.target_params)
-    if recipe.init.target_bytes is not None:
-        parse_size(recipe.init.target_bytes)
 
 
 def check_run(recipe: Recipe) -> None:

@@ -40,6 +40,20 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
 
 
+def parse_extent(value: float | str) -> float | int:
+    """How much of something: a float up to 1 is a part of it (0.5, or 50%), an int bytes (300MB). Raises WrongUsage for
+    anything else."""
+    text = str(value).strip()
+    try:
+        part = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        if 0 < part <= 1:
+            return part
+    except ValueError:
+        if re.search("[A-Za-z]$", text) and text[0].isdigit():
+            return parse_size(text)
+    raise WrongUsage(f"'{value}' is neither a part nor a size.", "Write it as 0.5, 50% or 300MB.")
+
+
 def parse_count(text: str) -> int:
     """The number in a count such as 90M or 1.5B. Raises WrongUsage for anything else."""
     match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([KMBT]?)\s*", text, re.IGNORECASE)

@@ -15,6 +15,7 @@ from rrtc import __version__, api, console
 from rrtc.cli import tables
 from rrtc.cli.chat import chat_command
 from rrtc.cli.command import Resume, command, explained, needs_output
+from rrtc.cli.description import description
 from rrtc.cli.generate import generate_command
 from rrtc.cli.help import Command, Group
 from rrtc.cli.run import run_command
@@ -65,7 +66,7 @@ def init_command(
 
     \b
     Example:
-      rrtc init ./SmolLM2-135M -o small --budget 0.7 --calibrate-on corpus.txt
+      rrtc init ./SmolLM2-135M -o small --size 0.7 --calibrate-on corpus.txt
     """
     if model is None and recipe.model is None:
         raise typer.BadParameter("name the dense model, here or in the recipe", param_hint="MODEL")
@@ -76,7 +77,7 @@ def init_command(
         return result, tables.plan(result)
     target = needs_output(output)
     result = api.init(model, target, recipe, resume=resume, verbose=shown)
-    return result, tables.init(result, target)
+    return result, tables.init(result, target, recipe.init.resolved())
 
 
 @_command("uptrain", "uptrain")
@@ -182,7 +183,7 @@ def inspect_command(folder: Folder, *, shown: bool):
       rrtc inspect runs/quickstart/uptrain
     """
     result = api.inspect(folder)
-    return result, tables.description(result)
+    return result, description(result)
 
 
 @app.command("recipe", cls=Command)

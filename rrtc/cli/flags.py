@@ -15,7 +15,7 @@ from rrtc.recipe.section import Section
 
 # The fields that most runs set. They stand beside --output; the other fields of the section come after them.
 COMMON = {
-    "init": ("budget", "kv_budget", "loops", "sharing", "keep", "rank", "calibrate_on"),
+    "init": ("size", "kv_budget", "loops", "sharing", "keep", "rank", "calibrate_on"),
     "uptrain": ("data", "tokens", "context", "learning_rate", "batch_size", "micro_batch", "losses"),
     "eval": ("text", "tokens", "tasks", "baselines"),
     "export": ("format", "dtype", "quantize"),
@@ -23,7 +23,7 @@ COMMON = {
 # What the help calls a value. A field that is not here has the word of its type.
 WORDS = {
     "budget": "SHARE", "kv_budget": "SHARE", "kv_context": "TOKENS", "kv_window": "TOKENS", "kv_sinks": "TOKENS",
-    "kv_grain": "WHAT", "kv_choice": "HOW", "kv_lookups": "SHARE", "target_params": "COUNT", "target_bytes": "SIZE",
+    "kv_grain": "WHAT", "kv_choice": "HOW", "kv_lookups": "SHARE", "size": "SHARE|SIZE",
     "max_shard_size": "SIZE", "sharing": "PATTERN", "rank": "N|GROUP=N,…", "shared_init": "START",
     "lora_init": "START", "dtype": "DTYPE", "precision": "DTYPE", "norms": "HOW", "calibrate_on": "TEXT",
     "data": "TEXT", "text": "TEXT", "text_field": "NAME", "tokens": "TOKENS", "calibrate_tokens": "TOKENS",

@@ -1,12 +1,14 @@
 """Results as tables for people. The numbers are those that `--json` writes."""
 
+import math
 from collections import defaultdict
 
 from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 
-from rrtc.console import plain, table
+from rrtc.console import FittedTable, plain, table
+from rrtc.eval.words import UNITS, verdict
+from rrtc.io.report import parts_by_model
 from rrtc.plain import to_yaml
 from rrtc.plan import KV_CONTEXTS, SAVINGS_CONTEXT, in_sight, savings
 from rrtc.units import count, duration, size
@@ -89,7 +91,10 @@ def plan(result: dict) -> Group:
         ratio = result["bytes"] / result["source_bytes"]
         rows.append(["the GGUF file, on disk", size(result["source_bytes"]), size(result["bytes"]), f"{ratio:.3f}"])
     if result["visits"] is None:
-        chosen = ["How each matrix is stored is chosen by init, once it has measured what the loss feels."]
+        chosen = [
+            f"{_pattern(result['recipe'])} How each matrix is stored is chosen by init, once it has measured what the "
+            "loss feels."
+        ]
     else:
         parts = ", ".join(f"{name.replace('_', ' ')} {count(n)}" for name, n in result["params_by_part"].items() if n)
         chosen = [f"Parameters by part: {parts}", visits(result["visits"])]
@@ -100,6 +105,19 @@ def plan(result: dict) -> Group:
         *map(plain, [*chosen, *([result["windows"]] if result["windows"] else [])]),
         plain(saved if result["recipe"]["budget"] == 1 else f"Tying saves memory and disk. {saved}"),
     )
+
+
+def _pattern(recipe: dict) -> str:
+    """Which layers will share weights, in a sentence."""
+    kept = {0: "All layers", 1: "All layers but the first and the last"}.get(
+        recipe["keep"], f"All layers but {recipe['keep']} at each end"
+    )
+    if recipe["sharing"] == "auto":
+        return "Neighbors are tied where that is cheaper, which may be nowhere (--sharing auto)."
+    if recipe["loops"] == 1:
+        return "No layers are tied (--loops 1)."
+    order = "in loops" if recipe["sharing"].endswith("cycle") else "in sequence"
+    return f"{kept} are tied {order}, {recipe['loops']} to a slot (--sharing {recipe['sharing']})."
 
 
 def planned(runs: dict) -> Group:
@@ -129,27 +147,18 @@ def _size_and_work(run: dict) -> list[str]:
     ]
 
 
-def init(result: dict, folder: str) -> Group:
-    """What `init` made."""
+def init(result: dict, folder: str, asked: dict) -> Group:
+    """What `init` made; asked: the section of the recipe."""
     kept = result.get("residual_energy_kept", {})
-    written, dense, source = result["bytes"], result["dense_bytes"], result["source_bytes"]
-    sizes = f"{size(written)}, {written / dense:.3f} of the dense model in the same format"
-    if source:
-        sizes += f", {written / source:.3f} of the GGUF file"
-    lines = [
-        plain(f"Wrote {folder}: {count(result['params_total'])} parameters, {sizes}"),
-    ]
+    lines = [plain(f"Wrote {folder}: {_size_made(result, asked)}")]
     if any(kept.values()):
         rows = [[matrix, f"{energy:.1%}"] for matrix, energy in kept.items()]
         lines.append(table("What the LoRA kept of what tying lost", ["matrix", "energy"], rows))
     if loss := result.get("loss"):
         before = "dense" if "dense" in loss else "given"
-        lines.append(
-            plain(
-                f"Loss before any training: {loss['after_init']:.3f}; {before}: {loss[before]:.3f} "
-                f"(nats per token, {loss['tokens']} tokens)"
-            )
-        )
+        lines.append(plain(_loss_in_words(loss["after_init"], loss[before], before, loss["tokens"])))
+    if rows := result.get("alternatives"):
+        lines += _alternatives(rows, result)
     lines.append(plain(f"Next: rrtc uptrain {folder} -o HEALED"))
     return Group(*lines)
 
@@ -170,6 +179,57 @@ def served(result: dict) -> Text:
     return plain(f"Answered {result['answered']:,} prompts; {result['tokens']:,} tokens were said.", "dim")
 
 
+def _loss_in_words(ours: float, theirs: float, whose: str, tokens: int) -> str:
+    """What a loss of `ours` nats a token is beside one of `theirs`."""
+    return (
+        f"Loss before any training: {ours:.3f} nats a token, where the {whose} model has {theirs:.3f} ({tokens:,} "
+        f"tokens): the right token gets {math.exp(theirs - ours):.0%} of the probability that it has there (geometric "
+        "mean)."
+    )
+
+
+def _size_made(result: dict, asked: dict) -> str:
+    """How much was written, first in the unit in which it was asked for."""
+    share = result["params_non_embedding"] / result["dense_params_non_embedding"]
+    in_files = size(result["bytes_on_disk"])
+    of_dense = f"{result['bytes_on_disk'] / result['dense_bytes']:.3f} of the dense model in the same format"
+    numbers = f"{count(result['params_total'])} parameters"
+    inner = f"{count(result['params_non_embedding'])} of them without embeddings"
+    if asked.get("size") is not None:
+        said = f"{in_files}, {of_dense}; {numbers}"
+    elif asked.get("budget") is not None:
+        said = f"{numbers}, {inner}, {share:.3f} of the dense model's; {in_files}"
+    else:
+        said = f"{numbers}, {in_files}, {of_dense}"
+    if source := result["source_bytes"]:
+        said += f"; {result['bytes'] / source:.3f} of the GGUF file"
+    return said
+
+
+def _alternatives(rows: list[dict], result: dict) -> list:
+    """What else could have been made at this size, and how to have it."""
+    dense, kv = result["dense_flops_per_token"], size(result["kv_bytes"][SAVINGS_CONTEXT])
+    cells = [
+        [
+            row["way"] + (" (made)" if row["made"] else ""),
+            f"{row['predicted_excess']:.3f}",
+            f"{row['flops_per_token'] / dense:.2f}",
+            kv,
+            f"{row['exits']}" if row["exits"] else "–",
+            count(row["shared_params"]) if row["shared_params"] else "–",
+            row["flags"],
+        ]
+        for row in rows
+    ]
+    columns = ["way", "costs at least", "FLOPs", f"KV at {SAVINGS_CONTEXT:,}", "early exits", "shared", "choose it by"]
+    note = (
+        "costs at least: nats a token on the calibration text, each change by itself and to second order; good to "
+        "compare rows, and what is lost is more. Of rows that were not made a part of the layers was measured. FLOPs: "
+        "of the dense model's, for a token. shared: weights that several layers use."
+    )
+    return [table("Ways to be this size", columns, cells, prose=[6]), plain(note)]
+
+
 def report(result: dict) -> Group:
     """What `eval` found: tables of the models' sizes and scores, and one of each other kind of measurement."""
     models = result["models"]
@@ -186,17 +246,12 @@ def report(result: dict) -> Group:
     if exits:
         rows = [[row["model"], f"{row['layers_computed']:.0%}", *_scores(row)] for row in exits]
         lines.append(table("Left early", ["model", "layers computed", *scores], rows))
-    lines += [*_tasks(models), *_passkey(models), *_cache(models)]
+    lines += [*_tasks(models), *_passkey(models), *_cache(models), *_speeds(result)]
     scored = ", ".join(f"{name} ({count(n)} tokens)" for name, n in result["tokens"].items())
     lines += [
-        plain("KL: nats per token from the dense model. top-1: share of tokens on which both agree. [95 % interval]"),
+        plain(f"{UNITS} [95 % interval]"),
         plain(f"Scored on: {scored}"),
     ]
-    if speed := result["speed"]:
-        ratios = [f"{what} {_ratio(speed[what])}" for what in ("prefill", "decode")]
-        if long := speed.get("long"):
-            ratios.append(f"decode after {long['prompt_tokens']:,} tokens {_ratio(long['decode'])}")
-        lines.append(plain(f"Speed, as a multiple of the dense model's (quartiles): {', '.join(ratios)}"))
     if engine := result.get("engine"):
         ways = [[one["way"], one["requests"], _or_dash(one["forecast"]), _ratio(one)] for one in engine["ways"]]
         title = "Ways to generate, as a multiple of full depth's speed"
@@ -210,10 +265,12 @@ def report(result: dict) -> Group:
         )
     for entry in result["not_run"]:
         lines.append(plain(f"Not run: {entry['task']}. {entry['why']}"))
+    if result["samples"] and (prompt := result.get("prompt")):
+        lines.append(Text.assemble(plain("Asked: ", "bold"), plain(" ".join(prompt.split()))))
     for said in result["samples"]:
         words = " ".join(said["text"].split()) or "(says nothing)"
         lines.append(Text.assemble(plain(f"{said['model']}: ", "bold"), plain(words)))
-    return Group(*lines)
+    return Group(*lines, *map(plain, verdict(result)))
 
 
 SHOWN = {"bits_per_byte": "{:.4f}", "kl": "{:.4f}", "top1_agreement": "{:.1%}"}
@@ -242,7 +299,7 @@ def _or_dash(ratio: float | None) -> str:
     return "–" if ratio is None else f"{ratio:.2f}"
 
 
-def _tasks(models: list[dict]) -> list[Table]:
+def _tasks(models: list[dict]) -> list[FittedTable]:
     """A table of tasks with a column a model; [] where no task was run."""
     asked = [row for row in models if "tasks" in row]
     if not asked:
@@ -260,7 +317,7 @@ def _share(score: dict) -> str:
     return f"{100 * score['value']:.1f}{stderr}"
 
 
-def _passkey(models: list[dict]) -> list[Table]:
+def _passkey(models: list[dict]) -> list[FittedTable]:
     """A table of pass keys found with a row a length; [] where none was hidden."""
     from rrtc.eval.statistics import over_depths
 
@@ -274,14 +331,32 @@ def _passkey(models: list[dict]) -> list[Table]:
     return [table("Pass keys found, over all depths", ["text", *(row["model"] for row in asked)], rows)]
 
 
-def _cache(models: list[dict]) -> list[Table]:
+def _cache(models: list[dict]) -> list[FittedTable]:
     """A table of the KV cache with a column for each length; [] where it was not worked out, as in older reports."""
     rows = [
         [row["model"], *(size(row["cost"]["kv_bytes"][str(context)]) for context in KV_CONTEXTS)]
         for row in models
         if (row.get("cost") or {}).get("kv_bytes")
     ]
-    return [table("KV cache", ["model", *(f"{n:,} tokens" for n in KV_CONTEXTS)], rows)] if rows else []
+    if len({tuple(sizes) for _, *sizes in rows}) < 2:  # there is nothing to compare
+        return []
+    return [table("KV cache", ["model", *(f"{n:,} tokens" for n in KV_CONTEXTS)], rows)]
+
+
+def _speeds(result: dict) -> list[FittedTable]:
+    """A table of how fast each compressed model is; [] where that was not measured."""
+    rows, lengths = [], []
+    for name, speed in parts_by_model(result, "speed").items():
+        long = speed.get("long")
+        lengths += [long["prompt_tokens"]] if long else []
+        rows.append(
+            [name, *(_ratio(speed[what]) for what in ("prefill", "decode")), _ratio(long["decode"]) if long else "–"]
+        )
+    columns = ["model", "reading a prompt", "generating"]
+    if lengths:
+        columns.append(f"generating after {max(lengths):,} tokens")
+    title = "Speed, as a multiple of the dense model's [quartiles]"
+    return [table(title, columns, [row[: len(columns)] for row in rows])] if rows else []
 
 
 def estimate(result: dict) -> Group:
@@ -319,6 +394,7 @@ def uptrain(result: dict, folder: str) -> Group:
         )
     return Group(
         *lines,
+        plain("A nat less: the right token is 2.7 times as probable. What that is worth, rrtc eval measures."),
         plain(f"Curves: {folder}/loss.png. Next: rrtc eval {folder} -o REPORT"),
     )
 
@@ -345,38 +421,6 @@ def export(result: dict, folder: str) -> Group:
     return Group(*map(plain, lines))
 
 
-def description(result: dict) -> Group:
-    """What `inspect` found."""
-    base = result["base"]
-    rows = [
-        ["stage", result["stage"]],
-        ["made", f"{result['made']} by rrtc {result['rrtc']}"],
-        ["versions", ", ".join(f"{name} {version}" for name, version in result["versions"].items())],
-        ["dense model", f"{base['uri']} ({size(base['bytes'])}, sha256 {base['sha256'][:12]}…)"],
-        ["came through", " → ".join([h["stage"] for h in result["history"]] + [result["stage"]])],
-    ]
-    if "bytes_on_disk" in result:
-        rows.append(["weights", f"{size(result['bytes_on_disk'])} in {result['dtype']}"])
-    if kv := result.get("kv_bytes"):
-        shares = ((context, kv[context], kv[context] / result["dense_kv_bytes"][context]) for context in kv)
-        rows.append(
-            ["KV cache", "; ".join(f"{size(n)} at {c:,} tokens ({share:.3f} of dense)" for c, n, share in shares)]
-        )
-    for stage, recipe in result["recipe"].items():
-        text = ", ".join(f"{k}: {v}" for k, v in recipe.items()) if isinstance(recipe, dict) else recipe
-        rows.append([f"recipe, {stage}", text])
-    for stage, figures in result["measured"].items():
-        rows.append([f"measured, {stage}", _figures(figures)])
-    made = table(result["folder"], ["", ""], rows)
-    made.columns[1].justify = "left"
-    lines = [made]
-    if result.get("visits"):
-        lines.append(plain(visits(result["visits"])))
-    if "report" in result:
-        lines.append(report(result["report"]))
-    return Group(*lines)
-
-
 def environment(result: dict) -> Group:
     """What `env` found."""
     device, memory = result["device"], result["device"]["memory_bytes"]
@@ -393,14 +437,4 @@ def environment(result: dict) -> Group:
         ["not installed", missing or "–"],
         ["cache", result["cache_folder"]],
     ]
-    made = table("Where rrtc runs", ["", ""], rows)
-    made.columns[1].justify = "left"
-    return Group(made)
-
-
-def _figures(figures) -> str:
-    if not isinstance(figures, dict):
-        return str(figures)
-    # What the KV cache takes has a row of its own.
-    shown = {key: value for key, value in figures.items() if key not in ("kv_bytes", "dense_kv_bytes")}
-    return ", ".join(f"{key}: {_figures(value)}" for key, value in shown.items())
+    return Group(table("Where rrtc runs", ["", ""], rows, prose=[1]))

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rrtc.eval.statistics import over_depths
+from rrtc.eval.words import UNITS, verdict
+from rrtc.io.report import parts_by_model
 from rrtc.plan import KV_CONTEXTS, SAVINGS_CONTEXT, savings
 from rrtc.units import count, size
 
@@ -37,32 +39,13 @@ def write_page(report: dict, file: Path) -> None:
     page = template.render(
         report=report,
         title=f"Measured against {report['against']}" + (f", {made}" if made else ""),
-        verdict=_verdict(report),
+        verdict=verdict(report),
         scored=", ".join(f"{name} ({count(n)} tokens)" for name, n in report["tokens"].items()),
         tables=[table for make in TABLES if (table := make(report)).rows],
         pictures=pictures(report),
         made_with=_made_with(report["made_with"]),
     )
     file.write_text(page, encoding="utf8")
-
-
-def _verdict(report: dict) -> str:
-    """What it comes to, in one sentence a model that was asked about."""
-    dense, sentences = report["models"][0], []
-    stages = [row for row in report["models"] if row["kind"] == "stage"]
-    for row in stages if report["of"] is None else stages[-1:]:
-        share = row["params_non_embedding"] / dense["params_non_embedding"]
-        score = row["scores"]["bits_per_byte"]
-        sentence = (
-            f"{row['model']}: {share:.3f} of the parameters without embeddings, "
-            f"{row['params_total'] / dense['params_total']:.3f} of all; {score['value']:.4f} bits per byte, "
-            f"{_difference(score, '{:+.4f}')} from the dense model's {dense['scores']['bits_per_byte']['value']:.4f}"
-        )
-        if "task_average" in row:
-            points = _difference(row["task_average"], "{:+.1f}", 100)
-            sentence += f"; tasks {100 * row['task_average']['value']:.1f} % on average, {points}"
-        sentences.append(sentence + ".")
-    return " ".join(sentences)
 
 
 def _models(report: dict) -> Table:
@@ -85,12 +68,9 @@ def _models(report: dict) -> Table:
         )
     columns = ["model", "layers computed", "parameters", "w/o embeddings", "bytes", "bits per byte", "from dense",
                "calibration error", "KL (nats)", "top-1 agreement"]  # fmt: skip
-    note = (
-        "KL: per token, from the dense model's distribution. Top-1: tokens of which both find the same most probable."
-    )
     if not any(row[1] for row in rows):
         columns, rows = [c for c in columns if c != "layers computed"], [[row[0], *row[2:]] for row in rows]
-    return Table("Models", columns, rows, note)
+    return Table("Models", columns, rows, UNITS)
 
 
 def _tasks(report: dict) -> Table:
@@ -132,26 +112,32 @@ def _passkey(report: dict) -> Table:
 
 
 def _cost(report: dict) -> Table:
-    rows = []
+    rows, speeds = [], parts_by_model(report, "speed")
     for row in report["models"]:
         if "cost" in row:
             cost = row["cost"]
             peak = "–" if cost["peak_memory_bytes"] is None else size(cost["peak_memory_bytes"])
             kept = [size(cost["kv_bytes"][str(context)]) for context in KV_CONTEXTS]
-            kv = size(cost["kv_bytes_per_token"])
-            rows.append([row["model"], *kept, kv, count(cost["flops_per_token"]), peak])
-    note = " ".join([LOOPS, *_savings(report["models"])])
-    if speed := report["speed"]:
-        ratios = f"reading a prompt {_ratio(speed['prefill'])}, generating {_ratio(speed['decode'])}"
-        if "long" in speed:
-            ratios += f", generating after {speed['long']['prompt_tokens']:,} tokens {_ratio(speed['long']['decode'])}"
-        note += (
-            f" Speed as a multiple of the dense model's, in turn on the same machine ({speed['device']}, "
-            f"{speed['rounds']} rounds, median and quartiles): {ratios}."
-        )
-    cache = [f"KV cache at {context:,} tokens" for context in KV_CONTEXTS]
+            kv, speed = size(cost["kv_bytes_per_token"]), _speed(speeds.get(row["model"]))
+            rows.append([row["model"], *kept, kv, count(cost["flops_per_token"]), peak, *(speed if speeds else [])])
+    note, cache = " ".join([LOOPS, *_savings(report["models"])]), [f"KV cache at {n:,} tokens" for n in KV_CONTEXTS]
     columns = ["model", *cache, "a token at most", "FLOPs a token", "peak memory"]
+    if speeds:
+        one = next(iter(speeds.values()))
+        columns += ["reading a prompt", "generating"]
+        note += (
+            " Reading and generating: speed as a multiple of the dense model's, in turn on the same machine "
+            f"({one['device']}, {one['rounds']} rounds, median and quartiles)."
+        )
+    for name, speed in speeds.items():
+        if "long" in speed:
+            after, of = speed["long"], f"{name}: " if len(speeds) > 1 else ""
+            note += f" {of}Generating after {after['prompt_tokens']:,} tokens: {_ratio(after['decode'])}."
     return Table("Cost", columns, rows, note)
+
+
+def _speed(found: dict | None) -> list[str]:
+    return ["–", "–"] if found is None else [_ratio(found[what]) for what in ("prefill", "decode")]
 
 
 def _ratio(found: dict) -> str:

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter, PercentFormatter
 
+from rrtc.io.report import parts_by_model
 from rrtc.plan import SAVINGS_CONTEXT
 
 WIDTH, HEIGHT = 4.4, 3.2  # inches: 422 pixels wide, about what a phone shows
@@ -41,12 +42,13 @@ class Picture:
 
 def pictures(report: dict) -> list[Picture]:
     """Those that the report has figures for."""
-    makers = (
-        _quality_and_size, _quality_and_cache, _position, _tasks, _passkey, _heads, _ranks, _residuals, _exits,
-        _training,
-    )  # fmt: skip
+    makers = (_quality_and_size, _quality_and_cache, _position, _tasks, _passkey, _residuals, _exits, _training)
+    layers = parts_by_model(report, "layers")
     with matplotlib.rc_context(STYLE):
-        return [picture for maker in makers if (picture := maker(report)) is not None]
+        found = [maker(report) for maker in makers]
+        for name, of_one in layers.items():
+            found += [maker(of_one, name if len(layers) > 1 else None) for maker in (_heads, _ranks)]
+        return [picture for picture in found if picture is not None]
 
 
 def _color(number: int) -> str:
@@ -189,8 +191,7 @@ def _passkey(report: dict) -> Picture | None:
     return _picture("Pass keys found", "Share of hidden keys that each model finds, by length and depth", draw, height)
 
 
-def _heads(report: dict) -> Picture | None:
-    layers = report["layers"]
+def _heads(layers: list[dict], name: str | None) -> Picture | None:
     if not any(one["attention"] for one in layers):
         return None
     heads = max(one["kv_heads"] for one in layers)
@@ -216,7 +217,7 @@ def _heads(report: dict) -> Picture | None:
         figure.legend(handles=patches, loc="outside lower center", ncols=2)
 
     alt = "Which KV heads of which layers attend to everything, and which to a window"
-    return _picture("What KV heads attend to", alt, draw, 1.4 + min(0.22 * heads, 3))
+    return _picture(_of("What KV heads attend to", name), _of(alt, name), draw, 1.4 + min(0.22 * heads, 3))
 
 
 def _window(layers: list[dict]) -> str:
@@ -229,10 +230,7 @@ def _window(layers: list[dict]) -> str:
     return " and ".join(parts) + " tokens"
 
 
-def _ranks(report: dict) -> Picture | None:
-    layers = report["layers"]
-    if not layers:
-        return None
+def _ranks(layers: list[dict], name: str | None) -> Picture:
     names = list(layers[0]["ranks"])
     table = numpy.array([[numpy.nan if r is None else r for r in one["ranks"].values()] for one in layers]).T
 
@@ -246,35 +244,46 @@ def _ranks(report: dict) -> Picture | None:
         axis.grid(False)
 
     alt = "Rank of each matrix in each layer; gray where the matrix is full and the layer's own"
-    return _picture("Rank by layer (gray: a full matrix of its own)", alt, draw, 1.2 + 0.25 * len(names))
+    title = _of("Rank by layer (gray: a full matrix of its own)", name)
+    return _picture(title, _of(alt, name), draw, 1.2 + 0.25 * len(names))
 
 
-def _number_layers(axis, layers: list[dict]) -> None:
-    """The layers' numbers below; those that share their slot are marked."""
+def _of(words: str, name: str | None) -> str:
+    """The title of a picture of one model, which is named where there are several."""
+    return words if name is None else f"{name}: {words[0].lower()}{words[1:]}"
+
+
+def _number_layers(axis, layers: list[dict], marked: bool = True) -> None:
+    """The layers' numbers below; those that share their slot are marked, where that is wanted."""
     step = -(-len(layers) // MOST_LABELS)
     places = range(0, len(layers), step)
     axis.set_xticks(places, [f"{layers[place]['layer']}" for place in places])
-    tied = any(one["tied"] for one in layers)
+    tied = marked and any(one["tied"] for one in layers)
     axis.set_xlabel("Layer (▪: shares its weights)" if tied else "Layer")
-    shared = [place for place, one in enumerate(layers) if one["tied"]]
+    shared = [place for place, one in enumerate(layers) if marked and one["tied"]]
     axis.plot(shared, [1.03] * len(shared), "s", markersize=2.5, color=COLORS[0], clip_on=False,
               transform=axis.get_xaxis_transform())  # fmt: skip
 
 
 def _residuals(report: dict) -> Picture | None:
-    layers = report["layers"]
-    if not layers or layers[0]["residual"] is None:
+    models = {n: layers for n, layers in parts_by_model(report, "layers").items() if layers[0]["residual"] is not None}
+    if not models:
         return None
+    rows = [row["model"] for row in report["models"]]
 
     def draw(figure):
         axis = figure.subplots()
-        axis.plot([one["residual"] for one in layers], "o-", markersize=3, color=_color(1))
+        for name, layers in models.items():
+            color = _color(rows.index(name) if len(models) > 1 else 1)
+            axis.plot([one["residual"] for one in layers], "o-", markersize=3, color=color, label=name)
         axis.yaxis.set_major_formatter(PercentFormatter(1))
         axis.set(ylabel="Energy that differs", ylim=(0, None))
-        _number_layers(axis, layers)
+        _number_layers(axis, next(iter(models.values())), marked=len(models) == 1)
+        if len(models) > 1:
+            _legend(figure, len(models))
 
     alt = "Share of the energy of the hidden states after each layer in which they differ from the dense model's"
-    return _picture("What is lost, by layer", alt, draw)
+    return _picture("What is lost, by layer", alt, draw, HEIGHT + 0.13 * len(models) * (len(models) > 1))
 
 
 def _exits(report: dict) -> Picture | None:
@@ -315,4 +324,5 @@ def _training(report: dict) -> Picture | None:
         axis.set(xlabel="Training tokens", ylabel="Nats per token", ylim=(0, None))
         _legend(figure, 2 * len(report["training"]))
 
-    return _picture("Training", "Loss and KL on the training text over the tokens seen", draw)
+    height = HEIGHT + 0.26 * (len(report["training"]) - 1)
+    return _picture("Training", "Loss and KL on the training text over the tokens seen", draw, height)

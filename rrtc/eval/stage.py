@@ -91,7 +91,8 @@ def evaluate(
     with tempfile.TemporaryDirectory(prefix="rrtc-baselines-") as own:
         work = from_first_process(own)
         candidates = candidates_of(paths)
-        training = [curve for path in dict.fromkeys(c.folder for c in candidates) if (curve := _curve(path))]
+        named = {c.folder: c.folder.name if len(paths) == 1 else c.name for c in candidates}
+        training = [curve | {"stage": name} for path, name in named.items() if (curve := _curve(path))]
         if recipe.eval.baselines and make_baselines is not None:
             made, missing = on_first_process(lambda: make_baselines(paths[0], Path(work), against))
             not_run += missing
@@ -109,6 +110,7 @@ def evaluate(
         "training": training,
         "source_bytes": dense.bytes_on_disk if dense.is_gguf else None,
         "samples": samples,
+        "prompt": recipe.eval.prompt,
     }
     if output is not None:
         on_first_process(lambda: _write(report, Path(output), paths[0], recipe))
@@ -212,9 +214,12 @@ def _measure(
             )
         if every[0].said is not None:
             samples.append({"model": candidate.name, "text": every[0].said})
-        if [candidate] == stages:
-            last = {"layers": _layers(candidate, examinee), "speed": _speed(reference, examinee, questions)}
-            last["engine"] = _engine(examinee, questions)
+        if candidate in stages:
+            found = {"layers": _layers(candidate, examinee), "speed": _speed(reference, examinee, questions)}
+            if [candidate] == stages:
+                last = found | {"engine": _engine(examinee, questions)}
+            else:
+                rows[-len(every)] |= {part: value for part, value in found.items() if value}
         reused, made = reused + examinee.reused, made + examinee.made
         if examinee is not reference:
             examinee.leave()
@@ -247,11 +252,11 @@ def _speed(dense: Examinee, examinee: Examinee, questions: Questions) -> dict | 
     if not rounds:
         return None
     pair = (dense.model, examinee.model)
-    with progress("Timing dense and compressed in turn", 1 + rounds) as advance:
+    with progress("Timing both in turn", 1 + rounds) as advance:
         found = on_first_process(lambda: speed(*pair, rounds, advance))
     counted, context = examinee.candidate.counted, questions.recipe.speed_context
     if isinstance(counted, Plan) and counted.is_local:
-        with progress(f"Timing both at {context:,} tokens of context", 3 + rounds) as advance:
+        with progress(f"Timing both at {context:,} tokens", 3 + rounds) as advance:
             after = on_first_process(lambda: speed_after(*pair, rounds, context, advance))
         found |= {} if after is None else {"long": after}
     return found

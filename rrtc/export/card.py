@@ -241,9 +241,13 @@ def _measured(provenance: dict, exported: dict, report: dict | None) -> str:
         parts += [f"Not measured: {entry['task']}. {entry['why']}" for entry in report["not_run"]]
         if report.get("source_bytes"):
             parts.append(f"The dense model was read from a quantized file of {size(report['source_bytes'])}.")
+        if report.get("samples") and report.get("prompt"):
+            parts.append(f"Samples, asked:\n\n````text\n{report['prompt'].strip()}\n````")
         for sample in report.get("samples", []):
             parts.append(f"Sample ({sample['model']}):\n\n````text\n{sample['text'].strip()}\n````")
     stages = {stage: values for stage, values in provenance["measured"].items() if stage != "export" and values}
+    if isinstance(stages.get("init"), dict):  # what else could have been made is no fact about this model
+        stages["init"] = {name: value for name, value in stages["init"].items() if name != "alternatives"}
     if stages:
         before = "While it was made" if report is not None else "No evaluation report was given. While it was made"
         parts.append(f"{before}, rrtc measured:")

@@ -1,9 +1,9 @@
-"""Where to tie and how much to relax, under a budget.
+"""Where to tie and how much to relax, under a size or a budget.
 
 Everything that can be chosen has a curve: how many numbers are stored, and how many nats a token that is predicted to
 cost (whiten.py: all in one unit, so that costs of different layers and matrices add up). At a price per stored number
 each choice is made on its own, by the least of cost + price x numbers; the price at which all of them together meet the
-budget is found by bisection. For convex curves this is the optimum (Everett 1963); these are nearly so.
+limit is found by bisection. For convex curves this is the optimum (Everett 1963); these are nearly so.
 """
 
 import math
@@ -24,7 +24,7 @@ FULL = -1  # the setting of a matrix that is stored as it is
 
 
 class TooSmall(Exception):
-    """No choice is small enough; `least` is what the smallest stores."""
+    """No choice is small enough; `least` is what the smallest takes."""
 
     def __init__(self, least: int):
         self.least = least
@@ -62,6 +62,19 @@ class Group:
 
     layers: tuple[int, ...]
     parts: tuple[tuple[Way, ...], ...]
+
+    def of(self, layers: tuple[int, ...]) -> "Group":
+        """The same choices for other layers, as many, which are taken to be like these."""
+        turned = dict(zip(self.layers, layers, strict=True))
+
+        def others(numbers: tuple[int, ...]) -> tuple[int, ...]:
+            return tuple(turned[number] for number in numbers)
+
+        def way(one: Way) -> Way:
+            curves = tuple(replace(curve, layers=others(curve.layers)) for curve in one.curves)
+            return replace(one, curves=curves, narrowed=tuple((others(n), *rest) for n, *rest in one.narrowed))
+
+        return Group(layers, tuple(tuple(map(way, ways)) for ways in self.parts))
 
 
 @dataclass(frozen=True)
@@ -214,30 +227,31 @@ def _best(group: Group, price: float) -> Choice:
     return Choice(group, tuple(chosen))
 
 
-def allocate(depth: int, groups: list[Group], parameters: Callable[[list[Choice]], int], target: int) -> list[Choice]:
-    """The choices whose `parameters` come closest to `target` from below.
+def allocate(
+    depth: int, groups: list[Group], taken: Callable[[list[Choice]], int], limit: int, number: int = 1
+) -> list[Choice]:
+    """The choices of which as much as possible is `taken` up to the `limit`. number: what one more number takes.
 
     Raises TooSmall where even the smallest are above it.
     """
     low, high = 1e-14, 1e2  # nats a number: at the one everything is stored whole, at the other nothing
     best = choose(depth, groups, high)
-    if parameters(best) > target:
-        raise TooSmall(parameters(best))
+    if taken(best) > limit:
+        raise TooSmall(taken(best))
     for _ in range(60):
         price = math.sqrt(low * high)
         choices = choose(depth, groups, price)
-        if parameters(choices) > target:
+        if taken(choices) > limit:
             low = price
         else:
             best, high = choices, price
-    return _filled(best, parameters, target)
+    return _filled(best, taken, limit, number)
 
 
-def _filled(choices: list[Choice], parameters: Callable[[list[Choice]], int], target: int) -> list[Choice]:
-    """`choices` with what curves that jump have left of the budget spent on the settings that gain most for it."""
-    room = target - parameters(choices)
+def _filled(choices: list[Choice], taken: Callable[[list[Choice]], int], limit: int, number: int) -> list[Choice]:
+    """`choices` with what curves that jump have left of the limit spent on the settings that gain most for it."""
     while True:
-        steps = []
+        steps, room = [], (limit - taken(choices)) // number
         for at, choice in enumerate(choices):
             for part, (way, indices) in enumerate(choice.ways):
                 for place, (curve, index) in enumerate(zip(way.curves, indices, strict=True)):
@@ -253,7 +267,6 @@ def _filled(choices: list[Choice], parameters: Callable[[list[Choice]], int], ta
         ways = list(choices[at].ways)
         ways[part] = (way, (*indices[:place], better, *indices[place + 1 :]))
         choices = [*choices[:at], replace(choices[at], ways=tuple(ways)), *choices[at + 1 :]]
-        room = target - parameters(choices)
 
 
 def visits_of(choices: list[Choice], matrices: dict[int, tuple[Matrix, ...]], neurons: list[Neurons]) -> list[Visit]:

@@ -116,7 +116,7 @@ def _calibration_text(folder: Path, source: Source, by_user: Collection[str]) ->
         ) from error
     own = own_windows(recipe, context)
     if own:
-        with progress("Writing text to calibrate on", own * (context - 1)) as advance:
+        with progress("Writing own text", own * (context - 1)) as advance:
             ids = torch.cat([ids, *own_text(source.folder, tokenizer, own, context, recipe.seed, advance)])
     return ids
 

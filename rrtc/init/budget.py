@@ -1,7 +1,8 @@
-"""A plan under a budget: measures the curves of every layer and of every group that may share, and lets allocate.py
-choose among them."""
+"""A plan under a size or a budget: measures the curves of every layer and of every group that may share, and lets
+allocate.py choose among them."""
 
 import io
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -26,8 +27,8 @@ from rrtc.init.allocate import (
 from rrtc.init.calibrate import Calibration
 from rrtc.io.dense import DenseModel
 from rrtc.io.folder import whole_file
-from rrtc.patterns import too_small
-from rrtc.plan import Plan
+from rrtc.plan import Layer, Plan
+from rrtc.target import Target
 from rrtc.tying.neurons import Neurons
 from rrtc.tying.whiten import Seen
 
@@ -40,10 +41,13 @@ def measure_groups(
     neurons: list[Neurons],
     device: torch.device,
     work: Path,
+    most: int | None = None,
+    called: str = "",
 ) -> list[Group]:
     """The choices there are for every slot of `pattern`; with `free`, for every layer by itself and for every two
     neighbors that are alike, any part of which may be left untied. Each is kept in the folder `work` once it is
-    measured, and taken from there."""
+    measured, and taken from there. most: of so many slots of a kind, and of the first and the last; the others are
+    taken to be like the nearest that was measured. called: the name of this work for its progress."""
     views: dict[int, dict[str, Seen]] = {}  # of the layers of the group at hand
 
     def seen(number: int) -> dict[str, Seen]:
@@ -69,9 +73,9 @@ def measure_groups(
         wanted = [(number - 1, number) if alike[number] else (number,) for number in range(len(layers))]
     else:
         wanted = [tuple(visit.layer for visit in visits) for visits in pattern.slots]
-    missing = [numbers for numbers in wanted if not _file_of(numbers, work).exists()]
-    done = len(wanted) - len(missing)
-    with progress(f"Measuring what each {'layer' if free else 'slot'} needs", len(wanted), done) as advance:
+    chosen = wanted if most is None else _some(pattern, wanted, most)
+    missing = [numbers for numbers in chosen if not _file_of(numbers, work).exists()]
+    with progress(called, len(chosen), len(chosen) - len(missing)) as advance:
         for numbers in missing:
             for number in views.keys() - set(numbers):
                 del views[number]
@@ -79,7 +83,36 @@ def measure_groups(
             advance()
     if free:  # every layer by itself, too
         wanted += [numbers[1:] for numbers in wanted if len(numbers) == 2]
-    return [measured(numbers) for numbers in wanted]
+    if most is None:
+        return [measured(numbers) for numbers in wanted]
+    found = {numbers: measured(numbers) for numbers in chosen}
+    return [found[_nearest(pattern, numbers, chosen)].of(numbers) for numbers in wanted]
+
+
+def _some(pattern: Plan, wanted: list[tuple[int, ...]], most: int) -> list[tuple[int, ...]]:
+    """Of the layers of slots `wanted` so many of each kind, spread evenly, and those of the first and the last layer,
+    which are like no others."""
+    last, kinds = len(pattern.visits) - 1, defaultdict(list)
+    for numbers in wanted:
+        if not {0, last} & set(numbers):
+            kinds[_kind(pattern, numbers)].append(numbers)
+    spread = set()
+    for alike in kinds.values():
+        count = min(most, len(alike))
+        spread |= {alike[int((place + 0.5) * len(alike) / count)] for place in range(count)}
+    return [numbers for numbers in wanted if numbers in spread or {0, last} & set(numbers)]
+
+
+def _kind(pattern: Plan, numbers: tuple[int, ...]) -> tuple[int, Layer]:
+    """What layers that share a slot have in common with others that do."""
+    return len(numbers), pattern.architecture.layers[numbers[0]]
+
+
+def _nearest(pattern: Plan, numbers: tuple[int, ...], chosen: list[tuple[int, ...]]) -> tuple[int, ...]:
+    alike = [other for other in chosen if _kind(pattern, other) == _kind(pattern, numbers)]
+    last = len(pattern.visits) - 1
+    inner = [other for other in alike if not {0, last} & set(other)]
+    return numbers if numbers in alike else min(inner or alike, key=lambda other: abs(other[0] - numbers[0]))
 
 
 def _file_of(numbers: tuple[int, ...], work: Path) -> Path:
@@ -98,8 +131,8 @@ def _kept(numbers: tuple[int, ...], work: Path, measure: Callable[[], Group]) ->
         return torch.load(file, weights_only=True)
 
 
-def plan_under_budget(pattern: Plan, groups: list[Group], target: int, neurons: list[Neurons]) -> tuple[Plan, float]:
-    """(the plan of at most `target` parameters, the nats a token it is predicted to cost), chosen among `groups`.
+def plan_under(pattern: Plan, groups: list[Group], target: Target, neurons: list[Neurons]) -> tuple[Plan, float]:
+    """(the plan that `target` allows, the nats a token it is predicted to cost), chosen among `groups`.
 
     Raises WrongUsage where no plan is small enough.
     """
@@ -109,9 +142,10 @@ def plan_under_budget(pattern: Plan, groups: list[Group], target: int, neurons: 
         return replace(pattern, visits=tuple(visits_of(choices, matrices, neurons)))
 
     try:
-        choices = allocate(len(matrices), groups, lambda c: plan_of(c).parameters, target)
+        choices = allocate(len(matrices), groups, lambda c: target.taken(plan_of(c)), target.limit, target.number)
     except TooSmall as error:
-        raise too_small(target, error.least) from error
+        target.check(error.least)
+        raise
     return plan_of(choices), sum(choice.cost for choice in choices)
 
 
@@ -125,7 +159,7 @@ def explain(plan: Plan, predicted: float, free: bool) -> str:
     if groups:
         said.append(f"{sum(map(len, groups))} of {len(plan.visits)} layers share {len(groups)} slots")
     elif free:
-        said.append("Nothing is tied: at this budget every layer is cheaper by itself")
+        said.append("Nothing is tied: at this size every layer is cheaper by itself")
     if kept:
         said.append(f"{len(kept)} FFNs keep {min(kept):.0%} to {max(kept):.0%} of their neurons")
     if low:

@@ -4,15 +4,17 @@ Torch and transformers are needed to look at a model for the first time, and not
 """
 
 from rrtc import machine
-from rrtc.init.dtypes import NUMBER_BYTES, stored_dtype
+from rrtc.init.dtypes import propose_16_bits, stored_dtype
 from rrtc.init.memory import PROGRAM_BYTES, init_bytes
 from rrtc.io.architectures import dense_of, has_weights
 from rrtc.io.source import find_model
 from rrtc.kv_budget import KvBudget, check_replan, without_windows
-from rrtc.patterns import make_plan, target_parameters
+from rrtc.patterns import make_plan
 from rrtc.plan import kv_bytes_at
 from rrtc.recipe.schema import Recipe
 from rrtc.recipe.section import OWN_TEXT
+from rrtc.storage import NUMBER_BYTES
+from rrtc.target import target_of
 from rrtc.units import parse_size
 
 
@@ -34,7 +36,8 @@ def dry_run(model: str, recipe: Recipe) -> dict:
         dense = dense_of(source)
         architecture, named = dense.architecture, None if has_weights(source) else dense.dtype or "bfloat16"
         dtype = stored_dtype(source, recipe.init.dtype, named)
-        plan = make_plan(architecture, recipe.init, NUMBER_BYTES[dtype])
+        propose_16_bits(recipe.init.dtype, dtype)
+        plan = make_plan(architecture, recipe.init, dtype)
     counted, windows, context = plan, None, 0
     if recipe.init.kv_budget is not None:
         budget = KvBudget(architecture, recipe.init)
@@ -53,11 +56,11 @@ def dry_run(model: str, recipe: Recipe) -> dict:
         writing = architecture.parameters * machine.scoring_dtype().itemsize
         summary["init_peak_bytes"] = max(summary["init_peak_bytes"], PROGRAM_BYTES + writing)
     source_bytes = source.bytes_on_disk if source.is_gguf else None
-    if recipe.init.has_budget and joint:
+    if recipe.init.has_target and joint:
         # What is stored how, and so what it computes, is known once the layers are measured; how much is known now.
-        target = target_parameters(architecture, recipe.init, NUMBER_BYTES[dtype])
-        size = {"params_total": target, "params_non_embedding": target - architecture.embedding - architecture.head}
+        total = target_of(architecture, recipe.init, dtype).parameters
+        size = {"params_total": total, "params_non_embedding": total - architecture.embedding - architecture.head}
         unknown = ("params_by_part", "flops_per_token", "visits")
-        summary |= size | {"bytes": target * NUMBER_BYTES[dtype]} | dict.fromkeys(unknown)
+        summary |= size | {"bytes": total * width} | dict.fromkeys(unknown)
     asked = {"model": model, "dtype": dtype, "source_bytes": source_bytes, "recipe": recipe.init.resolved()}
     return asked | summary

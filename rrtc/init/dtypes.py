@@ -1,8 +1,8 @@
 """The dtype that `init` writes."""
 
+from rrtc.console import note
 from rrtc.io.source import Source
-
-NUMBER_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+from rrtc.storage import NUMBER_BYTES
 
 
 def stored_dtype(source: Source, asked: str, named: str | None = None) -> str:
@@ -14,3 +14,9 @@ def stored_dtype(source: Source, asked: str, named: str | None = None) -> str:
         return "bfloat16"
     dtype = named or source.weights().dtype
     return dtype if dtype in NUMBER_BYTES else "float32"
+
+
+def propose_16_bits(asked: str, dtype: str) -> None:
+    """A note where float32 is written because the source has it, and nobody asked for it."""
+    if asked == "auto" and dtype == "float32":
+        note("The model is stored in float32, and so will this one be. --dtype bfloat16 makes it half as large.")

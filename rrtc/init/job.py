@@ -27,7 +27,7 @@ from torch import Tensor
 from rrtc import machine
 from rrtc.console import note
 from rrtc.init.calibrate import bytes_on_disk
-from rrtc.init.dtypes import NUMBER_BYTES, stored_dtype
+from rrtc.init.dtypes import propose_16_bits, stored_dtype
 from rrtc.io.dense import DenseModel
 from rrtc.io.folder import check_target, file_hash, partial_of, whole_file
 from rrtc.io.recursive import RecursiveModel, in_slot
@@ -41,6 +41,8 @@ from rrtc.plan import Plan
 from rrtc.recipe.schema import Recipe
 from rrtc.stock.architecture import read_architecture
 from rrtc.stock.trial import find_folds
+from rrtc.storage import tensor_bytes
+from rrtc.target import Target, target_of
 from rrtc.text.calibration import calibration_windows, own_windows
 from rrtc.text.own import check_writer_fits
 from rrtc.text.windows import Windows, longest_context, scoring_texts
@@ -54,8 +56,8 @@ FREE_ON_RESUME = ("max_shard_size", "measure_tokens")
 
 @dataclass(frozen=True)
 class Job:
-    """What is compressed, how, and into which folder of slots. `plan` is the pattern, of which a budget may make
-    something else; `kv_budget` what there is for the KV cache, None where it stays as it is; `dtype` the dtype to
+    """What is compressed, how, and into which folder of slots. `plan` is the pattern, of which a size or a budget may
+    make something else; `kv_budget` what there is for the KV cache, None where it stays as it is; `dtype` the dtype to
     write; `calibration` the text to learn from, ids (windows, context), None where none is needed, to which
     `own_windows` are added that the model writes; `scoring` the text for the closing measurement, None where there is
     none."""
@@ -79,7 +81,8 @@ class Job:
     def fingerprint(self) -> dict:
         """What a continued run must have in common with the one it continues, as plain data."""
         weights = self.dense.weights
-        choices = {k: v for k, v in self.recipe.init.resolved().items() if k not in FREE_ON_RESUME}
+        free = [name for name in FREE_ON_RESUME if self.recipe.init.size is None or name != "max_shard_size"]  # headers
+        choices = {k: v for k, v in self.recipe.init.resolved().items() if k not in free}
         ids = torch.zeros(0) if self.calibration is None else self.calibration
         context = None if self.calibration is None else ids.shape[1]
         found = {
@@ -97,7 +100,14 @@ class Job:
             windows, context = self.calibration.shape
             tokens, joint = (windows + self.own_windows) * context, self.recipe.init.start == "joint"
             waiting = bytes_on_disk(self.plan.architecture, tokens, moments=joint)
-        return 2 * self.plan.parameters * NUMBER_BYTES[self.dtype] + waiting
+        limit = 0 if self.target is None else self.target.limit
+        return 2 * max(tensor_bytes(self.plan, self.dtype), limit) + waiting
+
+    @property
+    def target(self) -> Target | None:
+        """What the plan may take; None where the recipe says itself what it is."""
+        recipe = self.recipe.init
+        return target_of(self.plan.architecture, recipe, self.dtype) if recipe.has_target else None
 
     def missing_slots(self, plan: Plan) -> list[int]:
         """The numbers of the slots of `plan` that are not finished."""
@@ -147,7 +157,8 @@ def prepare(model: str, target: Path, recipe: Recipe) -> Job:
         architecture = read_architecture(source.config())  # raises for what cannot be tied
         dense = DenseModel(source, _folds(source, recipe))
         dtype = stored_dtype(source, recipe.init.dtype)
-        plan = make_plan(architecture, recipe.init, NUMBER_BYTES[dtype])
+        propose_16_bits(recipe.init.dtype, dtype)
+        plan = make_plan(architecture, recipe.init, dtype)
     architecture = plan.architecture
     tokenizer = load_tokenizer(source.folder)
     calibration = scoring = None

@@ -13,11 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rrtc import machine
-from rrtc.console import note, progress
+from rrtc.console import note, progress, whole_progress
 from rrtc.errors import WrongUsage
-from rrtc.init.budget import explain, measure_groups, plan_under_budget
+from rrtc.init import phases
+from rrtc.init.allocate import Group
+from rrtc.init.alternatives import alternatives, said
+from rrtc.init.budget import explain, measure_groups, plan_under
 from rrtc.init.calibrate import Calibration, calibrate, layers_done
-from rrtc.init.dtypes import NUMBER_BYTES
 from rrtc.init.job import OWN_TEXT_FILE, Job, prepare, resumable
 from rrtc.init.memory import return_freed_memory
 from rrtc.init.prove import prove
@@ -29,13 +31,14 @@ from rrtc.io.provenance import base_seen_from, next_history, read_provenance, wr
 from rrtc.io.recursive import RecursiveModel, copy_with_plan, write_recursive
 from rrtc.io.resumable import discard
 from rrtc.io.source import load_tokenizer
+from rrtc.io.weights import Weights
 from rrtc.kv_budget import predicted
-from rrtc.patterns import target_parameters
 from rrtc.plan import Plan, kv_bytes_at
 from rrtc.recipe.schema import Recipe
 from rrtc.recipe.section import BUILT_IN_TEXT
 from rrtc.stock.streamed import StreamedModel
 from rrtc.stock.trial import find_neurons
+from rrtc.storage import NUMBER_BYTES
 from rrtc.text.own import own_text
 from rrtc.text.windows import Windows
 from rrtc.tying.neurons import Neurons
@@ -69,7 +72,11 @@ def _init(model: str, target: Path, recipe: Recipe, resume: bool) -> dict:
     else:
         prove(job.dense, machine.device())
     folder.check_space(job.disk_bytes())
-    with job.source.files.blamed(), folder.folder(resume, job.fingerprint()) as partial:
+    with (
+        job.source.files.blamed(),
+        folder.folder(resume, job.fingerprint()) as partial,
+        whole_progress(phases.weights(job)),
+    ):
         try:
             plan, measured = _tie(job)
         except WrongUsage:  # a recipe that turns out to be impossible stays so, and the work is for no other
@@ -138,13 +145,13 @@ def _calibrate(job: Job, neurons: list[Neurons]) -> tuple[Calibration, tuple[dic
     budget = job.kv_budget if job.kv_budget is not None and job.kv_budget.is_measured else None
     done = sum(layers_done(job.work, dense.depth))
     model = StreamedModel(dense.config, dense.raw, device)
-    with progress("Calibrating", 2 * dense.depth * len(ids), done * len(ids)) as advance:
+    with progress(phases.CALIBRATING, 2 * dense.depth * len(ids), done * len(ids)) as advance:
         every, moments = None if budget is None else rules(budget), recipe.start == "joint"
         calibration = calibrate(dense, model, neurons, ids, job.work, device, advance, every, moments)
     if budget is None:
         return calibration, None
     tokenizer, count = load_tokenizer(job.source.folder), min(LOOKUP_WINDOWS, len(ids))
-    with progress("Finding heads that look up what stands far back", dense.depth * count) as advance:
+    with progress(phases.LOOKUPS, dense.depth * count) as advance:
         able = lookups(budget, dense, model, tokenizer, ids, recipe.seed, job.work, device, advance)
     return calibration, (window_losses(budget, calibration), able)
 
@@ -171,17 +178,28 @@ def _tie_as_in_paper(job: Job) -> tuple[Plan, dict]:
 
 
 def _tie_jointly(job: Job, calibration: Calibration, neurons: list[Neurons]) -> tuple[Plan, dict]:
-    """Chooses under the budget if there is one, and ties. Measured are the nats a token that a chosen plan is predicted
-    to cost."""
+    """Chooses under the size or the budget if there is one, and ties. Measured are the nats a token that a chosen plan
+    is predicted to cost, and what others would, where no pattern was asked for."""
     plan, dense, recipe = job.plan, job.dense, job.recipe.init
     device, excess = machine.device(), None
     gc.collect()  # the streamed model refers to itself
-    if recipe.has_budget:
-        target = target_parameters(plan.architecture, recipe, NUMBER_BYTES[job.dtype])
+    target, rows = job.target, []
+    if target is not None:
         free = recipe.pattern == "auto"
-        groups = measure_groups(plan, free, dense, calibration, neurons, device, job.work)
-        plan, excess = plan_under_budget(plan, groups, target, neurons)
+
+        def measure(pattern: Plan, most: int | None = None, way: str = "") -> list[Group]:
+            called = phases.trying(way) if way else phases.PLANNING
+            return measure_groups(pattern, free, dense, calibration, neurons, device, job.work, most, called)
+
+        def choose(pattern: Plan, groups: list[Group]) -> tuple[Plan, float]:
+            return plan_under(pattern, groups, target, neurons)
+
+        plan, excess = choose(plan, measure(plan))
         note(explain(plan, excess, free))
+        if recipe.sharing is None:
+            rows = alternatives(recipe, target, (plan, excess), measure, choose)
+            if len(rows) > 1:
+                note(said(rows))
 
     def make(k: int) -> Slot:
         layers = {visit.layer: dense.layer(visit.layer, device) for visit in plan.slots[k]}
@@ -189,7 +207,8 @@ def _tie_jointly(job: Job, calibration: Calibration, neurons: list[Neurons]) -> 
         return joint_slot(plan, plan.slots[k], layers, seen, neurons), {}
 
     _make_slots(job, plan, make)
-    return plan, {"predicted_excess": excess and round(excess, 4)}
+    found = {"predicted_excess": excess and round(excess, 4)}
+    return plan, found | ({"alternatives": rows} if rows else {})
 
 
 def _own_text(job: Job) -> Tensor:
@@ -197,7 +216,7 @@ def _own_text(job: Job) -> Tensor:
     file, context = job.work / OWN_TEXT_FILE, job.calibration.shape[1]
     if not file.exists():
         tokenizer, tokens = load_tokenizer(job.source.folder), job.own_windows * (context - 1)
-        with progress("Writing text to calibrate on", tokens) as advance:
+        with progress(phases.OWN_TEXT, tokens) as advance:
             written = own_text(job.source.folder, tokenizer, job.own_windows, context, job.recipe.init.seed, advance)
             ids = torch.cat(list(written))
         job.source.files.check()
@@ -209,7 +228,7 @@ def _own_text(job: Job) -> Tensor:
 def _make_slots(job: Job, plan: Plan, make: Callable[[int], Slot]) -> None:
     """Makes and saves the slots of `plan` that are not finished, one after the other. make(k): slot k."""
     missing = job.missing_slots(plan)
-    with progress("Tying slots", len(plan.slots), len(plan.slots) - len(missing)) as advance:
+    with progress(phases.TYING, len(plan.slots), len(plan.slots) - len(missing)) as advance:
         for k in missing:
             job.save_slot(k, *make(k))
             advance()
@@ -222,13 +241,24 @@ def _write(job: Job, plan: Plan, folder: Path, shard_bytes: int) -> dict:
     if isinstance(job.dense, RecursiveModel):
         written = copy_with_plan(job.dense, plan, folder)
     else:
-        slots = (named for k in range(len(plan.slots)) for named in job.slot(k))
-        written = write_recursive(folder, job.dense, plan, slots, job.dtype, shard_bytes)
+
+        def slots(advance: Callable[[], None]) -> Iterator[tuple[str, Tensor]]:
+            for k in range(len(plan.slots)):
+                yield from job.slot(k)
+                advance()
+
+        with progress(phases.WRITING, len(plan.slots)) as advance:
+            written = write_recursive(folder, job.dense, plan, slots(advance), job.dtype, shard_bytes)
     return {
         "params_total": plan.parameters,
         "params_non_embedding": plan.non_embedding,
+        "dense_params_total": plan.architecture.parameters,
+        "dense_params_non_embedding": plan.architecture.non_embedding,
         "bytes": written,
         "dense_bytes": plan.architecture.parameters * width,
+        "bytes_on_disk": Weights(folder).bytes_on_disk,
+        "flops_per_token": plan.flops_per_token,
+        "dense_flops_per_token": plan.architecture.flops_per_token,
         "source_bytes": job.source.bytes_on_disk if job.source.is_gguf else None,
         "kv_bytes": kv_bytes_at(plan, width),
         "dense_kv_bytes": kv_bytes_at(plan.architecture, width),
@@ -241,7 +271,7 @@ def _closing_measurement(given: DenseModel | RecursiveModel, compressed: Path, w
     are run layer by layer, so that neither is ever in memory whole."""
     device, losses = machine.device(), {"tokens": windows.ids.shape[0] * (windows.ids.shape[1] - 1)}
     first = "given" if isinstance(given, RecursiveModel) else "dense"
-    with progress("Measuring", 2 * given.depth * len(windows.ids)) as advance:
+    with progress(phases.SCORING, 2 * given.depth * len(windows.ids)) as advance:
         for name, one in ((first, given), ("after_init", RecursiveModel(compressed))):
             model = StreamedModel(one.config, one.raw, device)
             states = model.embed(windows.ids)

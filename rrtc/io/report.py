@@ -26,24 +26,27 @@ models         a row a model, dense first, then the stages that the folder went 
                    cost             kv_bytes_per_token (where nothing is let go of), kv_bytes (by the number of tokens
                                     in the context), flops_per_token, peak_memory_bytes (of a process that has loaded
                                     the model in made_with's dtype, while it generates; or null)
-               where the last four are in the rows for which they were measured
+                   layers, speed    as below, of each model where several are compared
+               where the last six are in the rows for which they were measured
 not_run        what was asked for and not measured: a list of {task, why}
 layers         a dict a layer of the compressed model: layer, slot, loop, tied (whether others share the slot), ranks
                (by matrix; null where a matrix is full), residual (share of the energy of the hidden states after this
                layer that differs from the dense model's; null where that has other layers), kv_heads (0: not known),
                window (of the dense model's layer; 0: none), attention (null where it attends to what that does, else
                window, sinks and heads, as in the plan). [] where the folder holds a dense form, or several are compared
-speed          null, or the compressed model's speed over the dense one's, measured in turn: device, rounds,
-               prompt_tokens, new_tokens, and for each of prefill and decode {ratio, low, high} (median and quartiles);
-               where visits see a window, also long: prompt_tokens, new_tokens and decode after a long prompt
-engine         null, or what `rrtc generate` could win: loops, right (share of tokens of which the first exit says what
-               the model says in the end; null without trained exits), rounds, prompt_tokens, new_tokens, thresholds: a
-               list of {limit (nats a token that early exits may cost), threshold, growth (nats), left (share of the
-               tokens)}, and ways: a list of {way, requests (at once), forecast (times full depth; or null), ratio, low,
-               high (measured: times full depth, median and quartiles)}
+speed          null, as where several are compared, or the compressed model's speed over the dense one's, measured in
+               turn: device, rounds, prompt_tokens, new_tokens, and for each of prefill and decode {ratio, low, high}
+               (median and quartiles); where visits see a window, also long: prompt_tokens, new_tokens and decode after
+               a long prompt
+engine         null, as where several are compared, or what `rrtc generate` could win: loops, right (share of tokens of
+               which the first exit says what the model says in the end; null without trained exits), rounds,
+               prompt_tokens, new_tokens, thresholds: a list of {limit (nats a token that early exits may cost),
+               threshold, growth (nats), left (share of the tokens)}, and ways: a list of {way, requests (at once),
+               forecast (times full depth; or null), ratio, low, high (measured: times full depth, median, quartiles)}
 training       the training curve of each stage that has one: stage, and points: [tokens, loss, kl or null]
 source_bytes   the size of the file the dense model was read from, where that is a GGUF
 samples        a continuation by each model: model, text
+prompt         what the samples continue or answer (absent in reports of older versions)
 
 A score is {value, stderr, difference}: the bootstrap's standard error over the items (windows, questions, keys), null
 for fewer than 8 items; and the difference from the dense model on the same items with its 95 % interval, {value, low,
@@ -141,6 +144,8 @@ class _Row(_Part):
     task_average: _Score | None = None
     passkey: list[_Passkey] = []
     cost: _Cost | None = None
+    layers: list[dict[str, Any]] = []
+    speed: "_Speed | None" = None
 
     @model_validator(mode="after")
     def _has_what_goes_together(self) -> "_Row":
@@ -221,6 +226,7 @@ class _Report(_Part):
     training: list[dict[str, Any]]
     source_bytes: int | None
     samples: list[_Sample]
+    prompt: str | None = None  # reports of older versions have none
 
     @model_validator(mode="after")
     def _same_in_all_rows(self) -> "_Report":
@@ -232,6 +238,15 @@ class _Report(_Part):
 
 
 KEYS = tuple(_Report.model_fields)
+
+
+def parts_by_model(report: dict, part: str) -> dict[str, Any]:
+    """`layers` or `speed` of each compressed model for which there are any, by its name: of the one that was measured,
+    or of several that were compared."""
+    stages = [row for row in report["models"] if row["kind"] == "stage"]
+    if report[part]:
+        return {stages[-1]["model"] if stages else "": report[part]}
+    return {row["model"]: row[part] for row in stages if row.get(part)}
 
 
 def write_report(folder: Path, report: dict) -> None:

@@ -12,10 +12,9 @@ import torch
 
 from rrtc.errors import RrtcError
 from rrtc.io.weights import DTYPES, all_finite, disk_error
+from rrtc.storage import HEADER_ROOM, LARGE_SHARD
 
 COPIED_AT_ONCE = 16_000_000  # bytes
-HEADER_ROOM = 1 << 20  # bytes
-LARGE_SHARD = 100 * HEADER_ROOM
 
 
 class ShardWriter:

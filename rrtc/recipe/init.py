@@ -5,41 +5,51 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from rrtc.errors import nearest
+from rrtc.errors import WrongUsage, nearest
 from rrtc.recipe.section import BUILT_IN_TEXT, Section
+from rrtc.units import parse_extent
 
 MATRIX_GROUPS = ("q", "kv", "o", "ffn")  # the module groups of the paper's rank ablation (table G.1)
 DEFAULT_RANK = 64
 WIDEST_WINDOW = 512  # tokens, where the recipe names no window
-BUDGETS = ("budget", "target_params", "target_bytes")
+TARGETS = ("size", "budget")  # either says how much to store
+GONE = {  # fields of rrtc 0.1
+    "target_bytes": "target_bytes is called size now: write size: {}",
+    "target_params": "target_params is no more: say how large the file may be, as in size: 180MB, which is 90M "
+    "parameters in bfloat16",
+}
 
 
 class InitRecipe(Section):
     """How layers are tied and what each visit gets of its own (paper §2.2 and §2.3)."""
 
+    size: float | str | None = Field(
+        None,
+        description="How large the weights files may be, embeddings and all: 300MB, or a part (0.5, 50%) of what the "
+        "dense model takes in the dtype that is written. Ranks, and FFN neurons to remove, are solved for.",
+    )
     budget: float | None = Field(
         None,
         gt=0,
         le=1,
-        description="Parameters without embeddings over the dense model's, as in 0.6; ranks, and FFN neurons to "
-        "remove, are solved for.",
+        description="Instead of size, as in papers: parameters without embeddings over the dense model's, as in 0.6.",
     )
-    target_params: str | None = Field(None, description="Instead of budget: parameters in all, as in 90M.")
-    target_bytes: str | None = Field(None, description="Instead of budget: size of the weights, as in 180MB.")
     loops: int = Field(
         2, ge=1, le=10**4, description="How often each shared layer is used. 2 halves the layers, 3 thirds them."
     )
     sharing: Literal["auto", "cycle", "sequence", "middle_cycle", "middle_sequence"] | None = Field(
         None,
         description="Which layers share weights: cycle (0 1 2 0 1 2) or sequence (0 0 1 1 2 2); middle_* is keep 1; "
-        "auto: of neighbors, what measures best under a budget, down to nothing. By default auto with a budget, else "
-        "cycle.",
+        "auto: those neighbors that measure cheaper tied, which may be none. By default middle_cycle with a size or a "
+        "budget, else cycle.",
     )
-    keep: int = Field(0, ge=0, le=10**4, description="How many layers at each end share nothing.")
+    keep: int | None = Field(
+        None, ge=0, le=10**4, description="How many layers at each end share nothing: 1 with middle_*, else 0."
+    )
     shared_init: Literal["stepwise", "lower", "upper", "average", "joint"] | None = Field(
         None,
         description="Where the shared weights come from: the mean of the tied layers, one of them, or joint: chosen "
-        "together with all LoRA by what the loss feels. By default joint with a budget, else average.",
+        "together with all LoRA by what the loss feels. By default joint with a size or budget, else average.",
     )
     lora_init: Literal["svd", "zero"] = Field(
         "svd", description="LoRA from the SVD of what tying lost, or from zero (training starts at the shared weights)."
@@ -47,14 +57,14 @@ class InitRecipe(Section):
     rank: int | dict[str, int] | None = Field(
         None,
         description="LoRA rank: one number, or by matrix group, as in q=64,kv=64,o=64,ffn=128. 0 means no LoRA. By "
-        f"default {DEFAULT_RANK}; not with a budget.",
+        f"default {DEFAULT_RANK}; not with a size or budget.",
     )
     kv_budget: float | None = Field(
         None,
         gt=0,
         le=1,
         description="Bytes of the KV cache over the dense model's at kv_context tokens, as in 0.2: most KV heads then "
-        "see a window. With budget 1 the weights stay as they are.",
+        "see a window. With size 1 the weights stay as they are.",
     )
     kv_context: int | None = Field(
         None, ge=1, le=10**9, description="The length in tokens at which kv_budget counts; by default the model's own."
@@ -112,6 +122,27 @@ class InitRecipe(Section):
         description="Tokens on which the loss before any training is measured at the end; 0: not at all.",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fields_of_old(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        for name, sentence in GONE.items():
+            if values.get(name) is not None:
+                raise ValueError(sentence.format(values[name]))
+        return {name: value for name, value in values.items() if name not in GONE}
+
+    @field_validator("size", mode="before", json_schema_input_type=float | str | None)
+    @classmethod
+    def _size_is_one(cls, value: Any) -> Any:
+        if value is None:
+            return None
+        try:
+            extent = parse_extent(value)
+        except WrongUsage as error:
+            raise ValueError(f"{error.sentence} {error.hint}") from error
+        return extent if isinstance(extent, float) else value
+
     @field_validator("rank", mode="before", json_schema_input_type=int | str | dict[str, int] | None)
     @classmethod
     def _rank_from_text(cls, value: Any) -> Any:
@@ -131,17 +162,17 @@ class InitRecipe(Section):
 
     @model_validator(mode="after")
     def _middle_is_keep_1(self) -> "InitRecipe":
-        if (self.sharing or "").startswith("middle_") and self.keep not in (0, 1):
+        if (self.sharing or "").startswith("middle_") and self.keep not in (None, 0, 1):
             raise ValueError(f"sharing '{self.sharing}' keeps one layer at each end, but keep is {self.keep}")
         return self
 
     @model_validator(mode="after")
     def _one_size(self) -> "InitRecipe":
-        given = [name for name in (*BUDGETS, "rank") if getattr(self, name) is not None]
+        given = [name for name in (*TARGETS, "rank") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{given[0]} and {given[1]} both say how much to store; give one of them")
-        if self.pattern == "auto" and not self.has_budget:
-            raise ValueError("sharing 'auto' needs a budget to choose under: add budget, target_params or target_bytes")
+        if self.pattern == "auto" and not self.has_target:
+            raise ValueError("sharing 'auto' needs something to choose under: add a size or a budget")
         if self.pattern == "auto" and self.start != "joint" and not self.keeps_weights:
             raise ValueError(f"sharing 'auto' goes by what the loss feels: shared_init must be joint, not {self.start}")
         if self.pattern == "auto" and (self.keep or self.loops != type(self).model_fields["loops"].default):
@@ -164,17 +195,20 @@ class InitRecipe(Section):
         return [value] if isinstance(value, str) else value
 
     def resolved(self) -> dict[str, Any]:
-        rank = None if self.has_budget else DEFAULT_RANK if self.rank is None else self.rank
-        return self.model_dump() | {"sharing": self.pattern, "shared_init": self.start, "rank": rank}
+        rank = None if self.has_target else DEFAULT_RANK if self.rank is None else self.rank
+        defaults = {"sharing": self.pattern, "keep": self.kept_at_each_end, "shared_init": self.start, "rank": rank}
+        return self.model_dump() | defaults
 
     @property
-    def has_budget(self) -> bool:
-        return any(getattr(self, name) is not None for name in BUDGETS)
+    def has_target(self) -> bool:
+        """Whether a size or a budget says how much to store."""
+        return any(getattr(self, name) is not None for name in TARGETS)
 
     @property
     def keeps_weights(self) -> bool:
-        """Whether nothing is tied and every weight stays as it is: with budget 1, and nothing that says otherwise."""
-        return self.budget == 1 and self.sharing in (None, "auto") and self.shared_init is None
+        """Whether nothing is tied and every weight stays as it is: with size or budget 1, and nothing that says
+        otherwise."""
+        return 1 in (self.budget, self.size) and self.sharing in (None, "auto") and self.shared_init is None
 
     @property
     def reads_text(self) -> bool:
@@ -184,12 +218,16 @@ class InitRecipe(Section):
     @property
     def pattern(self) -> str:
         """`sharing`, or what it is where it is not given."""
-        return self.sharing or ("auto" if self.has_budget else "cycle")
+        if self.sharing is not None:
+            return self.sharing
+        if self.keeps_weights:
+            return "auto"
+        return "middle_cycle" if self.has_target and self.keep is None else "cycle"
 
     @property
     def start(self) -> str:
         """`shared_init`, or what it is where it is not given."""
-        return self.shared_init or ("joint" if self.has_budget and not self.keeps_weights else "average")
+        return self.shared_init or ("joint" if self.has_target and not self.keeps_weights else "average")
 
     @property
     def order(self) -> str:
@@ -199,10 +237,10 @@ class InitRecipe(Section):
     @property
     def kept_at_each_end(self) -> int:
         """`keep`, or 1 where the sharing is called `middle_…`."""
-        return 1 if self.pattern.startswith("middle_") else self.keep
+        return 1 if self.pattern.startswith("middle_") else self.keep or 0
 
     def rank_of(self, group: str) -> int:
-        """The rank asked for a matrix group; a group that a mapping leaves out gets no LoRA. 0 with a budget, under
-        which it is solved for."""
+        """The rank asked for a matrix group; a group that a mapping leaves out gets no LoRA. 0 with a size or a
+        budget, under which it is solved for."""
         rank = self.resolved()["rank"]
         return rank.get(group, 0) if isinstance(rank, dict) else rank or 0

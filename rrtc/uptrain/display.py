@@ -78,12 +78,15 @@ class Display(TrainerCallback):
             )
 
     def _panel(self, step: int, amounts: str, learning_rate: float) -> Group:
+        at, room = f"step {step} of {self.steps}", self.console.width
         bar = Table.grid(padding=(0, 2))
-        bar.add_row(ProgressBar(total=self.steps, completed=step, width=40), f"step {step} of {self.steps}")
-        figures = Text.assemble("loss ", (f"{self.losses[-1]:.3f} ", "bold"), (sparkline(self.losses), "cyan"))
+        bar.add_row(ProgressBar(total=self.steps, completed=step, width=max(min(40, room - len(at) - 2), 1)), at)
+        figures = [Text.assemble("loss ", (f"{self.losses[-1]:.3f} ", "bold"), (sparkline(self.losses), "cyan"))]
         if self.kls[-1] is not None:
-            figures.append_text(
-                Text.assemble("   KL ", (f"{self.kls[-1]:.3f} ", "bold"), (sparkline(self.kls), "magenta"))
-            )
-        figures.append(f"   learning rate {learning_rate:.1e}")
-        return Group(bar, Text(amounts), figures)
+            figures.append(Text.assemble("KL ", (f"{self.kls[-1]:.3f} ", "bold"), (sparkline(self.kls), "magenta")))
+        figures.append(Text(f"learning rate {learning_rate:.1e}"))
+        joined = Text("   ").join(figures)
+        lines = [joined] if joined.cell_len <= room else figures
+        for line in (said := Text(amounts), *lines):
+            line.no_wrap, line.overflow = False, "fold"  # between words, where the terminal is narrow
+        return Group(bar, said, *lines)

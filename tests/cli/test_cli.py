@@ -339,5 +339,5 @@ def test_ctrl_c_leaves_nothing_under_the_final_name(dense, tmp_path):
 def test_inspect_tells_plan_origin_and_figures(dense, tied):
     shown = rrtc("inspect", tied)
     assert shown.exit_code == 0, shown.output
-    for piece in ("init", str(dense), "residual_energy_kept", "LoRA rank 4", "sharing: cycle"):
+    for piece in ("init", str(dense), "residual energy kept", "LoRA rank 4", "recipe, init", "of the dense model's"):
         assert piece in shown.stdout, piece

@@ -27,7 +27,7 @@ def rrtc(*arguments, **environment):
 def test_quiet_shows_the_result_warnings_and_errors_and_nothing_on_the_way(dense, tmp_path, monkeypatch):
     loud = rrtc("init", dense("llama"), "--dry-run", "--rank", "4")
     quiet = rrtc("init", dense("llama"), "--dry-run", "--rank", "4", "--quiet")
-    assert loud.stderr == f"Reading {dense('llama')}\n" and quiet.stderr == ""
+    assert loud.stderr.startswith(f"Reading {dense('llama')}\n") and quiet.stderr == ""
     assert "Plan for" in loud.stdout and quiet.stdout == loud.stdout
     failed = rrtc("init", tmp_path / "nowhere", "--dry-run", "-q")
     assert failed.exit_code == 1 and failed.stderr.startswith("Error: There is no model at")
@@ -41,7 +41,8 @@ def test_quiet_shows_the_result_warnings_and_errors_and_nothing_on_the_way(dense
 
     monkeypatch.setattr(api, "plan", warned)
     assert rrtc("init", dense("llama"), "--dry-run", "-q").stderr == "Note: mind the gap\n"
-    assert rrtc("init", dense("llama"), "--dry-run").stderr == f"Note: mind the gap\nReading {dense('llama')}\n"
+    told = rrtc("init", dense("llama"), "--dry-run").stderr
+    assert told.startswith(f"Note: mind the gap\nReading {dense('llama')}\n")
 
 
 def test_verbose_shows_where_an_error_came_from(tmp_path):

@@ -68,7 +68,7 @@ def test_errors_that_flags_or_the_recipe_alone_decide(dense, rrt, tmp_path):
     for says, code, arguments in (
         ("budget and rank both say", 2, ["init", model, "-o", out, "--budget", "0.7", "--rank", "4"]),
         ("'huge' is not a size", 2, ["init", model, "-o", out, "--max-shard-size", "huge"]),
-        ("'few' is not a count", 2, ["init", model, "--dry-run", "--target-params", "few"]),
+        ("'few' is neither a part nor a size", 2, ["init", model, "--dry-run", "--size", "few"]),
         ("There is no model at", 1, ["init", tmp_path / "no" / "where", "-o", out]),
         ("has no config.json", 1, ["init", tmp_path, "-o", out]),
         ("is not empty", 1, ["init", model, "-o", there]),

@@ -236,16 +236,29 @@ def test_several_folders_are_compared_in_one_table(models, tmp_path):
     result = CliRunner().invoke(
         app,
         ["eval", *folders, "-o", str(tmp_path / "report"), "--text", str(models / "text.txt"), "--context", "64"]
-        + ["--tokens", str(WINDOWS * CONTEXT), "--passkey-trials", "0", "--speed-rounds", "0", "--sample-tokens", "0"],
+        + ["--tokens", str(WINDOWS * CONTEXT), "--passkey-trials", "0", "--speed-rounds", "1", "--sample-tokens", "4"]
+        + ["--prompt", "How long will it rain?"],
+        env={"COLUMNS": "200"},
     )
     assert result.exit_code == 0, result.stderr
     report = read_report(tmp_path / "report")
     names = ["dense", "small", "large", "exits", "exits, exit after loop 1"]
+    rows = {row["model"]: row for row in report["models"]}
+    assert report["layers"] == [] and report["speed"] is None
+    for name in names[1:4]:
+        assert len(rows[name]["layers"]) == 6 and rows[name]["speed"]["rounds"] == 1
+        assert f"{name} takes" in result.stdout
+    assert not rows["dense"].keys() & {"layers", "speed"} and "layers" not in rows[names[-1]]
+    assert [curve["stage"] for curve in report["training"]] == ["exits"]
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "small: rank by layer" in page and "large: rank by layer" in page
+    assert "Asked: How long will it rain?" in page and "Asked: How long will it rain?" in result.stdout
+    assert "KV cache" not in result.stdout  # it is the same for all of them
     assert [row["model"] for row in report["models"]] == names and report["of"] is None
     assert all(name in result.stdout for name in names)
     alone = evaluate(folders[1], recipe(passkey_trials=0, **text_of(models)))
     assert report["models"][2]["scores"] == alone["models"][-1]["scores"]
-    assert (tmp_path / "report" / "report.html").exists()
+    assert report["models"][2]["layers"] == alone["layers"]
 
 
 def test_what_cannot_be_compared_is_refused(models, tmp_path):

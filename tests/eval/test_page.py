@@ -77,6 +77,7 @@ def report() -> dict:
                   "decode": {"ratio": 1.21, "low": 1.15, "high": 1.3}},
         "training": [{"stage": "uptrain", "points": [[512 * n, 4 / n, 1 / n] for n in range(1, 40)]}],
         "source_bytes": None, "samples": [{"model": "dense", "text": "The sky is <b>blue</b> & wide."}],
+        "prompt": "Why is the sky <blue>?",
     }  # fmt: skip
 
 
@@ -110,9 +111,10 @@ def test_the_page_says_what_the_report_says(report, tmp_path):
     for said in (
         "Measured against maker/model", "held out (4.08k tokens)", "1.2677 ± 0.0123", "+0.0840 [+0.0740, +0.0940]",
         "0.4917 ± 0.0123", "64.7 % ± 1.2", "piqa (acc_norm, 500 items)", "61.2 ± 1.2 (-7.0 [-8.0, -6.0])", "average",
-        "exit after loop 1", "50%", "28.31M", "LoRA", "23.04 kB", "841.5 MB", "reading a prompt 0.97 [0.95, 0.99]",
-        "generating 1.21", "a token saves no arithmetic and saves no KV cache", "hellaswag: There is no network.",
-        "The sky is <b>blue</b>",
+        "exit after loop 1", "50%", "28.31M", "LoRA", "23.04 kB", "841.5 MB", "reading a prompt", "0.97 [0.95, 0.99]",
+        "generating", "1.21 [1.15, 1.30]", "after uptrain takes 100% of the dense model's bytes",
+        "Asked: Why is the sky <blue>?", "a token saves no arithmetic and saves no KV cache",
+        "hellaswag: There is no network.", "The sky is <b>blue</b>",
         "seed 0, 1000 bootstrap samples", "torch 2.13.0",
     ):  # fmt: skip
         assert said in words, said
@@ -181,6 +183,24 @@ def test_reports_at_their_limits(report, tmp_path):
     assert page.tags.count("img") == 8 and "±" not in " ".join(page.words).replace("(±", "")
 
 
+def test_models_that_are_compared_keep_their_pictures_and_speeds(report, tmp_path):
+    layers, speed = report["layers"], report["speed"]
+    first, second = report["models"][1:3]
+    first |= {"layers": layers, "speed": speed, "cost": second["cost"]}
+    second |= {"layers": layers[:15], "speed": speed | {"decode": {"ratio": 1.4, "low": 1.3, "high": 1.5}}}
+    curve = report["training"][0]["points"]
+    report |= {"of": None, "layers": [], "speed": None}
+    report["training"] = [{"stage": name, "points": curve} for name in ("after init", "after uptrain")]
+    _, page = page_of(report, tmp_path)
+    words = " ".join(" ".join(page.words).split())
+    for said in (
+        "after init takes", "after uptrain takes", "1.21 [1.15, 1.30]", "1.40 [1.30, 1.50]",
+        "after init: rank by layer", "after uptrain: rank by layer", "What is lost, by layer", "Training",
+    ):  # fmt: skip
+        assert said in words, said
+    assert page.tags.count("img") == 9  # a picture of ranks more
+
+
 def with_windows(report: dict) -> dict:
     """`report`, as one of a model whose KV heads mostly see a window."""
     for n, layer in enumerate(report["layers"]):
@@ -203,7 +223,7 @@ def test_a_model_with_windows_has_pictures_of_its_heads_and_of_its_cache(report,
         "Which KV heads of which layers attend to everything, and which to a window",
         "KL of each model from the dense one over the bytes of its KV cache at 8,192 tokens",
         "188.7 MB", "37.75 MB", "saves 80.0% of the KV cache at 8,192 tokens of context",
-        "generating after 8,160 tokens 1.63 [1.60, 1.70]", "256 tokens (12 keys) 75 [47, 91]",
+        "Generating after 8,160 tokens: 1.63 [1.60, 1.70]", "256 tokens (12 keys) 75 [47, 91]",
     ):  # fmt: skip
         assert said in words, said
     assert page.tags.count("img") == 10

@@ -152,7 +152,7 @@ def test_an_evaluation_says_what_windows_save_and_what_they_cost(tmp_path):
     page = (tmp_path / "report" / "report.html").read_text()
     assert "Which KV heads of which layers attend to everything" in page and "after 480 tokens" in page
     said = printed(report)
-    assert "KV cache" in said and "decode after 480 tokens" in said and "300 tokens, 10 keys" in said
+    assert "KV cache" in said and "generating after 480 tokens" in said and "300 tokens, 10 keys" in said
     for row in report["models"]:  # a report of an older version
         del row["cost"]["kv_bytes"]
         for one in row["passkey"]:

@@ -26,6 +26,7 @@ from uptraining import make_rrt
 
 from rrtc import api
 from rrtc.cli import tables
+from rrtc.cli.description import description
 from rrtc.errors import RrtcError
 from rrtc.eval.stage import _curve
 from rrtc.export.card import _eval_results, _measured
@@ -269,7 +270,7 @@ def kinds(folder: Path) -> list[Kind]:
         earlier_stages(rrt)
 
     def inspect() -> None:
-        shown(tables.description(api.inspect(rrt)))
+        shown(description(api.inspect(rrt)))
 
     def evaluated() -> None:
         found = read_report(report)
@@ -378,5 +379,5 @@ def sample_report() -> dict:
         "speed": {"device": "cpu", "rounds": 1, "prompt_tokens": 8, "new_tokens": 8, "prefill": ratio, "decode": ratio,
                   "long": {"prompt_tokens": 64, "new_tokens": 8, "decode": ratio}},
         "training": [{"stage": "uptrain", "points": [[64, 5.0, None]]}], "source_bytes": 5,
-        "samples": [{"model": "dense", "text": "Hello."}],
+        "samples": [{"model": "dense", "text": "Hello."}], "prompt": "What do you say?",
     }  # fmt: skip

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from rrtc import machine
-from rrtc.errors import RrtcError, WrongUsage
+from rrtc.errors import RrtcError
 from rrtc.init.allocate import allocate, alone, choose, together, visits_of
 from rrtc.init.budget import measure_groups
 from rrtc.init.calibrate import Calibration, calibrate
@@ -109,14 +109,6 @@ def test_joint_is_closer_to_the_dense_model_than_average(dense, tmp_path):
     assert far["joint"] < 0.7 * far["average"]
 
 
-@pytest.mark.slow
-def test_targets_in_parameters_and_bytes(dense, tmp_path):
-    by_count = init(str(dense("llama")), str(tmp_path / "a"), small(target_params="0.12M"))
-    assert 0.99 * 120_000 < by_count["params_total"] <= 120_000
-    by_size = init(str(dense("llama")), str(tmp_path / "b"), small(target_bytes="480KB"))
-    assert 0.99 * 480_000 < by_size["bytes"] <= 480_000
-
-
 def test_a_fixed_start_gets_the_largest_rank_that_fits(dense, tmp_path):
     init(str(dense("llama")), str(tmp_path / "out"), small(budget=0.8, sharing="cycle", shared_init="average"))
     plan = plan_in(tmp_path / "out")
@@ -131,11 +123,11 @@ def test_a_fixed_start_gets_the_largest_rank_that_fits(dense, tmp_path):
     ("choices", "says"),
     [
         ({"budget": 0.6, "rank": 8}, "budget and rank both say how much to store"),
-        ({"budget": 0.6, "target_params": "1M"}, "budget and target_params both"),
-        ({"sharing": "auto"}, "needs a budget"),
+        ({"budget": 0.6, "size": "1MB"}, "size and budget both"),
+        ({"sharing": "auto"}, "add a size or a budget"),
         ({"sharing": "auto", "budget": 0.5, "shared_init": "average"}, "must be joint"),
-        ({"budget": 0.5, "keep": 2}, "keep and loops say nothing"),
-        ({"budget": 0.5, "loops": 3}, "keep and loops say nothing"),
+        ({"budget": 0.5, "sharing": "auto", "keep": 2}, "keep and loops say nothing"),
+        ({"budget": 0.5, "sharing": "auto", "loops": 3}, "keep and loops say nothing"),
         ({"shared_init": "joint", "lora_init": "zero"}, "lora_init cannot be zero"),
     ],
 )
@@ -147,11 +139,10 @@ def test_contradictions_are_refused(choices, says):
 @pytest.mark.parametrize(
     ("choices", "says"),
     [
-        ({"target_params": "10K"}, "cannot be met: the least possible is"),
+        ({"size": "130KB"}, "cannot be met: the least possible is"),
+        ({"size": "70KB"}, "is less than the embeddings alone take"),
         ({"budget": 0.2, "sharing": "cycle"}, "cannot be met: the least possible is"),
         ({"budget": 0.2, "sharing": "cycle", "shared_init": "average"}, "cannot be met: the least possible is"),
-        ({"target_params": "many"}, "'many' is not a count"),
-        ({"target_bytes": "small"}, "'small' is not a size"),
     ],
 )
 def test_budgets_that_cannot_be_met_are_refused(dense, tmp_path, choices, says):
@@ -174,7 +165,7 @@ def test_the_planner_never_does_worse_than_either_parent(calibrated, tmp_path):
     seen = [calibration.seen(number, model.layer(number, CPU)) for number in range(model.depth)]
     singles = [alone(number, one, neurons) for number, one in enumerate(seen)]
     pairs = [together((n, n + 1), [seen[n], seen[n + 1]], neurons) for n in range(model.depth - 1)]
-    pattern = make_plan(read_architecture(model.config), InitRecipe(budget=0.7))
+    pattern = make_plan(read_architecture(model.config), InitRecipe(budget=0.7, sharing="auto"))
     free = measure_groups(pattern, True, model, calibration, neurons, CPU, tmp_path)
     count = sum(one.weight.numel() for layer in seen for one in layer.values())
 
@@ -349,10 +340,5 @@ def test_calibration_gathers_what_the_layers_see(calibrated):
 def test_what_was_chosen_is_in_the_provenance(dense, tmp_path):
     init(str(dense("llama")), str(tmp_path / "out"), small(budget=0.7))
     found = read_provenance(tmp_path / "out")
-    assert found["recipe"]["init"]["sharing"] == "auto" and found["recipe"]["init"]["shared_init"] == "joint"
+    assert found["recipe"]["init"]["sharing"] == "middle_cycle" and found["recipe"]["init"]["shared_init"] == "joint"
     assert found["measured"]["init"]["predicted_excess"] > 0
-
-
-def test_a_target_smaller_than_the_embeddings_is_wrong_usage(dense):
-    with pytest.raises(WrongUsage, match="least possible"):
-        dry_run(str(dense("llama")), small(target_params="1K"))

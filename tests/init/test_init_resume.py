@@ -29,7 +29,8 @@ JOINT = {"shared_init": "joint", "sharing": "sequence", "rank": 6, "calibrate_to
 CASES = {
     "paper, several shards": ("llama", PAPER | {"max_shard_size": "100KB", "dtype": "bfloat16"}),
     "joint": ("llama", JOINT),
-    "budget": ("llama", BUDGET),
+    "size, and no pattern": ("llama", BUDGET | {"budget": None, "size": 0.8}),
+    "budget, auto": ("llama", BUDGET | {"sharing": "auto"}),
     "budget for a pattern": ("gpt2", BUDGET | {"sharing": "middle_cycle"}),
 }
 # For each case runs init once in one go, and then in child processes, each of which kills itself before one of the next
@@ -242,7 +243,7 @@ def test_a_changed_recipe_is_named(halfway):
     model, target, text = halfway
     for change, says in (
         ({"budget": 0.8}, "budget was 0.7 and is now 0.8"),
-        ({"sharing": "cycle"}, "sharing was auto and is now cycle"),
+        ({"sharing": "cycle"}, "sharing was middle_cycle and is now cycle"),
         ({"seed": 1}, "seed was 0 and is now 1"),
     ):
         with pytest.raises(RrtcError, match=says):

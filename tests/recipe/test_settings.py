@@ -18,7 +18,8 @@ def recipe_with(*texts: str, recipe: Recipe | None = None) -> Recipe:
     [
         (["init.loops=3", "init.rank=128"], "init", {"loops": 3, "rank": 128}),
         (["init.rank=q=4,ffn=2"], "init", {"rank": {"q": 4, "ffn": 2}}),
-        (["init.fold_norms=off", "init.target_params=90"], "init", {"fold_norms": False, "target_params": "90"}),
+        (["init.fold_norms=off", "init.size=90MB"], "init", {"fold_norms": False, "size": "90MB"}),
+        (["init.size=50%"], "init", {"size": 0.5}),
         (["init.calibrate_on=a.txt"], "init", {"calibrate_on": ["a.txt"]}),
         (["init.calibrate_on=a.txt", "init.calibrate_on=b.txt"], "init", {"calibrate_on": ["a.txt", "b.txt"]}),
         (["uptrain.learning_rate=5e-5", "uptrain.data_weights=1"], "uptrain", {"learning_rate": 5e-5}),

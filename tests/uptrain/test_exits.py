@@ -82,7 +82,8 @@ def ids() -> torch.Tensor:
         ({"loops": 3, "sharing": "sequence"}, ()),
         ({"loops": 2, "sharing": "middle_sequence"}, ()),
         ({"loops": 1}, ()),
-        ({"budget": 0.8}, ()),  # auto, which ties nothing before it has measured
+        ({"size": 0.9}, (2,)),  # middle_cycle
+        ({"size": 0.9, "sharing": "auto"}, ()),  # which ties nothing before it has measured
     ],
 )
 def test_exits_are_where_a_loop_ends_and_another_begins(recipe, exits):
