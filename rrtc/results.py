@@ -74,6 +74,7 @@ class InitResult(TypedDict):
     """Of `init`."""
 
     residual_energy_kept: NotRequired[dict[str, float]]  # tied as in the paper: share that LoRA restores, by matrix
+    residual_energy_kept_by_layer: NotRequired[dict[int, float]]  # the same by layer of the dense model
     # What windows are predicted to cost, in nats a token; only with a KV budget, None where it is not measured.
     predicted_window_cost: NotRequired[float | None]
     kv_bytes: dict[int, int]  # of the KV cache, by the number of tokens in it

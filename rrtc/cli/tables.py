@@ -13,6 +13,8 @@ from rrtc.plain import to_yaml
 from rrtc.plan import KV_CONTEXTS, SAVINGS_CONTEXT, in_sight, savings
 from rrtc.units import count, duration, size
 
+FEW_LAYERS = 3
+
 
 def visits(rows: list[dict]) -> str:
     """The layer → visit map in lines of one slot each: which dense layers a slot stands for; and under it one line for
@@ -154,6 +156,9 @@ def init(result: dict, folder: str, asked: dict) -> Group:
     if any(kept.values()):
         rows = [[matrix, f"{energy:.1%}"] for matrix, energy in kept.items()]
         lines.append(table("What the LoRA kept of what tying lost", ["matrix", "energy"], rows))
+        layers = sorted(result["residual_energy_kept_by_layer"].items(), key=lambda one: one[1])
+        least = ", ".join(f"{layer} ({energy:.0%})" for layer, energy in layers[:FEW_LAYERS])
+        lines.append(plain(f"It kept least of layer {least}."))
     if loss := result.get("loss"):
         before = "dense" if "dense" in loss else "given"
         lines.append(plain(_loss_in_words(loss["after_init"], loss[before], before, loss["tokens"])))

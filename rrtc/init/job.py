@@ -134,8 +134,8 @@ class Job:
         for name in weights:
             yield name, weights.raw(name)
 
-    def slot_energies(self, number: int) -> dict[str, tuple[float, float]]:
-        """What was saved beside the tensors of slot `number`."""
+    def slot_energies(self, number: int) -> dict[str, dict[str, tuple[float, float]]]:
+        """What was saved beside the tensors of slot `number`; its layers are text there, as JSON has it."""
         return json.loads((self._slot_folder(number) / "energies.json").read_text(encoding="utf8"))
 
     def _slot_folder(self, number: int) -> Path:

@@ -23,10 +23,10 @@ Named = Iterator[tuple[str, Tensor]]
 
 def paper_slot(
     plan: Plan, visits: list[Visit], layers: Layers, sources: list[int], recipe: InitRecipe, dtype: torch.dtype,
-    energies: dict[str, tuple[float, float]],
+    energies: dict[str, dict[int, tuple[float, float]]],
 ) -> Named:  # fmt: skip
     """A slot tied as in the paper. sources: the layers whose mean W' is. dtype: the format that will be stored.
-    `energies` gets for each matrix (energy the factors restored, energy that tying lost)."""
+    `energies` gets for each matrix, by layer, (energy the factors restored, energy that tying lost)."""
     for matrix in plan.matrices(visits[0]):
         name = f"{matrix.name}.weight"
         found: Tied = tie(
@@ -41,7 +41,8 @@ def paper_slot(
             if factors is not None:
                 yield from _factors(visit, matrix.name, factors)
         if len(visits) > 1:
-            energies[matrix.name] = (found.restored, found.lost)
+            found_of = zip(visits, found.restored, found.lost, strict=True)
+            energies[matrix.name] = {visit.layer: (restored, lost) for visit, restored, lost in found_of}
     yield from _vectors(plan, visits, layers, sources)
 
 

@@ -5,8 +5,9 @@ What is finished waits in NAME.partial/work (job.py), so that an interrupted run
 
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -43,6 +44,8 @@ from rrtc.text.own import own_text
 from rrtc.text.windows import Windows
 from rrtc.tying.neurons import Neurons
 from rrtc.units import parse_size
+
+Key = TypeVar("Key", bound=Hashable)
 
 # A slot: its tensors and their names in it, float32, and its energies, which fill as they come (slots.paper_slot).
 Slot = tuple[Iterator[tuple[str, Tensor]], dict[str, tuple[float, float]]]
@@ -157,7 +160,7 @@ def _calibrate(job: Job, neurons: list[Neurons]) -> tuple[Calibration, tuple[dic
 
 
 def _tie_as_in_paper(job: Job) -> tuple[Plan, dict]:
-    """Measured is for each matrix the share of what tying lost that its factors restore."""
+    """Measured is the share of what tying lost that the factors restore, for each matrix and for each layer."""
     plan, dtype = job.plan, getattr(torch, job.dtype)
     sources = source_layers(plan, job.recipe.init.start)
 
@@ -168,13 +171,25 @@ def _tie_as_in_paper(job: Job) -> tuple[Plan, dict]:
         return paper_slot(plan, visits, layers, sources[k], job.recipe.init, dtype, energies), energies
 
     _make_slots(job, plan, make)
-    totals: dict[str, tuple[float, float]] = {}
-    for k in range(len(plan.slots)):
-        for name, (restored, lost) in job.slot_energies(k).items():
-            before = totals.get(name, (0.0, 0.0))
-            totals[name] = (before[0] + restored, before[1] + lost)
-    kept = {name: round(restored / lost, 4) if lost else 1.0 for name, (restored, lost) in totals.items()}
-    return plan, {"residual_energy_kept": kept}
+    found = [
+        (name, int(layer), *energies)
+        for k in range(len(plan.slots))
+        for name, by_layer in job.slot_energies(k).items()
+        for layer, energies in by_layer.items()
+    ]
+    return plan, {
+        "residual_energy_kept": _kept((name, restored, lost) for name, _, restored, lost in found),
+        "residual_energy_kept_by_layer": _kept(sorted((layer, restored, lost) for _, layer, restored, lost in found)),
+    }
+
+
+def _kept(found: Iterable[tuple[Key, float, float]]) -> dict[Key, float]:
+    """The share of what was lost that was restored, of (what it is about, energy restored, energy lost)."""
+    totals: dict[Key, list[float]] = {}
+    for key, restored, lost in found:
+        total = totals.setdefault(key, [0.0, 0.0])
+        total[0], total[1] = total[0] + restored, total[1] + lost
+    return {key: round(restored / lost, 4) if lost else 1.0 for key, (restored, lost) in totals.items()}
 
 
 def _tie_jointly(job: Job, calibration: Calibration, neurons: list[Neurons]) -> tuple[Plan, dict]:

@@ -15,12 +15,12 @@ from rrtc.tying.eigen import leading_eigenvectors
 @dataclass(frozen=True)
 class Tied:
     """One tied matrix. `factors` has (B, A) for each visit, or None at rank 0. The energies are squared Frobenius
-    norms summed over the visits: of what tying lost (W_b - W'), and of the part of it that the factors restore."""
+    norms for each visit: of what tying lost (W_b - W'), and of the part of it that the factors restore."""
 
     shared: Tensor
     factors: list[tuple[Tensor, Tensor] | None]
-    lost: float
-    restored: float
+    lost: list[float]
+    restored: list[float]
 
 
 def tie(layers: list[Tensor], sources: list[Tensor], ranks: list[int], lora_init: str, dtype: torch.dtype) -> Tied:
@@ -31,11 +31,11 @@ def tie(layers: list[Tensor], sources: list[Tensor], ranks: list[int], lora_init
     """
     shared = torch.stack(sources).mean(0).to(dtype).float()
     factors: list[tuple[Tensor, Tensor] | None] = []
-    lost = restored = 0.0
-    for weight, rank in zip(layers, ranks, strict=True):
+    lost, restored = [], [0.0] * len(layers)
+    for number, (weight, rank) in enumerate(zip(layers, ranks, strict=True)):
         residual = weight - shared
         energy = residual.square().sum().item()
-        lost += energy
+        lost.append(energy)
         if rank == 0:
             factors.append(None)
         elif lora_init == "zero" or energy == 0:
@@ -43,7 +43,7 @@ def tie(layers: list[Tensor], sources: list[Tensor], ranks: list[int], lora_init
             factors.append(zero_product(residual.shape, rank, residual.device))
         else:
             b, a = truncated_svd(residual, rank)
-            restored += energy - (residual - b @ a).square().sum().item()
+            restored[number] = energy - (residual - b @ a).square().sum().item()
             factors.append((b, a))
     return Tied(shared, factors, lost, restored)
 

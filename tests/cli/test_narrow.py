@@ -26,6 +26,7 @@ MADE = {
     "bytes_on_disk": 188_320_384, "flops_per_token": 255_768_576, "dense_flops_per_token": 268_959_744,
     "source_bytes": 90_000_000, "kv_bytes": KV, "dense_kv_bytes": KV, "alternatives": ALTERNATIVES, "seconds": 100.0,
     "residual_energy_kept": {"self_attn.q_proj": 0.41, "mlp.down_proj": 0.28},
+    "residual_energy_kept_by_layer": {0: 0.9, 1: 0.4, 2: 0.35, 3: 0.3},
     "loss": {"tokens": 4096, "dense": 3.5437, "after_init": 4.7199},
 }  # fmt: skip
 RECIPE = {"keep": 1, "sharing": "middle_cycle", "loops": 2, "size": 0.7, "budget": None}

@@ -39,10 +39,11 @@ def test_tie_reports_the_energy_that_was_lost_and_restored():
     assert torch.allclose(tied.shared, (layers[0] + layers[1]) / 2)
     residuals = [w - tied.shared for w in layers]
     left = [r - b @ a for r, (b, a) in zip(residuals, tied.factors, strict=True)]
-    assert tied.lost == pytest.approx(sum(r.square().sum().item() for r in residuals), rel=1e-5)
-    assert tied.lost - tied.restored == pytest.approx(sum(x.square().sum().item() for x in left), rel=1e-5)
+    assert tied.lost == pytest.approx([r.square().sum().item() for r in residuals], rel=1e-5)
+    still = [lost - restored for lost, restored in zip(tied.lost, tied.restored, strict=True)]
+    assert still == pytest.approx([x.square().sum().item() for x in left], rel=1e-5)
     spectrum = torch.linalg.svdvals(residuals[0])
-    assert tied.restored == pytest.approx(2 * spectrum[:3].square().sum().item(), rel=1e-4)
+    assert tied.restored == pytest.approx([spectrum[:3].square().sum().item()] * 2, rel=1e-4)
 
 
 def test_factors_start_at_nothing_where_the_shared_matrix_is_the_layers_own():
@@ -205,7 +206,33 @@ def test_a_tied_head_that_the_file_repeats_is_stored_once(tmp_path):
 
 def test_without_tying_nothing_is_lost_or_kept(dense, tmp_path):
     measured = init(str(dense("llama")), str(tmp_path / "out"), recipe(loops=1, dtype="bfloat16"))
-    assert measured["residual_energy_kept"] == {}
+    assert measured["residual_energy_kept"] == measured["residual_energy_kept_by_layer"] == {}
+
+
+def test_what_the_factors_kept_is_said_by_matrix_and_by_layer(dense, tmp_path):
+    asked = recipe(loops=2, rank=5, measure_tokens=0, dtype="float32", fold_norms=False)
+    measured = init(str(dense("llama")), str(tmp_path / "out"), asked)
+    source, ours = load_file(dense("llama") / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    lost, kept = {}, {}
+    for name, weight in source.items():
+        parts = name.split(".")
+        if "layers" not in parts or weight.dim() == 1:
+            continue
+        layer, matrix = int(parts[2]), ".".join(parts[3:-1])
+        slot = f"model.slots.{layer % 3}"
+        own = f"{slot}.loops.{layer // 3}.{matrix}"
+        residual = weight - ours[f"{slot}.shared.{matrix}.weight"]
+        lost[layer, matrix] = residual.square().sum().item()
+        left = (residual - ours[f"{own}.B"] @ ours[f"{own}.A"]).square().sum().item()
+        kept[layer, matrix] = lost[layer, matrix] - left
+    for place, field in enumerate(("residual_energy_kept_by_layer", "residual_energy_kept")):
+        expected = {
+            one: sum(kept[key] for key in kept if key[place] == one)
+            / sum(lost[key] for key in lost if key[place] == one)
+            for one in {key[place] for key in kept}
+        }
+        assert measured[field] == pytest.approx(expected, abs=1e-3)
+    assert list(measured["residual_energy_kept_by_layer"]) == list(range(6))
 
 
 def test_a_compressed_model_is_not_compressed_again(dense, tmp_path):
