@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from rrtc import __version__, api, console
-from rrtc.cli import tables
+from rrtc.cli import scores, tables
 from rrtc.cli.chat import chat_command
 from rrtc.cli.command import Resume, command, explained, needs_output
 from rrtc.cli.description import description
@@ -136,7 +136,7 @@ def eval_command(
     """
     result = api.evaluate(folders, output, against, recipe, verbose=shown)
     pictures = [] if output is None else [console.plain(f"Pictures: {os.path.join(output, 'report.html')}")]
-    return result, tables.report(result), *pictures
+    return result, scores.report(result), *pictures
 
 
 @_command("export", "export")

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.console import Group
 
-from rrtc.cli import tables
+from rrtc.cli import scores, tables
 from rrtc.console import plain, table
 from rrtc.recipe.schema import Recipe
 from rrtc.units import count, duration, size
@@ -33,7 +33,7 @@ def description(result: dict) -> Group:
     if result.get("visits"):
         lines.append(plain(tables.visits(result["visits"])))
     if "report" in result:
-        lines.append(tables.report(result["report"]))
+        lines.append(scores.report(result["report"]))
     return Group(*lines)
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from rrtc import api, console
-from rrtc.cli import tables
+from rrtc.cli import scores, tables
 from rrtc.cli.command import Resume, needs_output
 from rrtc.errors import WrongUsage
 from rrtc.recipe.settings import parse_settings, parse_sweep
@@ -70,6 +70,6 @@ def run_command(
     if over:
         swept = api.sweep(recipe, target, over, resume, **given)
         page = os.path.join(target, "report", "report.html")
-        return swept, tables.report(swept["report"]), console.plain(f"Pictures: {page}")
+        return swept, scores.report(swept["report"]), console.plain(f"Pictures: {page}")
     result = api.run(recipe, target, resume, **given)
-    return result, tables.report(result["eval"]), tables.export(result["export"], os.path.join(target, "export"))
+    return result, scores.report(result["eval"]), tables.export(result["export"], os.path.join(target, "export"))

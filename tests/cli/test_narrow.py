@@ -8,7 +8,7 @@ from fuzzing import sample_report
 from rich.console import Console
 
 from rrtc import console
-from rrtc.cli import tables
+from rrtc.cli import scores, tables
 from rrtc.cli.description import description
 from rrtc.progress_line import Line, Phase, Work
 from rrtc.uptrain.display import Display
@@ -62,7 +62,7 @@ SHOWN = {
     "init": lambda: tables.init(MADE, "small", RECIPE),
     "plan": lambda: tables.plan(PLAN),
     "inspect": lambda: description(INSPECTED),
-    "eval": lambda: tables.report(compared()),
+    "eval": lambda: scores.report(compared()),
     "uptrain": lambda: tables.uptrain(UPTRAINED, "healed"),
 }
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from windowed import KINDS, SINKS, by_brute_force, see_windows, without_windows
 
 from rrtc import scoring
-from rrtc.cli import tables
+from rrtc.cli import scores
 from rrtc.eval import cost
 from rrtc.eval.cost import NEW, speed_after
 from rrtc.eval.passkey import Probe, found
@@ -120,7 +120,7 @@ def test_both_models_read_a_long_prompt_once_and_say_as_much_in_turn(tmp_path, m
 def printed(report: dict) -> str:
     console = Console(width=200)
     with console.capture() as shown:
-        console.print(tables.report(report))
+        console.print(scores.report(report))
     return shown.get()
 
 

@@ -25,7 +25,7 @@ from rich.console import Console
 from uptraining import make_rrt
 
 from rrtc import api
-from rrtc.cli import tables
+from rrtc.cli import scores
 from rrtc.cli.description import description
 from rrtc.errors import RrtcError
 from rrtc.eval.stage import _curve
@@ -274,7 +274,7 @@ def kinds(folder: Path) -> list[Kind]:
 
     def evaluated() -> None:
         found = read_report(report)
-        shown(tables.report(found))
+        shown(scores.report(found))
         exported = {"dtype": "float32", "bytes": 1, "parameters": 1, "max_logit_difference": 0.0, "largest_logit": 1.0,
                     "rounding_logit_difference": 0.0}  # fmt: skip
         _eval_results(found), _measured({"measured": {}}, exported, without_places(found))

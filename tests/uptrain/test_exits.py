@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from rrtc import scoring
 from rrtc.api import run
-from rrtc.cli import tables
+from rrtc.cli import scores, tables
 from rrtc.errors import WrongUsage
 from rrtc.eval.stage import evaluate
 from rrtc.export.stage import export
@@ -397,7 +397,7 @@ def test_eval_reports_the_exit(stages, tmp_path):
     bits = loss * (CONTEXT - 1) * count / math.log(2) / (letters * (CONTEXT - 1) / CONTEXT)
     assert found["bits_per_byte"] == pytest.approx(bits, rel=1e-3)
 
-    shown = text_of(tables.report(report))
+    shown = text_of(scores.report(report))
     assert "exit after loop 1" in shown and "50%" in shown
     as_dense = recipe(stages).model_copy(update={"export": ExportRecipe(format="dense")})
     export(str(stages / "exits"), str(tmp_path / "stock"), as_dense, str(tmp_path / "report"))
