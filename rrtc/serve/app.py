@@ -119,6 +119,7 @@ class _Events(StreamingResponse):
                     ends.append(event)
                 yield _event(writer.end(number, event) if isinstance(event, End) else writer.piece(number, event))
         except RrtcError as error:
+            note(error.sentence)
             yield _event(error_body(_sentence(error), "server_error"))
             return
         if call.usage:

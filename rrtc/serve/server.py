@@ -105,7 +105,7 @@ class _Server(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config, worker: Worker, ready: Callable[[], None]):
         super().__init__(config)
-        self._worker, self._ready = worker, ready
+        self._worker, self._ready, self._ended = worker, ready, False
 
     async def startup(self, sockets=None) -> None:
         await super().startup(sockets=sockets)
@@ -117,7 +117,14 @@ class _Server(uvicorn.Server):
         asyncio.get_running_loop().call_later(GRACE, self._end_all)
         await super().shutdown(sockets=sockets)
 
+    def handle_exit(self, sig, frame) -> None:
+        if self.should_exit and not self._ended:
+            self._end_all()
+        else:
+            super().handle_exit(sig, frame)
+
     def _end_all(self) -> None:
+        self._ended = True
         self._worker.do(lambda: self._worker.end_all(Stopping("The server was stopped.")))
 
 

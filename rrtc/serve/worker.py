@@ -144,19 +144,22 @@ class Worker:
         try:
             ended = self.engine.step()
         except Exception as error:  # whose fault it is is not known: such as a machine that is out of memory
-            ended = list(self.engine.active)
+            ended = list(self.engine.active or self._known)
             for request in ended:
                 self.engine.cancel(request)
                 request.error = error
         for request in ended:
             answers, number, words = self._known.pop(request)
             self.tokens += len(request.said)
-            if request.error is not None:
-                answers.put(number, Failed(f"The answer could not be made: {short(request.error)}"))
-                continue
-            words.finish()
-            self.answered += 1
-            answers.put(number, End(len(request.said), request.ended or ""))
+            try:
+                if request.error is not None:
+                    raise request.error
+                words.finish()
+            except Exception as error:
+                answers.put(number, Failed(f"The answer could not be made: {short(error)}"))
+            else:
+                self.answered += 1
+                answers.put(number, End(len(request.said), request.ended or ""))
 
     def _enter(self, answers: Answers, prompts: Sequence[Prompt], options: AnswerOptions) -> None:
         for number, prompt in enumerate(prompts):

@@ -89,6 +89,9 @@ def test_errors_that_flags_or_the_recipe_alone_decide(dense, rrt, tmp_path):
         ("There is no model at", 1, ["chat", tmp_path / "no" / "where", "--prompt", "x"]),
         ("so top_p says nothing", 2, ["chat", rrt, "--prompt", "x", "--temperature", "0", "--top-p", "0.5"]),
         ("was not written by rrtc", 1, ["chat", model, "--prompt", "x", "--against", "dense"]),
+        ("There is no model at", 1, ["serve", tmp_path / "no" / "where", "--port", "0"]),
+        ("Nothing can listen at no such host", 1, ["serve", rrt, "--host", "no such host"]),
+        ("'port' is wrong", 2, ["serve", rrt, "--port", "65536"]),
     ):
         assert says in light(*arguments, code=code).stderr, says
 

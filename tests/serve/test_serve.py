@@ -4,6 +4,7 @@ import asyncio
 import json
 import threading
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
@@ -17,8 +18,9 @@ from starlette.testclient import TestClient
 from rrtc import api
 from rrtc.errors import RrtcError, WrongUsage
 from rrtc.generate.engine import Busy, Engine
+from rrtc.generate.ways import FullDepth, Leave, Speculate
 from rrtc.recipe.generate import AnswerOptions, ServeOptions
-from rrtc.serve import server
+from rrtc.serve import place, server
 from rrtc.serve.app import make_app
 from rrtc.serve.place import bind, is_open, url_of
 from rrtc.serve.worker import Worker
@@ -31,9 +33,9 @@ LONG, SHORT = (AnswerOptions(max_tokens=tokens, temperature=0) for tokens in (20
 @contextmanager
 def serving(folder, rows: int = 4, **given):
     """(the worker, the application) for a model."""
-    waiting = given.pop("waiting", 10)
+    way, waiting = given.pop("way", FullDepth), given.pop("waiting", 10)
     model, tokenizer = api.load(folder)
-    with Worker(Engine(model, rows=rows, context=240, waiting=waiting), tokenizer, "pico") as worker:
+    with Worker(Engine(model, way, rows, 240, waiting=waiting), tokenizer, "pico") as worker:
         yield worker, make_app(worker, "pico", **given)
 
 
@@ -151,6 +153,15 @@ def test_answers_are_drawn_and_ended_as_by_generate(client, rrt):
     assert found.choices[0].text == expected[: expected.index(stop)]
     assert found.choices[0].finish_reason == "stop" and found.usage.completion_tokens < 20
     assert client.completions.create(model="pico", prompt=PROMPTS[0]).usage.completion_tokens <= 16
+
+
+def test_exits_change_nothing_where_they_are_checked_or_never_sure(rrt):
+    for way in (partial(Speculate, drafts=3), partial(Leave, threshold=1.0)):
+        with serving(rrt, way=way) as (worker, app):
+            client = OpenAI(base_url="http://testserver/v1", api_key="any", http_client=TestClient(app))
+            chunks = client.completions.create(model="pico", prompt=PROMPTS[0], stream=True, **GREEDY)
+            assert "".join(chunk.choices[0].text for chunk in chunks) == greedy(rrt, PROMPTS[0])
+            assert is_empty(worker) and worker.engine.stages.loops == 2
 
 
 def test_requests_share_the_steps(worker, rrt):
@@ -367,16 +378,22 @@ def test_who_waits_and_goes_leaves_nothing_behind(rrt):
 
 
 def test_a_place_to_listen_at():
-    with bind("127.0.0.1", 0) as place:
-        assert url_of(place) == f"http://127.0.0.1:{place.getsockname()[1]}" and not is_open(place)
-        place.listen()
-        with pytest.raises(RrtcError, match=rf"Nothing can listen at 127.0.0.1, port {place.getsockname()[1]}: "):
-            bind("127.0.0.1", place.getsockname()[1])
-    with bind("0.0.0.0", 0) as place:
-        assert is_open(place)
+    with bind("127.0.0.1", 0) as free:
+        assert url_of(free) == f"http://127.0.0.1:{free.getsockname()[1]}" and not is_open(free)
+        free.listen()
+        with pytest.raises(RrtcError, match=rf"Nothing can listen at 127.0.0.1, port {free.getsockname()[1]}: "):
+            bind("127.0.0.1", free.getsockname()[1])
+    with bind("0.0.0.0", 0) as free:
+        assert is_open(free)
     for host in ("no such host", "a" * 100):
         with pytest.raises(RrtcError, match="Nothing can listen at"):
             bind(host, 0)
+
+
+def test_what_has_to_be_installed_is_named(rrt, monkeypatch):
+    monkeypatch.setattr(place, "NEEDED", ("starlette", "no_such_package"))
+    with pytest.raises(RrtcError, match="Serving needs no_such_package, which is not installed."):
+        api.serve(rrt)
 
 
 def test_room_for_all_requests_is_there_or_it_is_said(rrt, monkeypatch):

@@ -16,6 +16,7 @@ from said import greedy
 from typer.testing import CliRunner
 
 from rrtc.cli.app import app
+from rrtc.results import ServeResult
 
 pytestmark = pytest.mark.slow
 
@@ -92,11 +93,13 @@ def test_many_clients_at_once_are_answered_as_by_generate(rrt):
         served.send_signal(signal.SIGINT)
         assert served.wait() == 0
         result = json.loads(served.stdout)
+        assert result.keys() == ServeResult.__required_keys__
         assert result["url"] == served.url and result["model"] == "rrt" and result["answered"] >= 5
         assert "Traceback" not in served.stderr, served.stderr
 
 
-def test_what_is_answered_when_it_is_stopped_ends_or_is_told(tmp_path):
+@pytest.mark.parametrize("twice", [False, True])
+def test_what_is_answered_when_it_is_stopped_ends_or_is_told(tmp_path, twice):
     from pico import save_pico
 
     folder = save_pico(tmp_path / "pico", max_position_embeddings=100_000, eos_token_id=None)
@@ -109,6 +112,9 @@ def test_what_is_answered_when_it_is_stopped_ends_or_is_told(tmp_path):
         next(iter(short))
         served.terminate()
         assert [chunk.choices[0].finish_reason for chunk in short][-1] == "length"
+        if twice:
+            served.says("Ctrl-C stops at once")
+            served.send_signal(signal.SIGINT)
         with pytest.raises(APIError, match="The server was stopped."):
             list(endless)
         assert served.wait() == 0
