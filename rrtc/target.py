@@ -83,7 +83,7 @@ def target_of(architecture: Architecture, recipe: InitRecipe, dtype: str) -> Tar
         )
     said = f"The size of {size(asked)}" + ("" if isinstance(extent, int) else f" ({extent:g} of {whole})")
     headers = header_bytes(architecture, asked, parse_size(recipe.max_shard_size))
-    if asked < tables + headers:
+    if asked < tables:
         sixteen = "--dtype bfloat16 halves them, and " if width > 2 else ""
         raise WrongUsage(
             f"{said} is less than the embeddings alone take, {size(tables)} in {dtype}.",
