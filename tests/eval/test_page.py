@@ -76,7 +76,7 @@ def report() -> dict:
                   "prefill": {"ratio": 0.97, "low": 0.95, "high": 0.99},
                   "decode": {"ratio": 1.21, "low": 1.15, "high": 1.3}},
         "training": [{"stage": "uptrain", "points": [[512 * n, 4 / n, 1 / n] for n in range(1, 40)]}],
-        "source_bytes": None, "samples": [{"model": "dense", "text": "The sky is <b>blue</b> & wide."}],
+        "engine": None, "source_bytes": None, "samples": [{"model": "dense", "text": "The sky is <b>blue</b> & wide."}],
         "prompt": "Why is the sky <blue>?",
     }  # fmt: skip
 
