@@ -14,8 +14,8 @@ from rrtc.plan import Plan
 from rrtc.recipe.init import InitRecipe
 from rrtc.target import Target
 
-# Slots of an alternative that are measured. On SmolLM2-135M, so many were within 5 % of all of them, in less than half of
-# the time; with 6 it was 18 % (benchmarks/LOG.md).
+# Slots of an alternative that are measured. On SmolLM2-135M, so many predicted within 5 % of what all of them do, and 6
+# within 18 % (benchmarks/LOG.md).
 MEASURED = 8
 USUAL_LOOPS = 2
 COUNTED = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
