@@ -410,16 +410,17 @@ def serve(model: Place, *, verbose: bool = False, **options: Any) -> ServeResult
     asked, name = with_flags(ServeOptions(), options, "the call"), _home(model)
     _check_one_process("serve")
     check_installed()
-    with _work(verbose, f"Reading {name}"), bind(asked.host, asked.port) as place:
+    with _work(verbose, f"Reading {name}", heavy=False), bind(asked.host, asked.port) as place:
         source = find_model(name)
         source.weights()
         check_tokenizer(source.folder)
-        from rrtc.io.recursive import trained_exits
-        from rrtc.machine import device
-        from rrtc.serve.server import serve
+        with quiet_libraries():
+            from rrtc.io.recursive import trained_exits
+            from rrtc.machine import device
+            from rrtc.serve.server import serve
 
-        loaded, has_exits = load(source.folder, device=device()), bool(trained_exits(source.folder))
-        return serve(*loaded, name, asked, has_exits, content_hash(source.folder), place)
+            loaded, has_exits = load(source.folder, device=device()), bool(trained_exits(source.folder))
+            return serve(*loaded, name, asked, has_exits, content_hash(source.folder), place)
 
 
 def _dense_of(folder: Path, named: str) -> Source:
