@@ -167,8 +167,11 @@ class Stages:
         self.step, self.store, self._left = step, store, None
         try:
             with standing_in(self._forwards):
-                ids = torch.cat(ids)[:, None].to(device)
-                logits = self.model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, 0]
+                given = {"input_ids": torch.cat(ids)[:, None].to(device), "position_ids": positions, "use_cache": False}
+                if any(span.reads is not None for span in step.spans):
+                    logits = self.model(**given).logits[:, 0]
+                else:  # the head is a large part of a small model
+                    logits = self.model.base_model(**given)[0][:0, 0]
         finally:
             self.step = self.store = None
         sizes = [len(span.positions[span.reads]) if span.reads is not None else 0 for span in step.spans]
@@ -217,8 +220,7 @@ class Stages:
         return states_of(output)
 
     def _wanted(self, hidden: Tensor) -> Tensor:
-        """Those of the tokens that the head is asked about; one where it is asked nothing, because stock code does not
-        expect none."""
+        """The tokens that the head is asked about; one where that is none, which stock code does not expect."""
         parts = [hidden[span.at][span.reads] for span in self.step.spans if span.reads is not None]
         return torch.cat(parts) if parts else hidden[:1]
 
