@@ -207,5 +207,5 @@ if __name__ == "__main__":
     parser.add_argument("--drafts", type=int, nargs="*", default=[1, 3])
     parser.add_argument("--only", nargs="*", default=[], help="names of ways, as they are shown")
     parser.add_argument("--parts", nargs="*", default=["arrivals"])
-    with quiet_libraries(), torch.inference_mode():
+    with quiet_libraries(), torch.no_grad():
         main(parser.parse_args())
