@@ -54,7 +54,8 @@ def make_app(worker: Worker, model: str, api_key: str | None = None) -> Starlett
         return JSONResponse(listed)
 
     async def health(request: Request) -> Response:
-        return JSONResponse({"status": "ok"} | worker.load, 200 if worker.alive else 503)
+        status = {"status": "ok" if worker.alive else "failed"}
+        return JSONResponse(status | worker.load, 200 if worker.alive else 503)
 
     async def complete(request: Request, chat: bool) -> Response:
         _check_key(request, api_key)
@@ -129,7 +130,7 @@ class _Events(StreamingResponse):
 
 
 def _event(value: dict[str, Any]) -> str:
-    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+    return f"data: {json.dumps(value)}\n\n"  # in ASCII, which has no other ends of lines than those that SSE has
 
 
 def _note(answers: Answers, ends: list[End], begun: float) -> None:

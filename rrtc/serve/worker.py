@@ -94,8 +94,11 @@ class Worker:
     async def submit(self, prompts: Sequence[Prompt], options: AnswerOptions) -> Answers:
         """Has the engine answer all prompts, or none of them.
 
-        Raises as `prompt_ids` and `Engine.submit` do, and WrongUsage for token ids that the model does not know.
+        Raises as `prompt_ids` and `Engine.submit` do, WrongUsage for token ids that the model does not know, and Failed
+        where the thread has ended.
         """
+        if not self.alive:
+            raise Failed("The engine has stopped.")
         answers = Answers(self)
         try:
             await asyncio.wrap_future(self.do(partial(self._enter, answers, prompts, options)))

@@ -319,6 +319,15 @@ def test_a_step_that_fails_ends_those_in_it_and_no_others(http, worker):
     assert http.post("/v1/completions", json={"prompt": "a"}).status_code == 200
 
 
+def test_without_its_thread_it_says_that_it_failed(rrt):
+    with serving(rrt) as (worker, app):
+        http = TestClient(app)
+    assert not worker.alive
+    assert (http.get("/health").status_code, http.get("/health").json()["status"]) == (503, "failed")
+    answer = http.post("/v1/completions", json={"prompt": "a"})
+    assert answer.status_code == 500 and "The engine has stopped." in answer.text
+
+
 # ---- clients that go ----
 
 
