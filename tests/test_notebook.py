@@ -23,4 +23,4 @@ def test_it_runs_from_the_plan_to_the_picture(tmp_path, monkeypatch):
     bits = names["table"]["scores.bits_per_byte.value"]
     assert bits.iloc[0] == bits.min() and bits.iloc[1] == bits.max()  # the dense model; the paper's start
     lines = names["axes"].get_lines()
-    assert [len(line.get_xdata()) for line in lines] == [30] * 3
+    assert [len(line.get_xdata()) for line in lines] == [30] * 2

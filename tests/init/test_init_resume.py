@@ -136,7 +136,7 @@ def test_killed_again_and_again_it_comes_to_the_same_end(killed, case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["output-gradients-2.safetensors", "group-2-3.pt", "slot-1"])
+@pytest.mark.parametrize("name", ["output-gradients-2.safetensors", "group-2-4.pt", "slot-1"])
 def test_what_is_finished_is_not_done_again(dense, whole, tmp_path, monkeypatch, name):
     target, work = tmp_path / "out", tmp_path / "out.partial" / "work"
     interrupted_before(name, monkeypatch, lambda: init(str(dense("llama")), str(target), asked(**BUDGET)))
