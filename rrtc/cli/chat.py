@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 import typer
 
 from rrtc import api, console
+from rrtc.cli.command import AnyModel
 from rrtc.errors import RrtcError, WrongUsage, nearest
 from rrtc.recipe.chat import ChatOptions, check_prompt
 from rrtc.recipe.schema import with_flags
@@ -23,14 +24,7 @@ HELP["max_tokens"] += f" [default: {FIELDS['max_tokens'].default}]"
 
 
 def chat_command(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="FOLDER",
-            help="A folder that rrtc wrote, or any model: a folder, a hub id, a .gguf file or package://….",
-            show_default=False,
-        ),
-    ],
+    model: AnyModel,
     prompt: Annotated[
         str | None,
         typer.Option("--prompt", metavar="TEXT", help="Answer this and end. By default, text that is piped in."),

@@ -18,6 +18,8 @@ from rrtc.errors import RrtcError
 from rrtc.io.cache import cache_folder
 from rrtc.recipe.schema import Recipe
 
+ANY_MODEL = "A folder that rrtc wrote, or any model: a folder, a hub id, a .gguf file or package://…."
+AnyModel = Annotated[str, typer.Argument(metavar="FOLDER", help=ANY_MODEL, show_default=False)]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from where an interrupted run stopped.")]
 JSON_HELP = "Write the result as JSON into FILE; - is stdout."
 QUIET_HELP = "Show the result, warnings and errors, and nothing on the way."

@@ -8,7 +8,7 @@ import typer
 
 from rrtc import api, console
 from rrtc.cli import tables
-from rrtc.cli.command import Resume
+from rrtc.cli.command import AnyModel, Resume
 from rrtc.errors import WrongUsage
 from rrtc.recipe.chat import check_prompt
 from rrtc.recipe.generate import WayOptions
@@ -22,14 +22,7 @@ for shown in ("max_tokens", "batch"):
 
 
 def generate_command(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="FOLDER",
-            help="A folder that rrtc wrote, or any model: a folder, a hub id, a .gguf file or package://….",
-            show_default=False,
-        ),
-    ],
+    model: AnyModel,
     prompt: Annotated[
         str | None, typer.Argument(metavar="PROMPT", help="Text to go on with.", show_default=False)
     ] = None,

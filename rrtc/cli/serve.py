@@ -6,6 +6,7 @@ import typer
 
 from rrtc import api
 from rrtc.cli import tables
+from rrtc.cli.command import AnyModel
 from rrtc.recipe.generate import ServeOptions
 from rrtc.recipe.schema import with_flags
 
@@ -16,14 +17,7 @@ for shown in ("host", "port", "batch", "waiting"):
 
 
 def serve_command(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="FOLDER",
-            help="A folder that rrtc wrote, or any model: a folder, a hub id, a .gguf file or package://….",
-            show_default=False,
-        ),
-    ],
+    model: AnyModel,
     port: Annotated[int | None, typer.Option("--port", metavar="N", help=HELP["port"])] = None,
     host: Annotated[str | None, typer.Option("--host", metavar="ADDRESS", help=HELP["host"])] = None,
     api_key: Annotated[
