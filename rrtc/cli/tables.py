@@ -290,7 +290,7 @@ def export(result: dict, folder: str) -> Group:
         number, found = result["quantize"], result["bits_per_byte"]
         lines.append(
             f"Bits per byte on held-out text: {found['plain']:.4f} before, {found['calibrated']:.4f} in {number} "
-            f"(every weight rounded to its nearest {number}: {found['nearest']:.4f})."
+            f"(rounded without calibration: {found['nearest']:.4f})."
         )
     return Group(*map(plain, lines))
 

@@ -90,7 +90,7 @@ def _metadata(
     from huggingface_hub import ModelCardData
 
     made_as = FORMATS[exported["format"]]
-    quantized = ["compressed-tensors", exported["quantize"]] if "quantize" in exported else []
+    quantized = [*made_as.QUANTIZED_TAGS, exported["quantize"]] if "quantize" in exported else []
     tags = ["rrtc", "recursive-transformer", "compression", config.base_config.model_type, "arxiv:2410.20672"]
     # Of the hub's relations (adapter, merge, quantized, finetune), the one for weights that were changed by training.
     relation = {"base_model": base_id, "base_model_relation": "finetune"} if base_id else {}
@@ -280,10 +280,13 @@ def _measured(provenance: dict, exported: dict, report: dict | None) -> str:
 def _quantized(exported: dict) -> str:
     """What quantizing cost, on the held-out text it was measured on."""
     number, cost = exported["quantize"], exported["bits_per_byte"]
+    matrices = f"The matrices of the layers are in {number}, everything else is in {exported['dtype']}."
+    if "types" in exported:
+        matrices = f"Matrices by llama.cpp's types: {', '.join(f'{n} in {t}' for t, n in exported['types'].items())}."
     return (
-        f"The matrices of the layers are in {number}, everything else is in {exported['dtype']}. Bits per byte on text "
-        f"held out of the calibration: {cost['plain']:.4f} before, {cost['calibrated']:.4f} as it is here; with every "
-        f"weight rounded to the nearest {number} it would be {cost['nearest']:.4f}. The figures above are from before."
+        f"{matrices} Bits per byte on text held out of the calibration: {cost['plain']:.4f} before, "
+        f"{cost['calibrated']:.4f} as it is here; rounded to {number} without calibration it would be "
+        f"{cost['nearest']:.4f}. The figures above are from before."
     )
 
 
