@@ -47,10 +47,10 @@ def export(folder: str, output: str, recipe: Recipe, report: str | None = None) 
     report: a folder with the report.json of `rrtc eval`, for the model card. Returned: format, dtype, bytes (of the
     weights files), parameters (shared ones once), max_logit_difference (of the export, loaded in a fresh process, from
     the model in memory, rounded and quantized alike), largest_logit, rounding_logit_difference (what that costs by
-    itself), files and seconds; where it was quantized also quantize and bits_per_byte, as `Quantized` has them; where
-    it has no windows and the model has, full_attention, as `measure_full_attention` has it; for the GGUF format also
-    read_by and llama_cpp, as its `verify` has them. Raises RrtcError, and leaves no folder, where the export is not the
-    same model.
+    itself), files and seconds; where it was quantized also quantize, bits_per_byte and parts, as `Quantized` has them;
+    where it has no windows and the model has, full_attention, as `measure_full_attention` has it; for the GGUF format
+    also read_by and llama_cpp, as its `verify` has them. Raises RrtcError, and leaves no folder, where the export is
+    not the same model.
     """
     inputs = Unchanged(Path(folder))
     with inputs.blamed():
@@ -105,7 +105,9 @@ def _export(folder: str, output: str, recipe: Recipe, report: str | None, inputs
             found = quantize(partial, bits, *texts, shards)
             check_logits(found.plain, expected.logits, dtype)
             expected = replace(expected, logits=found.logits, rounding=found.rounding)
-            quantized = {"quantize": recipe.export.quantize, "bits_per_byte": found.bits_per_byte}
+            quantized = {
+                "quantize": recipe.export.quantize, "bits_per_byte": found.bits_per_byte, "parts": found.parts
+            }  # fmt: skip
         note("Loading the export in a fresh process")
         difference, checked = made_as.verify(partial, expected, dtype, from_disk)
         measured = {

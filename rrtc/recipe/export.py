@@ -24,7 +24,7 @@ class ExportRecipe(Section):
     quantize: Literal["none", "int8", "int4"] = Field(
         "none",
         description="Matrices in 8 or 4 bits (compressed-tensors, which transformers and vLLM read), rounded by what "
-        "all their uses see; LoRA is not quantized, and chosen anew.",
+        "all their uses see; LoRA is not quantized, and chosen anew. Recursive: embeddings and output projection in 8.",
     )
     calibrate_on: list[str] = Field(
         [],
