@@ -156,7 +156,7 @@ class ExportResult(TypedDict):
     speculate: NotRequired[dict[str, int]]  # recursive, where exits were trained: after which layer `generate` guesses
     quantize: NotRequired[str]  # int8 or int4, or for gguf one of llama.cpp's types
     bits_per_byte: NotRequired[dict[str, float]]  # of a quantized model, on held-out text: plain, nearest, calibrated
-    types: NotRequired[dict[str, int]]  # of a quantized GGUF file: how many matrices are in which of llama.cpp's types
+    parts: NotRequired[dict[str, dict[str, str | int]]]  # of a quantized model: number, bytes of layers, tables, rest
     read_by: NotRequired[str]  # gguf: the package whose logits were compared
     llama_cpp: NotRequired[dict[str, Any] | None]  # gguf: what llama.cpp computed; None where it is not installed
     files: list[str]

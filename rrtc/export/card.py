@@ -17,6 +17,7 @@ from rrtc.io.provenance import without_places
 from rrtc.model import RrtConfig
 from rrtc.plan import KV_CONTEXTS, Plan
 from rrtc.stock.architecture import read_plan
+from rrtc.storage import said_numbers, said_parts
 from rrtc.units import count, size
 
 COLUMNS = {
@@ -257,7 +258,7 @@ def _measured(provenance: dict, exported: dict, report: dict | None) -> str:
     cast, numbers = "", f"mostly {exported['dtype']}"
     if "quantize" in exported:
         parts.append(_quantized(exported))
-        numbers = f"{exported['quantize']} and {exported['dtype']}"
+        numbers = said_numbers(exported["parts"])
     elif exported["rounding_logit_difference"]:
         cast = (
             f" Rounding to {exported['dtype']} alone moved a logit by at most "
@@ -280,13 +281,10 @@ def _measured(provenance: dict, exported: dict, report: dict | None) -> str:
 def _quantized(exported: dict) -> str:
     """What quantizing cost, on the held-out text it was measured on."""
     number, cost = exported["quantize"], exported["bits_per_byte"]
-    matrices = f"The matrices of the layers are in {number}, everything else is in {exported['dtype']}."
-    if "types" in exported:
-        matrices = f"Matrices by llama.cpp's types: {', '.join(f'{n} in {t}' for t, n in exported['types'].items())}."
     return (
-        f"{matrices} Bits per byte on text held out of the calibration: {cost['plain']:.4f} before, "
-        f"{cost['calibrated']:.4f} as it is here; rounded to {number} without calibration it would be "
-        f"{cost['nearest']:.4f}. The figures above are from before."
+        f"Its numbers: {said_parts(exported['parts'])}. Bits per byte on text held out of the calibration: "
+        f"{cost['plain']:.4f} before, {cost['calibrated']:.4f} as it is here; rounded to {number} without calibration "
+        f"it would be {cost['nearest']:.4f}. The figures above are from before."
     )
 
 

@@ -31,9 +31,9 @@ class ExportRecipe(Section):
     )
     quantize: Literal["none", "int8", "int4", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q3_k_m"] = Field(
         "none",
-        description="Fewer bits. int8, int4 (compressed-tensors, which transformers and vLLM read): matrices, rounded "
-        "by what all their uses see; LoRA is not quantized, and chosen anew. The others are llama.cpp's, for gguf: all "
-        "matrices and embeddings, by its own quantizer.",
+        description="Fewer bits. int8, int4: matrices, rounded by what all their uses see, and of the recursive form "
+        "embeddings and output projection in 8 (compressed-tensors, which transformers and vLLM read); LoRA is not "
+        "quantized, and chosen anew. The others are llama.cpp's, for gguf: all matrices, by its own quantizer.",
     )
     calibrate_on: list[str] = Field(
         [],

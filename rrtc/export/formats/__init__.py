@@ -15,7 +15,8 @@
     write_quantized    writes it with its matrices in fewer bits; takes also the number format that the recipe names,
                        the texts to calibrate on and to score on, and what the model must compute before it is rounded.
                        Returns what `write` does, what it must compute now, and for the record bits_per_byte on held-out
-                       text: plain, nearest (rounded without calibration) and calibrated (as it is written)
+                       text: plain, nearest (rounded without calibration) and calibrated (as it is written); and parts:
+                       what is in which number format, and its bytes
     weights_bytes      the size of its weights files
     kv_bytes           the bytes of its KV cache at a context, in the number format it is computed with
     verify             loads it in a fresh process, and compares what that computes

@@ -126,7 +126,7 @@ def write_quantized(
 
     The file that it is made of, in `dtype`, is checked before it is quantized. Returned: the parameter count; what the
     quantized file must compute, as transformers reads it, or where that reads none of the architecture, llama.cpp; and
-    bits_per_byte, as `quantize_file` has them, with types: in which of llama.cpp's types how many matrices are.
+    bits_per_byte and parts, as `quantize_file` and `parts_of` have them.
     """
     calibration, held_out = texts
     with _converted(source, folder, dtype, shard_bytes) as (between, parameters):
@@ -141,7 +141,7 @@ def write_quantized(
     gguf_quantized.say_what_fell_back(target, number)
     logits, greedy = _read(folder, expected)
     rounding = (logits - expected.logits).abs().max().item()
-    found = {"bits_per_byte": bits, "types": gguf_quantized.types_of(target)}
+    found = {"bits_per_byte": bits, "parts": gguf_quantized.parts_of(target)}
     return parameters, replace(expected, logits=logits, rounding=rounding, greedy=greedy), found
 
 

@@ -115,11 +115,23 @@ def _names(model: nn.Module, file: Path) -> dict[str, nn.Module]:
     return {name: modules[name.removesuffix(".weight")] for name in wanted if name not in missing}
 
 
-def types_of(file: Path) -> dict[str, int]:
-    """How many matrices of the GGUF `file` are in which of llama.cpp's types, the most frequent first."""
+def parts_of(file: Path) -> dict[str, dict[str, str | int]]:
+    """Of what the GGUF `file` has, by what it is for (layers, tables, rest): llama.cpp's types, the most frequent
+    first, and bytes."""
     from gguf import GGUFReader
 
-    return dict(Counter(t.tensor_type.name for t in GGUFReader(file).tensors if len(t.shape) == 2).most_common())
+    types: dict[str, Counter[str]] = {"layers": Counter(), "tables": Counter(), "rest": Counter()}
+    sizes: Counter[str] = Counter()
+    for tensor in GGUFReader(file).tensors:
+        inside = "layers" if tensor.name.startswith("blk.") else "tables"
+        part = inside if len(tensor.shape) == 2 else "rest"
+        types[part][tensor.tensor_type.name] += 1
+        sizes[part] += int(tensor.n_bytes)
+    return {
+        part: {"number": ", ".join(kind for kind, _ in found.most_common()), "bytes": sizes[part]}
+        for part, found in types.items()
+        if found
+    }
 
 
 def say_what_fell_back(file: Path, number: str) -> None:

@@ -48,12 +48,12 @@ def round_written(
 ) -> tuple[Reference, dict]:
     """Rounds the matrices of the recursive or dense model in `folder`, just written, to `number`, int8 or int4.
 
-    Returns what the model must compute then, where `expected` is what it must have computed before, and bits_per_byte,
-    as `Quantized` has them. Raises RrtcError where it did not.
+    Returns what the model must compute then, where `expected` is what it must have computed before, and
+    bits_per_byte and parts, as `Quantized` has them. Raises RrtcError where it did not.
     """
     dtype = getattr(torch, Weights(folder).dtype)
     note(f"Rounding to {BITS[number]} bits")
     found = quantize(folder, BITS[number], *texts, shard_bytes)
     check_logits(found.plain, expected.logits, dtype)
     rounded = replace(expected, logits=found.logits, rounding=found.rounding)
-    return rounded, {"bits_per_byte": found.bits_per_byte}
+    return rounded, {"bits_per_byte": found.bits_per_byte, "parts": found.parts}
