@@ -5,7 +5,7 @@ What a stage has finished is not done again, so that whatever stopped a run, the
 
 import functools
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -130,12 +130,45 @@ def _run_stages(recipe: Recipe, folders: Mapping[str, Path]) -> dict[str, Any]:
 
 
 def measure(folders: Sequence[str], recipe: Recipe, against: str | None, output: str | None) -> Report:
-    """`evaluate`, with the baselines that the stage init makes, which eval does not know."""
+    """`evaluate`, with the baselines that the stages init and export make, which eval does not know."""
     from rrtc.eval import stage
-    from rrtc.init.baselines import make_baselines
 
-    of_this_recipe = functools.partial(make_baselines, by_user=recipe.init.calibrate_on)
+    of_this_recipe = functools.partial(baselines, by_user=recipe.init.calibrate_on)
     return stage.evaluate(folders, recipe, against, output, of_this_recipe)
+
+
+def baselines(
+    folder: Path, work: Path, against: str | None = None, by_user: Collection[str] = ()
+) -> tuple[dict[str, Path], list[dict[str, str]]]:
+    """As rrtc.init.baselines.make_baselines, and beside these the dense model in 8 and in 4 bits, as `rrtc export
+    --format dense --quantize` rounds it, on the same text: what a user would do without rrtc. Raises RrtcError as that
+    does."""
+    from rrtc.export.quantize import BITS, quantize
+    from rrtc.export.stage import check_format
+    from rrtc.init.baselines import calibration_text, make_baselines, write_shorter
+    from rrtc.io.dense import DenseModel
+    from rrtc.io.folder import whole_folder
+    from rrtc.io.source import find_base
+    from rrtc.io.weights import Weights
+    from rrtc.recipe.export import ExportRecipe
+    from rrtc.stock.architecture import read_architecture
+    from rrtc.text.windows import Windows
+
+    made, missing = make_baselines(folder, work, against, by_user)
+    source = find_base(folder, against, "--against")
+    dense, ids = DenseModel(source), calibration_text(folder, source, by_user)
+    for number, bits in BITS.items():
+        recipe, parameters = ExportRecipe(format="dense", quantize=number), read_architecture(dense.config).parameters
+        try:
+            check_format(recipe, dense.config, parameters, windows=False)
+        except RrtcError as error:
+            missing.append({"task": f"dense in {number}", "why": error.sentence})
+            continue
+        with whole_folder(work / f"dense-{number}") as partial:
+            write_shorter(dense, list(range(dense.depth)), Weights(folder).dtype, partial)
+            quantize(partial, bits, ids, Windows(ids[:1], 1.0), parse_size(recipe.max_shard_size))
+        made[f"dense in {number}"] = work / f"dense-{number}"
+    return made, missing
 
 
 def check_sizes(recipe: Recipe) -> None:

@@ -42,7 +42,17 @@ class Picture:
 
 def pictures(report: dict) -> list[Picture]:
     """Those that the report has figures for."""
-    makers = (_quality_and_size, _quality_and_cache, _position, _tasks, _passkey, _residuals, _exits, _training)
+    makers = (
+        _quality_and_size,
+        _quality_and_bytes,
+        _quality_and_cache,
+        _position,
+        _tasks,
+        _passkey,
+        _residuals,
+        _exits,
+        _training,
+    )
     layers = parts_by_model(report, "layers")
     with matplotlib.rc_context(STYLE):
         found = [maker(report) for maker in makers]
@@ -68,6 +78,18 @@ def _legend(figure: Figure, names: int) -> None:
 
 
 def _quality_and_size(report: dict) -> Picture:
+    return _quality_over(report, "params_total", "Parameters")
+
+
+def _quality_and_bytes(report: dict) -> Picture | None:
+    """Where bytes tell another story than parameters do, because some models have fewer bits."""
+    widths = [row["bytes"] / row["params_total"] for row in report["models"] if row["params_total"]]
+    if not widths or min(widths) > 0.9 * max(widths):
+        return None
+    return _quality_over(report, "bytes", "Bytes of weights")
+
+
+def _quality_over(report: dict, key: str, label: str) -> Picture:
     rows = report["models"]
 
     def draw(figure):
@@ -75,16 +97,17 @@ def _quality_and_size(report: dict) -> Picture:
         for number, row in enumerate(rows):
             score = row["scores"]["bits_per_byte"]
             axis.errorbar(
-                row["params_total"], score["value"], yerr=score["stderr"] or 0, color=_color(number), capsize=3,
+                row[key], score["value"], yerr=score["stderr"] or 0, color=_color(number), capsize=3,
                 fmt={"exit": "^", "baseline": "s"}.get(row["kind"], "o"), label=row["model"],
             )  # fmt: skip
-        axis.set(xlabel="Parameters", ylabel="Bits per byte")
+        axis.set(xlabel=label, ylabel="Bits per byte")
         axis.margins(x=0.15)
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
         _legend(figure, len(rows))
 
     height = HEIGHT + 0.13 * len(rows)
-    return _picture("Quality against size", "Bits per byte of each model over its parameters", draw, height)
+    title = "Quality against " + ("size" if key == "params_total" else "bytes")
+    return _picture(title, f"Bits per byte of each model over its {label[0].lower()}{label[1:]}", draw, height)
 
 
 def _quality_and_cache(report: dict) -> Picture | None:

@@ -20,7 +20,22 @@ def asked_about(report: dict) -> list[dict]:
 
 def verdict(report: dict) -> list[str]:
     """What it comes to, in a few sentences for each model that the report is about."""
-    return [_of_one(row, report["models"][0]) for row in asked_about(report)]
+    baselines = [row for row in report["models"] if row["kind"] == "baseline"]
+    return [_of_one(row, report["models"][0]) + _better(row, baselines) for row in asked_about(report)]
+
+
+def _better(row: dict, baselines: list[dict]) -> str:
+    """The baseline that takes no more bytes and loses less, if there is one: the best of them."""
+
+    def bits(one: dict) -> float:
+        return one["scores"]["bits_per_byte"]["value"]
+
+    found = [one for one in baselines if one["bytes"] <= row["bytes"] and bits(one) < bits(row)]
+    if not found:
+        return ""
+    best = min(found, key=bits)
+    share = f"{best['bytes'] / row['bytes']:.0%} of its bytes" if row["bytes"] else "no more bytes"
+    return f" But without rrtc one has more for less: {best['model']} takes {share} and {bits(best):.4f} bits per byte."
 
 
 def _of_one(row: dict, dense: dict) -> str:

@@ -75,7 +75,7 @@ def make_baselines(
     plan = low_rank_plan(architecture, size)
     # Each waits tensor by tensor before it is put together.
     check_space(work, 2 * (2 * plan.parameters * getattr(torch, dtype).itemsize))
-    ids = _calibration_text(folder, source, by_user)
+    ids = calibration_text(folder, source, by_user)
     made, missing = {"whitened SVD, nothing tied": work / "whitened-svd"}, []
     with whole_folder(work / "whitened-svd") as partial:
         influences = write_low_rank(dense, plan, ids, dtype, partial)
@@ -101,7 +101,7 @@ def _size_of(folder: Path) -> int:
         raise RrtcError(f"{folder} does not say how large the model was that init made.") from error
 
 
-def _calibration_text(folder: Path, source: Source, by_user: Collection[str]) -> Tensor:
+def calibration_text(folder: Path, source: Source, by_user: Collection[str]) -> Tensor:
     """The text that `folder` was calibrated on: ids (windows, context), int64."""
     asked, tokenizer = read_provenance(folder)["recipe"].get("init") or {}, load_tokenizer(source.folder)
     said = {name: asked[name] for name in CALIBRATION if name in asked}  # a folder of rrtc 0.1 lacks some

@@ -53,7 +53,9 @@ class EvalRecipe(Section):
         "to be expected.",
     )
     baselines: bool = Field(
-        False, description="Also make and measure what untied low rank and dropping layers give at the same size."
+        False,
+        description="Also make and measure what untied low rank and dropping layers give at the same size, and the "
+        "dense model in 8 and 4 bits.",
     )
     seed: int = Field(
         0, ge=0, lt=2**32, description="Draws the pass keys, the few-shot examples and the bootstrap's samples."

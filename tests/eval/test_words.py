@@ -56,6 +56,18 @@ def test_each_model_that_is_compared_has_its_sentences_and_stages_on_the_way_hav
     assert [one.split(" takes")[0] for one in verdict(report | {"of": None})] == ["after init", "after uptrain"]
 
 
+def test_a_baseline_that_is_better_at_no_more_bytes_is_named():
+    report = with_scores({"a book": 1.1}, {})
+    made = report["models"][1]
+    for name, share, bits in (("dense in int8", 2, 1.0), ("dense in int4", 0.5, 1.05), ("whitened SVD", 1, 1.2)):
+        row = {"model": name, "kind": "baseline", "bytes": int(share * made["bytes"])}
+        report["models"].append(made | row | {"scores": made["scores"] | {"bits_per_byte": score(bits, 1.0)}})
+    (said,) = verdict(report)
+    assert said.endswith("more for less: dense in int4 takes 50% of its bytes and 1.0500 bits per byte.")
+    report["models"].pop(-2)
+    assert "more for less" not in verdict(report)[0]
+
+
 def test_a_report_of_nothing_and_one_of_nought_are_met():
     assert verdict(sample_report() | {"models": []}) == []
     report = with_scores({"a book": 1.1}, {"piqa": 0.7}, dense_bits=0.0)

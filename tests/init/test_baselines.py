@@ -6,7 +6,6 @@ from pico import pico_config, save_pico
 from transformers import AutoModelForCausalLM
 
 from rrtc.errors import RrtcError
-from rrtc.eval.stage import evaluate
 from rrtc.init.baselines import (
     layers_kept,
     low_rank_plan,
@@ -19,6 +18,7 @@ from rrtc.init.stage import init
 from rrtc.io.dense import DenseModel
 from rrtc.io.source import find_model, load_for_scoring, read_config
 from rrtc.recipe.schema import Recipe
+from rrtc.runs import measure
 from rrtc.stock.architecture import decoder_layers, read_architecture, read_plan
 
 ARCHITECTURES = ("llama", "gemma3", "gpt2", "qwen3")
@@ -139,11 +139,16 @@ def test_an_evaluation_with_baselines_has_them_at_its_size(tmp_path):
     asked = {"baselines": True, "context": 32, "tokens": 128, "passkey_trials": 0, "speed_rounds": 0}
     (tmp_path / "text.txt").write_text("It rained, and then it rained again. " * 60)
     recipe = Recipe.model_validate({"eval": asked | {"text": str(tmp_path / "text.txt"), "sample_tokens": 0}})
-    report = evaluate(str(tmp_path / "small"), recipe, make_baselines=make_baselines)
+    report = measure([str(tmp_path / "small")], recipe, None, None)
     size = report["models"][1]["params_non_embedding"]
     kinds = {row["model"]: row["kind"] for row in report["models"]}
     names = ["dense", "after init", "whitened SVD, nothing tied", "layers dropped, 4 left"]
-    assert list(kinds) == names and [kinds[name] for name in names[2:]] == ["baseline"] * 2
-    for row in report["models"][2:]:
+    quantized = ["dense in int8", "dense in int4"]
+    assert list(kinds) == names + quantized and [kinds[name] for name in names[2:] + quantized] == ["baseline"] * 4
+    whole, eight, four = (row for row in report["models"] if row["model"].startswith("dense"))
+    assert whole["params_total"] == eight["params_total"] == four["params_total"]
+    assert whole["bytes"] > eight["bytes"] > four["bytes"]
+    assert 0 < eight["scores"]["kl"]["value"] < four["scores"]["kl"]["value"]
+    for row in report["models"][2:4]:
         assert 0.8 * size < row["params_non_embedding"] <= size
         assert row["scores"]["bits_per_byte"]["difference"] is not None and row["scores"]["kl"]["value"] > 0
