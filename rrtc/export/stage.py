@@ -19,7 +19,7 @@ from rrtc.export.formats import FORMATS
 from rrtc.export.formats.recursive import recursive_config
 from rrtc.export.full_attention import TOKENS as COMPARED_TOKENS
 from rrtc.export.full_attention import context_to_measure, measure_full_attention
-from rrtc.export.quantize import BITS, check_installed, quantize
+from rrtc.export.quantize import check_installed, quantize
 from rrtc.export.verify import check_logits, reference
 from rrtc.io.folder import check_space, check_target, whole_folder
 from rrtc.io.license import forbids_derivatives, license_of
@@ -34,6 +34,7 @@ from rrtc.model import RrtConfig
 from rrtc.recipe.export import ExportRecipe
 from rrtc.recipe.schema import Recipe
 from rrtc.stock.architecture import read_plan
+from rrtc.storage import BITS
 from rrtc.text.calibration import calibration_windows
 from rrtc.text.windows import Windows, held_out_windows, longest_context, readable
 from rrtc.units import parse_size
@@ -89,6 +90,7 @@ def _export(folder: str, output: str, recipe: Recipe, report: str | None, inputs
         stated = license.get("license_name", license["license"])
         warn(f"The license of {provenance['base']['uri']} ({stated}) forbids passing on what is made of it.")
 
+    _say_what_was_planned(recipe.export, provenance)
     if from_disk:
         note("The model does not fit into memory: it is read from disk, matrix by matrix, to be checked")
     compared = {}
@@ -160,6 +162,14 @@ def check_format(
             made_as.TIMES_IN_MEMORY,
         )  # fmt: skip
     return from_disk
+
+
+def _say_what_was_planned(asked: ExportRecipe, provenance: dict) -> None:
+    """A note where the model was planned to be exported in other numbers than are `asked` for."""
+    init = provenance["recipe"].get("init") or {}
+    planned = init.get("quantize", "none")
+    if planned != "none" and (asked.quantize != planned or asked.format != "recursive"):
+        note(f"The size of {init.get('size')} was planned for --format recursive --quantize {planned}.")
 
 
 def _with_text(recipe: Recipe, provenance: dict, source: Path) -> ExportRecipe:
