@@ -15,7 +15,8 @@
 #   tied        benchmarks/tied_or_not.py of MODEL, as far as MINUTES go; call it again to go on
 #
 # Environment: PYTHON (python), PEAK (989, an H100's or H200's in bfloat16), MINUTES (9), TOKENS of tied (100M),
-# CURVE_TOKENS (2M), CALIBRATE (tokens, 16384), CONTEXT (2048), BATCH (8), TIED_FLAGS (--compile), TINY=1 to try the script itself on a CPU.
+# CURVE_TOKENS (2M), CALIBRATE (tokens, 16384), CONTEXT (2048), BATCH (8), TIED_FLAGS (--compile), TINY=1 to try the
+# script itself on a CPU.
 set -euo pipefail
 
 work=$1 model=$2 text=$3
@@ -90,7 +91,8 @@ for part in "$@"; do
       ;;
     tied)
       "$python" "$here/tied_or_not.py" "$work/tied" --model "$model" --data "$text" --tokens "${TOKENS:-100M}" \
-        --minutes "$minutes" --init-flags "--calibrate-tokens ${CALIBRATE:-16384}" --flags "$learn --precision bfloat16 ${TIED_FLAGS:---compile}"
+        --minutes "$minutes" --init-flags "--calibrate-tokens ${CALIBRATE:-16384}" \
+        --flags "$learn --precision bfloat16 ${TIED_FLAGS:---compile}"
       ;;
     *)
       echo "There is no part '$part'." >&2
