@@ -69,6 +69,7 @@ from rrtc.runs import (
     sweep_recipes,
 )
 from rrtc.serve.place import bind, check_installed
+from rrtc.storage import said_numbers
 from rrtc.text.prompts import AnswersFile, Prompt, check_prompt_value, prompt_of, read_prompts
 from rrtc.units import parse_size
 from rrtc.uptrain.checks import check_recipe
@@ -276,12 +277,15 @@ def inspect(folder: Place) -> InspectResult:
     exported = found["measured"].get("export") if found["stage"] == "export" else None
     exported = exported if isinstance(exported, dict) else {}
     if exported.get("format") in ("onnx", "gguf"):  # whose weights are no safetensors
-        found["dtype"] = exported.get("dtype")
+        found["dtype"] = " and ".join(filter(None, (exported.get("quantize"), exported.get("dtype")))) or None
         found["bytes_on_disk"] = sum(file.stat().st_size for file in [*path.glob("onnx/*"), *path.glob("*.gguf")])
     elif (path / "config.json").exists():
         weights = Weights(path)
-        quantized = exported.get("quantize")  # and LoRA, norms and embeddings in the other format
-        found["dtype"] = f"{quantized} and {exported.get('dtype')}" if quantized else weights.dtype
+        quantized, parts = exported.get("quantize"), exported.get("parts")
+        if quantized and isinstance(parts, dict) and parts and all(isinstance(part, dict) for part in parts.values()):
+            found["dtype"] = said_numbers(parts)
+        else:  # an rrtc that wrote no parts left all but the layers' matrices in the other format
+            found["dtype"] = f"{quantized} and {exported.get('dtype')}" if quantized else weights.dtype
         found["bytes_on_disk"] = weights.bytes_on_disk
         found["visits"] = _visits(path / "config.json")
         of_init = found["measured"].get("windows") or found["measured"].get("init")

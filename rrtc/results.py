@@ -154,8 +154,9 @@ class ExportResult(TypedDict):
     # losses of the model with its windows and with full attention.
     full_attention: NotRequired[dict[str, float]]
     speculate: NotRequired[dict[str, int]]  # recursive, where exits were trained: after which layer `generate` guesses
-    quantize: NotRequired[str]  # int8 or int4
+    quantize: NotRequired[str]  # int8 or int4, or for gguf one of llama.cpp's types
     bits_per_byte: NotRequired[dict[str, float]]  # of a quantized model, on held-out text: plain, nearest, calibrated
+    parts: NotRequired[dict[str, dict[str, str | int]]]  # of a quantized model: number, bytes of layers, tables, rest
     read_by: NotRequired[str]  # gguf: the package whose logits were compared
     llama_cpp: NotRequired[dict[str, Any] | None]  # gguf: what llama.cpp computed; None where it is not installed
     files: list[str]

@@ -9,6 +9,7 @@ from rich.text import Text
 from rrtc.console import plain, table
 from rrtc.plain import to_yaml
 from rrtc.plan import SAVINGS_CONTEXT, in_sight, savings
+from rrtc.storage import said_parts
 from rrtc.units import count, duration, size
 
 FEW_LAYERS = 3
@@ -288,9 +289,10 @@ def export(result: dict, folder: str) -> Group:
         )
     if "quantize" in result:
         number, found = result["quantize"], result["bits_per_byte"]
+        lines.append(f"Its numbers: {said_parts(result['parts'])}.")
         lines.append(
             f"Bits per byte on held-out text: {found['plain']:.4f} before, {found['calibrated']:.4f} in {number} "
-            f"(every weight rounded to its nearest {number}: {found['nearest']:.4f})."
+            f"(rounded without calibration: {found['nearest']:.4f})."
         )
     return Group(*map(plain, lines))
 

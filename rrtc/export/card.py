@@ -17,6 +17,7 @@ from rrtc.io.provenance import without_places
 from rrtc.model import RrtConfig
 from rrtc.plan import KV_CONTEXTS, Plan
 from rrtc.stock.architecture import read_plan
+from rrtc.storage import said_numbers, said_parts
 from rrtc.units import count, size
 
 COLUMNS = {
@@ -90,7 +91,7 @@ def _metadata(
     from huggingface_hub import ModelCardData
 
     made_as = FORMATS[exported["format"]]
-    quantized = ["compressed-tensors", exported["quantize"]] if "quantize" in exported else []
+    quantized = [*made_as.QUANTIZED_TAGS, exported["quantize"]] if "quantize" in exported else []
     tags = ["rrtc", "recursive-transformer", "compression", config.base_config.model_type, "arxiv:2410.20672"]
     # Of the hub's relations (adapter, merge, quantized, finetune), the one for weights that were changed by training.
     relation = {"base_model": base_id, "base_model_relation": "finetune"} if base_id else {}
@@ -257,7 +258,7 @@ def _measured(provenance: dict, exported: dict, report: dict | None) -> str:
     cast, numbers = "", f"mostly {exported['dtype']}"
     if "quantize" in exported:
         parts.append(_quantized(exported))
-        numbers = f"{exported['quantize']} and {exported['dtype']}"
+        numbers = said_numbers(exported["parts"])
     elif exported["rounding_logit_difference"]:
         cast = (
             f" Rounding to {exported['dtype']} alone moved a logit by at most "
@@ -281,9 +282,9 @@ def _quantized(exported: dict) -> str:
     """What quantizing cost, on the held-out text it was measured on."""
     number, cost = exported["quantize"], exported["bits_per_byte"]
     return (
-        f"The matrices of the layers are in {number}, everything else is in {exported['dtype']}. Bits per byte on text "
-        f"held out of the calibration: {cost['plain']:.4f} before, {cost['calibrated']:.4f} as it is here; with every "
-        f"weight rounded to the nearest {number} it would be {cost['nearest']:.4f}. The figures above are from before."
+        f"Its numbers: {said_parts(exported['parts'])}. Bits per byte on text held out of the calibration: "
+        f"{cost['plain']:.4f} before, {cost['calibrated']:.4f} as it is here; rounded to {number} without calibration "
+        f"it would be {cost['nearest']:.4f}. The figures above are from before."
     )
 
 

@@ -1,8 +1,12 @@
 """Quantized exports: the recursive or the dense format with the matrices of its layers in 8 or 4 bits.
 
 The file format is `pack-quantized` of compressed-tensors, which transformers and vLLM read: weights packed into int32,
-and beside them a scale for each group of inputs. Embeddings, the output projection, norms and every LoRA or
-low-rank factor stay as they are: they are small, or rounding them costs more than it saves.
+and beside them a scale for each group of inputs. Norms and every LoRA or low-rank factor stay as they are: they are
+small, or rounding them costs more than it saves.
+
+Embeddings and the output projection of the recursive format are int8 rows with a scale each (model/rows_rrt.py), for
+int4 too, where 4 bits would cost far more than they save. Those of the dense format stay as they are: transformers 5.23
+fails to load an embedding of compressed-tensors (it has no weight), and vLLM 0.32 one that is tied.
 
 What is rounded, and how, is in rrtc.tying.rounding. Here the plain export, already written, is loaded, run over the
 calibration text, rounded in memory one slot after the other, and written over. Its bits per byte are measured on text
@@ -25,10 +29,12 @@ from rrtc.errors import RrtcError
 from rrtc.export.verify import fixed_ids, logits_of
 from rrtc.io.shard_writer import ShardWriter
 from rrtc.io.source import load_model
-from rrtc.io.weights import Weights
+from rrtc.io.weights import Weights, row_blocks
 from rrtc.machine import device
 from rrtc.model import RrtConfig
 from rrtc.model.modeling_rrt import RelaxedLinear, find_layers
+from rrtc.model.rows_rrt import BITS as TABLE_BITS
+from rrtc.model.rows_rrt import tables_of
 from rrtc.scoring import score
 from rrtc.stock.architecture import read_architecture
 from rrtc.text.windows import Windows
@@ -66,12 +72,13 @@ class Matrix:
 class Quantized:
     """logits: of verify.fixed_ids, (rows, tokens, vocabulary), float32, of the model in memory; plain: the same before
     it was quantized. rounding: how far that moved one of them at most. bits_per_byte: plain, nearest and calibrated, on
-    held-out text."""
+    held-out text. parts: of what the files have, by what it is for: its number format, and bytes."""
 
     logits: Tensor
     plain: Tensor
     rounding: float
     bits_per_byte: dict[str, float]
+    parts: dict[str, dict[str, str | int]]
 
 
 def check_installed() -> None:
@@ -97,6 +104,7 @@ def quantize(folder: Path, bits: int, calibration: Tensor, held_out: Windows, sh
     matrices = _matrices(model)
     ids = fixed_ids(model.config).to(place)
     plain, found = logits_of(model, ids), {"plain": score(model, held_out).bits_per_byte}
+    tables = _round_tables(model, dtype) if isinstance(model.config, RrtConfig) else {}
     for matrix in matrices:
         scale = _stored_scale(widest_scales(matrix.linear.weight.data, bits, matrix.group), dtype)
         matrix.linear.weight.data = round_to_nearest(matrix.linear.weight.data, scale, bits)
@@ -112,11 +120,37 @@ def quantize(folder: Path, bits: int, calibration: Tensor, held_out: Windows, sh
                 scales[matrix.name] = _round(matrix, moments, bits, dtype)
     found["calibrated"] = score(model, held_out).bits_per_byte
     logits = logits_of(model, ids)
-    _write(folder, weights, model, scales, bits, dtype, shard_bytes)
-    _write_config(folder, model, matrices, bits)
+    _write(folder, weights, model, scales, tables, bits, dtype, shard_bytes)
+    _write_config(folder, model, matrices, bool(tables), bits)
     if isinstance(model.config, RrtConfig):
         _compare_with_dense(model.config, Weights(folder).bytes_on_disk, bits, dtype)
-    return Quantized(logits.cpu(), plain.cpu(), (logits - plain).abs().max().item(), found)
+    parts = _parts_of(Weights(folder), bits, dtype)
+    return Quantized(logits.cpu(), plain.cpu(), (logits - plain).abs().max().item(), found, parts)
+
+
+@torch.no_grad()
+def _round_tables(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Rounds embeddings and the output projection of a recursive `model`, in place, row by row; returns the scales
+    (rows, 1) by the names of their modules."""
+    scales = {}
+    for name, module in tables_of(model.stock)[0].items():
+        weight, found = module.weight.data, []
+        for rows in row_blocks(weight.shape):
+            found.append(_stored_scale(widest_scales(weight[rows], TABLE_BITS, weight.shape[1]), dtype))
+            weight[rows] = round_to_nearest(weight[rows], found[-1], TABLE_BITS)
+        scales[name] = torch.cat(found)
+    return scales
+
+
+def _parts_of(weights: Weights, bits: int, dtype: torch.dtype) -> dict[str, dict[str, str | int]]:
+    """As Quantized.parts: what is packed, what is in int8 rows, and everything else."""
+    kinds = {"weight_packed": "layers", "weight_scale": "layers", "weight_shape": "layers"}
+    found = {"layers": f"int{bits}", "tables": f"int{TABLE_BITS}", "rest": str(dtype).removeprefix("torch.")}
+    sizes = dict.fromkeys(found, 0)
+    for name in weights:
+        last = name.rpartition(".")[2]
+        sizes["tables" if last in ("numbers", "scale") else kinds.get(last, "rest")] += weights.raw(name).nbytes
+    return {part: {"number": number, "bytes": sizes[part]} for part, number in found.items() if sizes[part]}
 
 
 def _compare_with_dense(config: RrtConfig, written: int, bits: int, dtype: torch.dtype) -> None:
@@ -211,22 +245,26 @@ def _stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _write(
-    folder: Path, weights: Weights, model: PreTrainedModel, scales: dict[str, Tensor], bits: int, dtype: torch.dtype,
-    shard_bytes: int,
+    folder: Path, weights: Weights, model: PreTrainedModel, scales: dict[str, Tensor], tables: dict[str, Tensor],
+    bits: int, dtype: torch.dtype, shard_bytes: int,
 ) -> None:  # fmt: skip
-    """Writes the tensors of `model` in place of the files of `weights`: those with `scales` packed, LoRA factors in
-    `dtype`, the others as they are."""
+    """Writes the tensors of `model` in place of the files of `weights`: those with `scales` packed, those of `tables`
+    in rows with these scales, LoRA factors in `dtype`, the others as they are."""
     state, writer = model.state_dict(), ShardWriter(folder, shard_bytes)
     relaxed = [name for name, module in model.named_modules() if isinstance(module, RelaxedLinear)]
     factors = {f"{name}.{factor}" for name in relaxed for factor in "AB"}
     with progress("Writing weights", len(list(weights))) as advance:
         for name in weights:
-            scale = scales.get(name.removesuffix(".weight"))
-            if scale is None:
-                writer.add(name, state[name].to(dtype).cpu() if name in factors else weights.raw(name))
+            module = name.removesuffix(".weight")
+            if module in scales and name != module:
+                for part, packed in _packed(state[name].cpu(), scales[module].cpu(), bits).items():
+                    writer.add(f"{module}.{part}", packed)
+            elif module in tables and name != module:
+                scale = tables[module]
+                writer.add(f"{module}.table.numbers", (state[name] / scale).round().to(torch.int8).cpu())
+                writer.add(f"{module}.table.scale", scale.to(dtype).cpu())
             else:
-                for part, packed in _packed(state[name].cpu(), scale.cpu(), bits).items():
-                    writer.add(f"{name.removesuffix('.weight')}.{part}", packed)
+                writer.add(name, state[name].to(dtype).cpu() if name in factors else weights.raw(name))
             advance()
     for file in [*weights.files, folder / "model.safetensors.index.json"]:
         file.unlink(missing_ok=True)
@@ -250,8 +288,8 @@ def _packed(weight: Tensor, scale: Tensor, bits: int) -> dict[str, Tensor]:
     return stored | {"weight_scale": scale}
 
 
-def _write_config(folder: Path, model: PreTrainedModel, matrices: list[Matrix], bits: int) -> None:
-    """Adds to the config.json of `folder` what is quantized, and how."""
+def _write_config(folder: Path, model: PreTrainedModel, matrices: list[Matrix], tables: bool, bits: int) -> None:
+    """Adds to the config.json of `folder` what is quantized, and how. tables: whether embeddings are in rows."""
     quantized = {matrix.linear for matrix in matrices}
     names = {module: name for name, module in model.named_modules()}
     groups = {}
@@ -270,4 +308,6 @@ def _write_config(folder: Path, model: PreTrainedModel, matrices: list[Matrix], 
         "config_groups": groups,
         "ignore": sorted(names[m] for m in names if isinstance(m, nn.Linear) and m not in quantized),
     }
+    if tables:
+        config["table_bits"] = TABLE_BITS
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf8")

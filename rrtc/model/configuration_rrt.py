@@ -11,8 +11,9 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 # What is said of the recursive model itself. Everything else is a setting of the dense model, kept in its config alone,
 # whoever reads or writes it: the stock model reads it there.
 OWN = {
-    "model_type", "base_config", "visits", "norms", "architectures", "auto_map", "custom_pipelines", "dtype",
-    "name_or_path", "quantization_config", "return_dict", "torch_dtype", "transformers_version", "transformers_weights",
+    "model_type", "base_config", "visits", "norms", "table_bits", "architectures", "auto_map", "custom_pipelines",
+    "dtype", "name_or_path", "quantization_config", "return_dict", "torch_dtype", "transformers_version",
+    "transformers_weights",
 }  # fmt: skip
 # Settings in names that would otherwise be this object's: private ones, and those that have a default in the class.
 PRIVATE_SETTINGS = {"_attn_implementation_internal", "_experts_implementation_internal", "_output_attentions"}
@@ -40,6 +41,8 @@ class RrtConfig(PreTrainedConfig):
             the other heads see).
         norms: "per_visit", every visit has its own norms and biases; "shared", they are tied like the matrices (the
             bias of a matrix that is not tied stays the visit's own).
+        table_bits: 8 where embeddings and output projection are int8 rows with a scale each (rows_rrt.py); None where
+            they are floating-point numbers, as in the dense model.
     """
 
     model_type = "rrt"
@@ -47,6 +50,7 @@ class RrtConfig(PreTrainedConfig):
     base_config: dict | PreTrainedConfig | None = None
     visits: list | None = None
     norms: str = "per_visit"
+    table_bits: int | None = None
 
     @classmethod
     def of(cls, plan, base: PreTrainedConfig, **fields) -> "RrtConfig":

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from .modeling_rrt import find_layers
+from .rows_rrt import RowsHead
 
 PART = 4  # guesses are made among the first 1/PART of the vocabulary and what stands in the text already
 
@@ -36,13 +37,14 @@ class DraftHead(nn.Module):
         super().__init__()
         self.__dict__["whole"] = head  # not a child: it is the model's
         self.vocabulary = head.weight.shape[0]
-        self.first = self.vocabulary // PART if type(head) is nn.Linear else self.vocabulary
+        self.first = self.vocabulary // PART if type(head) in (nn.Linear, RowsHead) else self.vocabulary
         self.others = [token for token in dict.fromkeys(ids[0].tolist()) if token >= self.first]
         self._take()
 
     def _take(self) -> None:
         bias = getattr(self.whole, "bias", None)
-        self.weight = self.whole.weight[self.others] if self.others else None
+        rows = self.whole.table.rows if isinstance(self.whole, RowsHead) else self.whole.weight.__getitem__
+        self.weight = rows(self.others) if self.others else None
         self.bias = None if bias is None or not self.others else bias[self.others]
 
     def add(self, token: int) -> None:
@@ -53,8 +55,11 @@ class DraftHead(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         if self.first == self.vocabulary:
             return self.whole(hidden)
-        bias = None if self.whole.bias is None else self.whole.bias[: self.first]
-        logits = nn.functional.linear(hidden, self.whole.weight[: self.first], bias)
+        if isinstance(self.whole, RowsHead):
+            logits = self.whole.table.project(hidden, self.whole.bias, self.first)
+        else:
+            bias = None if self.whole.bias is None else self.whole.bias[: self.first]
+            logits = nn.functional.linear(hidden, self.whole.weight[: self.first], bias)
         if not self.others:
             return logits
         return torch.cat([logits, nn.functional.linear(hidden, self.weight, self.bias)], -1)
@@ -104,7 +109,8 @@ class Halves:
         later = cache.layers[place + 1 :]
         alike = [next((a for a in later if a.is_sliding == e.is_sliding), later[0]) for e in cache.layers[: place + 1]]
         self._later = Cache(layers=[*alike, *later])
-        sizes, head = [_bytes(layer) for layer in layers], whole.weight.nbytes
+        table = whole.table if isinstance(whole, RowsHead) else whole.weight
+        sizes, head = [_bytes(layer) for layer in layers], table.nbytes
         draft = head * self.head.first / self.head.vocabulary
         self.costs = sum(sizes[: place + 1]), sum(sizes[place + 1 :]) + head, draft
 

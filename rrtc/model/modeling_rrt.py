@@ -29,6 +29,7 @@ from transformers.utils import can_return_tuple
 
 from .attention_rrt import Documents, Eyes, Rule, prepare
 from .configuration_rrt import RrtConfig
+from .rows_rrt import BITS, Rows, put_in_rows
 
 
 class Reference:
@@ -273,10 +274,15 @@ class RrtPreTrainedModel(PreTrainedModel):
             )
         stock = self._stock_classes[type(base)](base)
         graft(stock, config.visits, config.norms)
+        if config.table_bits not in (None, BITS):
+            raise ValueError(f"table_bits is {config.table_bits!r}: embeddings can be in {BITS} bits, or as they are")
+        if config.table_bits is not None:
+            put_in_rows(stock)
         super().__init__(config)
         self._adopt(stock)
         self.base_model_prefix = stock.base_model_prefix
-        self._tied_weights_keys = stock._tied_weights_keys
+        # A head in rows that is tied reads the embedding's, and has no weight to tie.
+        self._tied_weights_keys = stock._tied_weights_keys if config.table_bits is None else None
         self._keys_to_ignore_on_load_unexpected = stock._keys_to_ignore_on_load_unexpected
         self._can_compile_fullgraph = stock._can_compile_fullgraph and not any(map(rule_of, config.visits))
         stock.save_pretrained, stock.base_model.save_pretrained = self.save_pretrained, self._save_base_model
@@ -314,6 +320,9 @@ class RrtPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module):
         # The stock model knows its own modules (Gemma's scaled embedding, rotary tables). LoRA starts as nothing.
         self.stock._init_weights(module)
+        if isinstance(module, Rows):
+            init.zeros_(module.numbers)
+            init.ones_(module.scale)
 
     def initialize_weights(self):
         super().initialize_weights()
@@ -340,7 +349,19 @@ class RrtPreTrainedModel(PreTrainedModel):
         return self.stock.get_input_embeddings()
 
     def set_input_embeddings(self, value):
+        self._refuse_in_rows()
         self.stock.set_input_embeddings(value)
+
+    def resize_token_embeddings(self, *args, **kwargs):
+        self._refuse_in_rows()
+        return super().resize_token_embeddings(*args, **kwargs)
+
+    def _refuse_in_rows(self):
+        if self.config.table_bits is not None:
+            raise ValueError(
+                f"The embeddings of this model are in {self.config.table_bits} bits, and cannot be resized or "
+                "replaced. Do it in the model before it was quantized."
+            )
 
 
 class RrtModel(RrtPreTrainedModel):
@@ -414,4 +435,5 @@ class RrtForCausalLM(RrtWithHead, GenerationMixin):
         return self.stock.get_output_embeddings()
 
     def set_output_embeddings(self, new_embeddings):
+        self._refuse_in_rows()
         self.stock.set_output_embeddings(new_embeddings)

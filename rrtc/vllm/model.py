@@ -4,10 +4,10 @@ vLLM imports this by the name that vllm_plugin.py gives it; nothing else of rrtc
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from vllm.config import VllmConfig
 from vllm.model_executor.models.transformers import TransformersForCausalLM
@@ -29,8 +29,11 @@ class RrtForCausalLM(TransformersForCausalLM):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         config = vllm_config.model_config.hf_config
         self.windows = windows_of(config)
-        with _restored(config, "visits"), _restored(config.get_text_config(), "layer_types", "sliding_window"):
-            # vLLM's own attention does the windows, so the model is built without.
+        settings = config.get_text_config()
+        with _restored(config, "visits", "table_bits"), _restored(settings, "layer_types", "sliding_window"):
+            # vLLM has embeddings of its own, which get the tables as floating-point numbers.
+            config.table_bits = None
+            # Its own attention does the windows, so the model is built without.
             config.visits = [replace(visit, attention=None).fields() for visit in read_visits(config.visits)]
             super().__init__(vllm_config=vllm_config, prefix=prefix)
         for number, window in self.windows.items():
@@ -38,6 +41,9 @@ class RrtForCausalLM(TransformersForCausalLM):
                 raise RrtcError(f"This vLLM does not give layer {number} the window of {window} tokens that it has.")
         # A divisor of the logits (Granite's). vLLM's backend knows only the other name, logit_scale, of a factor.
         self.logits_processor.scale /= getattr(self.text_config, "logits_scaling", 1.0)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        return super().load_weights(floating(weights))
 
     def recursive_replace(self):
         _part_classes(self.model)
@@ -56,6 +62,21 @@ class RrtForCausalLM(TransformersForCausalLM):
             # not take these for kinds of its own: when the model is built, they are gone again.
             self.text_config.layer_types = [SLIDING if n in self.windows else FULL for n in range(layers_of_model)]
             (self.text_config.sliding_window,) = set(self.windows.values())
+
+
+def floating(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """`weights` by name, with tables that are stored in int8 rows (model/rows_rrt.py) as the stock model has them."""
+    waiting: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in weights:
+        module, inside, part = name.rpartition(".table.")
+        if not inside:
+            yield name, tensor
+            continue
+        parts = waiting.setdefault(module, {})
+        parts[part] = tensor
+        if len(parts) == 2:
+            del waiting[module]
+            yield f"{module}.weight", parts["numbers"].to(parts["scale"].dtype) * parts["scale"]
 
 
 def windows_of(config: RrtConfig) -> dict[int, int]:

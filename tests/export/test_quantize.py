@@ -151,10 +151,18 @@ def test_a_quantized_export_loads_where_rrtc_is_not(tmp_path, monkeypatch, made_
     before, files = Weights(plain), Weights(target)
     assert len(files.files) > 1
     shown = inspect(str(target))
-    assert (shown["dtype"], shown["bytes_on_disk"]) == (f"{number} and float32", result["bytes"])
-    assert result["bytes"] == files.bytes_on_disk < before.bytes_on_disk * (0.65 if number == "int4" else 0.75)
+    numbers = "int4, int8 and float32" if made_as == "recursive" else "int8 and float32"
+    assert (shown["dtype"], shown["bytes_on_disk"]) == (numbers, result["bytes"])
+    assert result["bytes"] == files.bytes_on_disk < before.bytes_on_disk * (0.5 if number == "int4" else 0.75)
     packed = {name.removesuffix("_packed") for name in files if name.endswith("_packed")}
-    assert {name for name in before if name not in files} == packed
+    tables = {"model.embed_tokens.weight", "lm_head.weight"} if made_as == "recursive" else set()
+    assert {name for name in before if name not in files} == packed | tables
+    for name in tables:
+        module = name.removesuffix(".weight")
+        rows, scale = files.raw(f"{module}.table.numbers"), files.raw(f"{module}.table.scale")
+        assert (rows.dtype, list(rows.shape), list(scale.shape)) == (torch.int8, before.shape(name), [len(rows), 1])
+        assert ((rows * scale - before.raw(name)).abs() <= scale / 2 + 1e-6).all()
+    assert sum(part["bytes"] for part in result["parts"].values()) == sum(files.raw(name).nbytes for name in files)
     for name in files:
         if name in before and not name.endswith((".A", ".B")):
             assert torch.equal(files.raw(name), before.raw(name)), name
@@ -171,7 +179,9 @@ def test_a_quantized_export_loads_where_rrtc_is_not(tmp_path, monkeypatch, made_
     error = (logits_of(written) - plain_logits).std() / plain_logits.std()
     assert error < (0.1 if number == "int8" else 0.5)
     card = (target / "README.md").read_text()
-    assert f"The matrices of the layers are in {number}, everything else is in float32." in card
+    assert f"Its numbers: matrices of the layers in {number} (" in card
+    assert ("; embeddings and output projection in int8 (" in card) is (made_as == "recursive")
+    assert "; everything else in float32 (" in card
     assert "`compressed-tensors`" in card and "LoraConfig" not in card
     assert ("as it would the original" in card) is (made_as == "dense")
 
@@ -250,7 +260,8 @@ def test_the_text_is_by_default_what_the_model_was_made_with(tmp_path):
 @pytest.mark.parametrize(
     ("export", "words"),
     [
-        ({"format": "onnx", "quantize": "int4"}, "quantize is for the recursive and the dense format, not for onnx"),
+        ({"quantize": "q4_k_m"}, "quantize q4_k_m is not for the format recursive: there it is one of int8, int4"),
+        ({"format": "gguf", "quantize": "int4"}, "for the format gguf: there it is one of q8_0, q6_k, q5_k_m, q4_k_m"),
         ({"quantize": "int4", "calibrate_on": ["self"]}, "calibrate_on cannot be self"),
     ],
 )
@@ -285,7 +296,7 @@ def test_the_command_shows_what_it_cost(tmp_path):
     cost = read_provenance(target)["measured"]["export"]["bits_per_byte"]
     shown = " ".join(done.output.split())
     assert f"{cost['plain']:.4f} before, {cost['calibrated']:.4f} in int4" in shown
-    assert f"rounded to its nearest int4: {cost['nearest']:.4f}" in shown
+    assert f"rounded without calibration: {cost['nearest']:.4f}" in shown
 
 
 @pytest.mark.slow

@@ -312,6 +312,28 @@ def test_modules_with_relaxed_matrices_have_a_class_of_their_own_for_vllm(tmp_pa
     assert not holders[False] & holders[True] and len(holders[True]) == 2
 
 
+@torch.inference_mode()
+def test_tables_in_rows_reach_vllm_as_floating_point_numbers(tmp_path, backend, vllm_model, monkeypatch):
+    config = RrtConfig.from_pretrained(make_rrt(tmp_path))
+    config.table_bits = 8
+    whole = RrtForCausalLM(config).eval()
+    for table in (whole.get_input_embeddings().table, whole.get_output_embeddings().table):
+        table.numbers.random_(-128, 128)
+        table.scale.uniform_(0.001, 0.002)
+    whole.save_pretrained(tmp_path)
+    given = {}
+    monkeypatch.setattr(Backend, "load_weights", lambda self, weights: given.update(weights), raising=False)
+    made = vllm_model.RrtForCausalLM(vllm_config=config_for_vllm(tmp_path))
+    assert made.config.table_bits == 8 and type(made.model.get_input_embeddings()) is nn.Embedding
+    made.load_weights(iter(sorted(whole.state_dict().items(), key=lambda item: item[0][::-1])))
+    assert not any(".table." in name for name in given)
+    config = RrtConfig.from_pretrained(tmp_path)
+    config.table_bits = None
+    plain = RrtForCausalLM(config).eval()
+    plain.load_state_dict(given)
+    torch.testing.assert_close(plain(IDS).logits, whole(IDS).logits, atol=1e-6, rtol=0)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(VARIABLE not in os.environ, reason=f"needs a Python with vLLM and rrtc, named by {VARIABLE}")
 def test_vllm_computes_what_transformers_does(tmp_path):
