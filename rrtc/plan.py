@@ -73,6 +73,7 @@ class Architecture:
     head_flops: int  # multiply-adds of the output projection for one token
     rest: int  # what is left: the final norm
     context: int = 0  # tokens that the model can see; 0 where its config does not say
+    table_rows: int = 0  # of all embedding tables, and of an output projection of its own
 
     @property
     def parameters(self) -> int:

@@ -64,16 +64,16 @@ def _attention(visit: dict) -> str:
 def plan(result: dict) -> Group:
     """The plan of `init --dry-run`."""
     dense_total, total = result["dense_params_total"], result["params_total"]
-    rows = [
+    quantized = result["recipe"]["quantize"]
+    inner, dense_inner = result["params_non_embedding"], result["dense_params_non_embedding"]
+    counts = [] if total is None else [
         ["parameters", count(dense_total), count(total), f"{total / dense_total:.3f}"],
+        ["without embeddings", count(dense_inner), count(inner), f"{inner / dense_inner:.3f}"],
+    ]  # fmt: skip
+    rows = [
+        *counts,
         [
-            "without embeddings",
-            count(result["dense_params_non_embedding"]),
-            count(result["params_non_embedding"]),
-            f"{result['params_non_embedding'] / result['dense_params_non_embedding']:.3f}",
-        ],
-        [
-            f"bytes in {result['dtype']}",
+            f"bytes in {result['dtype']}" + ("" if quantized == "none" else f", compressed in {quantized}"),
             size(result["dense_bytes"]),
             size(result["bytes"]),
             f"{result['bytes'] / result['dense_bytes']:.3f}",
@@ -87,7 +87,9 @@ def plan(result: dict) -> Group:
     ]
     flops, dense_flops = result["flops_per_token"], result["dense_flops_per_token"]
     if flops is not None:
-        rows.insert(3, ["FLOPs per token", count(dense_flops), count(flops), f"{flops / dense_flops:.3f}"])
+        rows.insert(
+            len(counts) + 1, ["FLOPs per token", count(dense_flops), count(flops), f"{flops / dense_flops:.3f}"]
+        )
     if result["source_bytes"]:
         ratio = result["bytes"] / result["source_bytes"]
         rows.append(["the GGUF file, on disk", size(result["source_bytes"]), size(result["bytes"]), f"{ratio:.3f}"])
@@ -138,10 +140,11 @@ def planned(runs: dict) -> Group:
 
 def _size_and_work(run: dict) -> list[str]:
     made, training = run["plan"], run["uptrain"]
+    inner = made["params_non_embedding"]
     return [
-        count(made["params_total"]),
-        count(made["params_non_embedding"]),
-        f"{made['params_non_embedding'] / made['dense_params_non_embedding']:.3f}",
+        "–" if inner is None else count(made["params_total"]),
+        "–" if inner is None else count(inner),
+        "–" if inner is None else f"{inner / made['dense_params_non_embedding']:.3f}",
         size(made["bytes"]),
         f"{training['steps']:,}",
         "–" if training["flops_total"] is None else count(training["flops_total"]),
@@ -199,7 +202,10 @@ def _size_made(result: dict, asked: dict) -> str:
     of_dense = f"{result['bytes_on_disk'] / result['dense_bytes']:.3f} of the dense model in the same format"
     numbers = f"{count(result['params_total'])} parameters"
     inner = f"{count(result['params_non_embedding'])} of them without embeddings"
-    if asked.get("size") is not None:
+    if (quantized := result.get("quantized_bytes")) is not None:
+        of_dense = f"{quantized / result['dense_bytes']:.3f} of the dense model's {size(result['dense_bytes'])}"
+        said = f"{numbers}, now {in_files}; {size(quantized)} by export --quantize {asked['quantize']}, {of_dense}"
+    elif asked.get("size") is not None:
         said = f"{in_files}, {of_dense}; {numbers}"
     elif asked.get("budget") is not None:
         said = f"{numbers}, {inner}, {share:.3f} of the dense model's; {in_files}"
