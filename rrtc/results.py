@@ -139,6 +139,9 @@ class EstimateResult(TypedDict):
     peak_memory_bytes: int  # of one process: on the accelerator, or on a CPU all that it holds
     checkpoint_bytes: int  # disk space that checkpoints take on the way
     device: str
+    # With `stability`, of each branch of each visit: layer, slot, loop, branch (the module that it ends in), the mean
+    # variances dense_branch, dense_stream, tied_branch and tied_stream, and the gain (None where nothing is tied).
+    profile: NotRequired[list[dict[str, Any]]]
 
 
 class ExportResult(TypedDict):

@@ -32,7 +32,6 @@ from rrtc.model import RrtConfig
 from rrtc.recipe.export import ExportRecipe
 from rrtc.recipe.schema import Recipe
 from rrtc.stock.architecture import read_plan
-from rrtc.storage import BITS
 from rrtc.text.calibration import calibration_windows
 from rrtc.text.windows import Windows, held_out_windows, longest_context, readable
 from rrtc.units import parse_size

@@ -54,6 +54,11 @@ class UptrainRecipe(Section):
         description="The learning rate of a weight that several visits use is multiplied by this; visits: divided by "
         "their number. 1 changes nothing.",
     )
+    stability: Literal["none", "admin"] = Field(
+        "none",
+        description="admin: before training, each visit gets gains for what it adds to the hidden states, so that it "
+        "adds as much as the dense layer.",
+    )
     schedule: Literal["cosine", "warmup_stable_decay"] = Field(
         "cosine", description="How the learning rate falls: all the way, or only over the last part (decay)."
     )

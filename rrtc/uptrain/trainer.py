@@ -11,10 +11,12 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import GenerationConfig, PrinterCallback, Trainer, TrainingArguments
 
 from rrtc.console import note
 from rrtc.errors import RrtcError
+from rrtc.io.source import load_model
 from rrtc.io.weights import disk_error
 from rrtc.machine import device, process_group
 from rrtc.model.modeling_rrt import Slot
@@ -26,6 +28,7 @@ from rrtc.uptrain.data import Stream, given
 from rrtc.uptrain.job import Job
 from rrtc.uptrain.optimizer import make_optimizer
 from rrtc.uptrain.sharding import save_whole, shard, whole_state
+from rrtc.uptrain.stability import PROFILED, Variances, add_gains, match, profile
 from rrtc.uptrain.student import Student
 from rrtc.uptrain.teacher import LiveTeacher
 from rrtc.uptrain.teacher_cache import CachedTeacher
@@ -52,6 +55,8 @@ class DistillationTrainer(Trainer):
         """steps: how many to take, of those the job has. save: whether to write checkpoints into `output`."""
         self.job = job
         model = Student.from_pretrained(job.folder, dtype=torch.float32, use_safetensors=True)
+        if job.branches:
+            add_gains(model, job.plan)
         model.generation_config = GenerationConfig()  # a base model's own can be one that transformers will not save
         if job.recipe.activation_checkpointing:
             # The second is the name in older versions of transformers. Both are non-reentrant by default, which shared
@@ -92,6 +97,25 @@ class DistillationTrainer(Trainer):
         objective = means.pop("objective")
         self._means = {name: self._means.get(name, 0) + mean.detach() for name, mean in means.items()}
         return objective
+
+    def set_gains(self) -> tuple[list[list[Variances]], list[list[Tensor | None]]]:
+        """Sets the gains of `stability` as they are before the first step; returns the dense model's profile and them.
+        All processes do the same."""
+        dtype = torch.bfloat16 if self.job.bfloat16 else torch.float32
+        if isinstance(self.teacher, LiveTeacher):
+            dense = self.teacher.model
+        else:
+            dense = load_model(self.job.original.folder, dtype=dtype).to(self.args.device)
+            self.job.original.files.check()
+        ids, branches = self.profiled(), self.job.branches
+        theirs = profile(dense, branches, ids)
+        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.job.bfloat16):
+            return theirs, match(self.model, self.job.plan, branches, theirs, ids)
+
+    def profiled(self) -> Tensor:
+        """The first windows of the run, (windows, context - 1), on which models are profiled."""
+        windows = max(1, min(PROFILED // self.job.context, len(self.train_dataset)))
+        return torch.stack([given(self.train_dataset[number])["input_ids"] for number in range(windows)])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # a step; the Trainer's closing summary has none
