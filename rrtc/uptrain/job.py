@@ -122,6 +122,8 @@ class Job:
         """What a continued run must have in common with the one it continues, as plain data."""
         recipe = {k: v for k, v in self.recipe.model_dump().items() if k not in FREE_ON_RESUME}
         recipe["teacher_cache"] = self.cache is not None  # it may have moved
+        if self.recipe.regularizers.get("bmi"):  # which compares the windows of a micro-batch with each other
+            recipe["micro_batch"] = self.recipe.micro_batch
         return {
             "recipe": recipe,
             "arithmetic": self.arithmetic,  # which `precision: auto` leaves to the machine

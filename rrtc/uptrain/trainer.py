@@ -33,6 +33,7 @@ from rrtc.uptrain.student import Student
 from rrtc.uptrain.teacher import LiveTeacher
 from rrtc.uptrain.teacher_cache import CachedTeacher
 
+CRITIC = "critic.pt"  # in a checkpoint, what learns along with the model and is no part of it
 KEPT = 2  # checkpoints, beside the one that is written
 # What `accelerate launch` tells every Trainer by the environment, and the value that says nothing.
 LAUNCHER_SETTINGS = {
@@ -57,6 +58,8 @@ class DistillationTrainer(Trainer):
         model = Student.from_pretrained(job.folder, dtype=torch.float32, use_safetensors=True)
         if job.branches:
             add_gains(model, job.plan)
+        if job.recipe.regularizers.get("bmi"):
+            model.add_critic(job.recipe.seed)
         model.generation_config = GenerationConfig()  # a base model's own can be one that transformers will not save
         if job.recipe.activation_checkpointing:
             # The second is the name in older versions of transformers. Both are non-reentrant by default, which shared
@@ -93,7 +96,10 @@ class DistillationTrainer(Trainer):
         ids = others.pop("input_ids")
         lesson = self.teacher(ids, **others) if self.teacher else None
         with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.job.bfloat16):
-            means = model(input_ids=ids, targets=targets, recipe=self.job.recipe, lesson=lesson, **others)
+            progress = self.state.global_step / self.job.steps
+            means = model(
+                input_ids=ids, targets=targets, recipe=self.job.recipe, lesson=lesson, progress=progress, **others
+            )
         objective = means.pop("objective")
         self._means = {name: self._means.get(name, 0) + mean.detach() for name, mean in means.items()}
         return objective
@@ -161,7 +167,18 @@ class DistillationTrainer(Trainer):
             ) from error
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, whole_state(self.model) if self.job.recipe.fsdp else state_dict)
+        state_dict = whole_state(self.model) if self.job.recipe.fsdp else state_dict
+        if self.model.critic_names and self.args.should_save:  # with `fsdp`, all processes are here
+            state = self.model.state_dict() if state_dict is None else state_dict
+            os.makedirs(output_dir, exist_ok=True)
+            torch.save({name: state[name] for name in self.model.critic_names}, Path(output_dir) / CRITIC)
+        super()._save(output_dir, state_dict)  # which takes the critic out of what it is given
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.model.critic_names:
+            state = torch.load(Path(resume_from_checkpoint) / CRITIC, map_location="cpu", weights_only=True)
+            self.model.load_state_dict(state, strict=False)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.job.recipe.fsdp and not self.args.should_save:
