@@ -277,7 +277,7 @@ def inspect(folder: Place) -> InspectResult:
     exported = found["measured"].get("export") if found["stage"] == "export" else None
     exported = exported if isinstance(exported, dict) else {}
     if exported.get("format") in ("onnx", "gguf"):  # whose weights are no safetensors
-        found["dtype"] = exported.get("dtype")
+        found["dtype"] = " and ".join(filter(None, (exported.get("quantize"), exported.get("dtype")))) or None
         found["bytes_on_disk"] = sum(file.stat().st_size for file in [*path.glob("onnx/*"), *path.glob("*.gguf")])
     elif (path / "config.json").exists():
         weights = Weights(path)

@@ -139,6 +139,9 @@ class EstimateResult(TypedDict):
     peak_memory_bytes: int  # of one process: on the accelerator, or on a CPU all that it holds
     checkpoint_bytes: int  # disk space that checkpoints take on the way
     device: str
+    # With `stability`, of each branch of each visit: layer, slot, loop, branch (the module that it ends in), the mean
+    # variances dense_branch, dense_stream, tied_branch and tied_stream, and the gain (None where nothing is tied).
+    profile: NotRequired[list[dict[str, Any]]]
 
 
 class ExportResult(TypedDict):
@@ -155,7 +158,7 @@ class ExportResult(TypedDict):
     # losses of the model with its windows and with full attention.
     full_attention: NotRequired[dict[str, float]]
     speculate: NotRequired[dict[str, int]]  # recursive, where exits were trained: after which layer `generate` guesses
-    quantize: NotRequired[str]  # int8 or int4
+    quantize: NotRequired[str]  # int8 or int4, or for gguf one of llama.cpp's types
     bits_per_byte: NotRequired[dict[str, float]]  # of a quantized model, on held-out text: plain, nearest, calibrated
     parts: NotRequired[dict[str, dict[str, str | int]]]  # of a quantized model: number, bytes of layers, tables, rest
     read_by: NotRequired[str]  # gguf: the package whose logits were compared

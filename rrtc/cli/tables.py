@@ -250,7 +250,27 @@ def estimate(result: dict) -> Group:
         [f"seconds a step, over {result['measured_steps']} steps", f"{result['seconds_per_step']:.2f}"],
         ["time in all, about", duration(result["seconds_total"])],
     ]
-    return Group(table(f"Uptraining on {result['device']}", ["", ""], rows))
+    profiled = [profile(result["profile"])] if "profile" in result else []
+    return Group(*profiled, table(f"Uptraining on {result['device']}", ["", ""], rows))
+
+
+def profile(rows: list[dict]) -> Group:
+    """What the branches of tied visits add, beside the dense model's, and the gains that they get."""
+    tied = [row for row in rows if row["gain"] is not None]
+    cells = [
+        [
+            str(row["layer"]),
+            f"{row['slot']}, {row['loop']}",
+            row["branch"],
+            f"{row['dense_branch'] / row['dense_stream']:.3g}",
+            f"{row['tied_branch'] / row['tied_stream']:.3g}",
+            f"{row['gain']:.2f}",
+        ]
+        for row in tied
+    ]
+    note = "Var[branch] / Var[stream], over tokens; the gain as the root of its mean square. What is not tied has none."
+    columns = ["layer", "slot, loop", "branch", "dense", "tied", "gain"]
+    return Group(table("What each branch adds to the hidden states", columns, cells), plain(note))
 
 
 def uptrain(result: dict, folder: str) -> Group:
@@ -298,7 +318,7 @@ def export(result: dict, folder: str) -> Group:
         lines.append(f"Its numbers: {said_parts(result['parts'])}.")
         lines.append(
             f"Bits per byte on held-out text: {found['plain']:.4f} before, {found['calibrated']:.4f} in {number} "
-            f"(every weight rounded to its nearest {number}: {found['nearest']:.4f})."
+            f"(rounded without calibration: {found['nearest']:.4f})."
         )
     return Group(*map(plain, lines))
 

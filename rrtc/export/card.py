@@ -91,7 +91,7 @@ def _metadata(
     from huggingface_hub import ModelCardData
 
     made_as = FORMATS[exported["format"]]
-    quantized = ["compressed-tensors", exported["quantize"]] if "quantize" in exported else []
+    quantized = [*made_as.QUANTIZED_TAGS, exported["quantize"]] if "quantize" in exported else []
     tags = ["rrtc", "recursive-transformer", "compression", config.base_config.model_type, "arxiv:2410.20672"]
     # Of the hub's relations (adapter, merge, quantized, finetune), the one for weights that were changed by training.
     relation = {"base_model": base_id, "base_model_relation": "finetune"} if base_id else {}
@@ -283,8 +283,8 @@ def _quantized(exported: dict) -> str:
     number, cost = exported["quantize"], exported["bits_per_byte"]
     return (
         f"Its numbers: {said_parts(exported['parts'])}. Bits per byte on text held out of the calibration: "
-        f"{cost['plain']:.4f} before, {cost['calibrated']:.4f} as it is here; with every weight of the layers rounded "
-        f"to the nearest {number} it would be {cost['nearest']:.4f}. The figures above are from before."
+        f"{cost['plain']:.4f} before, {cost['calibrated']:.4f} as it is here; rounded to {number} without calibration "
+        f"it would be {cost['nearest']:.4f}. The figures above are from before."
     )
 
 

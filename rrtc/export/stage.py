@@ -6,7 +6,6 @@ from that folder in a fresh process; the model card. Only then does the folder g
 
 import gc
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,8 +18,7 @@ from rrtc.export.formats import FORMATS
 from rrtc.export.formats.recursive import recursive_config
 from rrtc.export.full_attention import TOKENS as COMPARED_TOKENS
 from rrtc.export.full_attention import context_to_measure, measure_full_attention
-from rrtc.export.quantize import check_installed, quantize
-from rrtc.export.verify import check_logits, reference
+from rrtc.export.verify import reference
 from rrtc.io.folder import check_space, check_target, whole_folder
 from rrtc.io.license import forbids_derivatives, license_of
 from rrtc.io.provenance import base_seen_from, next_history, read_provenance, write_provenance
@@ -34,7 +32,6 @@ from rrtc.model import RrtConfig
 from rrtc.recipe.export import ExportRecipe
 from rrtc.recipe.schema import Recipe
 from rrtc.stock.architecture import read_plan
-from rrtc.storage import BITS
 from rrtc.text.calibration import calibration_windows
 from rrtc.text.windows import Windows, held_out_windows, longest_context, readable
 from rrtc.units import parse_size
@@ -48,7 +45,7 @@ def export(folder: str, output: str, recipe: Recipe, report: str | None = None) 
     report: a folder with the report.json of `rrtc eval`, for the model card. Returned: format, dtype, bytes (of the
     weights files), parameters (shared ones once), max_logit_difference (of the export, loaded in a fresh process, from
     the model in memory, rounded and quantized alike), largest_logit, rounding_logit_difference (what that costs by
-    itself), files and seconds; where it was quantized also quantize, bits_per_byte and parts, as `Quantized` has them;
+    itself), files and seconds; where it was quantized also quantize and what the format's `write_quantized` found;
     where it has no windows and the model has, full_attention, as `measure_full_attention` has it; for the GGUF format
     also read_by and llama_cpp, as its `verify` has them. Raises RrtcError, and leaves no folder, where the export is
     not the same model.
@@ -65,7 +62,7 @@ def _export(folder: str, output: str, recipe: Recipe, report: str | None, inputs
     provenance, config, weights = read_provenance(source), recursive_config(source), Weights(source)
     evaluation = _report_about(report, provenance)
     chat = load_tokenizer(source).chat_template is not None
-    made_as, bits = FORMATS[recipe.export.format], BITS.get(recipe.export.quantize)
+    made_as, quantized = FORMATS[recipe.export.format], recipe.export.quantize != "none"
     plan = read_plan(config)
     parameters = max(weights.parameters, plan.architecture.parameters)
     from_disk = check_format(recipe.export, config.base_config, parameters, plan.is_local, config)
@@ -73,15 +70,15 @@ def _export(folder: str, output: str, recipe: Recipe, report: str | None, inputs
     dtype = cast or getattr(torch, weights.dtype)  # of most of what is written
     shards = parse_size(recipe.export.max_shard_size)
     widened = not made_as.WINDOWS and plan.is_local
-    wanted = _with_text(recipe, provenance, source) if bits is not None or widened else recipe.export
-    if bits is not None:
+    wanted = _with_text(recipe, provenance, source) if quantized or widened else recipe.export
+    if quantized:
         context = longest_context(config.base_config, wanted.calibrate_context)
         calibration = calibration_windows(wanted, load_tokenizer(source), config.vocab_size, context)
         texts = calibration, _held_out(wanted, source, config, context, MEASURED_TOKENS)
     if widened:
         held_out = _held_out(wanted, source, config, context_to_measure(config), COMPARED_TOKENS)
     # The quantized tensors are written while the others are still there.
-    check_space(target, made_as.bytes_written(weights, config, cast) * (1 if bits is None else 2))
+    check_space(target, made_as.bytes_written(weights, config, cast) * (2 if quantized else 1))
     base = base_seen_from(target, source, provenance)
     license = license_of(source, base)
     if not license and "license" not in base:
@@ -100,16 +97,14 @@ def _export(folder: str, output: str, recipe: Recipe, report: str | None, inputs
     expected = reference(source, cast, from_disk, made_as.MULTIPLIED_OUT, made_as.GENERATES, made_as.WINDOWS)
     gc.collect()  # the model, which the fresh process needs the memory of
     with whole_folder(target) as partial:
-        parameters = made_as.write(source, partial, cast, shards)
-        quantized = {}
-        if bits is not None:
-            note(f"Rounding to {bits} bits")
-            found = quantize(partial, bits, *texts, shards)
-            check_logits(found.plain, expected.logits, dtype)
-            expected = replace(expected, logits=found.logits, rounding=found.rounding)
-            quantized = {
-                "quantize": recipe.export.quantize, "bits_per_byte": found.bits_per_byte, "parts": found.parts
-            }  # fmt: skip
+        if quantized:
+            number = recipe.export.quantize
+            parameters, expected, found = made_as.write_quantized(
+                source, partial, cast, shards, number, texts, expected
+            )
+            compared |= {"quantize": number} | found
+        else:
+            parameters = made_as.write(source, partial, cast, shards)
         note("Loading the export in a fresh process")
         difference, checked = made_as.verify(partial, expected, dtype, from_disk)
         measured = {
@@ -121,7 +116,6 @@ def _export(folder: str, output: str, recipe: Recipe, report: str | None, inputs
             "largest_logit": expected.logits.abs().max().item(),
             "rounding_logit_difference": expected.rounding,
             **compared,
-            **quantized,
             **checked,
             "files": sorted([*_files(partial), "README.md", "rrtc.yaml"]),
             "seconds": round(time.monotonic() - started, 1),
@@ -151,8 +145,6 @@ def check_format(
     made_as, quantized = FORMATS[recipe.format], recipe.quantize != "none"
     if windows and made_as.NO_WINDOWS:
         raise RrtcError(f"The {recipe.format} format {made_as.NO_WINDOWS}.", "Export it with --format recursive.")
-    if quantized:
-        check_installed()
     made_as.check(recipe, base, made)
     from_disk = is_too_large(made_as.TIMES_IN_MEMORY * parameters, torch.float32)
     if from_disk and (quantized or not made_as.FROM_DISK):

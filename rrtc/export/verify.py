@@ -162,6 +162,9 @@ def _product_forward(module: RelaxedLinear, dtype: torch.dtype):
             shared = module.shared()
             with align_module_device(shared):
                 weight, bias = shared.weight + weight, shared.bias if bias is None else bias
+        if module.gain is not None:
+            weight = module.gain[:, None] * weight
+            bias = bias if module.bias is not None or bias is None else module.gain * bias
         bias = None if bias is None else bias.to(dtype).float()
         return nn.functional.linear(x, weight.to(dtype).float(), bias)
 
@@ -255,9 +258,8 @@ def equal_tokens(expected: Reference, found: list[int], within: float, failed: s
 
 
 def in_fresh_process(program: str, about: dict, expected: Reference, failed: str, hint: str) -> tuple[dict, Tensor]:
-    """(what `program`, a file in fresh/, reports; the logits it computed) on a job of `about` and the
-    inputs of `expected`. It asks nobody on the network, and works in a temporary folder, which goes. Raises RrtcError,
-    which begins with `failed`, where it ends with an error."""
+    """(what `program`, a file in fresh/, reports; the logits it computed) on a job of `about` and the inputs of
+    `expected`. Raises RrtcError as `run_fresh` does."""
     with tempfile.TemporaryDirectory(prefix="rrtc-verify-") as scratch:
         job = about | {
             "ids": expected.ids.tolist(),
@@ -267,9 +269,17 @@ def in_fresh_process(program: str, about: dict, expected: Reference, failed: str
             "new_tokens": len(expected.greedy),
             "scratch": f"{scratch}/offloaded",
             "logits": f"{scratch}/logits.safetensors",
-            "report": f"{scratch}/report.json",
         }
-        Path(scratch, "job.json").write_text(json.dumps(job))
+        return run_fresh(program, job, failed, hint), load_file(job["logits"])["logits"]
+
+
+def run_fresh(program: str, job: dict, failed: str, hint: str) -> dict:
+    """What `program`, a file in fresh/, reports on `job`, in a process of its own. It asks nobody on the network, and
+    works in a temporary folder, which goes. Raises RrtcError, which begins with `failed`, where it ends with an
+    error."""
+    with tempfile.TemporaryDirectory(prefix="rrtc-verify-") as scratch:
+        report = Path(scratch, "report.json")
+        Path(scratch, "job.json").write_text(json.dumps(job | {"report": str(report)}))
         offline = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": f"{scratch}/modules"}
         child = subprocess.run(
             [sys.executable, "-P", str(Path(__file__).parent / "fresh" / program), f"{scratch}/job.json"],
@@ -279,4 +289,4 @@ def in_fresh_process(program: str, about: dict, expected: Reference, failed: str
         if child.returncode:
             reason = (child.stderr.strip().splitlines() or [f"it ended with code {child.returncode}"])[-1][:300]
             raise RrtcError(f"{failed}{reason.rstrip('.')}.", hint)
-        return json.loads(Path(job["report"]).read_text()), load_file(job["logits"])["logits"]
+        return json.loads(report.read_text())

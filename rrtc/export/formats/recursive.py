@@ -13,7 +13,8 @@ from transformers import GenerationConfig, PreTrainedConfig
 import rrtc.model
 from rrtc.errors import RrtcError
 from rrtc.export.formats.loading import in_transformers
-from rrtc.export.formats.writing import Tensors, write_tensors
+from rrtc.export.formats.writing import Tensors, Texts, round_written, write_tensors
+from rrtc.export.quantize import check_installed
 from rrtc.export.verify import Reference, check_loaded
 from rrtc.io.provenance import check_not_quantized
 from rrtc.io.recursive import trained_exits
@@ -25,7 +26,7 @@ from rrtc.plain import read_json
 from rrtc.recipe.export import ExportRecipe
 from rrtc.stock.architecture import read_plan
 
-LIBRARY, TAGS = "transformers", ("custom_code",)
+LIBRARY, TAGS, QUANTIZED_TAGS = "transformers", ("custom_code",), ("compressed-tensors",)
 FROM_DISK, TIMES_IN_MEMORY = True, 1
 MULTIPLIED_OUT = False
 GENERATES = False
@@ -44,7 +45,10 @@ AUTO_MAP = {
 def check(recipe: ExportRecipe, base: PreTrainedConfig, made: RrtConfig | None = None) -> None:
     """base: the config of the dense model. made: that of the recursive one, where there is one already. Raises
     RrtcError where the model has no matrices to quantize."""
-    if recipe.quantize == "none" or made is None:
+    if recipe.quantize == "none":
+        return
+    check_installed()
+    if made is None:
         return
     forms = {visit["forms"].get(name, "tied") for visit in made.visits for name in visit["ranks"]}
     if forms == {"low_rank"}:
@@ -82,6 +86,19 @@ def write(source: Path, folder: Path, dtype: torch.dtype | None, shard_bytes: in
     _name_tokenizer_class(source, folder)
     _ask_for_guesses(source, folder, config)
     return parameters
+
+
+def write_quantized(
+    source: Path,
+    folder: Path,
+    dtype: torch.dtype | None,
+    shard_bytes: int,
+    number: str,
+    texts: Texts,
+    expected: Reference,
+) -> tuple[int, Reference, dict]:
+    """The same with its matrices in fewer bits; see rrtc.export.formats."""
+    return write(source, folder, dtype, shard_bytes), *round_written(folder, number, texts, shard_bytes, expected)
 
 
 def guesses(source: Path) -> dict | None:
