@@ -9,9 +9,9 @@ has the same learning rate; visits, that of shared weights is divided by their v
 
 change: of one step of AdamW at the first rate, on the first batch: the KL from the teacher before it, |h' - h|² / |h|²
 of the last hidden states, and the KL of what the model says after the step from what it said before, in nats a token.
-curves: whole runs at every rate and seed, from the lowest rate on, until one diverges; of each, the 99th percentile of
-the norm of the gradients over its median, spikes (steps with more than SPIKE times the median norm of the AROUND before
-them), and the KL over the last twentieth of the steps.
+curves: whole runs at every rate and seed, from the lowest rate on, until one diverges (the run stops by itself, or ends
+ABOVE times its first KL); of each, the 99th percentile of the norm of the gradients over its median, spikes (steps with
+more than SPIKE times the median norm of the AROUND before them), and the KL over the last twentieth of the steps.
 
 WORK/results.jsonl has a line for every piece that is done. What it has is not done again, so a piece can be as small as
 one wants: `--seeds 0 --rates 1e-4` now, others later. The table shows all that is there. The same on a GPU, with more
@@ -47,6 +47,7 @@ WAYS = {
     "admin": {"shared_lr_scale": "visits", "stability": "admin"},
 }
 SPIKE, AROUND = 3.0, 20
+ABOVE = 1.1  # times the first step's KL: who ends there has lost more than it learned
 SHOWN = 512  # tokens on which a change is measured
 
 
@@ -153,7 +154,7 @@ def curve(folder: Path, recipe: Recipe, asked: argparse.Namespace, key: dict) ->
         "last_kl": last,
         "norm_ratio": torch.tensor(norms).quantile(0.99).item() / statistics.median(norms) if norms else None,
         "spikes": sum(norm > SPIKE * statistics.median(before) for before, norm in zip(around, norms[1:], strict=True)),
-        "diverged": bool(sentence) or (last is not None and last > steps[0]["kl"]),
+        "diverged": bool(sentence) or (last is not None and last > ABOVE * steps[0]["kl"]),
     }  # fmt: skip
 
 
