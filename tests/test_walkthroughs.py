@@ -15,6 +15,7 @@ WAYS = dict(re.findall(r"^## (.+?)\n.*?```bash\n(.*?)```", PAGE, re.DOTALL | re.
 LEAVES = {
     "I have conversations, and half the memory": "answers.jsonl",
     "I have read the paper, and want to see it on my model": "runs/rank/report/report.html",
+    "I want it on a phone, in as few bytes as will do": "browser/README.md",
 }
 CHATML = "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% endfor %}"
 
@@ -26,7 +27,8 @@ def test_every_command_of_a_walkthrough_runs(way, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.chat_template = CHATML
     tokenizer.save_pretrained(model)
-    commands, replaced = re.subn(r"^MODEL=.*", f"MODEL={model}", WAYS[way], count=1, flags=re.MULTILINE)
+    # 70 MB are as much of the model that the page names, in int4, as this part is of the pico model.
+    commands, replaced = re.subn(r"^MODEL=.*", f"MODEL={model} SIZE=0.18", WAYS[way], count=1, flags=re.MULTILINE)
     assert replaced
     paths = [str(Path(sys.executable).parent), os.environ["PATH"]]
     env = os.environ | {"PATH": os.pathsep.join(paths), "RRTC_CACHE": str(tmp_path / "cache")}
