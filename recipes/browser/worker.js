@@ -21,7 +21,8 @@ const asked = {
     const runtime = `${modules}/onnxruntime-web/dist/ort-wasm-simd-threaded.asyncify`;
     env.backends.onnx.wasm.wasmPaths = { mjs: `${runtime}.mjs`, wasm: `${runtime}.wasm` };
 
-    if (!(await fetch(`${folder}/onnx/model.onnx`, { method: "HEAD" })).ok) {
+    const config = await fetch(`${folder}/config.json`);
+    if (!config.ok || !(await config.json())["transformers.js_config"]) {
       throw new Error(`Beside this page is no model “${folder}”: rrtc export … -o ${folder} --format onnx makes one.`);
     }
     const files = new Map();

@@ -10,7 +10,7 @@ from rrtc.recipe.section import OWN_TEXT, Section
 NUMBERS = {
     "recursive": ("int8", "int4"),
     "dense": ("int8", "int4"),
-    "onnx": (),
+    "onnx": ("int8", "int4"),
     "gguf": ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q3_k_m"),
 }
 
@@ -51,8 +51,8 @@ class ExportRecipe(Section):
     @model_validator(mode="after")
     def _check_quantize(self) -> "ExportRecipe":
         if self.quantize not in ("none", *(known := NUMBERS[self.format])):
-            instead = f"there it is one of {', '.join(known)}" if known else "which is not quantized"
-            raise ValueError(f"quantize {self.quantize} is not for the format {self.format}: {instead}")
+            about = f"quantize {self.quantize} is not for the format {self.format}"
+            raise ValueError(f"{about}: there it is one of {', '.join(known)}")
         if self.quantize != "none" and OWN_TEXT in self.calibrate_on:
             raise ValueError(f"quantizing learns from text that there is, so calibrate_on cannot be {OWN_TEXT}")
         return self

@@ -110,6 +110,17 @@ def test_the_page_writes_what_the_export_writes(tmp_path, site, page, architectu
     assert stopped == tokens[: len(stopped)]
 
 
+def test_the_page_runs_a_model_in_four_bits(tmp_path, site, page):
+    folder, address = site
+    source, target = make_rrt(tmp_path / "rrt", "gemma3", **HYBRID), folder / "four"
+    asked = {"calibrate_tokens": 1024, "calibrate_context": 128}
+    stage.export(str(source), str(target), recipe(format="onnx", quantize="int4", **asked))
+    ids = AutoTokenizer.from_pretrained(target)(PROMPT, return_tensors="pt")["input_ids"]
+    expected, _ = padded_greedy(target, ids, torch.ones_like(ids), TOKENS)
+    tokens, _ = written_by_page(page, f"{address}?model=four&prompt={PROMPT}&tokens={TOKENS}")
+    assert tokens == expected[0, ids.shape[1] :].tolist()
+
+
 def test_another_model_under_the_same_name_is_another_model(tmp_path, site, page):
     folder, address = site
     found = []

@@ -5,12 +5,14 @@ import json
 import re
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 import yaml
 from exports import IDS, LAST_NORM, change_tensors, make_rrt, recipe, run_python
 from huggingface_hub import ModelCard
 from onnx_graph import HYBRID, LAYERS, padded_greedy
+from pico import VOCABULARY
 from tokenizers import Tokenizer
 from transformers import GenerationConfig
 
@@ -18,7 +20,7 @@ from rrtc import machine
 from rrtc.api import inspect
 from rrtc.errors import RrtcError
 from rrtc.export import stage, verify
-from rrtc.export.formats import FORMATS
+from rrtc.export.formats import FORMATS, onnx_blocks
 from rrtc.export.formats import onnx as onnx_format
 from rrtc.io.provenance import read_provenance
 from rrtc.io.source import load_tokenizer
@@ -226,3 +228,64 @@ def test_what_cannot_be_exported_is_one_sentence(made, tmp_path, monkeypatch):
     with pytest.raises(RrtcError, match="does not fit float16"):
         stage.export(str(source), str(output), recipe(format="onnx", dtype="float16"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rrt"]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "groups", "bits", "part"), [(36, 1, 4, "layers"), (96, 3, 4, "layers"), (48, 1, 8, "tables")]
+)
+def test_blocks_are_the_matrix(inputs, groups, bits, part):
+    torch.manual_seed(0)
+    low = 2 ** (bits - 1)
+    whole = torch.randint(-low, low, (20, inputs), dtype=torch.int8)
+    matrix = onnx_blocks.Rounded(whole, torch.rand(20, groups) + 0.1, bits, part)
+    numbers, scales = matrix.blocks
+    assert numbers.shape == (20, -(-inputs // matrix.block), matrix.block * bits // 8)
+    assert scales.shape == numbers.shape[:2]
+    unpacked = numbers if bits == 8 else numpy.stack([numbers & 15, numbers >> 4], -1).reshape(20, -1, matrix.block)
+    found = ((unpacked.astype("float32") - low) * scales[..., None]).reshape(20, -1)
+    assert not found[:, inputs:].any()
+    torch.testing.assert_close(torch.from_numpy(found[:, :inputs]), matrix.weight)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("architecture", "number", "dtype", "file"),
+    [("llama", "int4", "float32", "model_q4.onnx"), ("gemma3", "int8", "float16", "model_quantized.onnx")],
+)
+def test_fewer_bits_are_shared_too_and_compute_the_rounded_model(tmp_path, architecture, number, dtype, file):
+    changes = HYBRID if architecture == "gemma3" else LAYERS
+    source, target = make_rrt(tmp_path / "rrt", architecture, **changes), tmp_path / "out"
+    asked = {"dtype": dtype, "calibrate_tokens": 1024, "calibrate_context": 128}
+    result = stage.export(str(source), str(target), recipe(format="onnx", quantize=number, **asked))
+    assert result["max_logit_difference"] < 1e-5 < result["rounding_logit_difference"]
+    assert result["bits_per_byte"].keys() == {"plain", "nearest", "calibrated"}
+    assert {path.name for path in (target / "onnx").iterdir()} == {file, f"{file}_data"}
+    config = json.loads((target / "config.json").read_text())
+    called = {"int4": "q4", "int8": "q8"}[number]
+    assert config["transformers.js_config"] == {"dtype": called, "use_external_data_format": {file: 1}}
+
+    graph = ir.load(target / "onnx" / file)
+    stored = {value.name: value for value in graph.graph.initializers.values()}
+    blocks = {name.removesuffix(".blocks"): value for name, value in stored.items() if name.endswith(".blocks")}
+    weights, bits = Weights(source), {"int4": 4, "int8": 8}[number]
+    tables = {name.removesuffix(".weight") for name in weights if weights.shape(name)[0] == VOCABULARY}
+    shared = {name.removesuffix(".weight") for name in weights if ".slots." in name and len(weights.shape(name)) == 2}
+    shared = {name for name in shared if name.endswith("_proj")}
+    assert blocks.keys() == shared | tables
+    # A matrix of the layers is read by both visits; a tied table by the look-up, after it was laid flat, and the head.
+    tied = len(tables) == 1
+    assert {name: len(value.uses()) for name, value in blocks.items()} == dict.fromkeys(blocks, 2) | (
+        {} if tied else dict.fromkeys(tables, 1)
+    )
+    expected = {"layers": 0, "tables": 0}
+    for name, value in blocks.items():
+        outputs, inputs = weights.shape(f"{name}.weight")
+        part, one = ("tables", 8) if name in tables else ("layers", bits)
+        count = -(-inputs // 16)  # 48, 80 and 64 are multiples of 16, and of no more or of one block
+        scales = value.shape[0] * value.shape[1] * (2 if dtype == "float16" else 4)
+        assert value.const_value.nbytes == outputs * inputs * one // 8 and value.shape[1] <= count
+        expected[part] += value.const_value.nbytes + scales
+    assert {part: result["parts"][part]["bytes"] for part in expected} == expected
+    assert sum(part["bytes"] for part in result["parts"].values()) == sum(v.const_value.nbytes for v in stored.values())
+    card = (target / "README.md").read_text()
+    assert f"onnx/{file}" in card and f"matrices of the layers in {number}" in card

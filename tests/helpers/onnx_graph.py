@@ -6,8 +6,6 @@ import numpy
 import pytest
 import torch
 
-from rrtc.export.formats import onnx as onnx_format
-
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs rrtc[onnx]")
 
 LAYERS = {"num_hidden_layers": 2}  # one slot, visited twice
@@ -17,7 +15,8 @@ HYBRID = LAYERS | {"layer_types": ["sliding_attention", "full_attention"]}
 
 def padded_greedy(folder: Path, ids: torch.Tensor, mask: torch.Tensor, new_tokens: int) -> tuple:
     """(tokens, logits of each step) of greedy generation with the graph in `folder`, in a batch with padding."""
-    session = onnxruntime.InferenceSession(folder / onnx_format.GRAPH)
+    (graph,) = (folder / "onnx").glob("*.onnx")
+    session = onnxruntime.InferenceSession(graph)
     caches = [value for value in session.get_inputs() if value.name.startswith("past_key_values.")]
     past = {value.name: numpy.zeros((len(ids), value.shape[1], 0, value.shape[3]), "float32") for value in caches}
     sequence, mask, given, steps = ids.numpy(), mask.numpy(), ids.numpy(), []

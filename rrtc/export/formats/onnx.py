@@ -3,7 +3,8 @@
     onnx/model.onnx         the graph: input_ids, attention_mask, position_ids, past_key_values.N.key and .value
                             -> logits, present.N.key and .value; N counts the visits
     onnx/model.onnx_data    the weights; a shared matrix is there once, however many visits use it. What does not fit
-                            one file goes on in model.onnx_data_1, model.onnx_data_2 and so on
+                            one file goes on in model.onnx_data_1, model.onnx_data_2 and so on. In 4 bits it is
+                            model_q4.onnx, in 8 model_quantized.onnx (onnx_blocks.py)
     config.json             that of the stock architecture, which is how transformers.js knows the cache
 
 Numbers are float32 inside. Weights written in 16 bits are cast where the graph begins, so that they take half the space
@@ -15,7 +16,9 @@ import contextlib
 import importlib.util
 import json
 import logging
+import tempfile
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,8 +27,18 @@ from transformers import PreTrainedConfig
 
 from rrtc.console import note
 from rrtc.errors import RrtcError
-from rrtc.export.formats import dense
-from rrtc.export.verify import Reference, check_loaded
+from rrtc.export.formats import dense, onnx_blocks, recursive
+from rrtc.export.formats.writing import Texts, round_written
+from rrtc.export.quantize import BITS
+from rrtc.export.verify import (
+    PROMPT,
+    Reference,
+    check_loaded,
+    check_logits,
+    greedy_of,
+    loaded,
+    logits_of,
+)
 from rrtc.io.folder import copy_companions
 from rrtc.io.shard_writer import check_fits
 from rrtc.io.source import load_tokenizer
@@ -44,6 +57,8 @@ NO_WINDOWS = "has one length for the whole KV cache, and heads that see a window
 
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
 GRAPH, DATA = "onnx/model.onnx", "onnx/model.onnx_data"
+# The graph's file by what it is quantized to, and what transformers.js calls that.
+NAMES = {"none": ("model.onnx", "fp32"), "int8": ("model_quantized.onnx", "q8"), "int4": ("model_q4.onnx", "q4")}
 # Lengths to trace with; all different, and none 0 or 1, so that nothing takes one for another or for a constant.
 ROWS, PAST, TOKENS = 2, 3, 5
 LARGEST = 2_000_000_000  # bytes of a weights file: browsers fail to fetch more than 2 GiB as one array
@@ -53,7 +68,9 @@ FOLDED = 1024  # elements: larger constants are not worked out in advance, which
 
 
 def check(recipe: ExportRecipe, base: PreTrainedConfig, made: RrtConfig | None = None) -> None:
-    """Raises RrtcError where the packages of the extra `onnx` are not installed."""
+    """Raises RrtcError where the packages of the extra `onnx` are not installed, and as the recursive format does where
+    it is to be quantized."""
+    recursive.check(recipe, base, made)
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise RrtcError(
@@ -88,19 +105,51 @@ def write(source: Path, folder: Path, dtype: torch.dtype, shard_bytes: int) -> i
     model = RrtForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     if dtype != torch.float32:
         round_tensors(model, dtype)
-    graph = _small(_trace(model), dtype)
-    shards = _save(graph, folder, min(shard_bytes, LARGEST))
-    dense.write_config(model.config, folder, dtype)
-    config = json.loads((folder / "config.json").read_text(encoding="utf8"))
+    graph = _small(_trace(model))
+    if dtype != torch.float32:
+        _halve(graph, dtype)
+    _write_folder(graph, source, folder, model.config, dtype, shard_bytes, "none")
+    return weights.parameters
+
+
+def write_quantized(
+    source: Path, folder: Path, dtype: torch.dtype, shard_bytes: int, number: str, texts: Texts, expected: Reference
+) -> tuple[int, Reference, dict]:
+    """The same with its matrices in fewer bits, those of the quantized recursive format; see rrtc.export.formats."""
+    with tempfile.TemporaryDirectory(dir=folder, prefix="recursive-") as scratch:
+        between = Path(scratch)
+        parameters = recursive.write(source, between, dtype, shard_bytes)
+        expected, found = round_written(between, number, texts, shard_bytes, expected)
+        model, rounded = loaded(source, {}), onnx_blocks.read_rounded(between, BITS[number])
+        onnx_blocks.fill(model, between, rounded)
+    check_logits(logits_of(model, expected.ids), expected.logits, torch.float32)
+    expected = replace(expected, greedy=greedy_of(model, expected.ids[:1, :PROMPT]))
+    note("Tracing the model")
+    graph = _small(_trace(model))
+    onnx_blocks.in_blocks(graph, rounded)
+    if dtype != torch.float32:
+        _halve(graph, dtype)
+    parts = onnx_blocks.parts_of(graph, rounded, dtype)
+    _write_folder(graph, source, folder, model.config, dtype, shard_bytes, number)
+    return parameters, expected, found | {"parts": parts}
+
+
+def _write_folder(
+    graph, source: Path, folder: Path, config: RrtConfig, dtype: torch.dtype, shard_bytes: int, number: str
+) -> None:
+    """Writes `graph`, and all that is beside it. number: what it is quantized to, or none."""
+    name, called = NAMES[number]
+    shards = _save(graph, folder / "onnx" / name, min(shard_bytes, LARGEST))
+    dense.write_config(config, folder, dtype)
+    written = json.loads((folder / "config.json").read_text(encoding="utf8"))
     # What transformers.js has to be told: the graph it would not ask for by itself on a processor, and how many files
     # of weights there are beside it.
-    config["transformers.js_config"] = {"dtype": "fp32", "use_external_data_format": {Path(GRAPH).name: shards}}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf8")
+    written["transformers.js_config"] = {"dtype": called, "use_external_data_format": {name: shards}}
+    (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf8")
     copy_companions(source, folder)
     tokenizer = getattr(load_tokenizer(source), "backend_tokenizer", None)
     if tokenizer is not None and not (folder / "tokenizer.json").exists():
         tokenizer.save(str(folder / "tokenizer.json"))  # what transformers.js reads, and nothing else
-    return weights.parameters
 
 
 class _Cached(nn.Module):
@@ -187,8 +236,8 @@ def _quiet():
         logger.setLevel(level)
 
 
-def _small(graph, dtype: torch.dtype):
-    """`graph`, simplified, with no constant stored twice and its matrices in `dtype`.
+def _small(graph):
+    """`graph`, simplified, with no constant stored twice.
 
     The order matters: each visit transposes the matrix it shares, and only when those transpositions have become one
     can it be worked out in advance without storing the matrix once for each visit.
@@ -200,8 +249,6 @@ def _small(graph, dtype: torch.dtype):
     common.CommonSubexpressionEliminationPass()(graph)
     optimize_ir(graph, input_size_limit=FOLDED, output_size_limit=FOLDED)
     common.ClearMetadataAndDocStringPass()(graph)
-    if dtype != torch.float32:
-        _halve(graph, dtype)
     return graph
 
 
@@ -228,9 +275,9 @@ def _halve(graph, dtype: torch.dtype) -> None:
     graph.graph.insert_before(graph.graph[0], casts)
 
 
-def _save(graph, folder: Path, shard_bytes: int) -> int:
-    """Writes the graph and its weights, and returns the number of weights files. Their names are those that
-    transformers.js works out."""
+def _save(graph, file: Path, shard_bytes: int) -> int:
+    """Writes the graph as `file`, with its weights beside it, and returns the number of weights files. Their names are
+    those that transformers.js works out."""
     import onnx_ir as ir
 
     shards, written = [[]], 0
@@ -247,23 +294,23 @@ def _save(graph, folder: Path, shard_bytes: int) -> int:
             f"The weights would be {len(shards)} files, and transformers.js reads at most {MOST_FILES}.",
             "Choose a larger --max-shard-size.",
         )
-    inside = (folder / GRAPH).parent
+    inside = file.parent
     inside.mkdir()
     try:
         for number, values in enumerate(shards):
-            name = Path(DATA).name + (f"_{number}" if number else "")
+            name = f"{file.name}_data" + (f"_{number}" if number else "")
             stored = ir.external_data.convert_tensors_to_external([v.const_value for v in values], inside, name)
             for value, tensor in zip(values, stored, strict=True):
                 value.const_value = tensor
-        ir.save(graph, folder / GRAPH)
+        ir.save(graph, file)
     except OSError as error:
-        raise disk_error(folder / DATA, error) from error
+        raise disk_error(file, error) from error
     return len(shards)
 
 
 def weights_bytes(folder: Path) -> int:
     """The size of the graph and its weights files in `folder`."""
-    return sum(file.stat().st_size for file in (folder / GRAPH).parent.glob("*"))
+    return sum(file.stat().st_size for file in (folder / "onnx").glob("*"))
 
 
 def kv_bytes(config: RrtConfig, context: int, dtype: torch.dtype) -> int:
@@ -291,8 +338,9 @@ cache of each keeps every position.
 
 
 def how_to_load(exported: dict, name: str, config: RrtConfig, chat: bool) -> str:
-    """Markdown. name: of the export's folder."""
-    return LOADING.format(name=name)
+    """Markdown. exported: what the export measured. name: of its folder."""
+    graph = next(file for file in exported["files"] if file.endswith(".onnx"))
+    return LOADING.format(name=name, graph=graph)
 
 
 LOADING = """In a browser or in Node, with [transformers.js](https://huggingface.co/docs/transformers.js), from
@@ -316,7 +364,7 @@ from transformers import AutoTokenizer
 
 folder = "{name}"  # where this folder is
 tokenizer = AutoTokenizer.from_pretrained(folder)
-session = onnxruntime.InferenceSession(folder + "/onnx/model.onnx")
+session = onnxruntime.InferenceSession(folder + "/{graph}")
 caches = [value for value in session.get_inputs() if value.name.startswith("past")]
 past = {{value.name: numpy.zeros((1, value.shape[1], 0, value.shape[3]), "float32") for value in caches}}
 tokens, done = list(tokenizer("The sky is blue because")["input_ids"]), 0

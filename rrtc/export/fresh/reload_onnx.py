@@ -30,7 +30,8 @@ def main(job: dict) -> dict:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors alone
-    session = onnxruntime.InferenceSession(f"{job['folder']}/onnx/model.onnx", options, ["CPUExecutionProvider"])
+    (graph,) = Path(job["folder"], "onnx").glob("*.onnx")
+    session = onnxruntime.InferenceSession(graph, options, ["CPUExecutionProvider"])
     ids, pieces, start, past = numpy.array(job["ids"]), [], 0, empty(session, len(job["ids"]))
     while start < ids.shape[1]:
         end = start + (FIRST if start == 0 else 1)
