@@ -16,11 +16,12 @@ from rich.console import Console
 from rich.table import Table
 
 from rrtc.export.formats import FORMATS
-from rrtc.export.quantize import BITS, quantize
+from rrtc.export.quantize import quantize
 from rrtc.io.folder import copy_companions
 from rrtc.io.source import load_tokenizer, read_config
 from rrtc.io.weights import Weights
 from rrtc.recipe.export import ExportRecipe
+from rrtc.storage import BITS
 from rrtc.text.calibration import calibration_windows
 from rrtc.text.sources import beginning
 from rrtc.text.windows import Windows, pack

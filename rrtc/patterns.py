@@ -5,6 +5,7 @@ import bisect
 from rrtc.errors import WrongUsage
 from rrtc.plan import Architecture, Matrix, Plan, Visit
 from rrtc.recipe.init import TARGETS, InitRecipe
+from rrtc.storage import Numbers
 from rrtc.target import target_of
 
 
@@ -37,18 +38,22 @@ def make_plan(architecture: Architecture, recipe: InitRecipe, dtype: str = "floa
         others = "--sharing auto ties neighbors where that is cheaper, --loops 1 nothing."
         raise WrongUsage(error.sentence, f"{hint} {error.hint} Or {others}") from error
     if recipe.start == "joint":
-        target.check(_least(unrelaxed) * target.number)
+        target.check(_least(unrelaxed, target.numbers))
         return unrelaxed
     target.check(target.taken(unrelaxed))
     return at(bisect.bisect_right(range(widest + 1), target.limit, key=lambda rank: target.taken(at(rank))) - 1)
 
 
-def _least(plan: Plan) -> int:
-    """How many numbers the slots of `plan` cannot go below: what is shared stays whole, but for about half of an FFN's
-    neurons. Layers by themselves can become nearly nothing."""
+def _least(plan: Plan, numbers: Numbers) -> int:
+    """How many bytes, in these `numbers`, `plan` cannot go below: what is shared stays whole, but for about half of an
+    FFN's neurons. Layers by themselves can become nearly nothing."""
     shared = (plan.matrices(visits[0]) for visits in plan.slots if len(visits) > 1)
-    kept = sum(int(m.size * (0.45 if m.parts[0][0] == "ffn" else 1)) for matrices in shared for m in matrices)
-    return plan.architecture.embedding + plan.architecture.head + kept
+    kept = sum(
+        int(numbers.matrix(m.outputs, m.inputs) * (0.45 if m.parts[0][0] == "ffn" else 1))
+        for matrices in shared
+        for m in matrices
+    )
+    return numbers.tables(plan.architecture) + numbers.width * kept
 
 
 def _plan_of_pattern(architecture: Architecture, recipe: InitRecipe) -> Plan:

@@ -73,6 +73,7 @@ class Architecture:
     head_flops: int  # multiply-adds of the output projection for one token
     rest: int  # what is left: the final norm
     context: int = 0  # tokens that the model can see; 0 where its config does not say
+    table_rows: int = 0  # of all embedding tables, and of an output projection of its own
 
     @property
     def parameters(self) -> int:
@@ -130,6 +131,7 @@ class Visit:
     shapes: (inputs, outputs) of the matrices that are smaller than the dense layer's, because neurons of the FFN were
     removed. It is the same for all tied visits of a slot.
     attention: None where the visit attends to what the stock layer does.
+    gains: the tied matrices whose product the visit multiplies, output by output, by a gain of its own.
     """
 
     layer: int
@@ -139,6 +141,7 @@ class Visit:
     forms: dict[str, str] = field(default_factory=dict)
     shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
     attention: Attention | None = None
+    gains: tuple[str, ...] = ()
     __pydantic_config__ = ConfigDict(strict=True, extra="forbid")  # for read_visits
 
     def __post_init__(self):
@@ -161,8 +164,8 @@ class Visit:
         return self.ranks[matrix.name] * sum(self.shape(matrix))
 
     def fields(self) -> dict[str, Any]:
-        """The visit as config.json has it: what attends to everything does not say so."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        """The visit as config.json has it: what attends to everything, or has no gains, does not say so."""
+        return {name: value for name, value in asdict(self).items() if value is not None and value != ()}
 
 
 def read_visits(values: Any) -> tuple[Visit, ...]:
@@ -231,6 +234,8 @@ class Plan:
                     parts["norms_and_biases"] += sum(visit.shape(matrix)[1] for visit in holders)
             vectors = sum(size for _, size in layer.vectors)
             parts["norms_and_biases"] += vectors * (len(visits) if self.norms == "per_visit" else 1)
+            gains = (visit.shape(m)[1] for visit in visits for m in layer.matrices if m.name in visit.gains)
+            parts["norms_and_biases"] += sum(gains)
         parts["norms_and_biases"] += self.architecture.rest
         return dict(parts)
 
@@ -344,7 +349,7 @@ def _check_numbers(visits: Sequence[Visit], layers: int) -> None:
 def _check_visit(visit: Visit, matrices: tuple[Matrix, ...]) -> None:
     """Raises WrongUsage for ranks, a form or a shape of `visit` that its layer's `matrices` cannot have."""
     known, where = {m.name: m for m in matrices}, f"in layer {visit.layer}"
-    for name in [*visit.ranks, *visit.forms, *visit.shapes]:
+    for name in [*visit.ranks, *visit.forms, *visit.shapes, *visit.gains]:
         if name not in known:
             raise WrongUsage(f"There is no matrix '{name}' {where}.", nearest(name, known))
     for matrix in matrices:
@@ -358,6 +363,9 @@ def _check_visit(visit: Visit, matrices: tuple[Matrix, ...]) -> None:
                 f"{name} {where} has the form '{form}' and the rank {visit.ranks[name]}.",
                 "A low-rank matrix has a rank of at least 1, and a visit's own matrix has rank 0.",
             )
+    for name in visit.gains:
+        if visit.form(known[name]) != "tied":
+            raise WrongUsage(f"{name} {where} is not tied, and has a gain, which only tied matrices have.")
     for name, (inputs, outputs) in visit.shapes.items():
         matrix = known[name]
         fits = 1 <= inputs <= matrix.inputs and 1 <= outputs <= matrix.outputs and not outputs % len(matrix.parts)

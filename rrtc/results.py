@@ -27,14 +27,14 @@ class PlanResult(TypedDict):
     model_type: str  # the dense model's architecture, as transformers calls it
     dtype: str  # the dtype that init would write
     recipe: dict[str, Any]  # the section init, with what its defaults stand for
-    params_total: int
-    params_non_embedding: int
+    params_total: int | None  # None, as the next, where a size is counted in fewer bits and met by measuring
+    params_non_embedding: int | None
     dense_params_total: int
     dense_params_non_embedding: int
     # By part: embeddings, head, shared, own, lora, low_rank, norms_and_biases; None where a budget is met by
     # measuring, as the next None ones.
     params_by_part: dict[str, int] | None
-    bytes: int  # of the weights in that dtype
+    bytes: int  # of the weights in that dtype; with quantize, of the export
     dense_bytes: int  # of the dense model's in the same
     source_bytes: int | None  # of the GGUF file that the dense model is read from; None where it is none
     flops_per_token: int | None  # of a forward pass, without attention over the context
@@ -88,6 +88,7 @@ class InitResult(TypedDict):
     bytes: int  # of the weights
     dense_bytes: int  # of the dense model's in the same dtype
     bytes_on_disk: int  # of the weights files, headers and all
+    quantized_bytes: NotRequired[int]  # of the weights that export will write with the quantize that was asked for
     flops_per_token: int  # of a forward pass, without attention over the context
     dense_flops_per_token: int
     source_bytes: int | None  # of the GGUF file that was read; None where it was none
@@ -138,6 +139,9 @@ class EstimateResult(TypedDict):
     peak_memory_bytes: int  # of one process: on the accelerator, or on a CPU all that it holds
     checkpoint_bytes: int  # disk space that checkpoints take on the way
     device: str
+    # With `stability`, of each branch of each visit: layer, slot, loop, branch (the module that it ends in), the mean
+    # variances dense_branch, dense_stream, tied_branch and tied_stream, and the gain (None where nothing is tied).
+    profile: NotRequired[list[dict[str, Any]]]
 
 
 class ExportResult(TypedDict):

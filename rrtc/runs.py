@@ -179,6 +179,13 @@ def check_sizes(recipe: Recipe) -> None:
 def check_run(recipe: Recipe) -> None:
     """Raises what the stages of a run would raise about the recipe itself."""
     check_recipe(recipe.uptrain)
+    planned, written = recipe.init.quantize, recipe.export.quantize
+    if planned != "none" and (planned != written or recipe.export.format != "recursive"):
+        raise WrongUsage(
+            f"init.quantize plans for a recursive export in {planned}, and export makes a {recipe.export.format} one "
+            f"with quantize {written}.",
+            f"Set export.quantize to {planned} and export.format to recursive, or leave init.quantize out.",
+        )
     if recipe.uptrain.exits == "after":
         raise WrongUsage(
             "Exits are trained after the model is healed, and a run only heals it.",

@@ -6,20 +6,20 @@ from dataclasses import dataclass
 from rrtc.errors import WrongUsage
 from rrtc.plan import Architecture, Plan
 from rrtc.recipe.init import InitRecipe
-from rrtc.storage import NUMBER_BYTES, header_bytes, tensor_bytes
+from rrtc.storage import BITS, Numbers, header_bytes
 from rrtc.units import parse_extent, parse_size, size
 
 
 @dataclass(frozen=True)
 class Target:
-    """What plans of `architecture`, stored in `dtype`, may take.
+    """What plans of `architecture`, stored in `numbers`, may take.
 
     limit: bytes of their tensors. headers: bytes that the headers of the weights files may take beside them. said: what
     was asked for, in words. is_budget: whether it was parameters without embeddings; else it was the size of the files.
     """
 
     architecture: Architecture
-    dtype: str
+    numbers: Numbers
     limit: int
     headers: int
     said: str
@@ -27,17 +27,22 @@ class Target:
 
     def taken(self, plan: Plan) -> int:
         """What `plan` takes of the limit, in bytes."""
-        return tensor_bytes(plan, self.dtype)
+        return self.numbers.bytes(plan)
 
     @property
     def number(self) -> int:
-        """What one more number takes of the limit, in bytes."""
-        return NUMBER_BYTES[self.dtype]
+        """What one more number in the dtype takes of the limit, in bytes."""
+        return self.numbers.width
 
     @property
-    def parameters(self) -> int:
-        """How many there can be in all."""
-        return self.limit // self.number
+    def parameters(self) -> int | None:
+        """How many there can be in all; None where that is a matter of which are in fewer bits."""
+        return self.limit // self.number if self.numbers.bits is None else None
+
+    @property
+    def written(self) -> int:
+        """Bytes at most of the tensors of such a plan in the dtype, in which init writes all of them."""
+        return self.limit if self.numbers.bits is None else self.limit * 8 * self.number // self.numbers.bits
 
     def check(self, least: int) -> None:
         """Raises WrongUsage where plans that take `least` bytes are the smallest, and that is more than the limit."""
@@ -52,6 +57,7 @@ class Target:
                 "like.",
             )
         smaller = ", or for --dtype bfloat16, which halves every size" if self.number > 2 else ""
+        smaller += "" if self.numbers.bits == 4 else ", or for --quantize int4, to be exported in 4 bits"
         raise WrongUsage(
             f"{self.said} cannot be met: the least possible is {_at_least(least + self.headers)}.",
             f"Ask for more{smaller}; or tie more layers (loops), or none: with --loops 1 only embeddings are a limit.",
@@ -67,11 +73,11 @@ def _at_least(n: int) -> str:
 def target_of(architecture: Architecture, recipe: InitRecipe, dtype: str) -> Target:
     """What `recipe`, which has a size or a budget, allows. Raises WrongUsage for a size that is larger than the dense
     model, or smaller than its embeddings."""
-    width = NUMBER_BYTES[dtype]
-    tables = width * (architecture.embedding + architecture.head)
+    numbers = Numbers(dtype, BITS.get(recipe.quantize))
+    width, tables = numbers.width, numbers.tables(architecture)
     if recipe.budget is not None:
         limit = tables + width * int(recipe.budget * architecture.non_embedding)
-        return Target(architecture, dtype, limit, 0, f"The budget of {recipe.budget:g}", True)
+        return Target(architecture, numbers, limit, 0, f"The budget of {recipe.budget:g}", True)
     assert recipe.size is not None
     extent, dense = parse_extent(recipe.size), width * architecture.parameters
     whole = f"the dense model's {size(dense)} in {dtype}"
@@ -82,11 +88,23 @@ def target_of(architecture: Architecture, recipe: InitRecipe, dtype: str) -> Tar
             "There is nothing to leave out. --size 1 keeps all weights as they are, for a KV budget.",
         )
     said = f"The size of {size(asked)}" + ("" if isinstance(extent, int) else f" ({extent:g} of {whole})")
-    headers = header_bytes(architecture, asked, parse_size(recipe.max_shard_size))
+    quantized = numbers.bits is not None
+    if quantized:
+        said += f" in {recipe.quantize}"
+        if asked > (most := numbers.whole(architecture)):
+            raise WrongUsage(
+                f"{said} is more than the whole dense model takes so, {size(most)}.",
+                "There is nothing to leave out: ask for less, or for more bits.",
+            )
+    headers = header_bytes(architecture, asked, parse_size(recipe.max_shard_size), quantized)
     if asked < tables:
-        sixteen = "--dtype bfloat16 halves them, and " if width > 2 else ""
+        ways = "--dtype bfloat16 halves them, and " if width > 2 else ""
+        if not quantized:
+            in_rows = size(Numbers(dtype, BITS["int4"]).tables(architecture))
+            ways += f"--quantize int8 or int4 plans for an export that has them in 8 bits, {in_rows}; "
         raise WrongUsage(
-            f"{said} is less than the embeddings alone take, {size(tables)} in {dtype}.",
-            f"Tying makes embeddings no smaller: {sixteen}what is asked for has to be more than they take.",
+            f"{said} is less than the embeddings alone take, {size(tables)} in {'8 bits' if quantized else dtype}.",
+            f"Tying makes embeddings no smaller: {'' if quantized else ways}what is asked for has to be more than they "
+            "take.",
         )
-    return Target(architecture, dtype, asked - headers, headers, said, False)
+    return Target(architecture, numbers, asked - headers, headers, said, False)

@@ -10,9 +10,10 @@ from rrtc.init.alternatives import ways
 from rrtc.patterns import make_plan
 from rrtc.plan import Architecture, Layer, Matrix
 from rrtc.recipe.init import InitRecipe
-from rrtc.recipe.schema import checked
+from rrtc.recipe.schema import Recipe, checked
+from rrtc.runs import check_run
 from rrtc.stock.architecture import read_architecture
-from rrtc.storage import HEADER_ROOM, LARGE_SHARD, header_bytes
+from rrtc.storage import HEADER_ROOM, LARGE_SHARD, Numbers, header_bytes
 from rrtc.target import target_of
 from rrtc.units import parse_extent
 
@@ -64,6 +65,39 @@ def test_large_files_leave_room_for_their_headers():
     assert header_bytes(dense, 10**9, 10**6) < 200_000  # of many small ones
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_whole_model_in_few_bits_takes_what_its_parts_do(bits):
+    dense = read_architecture(pico_config("llama"))
+    numbers = Numbers("bfloat16", bits)
+    alone = make_plan(dense, InitRecipe(loops=1, rank=0))
+    assert numbers.bytes(alone) == numbers.whole(dense)
+    rows = {48: 16, 80: 16}  # inputs of its matrices, and how many of them have a scale in common
+    full = sum(
+        m.outputs * (-(-m.inputs * bits // 32) * 4 + 2 * m.inputs // rows[m.inputs]) + 16
+        for layer in dense.layers
+        for m in layer.matrices
+    )
+    tables = 2 * 320 * (48 + 2)
+    assert numbers.bytes(alone) == full + tables + 2 * (dense.rest + sum(n for x in dense.layers for _, n in x.vectors))
+    relaxed = make_plan(dense, InitRecipe(loops=2, rank=4))
+    lora = relaxed.parts["lora"]
+    assert numbers.bytes(relaxed) - numbers.bytes(make_plan(dense, InitRecipe(loops=2, rank=0))) == 2 * lora
+
+
+@pytest.mark.parametrize("choices", [{}, {"budget": 0.5}, {"rank": 8}])
+def test_only_a_size_is_counted_in_few_bits(choices):
+    with pytest.raises(WrongUsage, match="quantize says in which numbers a size is counted; add a size"):
+        checked(InitRecipe, {"quantize": "int4"} | choices, "the command line")
+
+
+def test_a_run_exports_what_init_planned():
+    planned = {"size": "60MB", "quantize": "int4"}
+    for export in ({}, {"quantize": "int8"}, {"quantize": "int4", "format": "dense"}):
+        with pytest.raises(WrongUsage, match="init.quantize plans for a recursive export in int4, and export makes a "):
+            check_run(Recipe(init=planned, export=export))
+    check_run(Recipe(init=planned, export={"quantize": "int4"}))
+
+
 WHOLE = "0.1 of the dense model's"
 
 
@@ -72,11 +106,18 @@ WHOLE = "0.1 of the dense model's"
     [
         ({"size": "60MB"}, "bfloat16", "60 MB is more than the dense model's 12.2 MB in bfloat16.", "--size 1"),
         ({"size": "199KB"}, "bfloat16", "199 kB is less than the embeddings alone take, 200 kB in bfloat16.",
-         "Tying makes embeddings no smaller: what is asked for"),
+         "--quantize int8 or int4 plans for an export that has them in 8 bits, 100 kB; what is asked for"),
+        ({"size": "99KB", "quantize": "int4"}, "bfloat16", "99 kB in int4 is less than the embeddings alone take, 100 "
+         "kB in 8 bits.", "Tying makes embeddings no smaller: what is asked for has to be more"),
+        ({"size": 0.5, "quantize": "int4"}, "bfloat16", "(0.5 of the dense model's 12.2 MB in bfloat16) in int4 is "
+         "more than the whole dense model takes so, 3.", "nothing to leave out"),
+        ({"size": "500KB", "quantize": "int8"}, "bfloat16", "500 kB in int8 cannot be met: the least possible is ",
+         "or for --quantize int4"),
         ({"size": 0.01}, "float32", "244 kB (0.01 of the dense model's 24.4 MB in float32) is less than the "
          "embeddings alone take, 400 kB in float32.", "--dtype bfloat16 halves them"),
         ({"size": 0.1}, "bfloat16", f"1.22 MB ({WHOLE} 12.2 MB in bfloat16) cannot be met: the least possible is ",
-         "Ask for more; or tie more layers (loops), or none: with --loops 1"),
+         "Ask for more, or for --quantize int4, to be exported in 4 bits; or tie more layers (loops), or none: with "
+         "--loops 1"),
         ({"size": 0.1}, "float32", f"2.44 MB ({WHOLE} 24.4 MB in float32) cannot be met: the least possible is ",
          "--dtype bfloat16, which halves every size"),
         ({"budget": 0.1}, "bfloat16", "budget of 0.1 cannot be met: the least possible is 0.", "tie more layers"),

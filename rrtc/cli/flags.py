@@ -15,7 +15,7 @@ from rrtc.recipe.section import Section
 
 # The fields that most runs set. They stand beside --output; the other fields of the section come after them.
 COMMON = {
-    "init": ("size", "kv_budget", "loops", "sharing", "keep", "rank", "calibrate_on"),
+    "init": ("size", "quantize", "kv_budget", "loops", "sharing", "keep", "rank", "calibrate_on"),
     "uptrain": ("data", "tokens", "context", "learning_rate", "batch_size", "micro_batch", "losses"),
     "eval": ("text", "tokens", "tasks", "baselines"),
     "export": ("format", "dtype", "quantize"),

@@ -64,16 +64,16 @@ def _attention(visit: dict) -> str:
 def plan(result: dict) -> Group:
     """The plan of `init --dry-run`."""
     dense_total, total = result["dense_params_total"], result["params_total"]
-    rows = [
+    quantized = result["recipe"]["quantize"]
+    inner, dense_inner = result["params_non_embedding"], result["dense_params_non_embedding"]
+    counts = [] if total is None else [
         ["parameters", count(dense_total), count(total), f"{total / dense_total:.3f}"],
+        ["without embeddings", count(dense_inner), count(inner), f"{inner / dense_inner:.3f}"],
+    ]  # fmt: skip
+    rows = [
+        *counts,
         [
-            "without embeddings",
-            count(result["dense_params_non_embedding"]),
-            count(result["params_non_embedding"]),
-            f"{result['params_non_embedding'] / result['dense_params_non_embedding']:.3f}",
-        ],
-        [
-            f"bytes in {result['dtype']}",
+            f"bytes in {result['dtype']}" + ("" if quantized == "none" else f", compressed in {quantized}"),
             size(result["dense_bytes"]),
             size(result["bytes"]),
             f"{result['bytes'] / result['dense_bytes']:.3f}",
@@ -87,7 +87,9 @@ def plan(result: dict) -> Group:
     ]
     flops, dense_flops = result["flops_per_token"], result["dense_flops_per_token"]
     if flops is not None:
-        rows.insert(3, ["FLOPs per token", count(dense_flops), count(flops), f"{flops / dense_flops:.3f}"])
+        rows.insert(
+            len(counts) + 1, ["FLOPs per token", count(dense_flops), count(flops), f"{flops / dense_flops:.3f}"]
+        )
     if result["source_bytes"]:
         ratio = result["bytes"] / result["source_bytes"]
         rows.append(["the GGUF file, on disk", size(result["source_bytes"]), size(result["bytes"]), f"{ratio:.3f}"])
@@ -138,10 +140,11 @@ def planned(runs: dict) -> Group:
 
 def _size_and_work(run: dict) -> list[str]:
     made, training = run["plan"], run["uptrain"]
+    inner = made["params_non_embedding"]
     return [
-        count(made["params_total"]),
-        count(made["params_non_embedding"]),
-        f"{made['params_non_embedding'] / made['dense_params_non_embedding']:.3f}",
+        "–" if inner is None else count(made["params_total"]),
+        "–" if inner is None else count(inner),
+        "–" if inner is None else f"{inner / made['dense_params_non_embedding']:.3f}",
         size(made["bytes"]),
         f"{training['steps']:,}",
         "–" if training["flops_total"] is None else count(training["flops_total"]),
@@ -199,7 +202,10 @@ def _size_made(result: dict, asked: dict) -> str:
     of_dense = f"{result['bytes_on_disk'] / result['dense_bytes']:.3f} of the dense model in the same format"
     numbers = f"{count(result['params_total'])} parameters"
     inner = f"{count(result['params_non_embedding'])} of them without embeddings"
-    if asked.get("size") is not None:
+    if (quantized := result.get("quantized_bytes")) is not None:
+        of_dense = f"{quantized / result['dense_bytes']:.3f} of the dense model's {size(result['dense_bytes'])}"
+        said = f"{numbers}, now {in_files}; {size(quantized)} by export --quantize {asked['quantize']}, {of_dense}"
+    elif asked.get("size") is not None:
         said = f"{in_files}, {of_dense}; {numbers}"
     elif asked.get("budget") is not None:
         said = f"{numbers}, {inner}, {share:.3f} of the dense model's; {in_files}"
@@ -244,7 +250,27 @@ def estimate(result: dict) -> Group:
         [f"seconds a step, over {result['measured_steps']} steps", f"{result['seconds_per_step']:.2f}"],
         ["time in all, about", duration(result["seconds_total"])],
     ]
-    return Group(table(f"Uptraining on {result['device']}", ["", ""], rows))
+    profiled = [profile(result["profile"])] if "profile" in result else []
+    return Group(*profiled, table(f"Uptraining on {result['device']}", ["", ""], rows))
+
+
+def profile(rows: list[dict]) -> Group:
+    """What the branches of tied visits add, beside the dense model's, and the gains that they get."""
+    tied = [row for row in rows if row["gain"] is not None]
+    cells = [
+        [
+            str(row["layer"]),
+            f"{row['slot']}, {row['loop']}",
+            row["branch"],
+            f"{row['dense_branch'] / row['dense_stream']:.3g}",
+            f"{row['tied_branch'] / row['tied_stream']:.3g}",
+            f"{row['gain']:.2f}",
+        ]
+        for row in tied
+    ]
+    note = "Var[branch] / Var[stream], over tokens; the gain as the root of its mean square. What is not tied has none."
+    columns = ["layer", "slot, loop", "branch", "dense", "tied", "gain"]
+    return Group(table("What each branch adds to the hidden states", columns, cells), plain(note))
 
 
 def uptrain(result: dict, folder: str) -> Group:

@@ -37,13 +37,12 @@ from rrtc.model.rows_rrt import BITS as TABLE_BITS
 from rrtc.model.rows_rrt import tables_of
 from rrtc.scoring import score
 from rrtc.stock.architecture import read_architecture
+from rrtc.storage import group_of
 from rrtc.text.windows import Windows
 from rrtc.tying.moments import Gathering
 from rrtc.tying.rounding import best_factors, best_scales, gptq, round_to_nearest, widest_scales
 from rrtc.units import size
 
-BITS = {"int8": 8, "int4": 4}
-GROUP = 128  # inputs that have a scale in common, at most
 MOMENTS_AT_ONCE = 2 << 30  # bytes: the text is read several times where the moments of all slots take more
 
 
@@ -58,10 +57,7 @@ class Matrix:
 
     @property
     def group(self) -> int:
-        """The largest power of two that divides the inputs, up to GROUP, or all inputs where that is less than 16."""
-        inputs = self.linear.in_features
-        power = min(inputs & -inputs, GROUP)
-        return power if power >= 16 else inputs
+        return group_of(self.linear.in_features)
 
     @property
     def moment_bytes(self) -> int:

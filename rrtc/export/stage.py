@@ -87,6 +87,7 @@ def _export(folder: str, output: str, recipe: Recipe, report: str | None, inputs
         stated = license.get("license_name", license["license"])
         warn(f"The license of {provenance['base']['uri']} ({stated}) forbids passing on what is made of it.")
 
+    _say_what_was_planned(recipe.export, provenance)
     if from_disk:
         note("The model does not fit into memory: it is read from disk, matrix by matrix, to be checked")
     compared = {}
@@ -153,6 +154,14 @@ def check_format(
             made_as.TIMES_IN_MEMORY,
         )  # fmt: skip
     return from_disk
+
+
+def _say_what_was_planned(asked: ExportRecipe, provenance: dict) -> None:
+    """A note where the model was planned to be exported in other numbers than are `asked` for."""
+    init = provenance["recipe"].get("init") or {}
+    planned = init.get("quantize", "none")
+    if planned != "none" and (asked.quantize != planned or asked.format != "recursive"):
+        note(f"The size of {init.get('size')} was planned for --format recursive --quantize {planned}.")
 
 
 def _with_text(recipe: Recipe, provenance: dict, source: Path) -> ExportRecipe:

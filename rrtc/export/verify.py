@@ -162,6 +162,9 @@ def _product_forward(module: RelaxedLinear, dtype: torch.dtype):
             shared = module.shared()
             with align_module_device(shared):
                 weight, bias = shared.weight + weight, shared.bias if bias is None else bias
+        if module.gain is not None:
+            weight = module.gain[:, None] * weight
+            bias = bias if module.bias is not None or bias is None else module.gain * bias
         bias = None if bias is None else bias.to(dtype).float()
         return nn.functional.linear(x, weight.to(dtype).float(), bias)
 

@@ -100,8 +100,8 @@ class Mixed(nn.Module):
 
 
 class MixedLinear(Mixed):
-    """The same for RelaxedLinear with one W', which is multiplied once: y = W'x + B(Ax) + b, each with its loop's A, B
-    and b."""
+    """The same for RelaxedLinear with one W', which is multiplied once: y = W'x + B(Ax) + b, each with its loop's A, B,
+    b and gain."""
 
     def forward(self, x: Tensor) -> Tensor:
         slices = self.now.step.loops
@@ -112,6 +112,8 @@ class MixedLinear(Mixed):
             own = self.loops[loop]
             if own.rank:
                 y[part] += linear(linear(x[part], own.A), own.B)
+            if own.gain is not None:
+                y[part] *= own.gain
             if own.bias is not None:
                 y[part] += own.bias
         return y

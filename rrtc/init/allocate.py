@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rrtc.plan import Matrix, Visit
+from rrtc.storage import PLAIN, Numbers
 from rrtc.tying.joint import joint_costs
 from rrtc.tying.neurons import Neurons, Removal, align, narrowed, removal, reordered_seen
 from rrtc.tying.whiten import Seen, costs_by_rank
@@ -35,7 +36,8 @@ class Curve:
     """The settings of one matrix, or of an FFN by the matrix that reads its neurons, in `layers`.
 
     kind "tied": LoRA ranks, where the layers share W'; "low_rank": ranks without W', or FULL; "neurons": widths of an
-    FFN with whole matrices. settings[i] stores numbers[i] numbers in all and costs costs[i] nats a token; float64.
+    FFN with whole matrices. settings[i] stores numbers[i] numbers in all, or what takes as much as so many, and costs
+    costs[i] nats a token; float64.
     """
 
     kind: str
@@ -97,20 +99,23 @@ class Choice:
         )
 
 
-def alone(layer: int, seen: Mapping[str, Seen], neurons: list[Neurons]) -> Group:
+def alone(layer: int, seen: Mapping[str, Seen], neurons: list[Neurons], stored: Numbers = PLAIN) -> Group:
     """The choices for a layer that shares nothing: each matrix whole or of low rank, an FFN with fewer neurons. `seen`:
-    its matrices, by path, of which one, or those of one FFN, are asked for at a time."""
+    its matrices, by path, of which one, or those of one FFN, are asked for at a time. stored: what they will be stored
+    in."""
     in_ffn = {name for inner in neurons for name in inner.matrices}
-    parts = [(Way((_low_rank(layer, name, seen[name]),)),) for name in seen if name not in in_ffn]
+    parts = [(Way((_low_rank(layer, name, seen[name], stored),)),) for name in seen if name not in in_ffn]
     for inner in neurons:
         ffn = {name: seen[name] for name in inner.matrices}
         gone = removal([ffn[inner.reader]])
-        size = sum(one.weight.numel() for one in ffn.values()) / inner.width  # numbers that a neuron takes
         widths = [inner.width - count for count in gone.removed]
-        numbers = torch.tensor([size * width for width in widths], dtype=torch.float64)
+        sizes = [_ffn_size(ffn, inner, width, stored) for width in widths]
+        numbers = torch.tensor(sizes, dtype=torch.float64)
         ways = [Way((Curve("neurons", (layer,), inner.reader, widths, numbers, gone.costs),))]
         for width, cost, kept in _grid(inner, gone, WIDTHS):
-            curves = tuple(_low_rank(layer, name, narrowed(name, one, inner, kept)) for name, one in ffn.items())
+            curves = tuple(
+                _low_rank(layer, name, narrowed(name, one, inner, kept), stored) for name, one in ffn.items()
+            )
             ways.append(Way(curves, (((layer,), inner.reader, width),), cost))
         parts.append(tuple(ways))
     return Group((layer,), tuple(parts))
@@ -121,11 +126,12 @@ def together(
     seen: list[Mapping[str, Seen]],
     neurons: list[Neurons],
     widths: tuple[float, ...] = WIDTHS,
+    stored: Numbers = PLAIN,
 ) -> Group:
-    """The choices for layers that share a slot, all of whose matrices are tied. `seen`: as for `alone`. widths: of a
-    shared FFN, as parts of the dense one."""
+    """The choices for layers that share a slot, all of whose matrices are tied. `seen`, `stored`: as for `alone`.
+    widths: of a shared FFN, as parts of the dense one."""
     in_ffn = {name for inner in neurons for name in inner.matrices}
-    parts = [(Way((_tied(layers, name, [s[name] for s in seen]),)),) for name in seen[0] if name not in in_ffn]
+    parts = [(Way((_tied(layers, name, [s[name] for s in seen], stored),)),) for name in seen[0] if name not in in_ffn]
     for inner in neurons:
         ffns = [{name: one[name] for name in inner.matrices} for one in seen]
         orders = [align(ffns[0], other, inner) for other in ffns[1:]]
@@ -139,7 +145,7 @@ def together(
         ways = []
         for width, cost, kept in _grid(inner, gone, widths):
             curves = tuple(
-                _tied(layers, name, [narrowed(name, one, inner, kept) for one in lined_up(name)])
+                _tied(layers, name, [narrowed(name, one, inner, kept) for one in lined_up(name)], stored)
                 for name in inner.matrices
             )
             ways.append(Way(curves, ((layers, inner.reader, width),), cost))
@@ -163,21 +169,31 @@ def or_apart(group: Group, singles: list[Group]) -> Group:
     return Group(group.layers, tuple(parts))
 
 
-def _low_rank(layer: int, name: str, seen: Seen) -> Curve:
+def _ffn_size(ffn: Mapping[str, Seen], inner: Neurons, width: int, stored: Numbers) -> float:
+    """What the matrices of an FFN take with so many of its neurons, in numbers."""
+    size = 0.0
+    for name, one in ffn.items():
+        outputs, inputs = one.weight.shape
+        narrow = (outputs, width) if name == inner.reader else (outputs // inner.width * width, inputs)
+        size += stored.matrix(*narrow)
+    return size
+
+
+def _low_rank(layer: int, name: str, seen: Seen, stored: Numbers) -> Curve:
     outputs, inputs = seen.weight.shape
-    costs = costs_by_rank(seen.weight, seen.inputs, seen.gradients)
+    costs, full = costs_by_rank(seen.weight, seen.inputs, seen.gradients), float(stored.matrix(outputs, inputs))
     # At least 1, and less than where the factors are larger than the matrix.
-    ranks = range(1, max(2, math.ceil(outputs * inputs / (outputs + inputs))))
-    numbers = [float(rank * (outputs + inputs)) for rank in ranks] + [float(outputs * inputs)]
+    ranks = range(1, max(2, math.ceil(full / (outputs + inputs))))
+    numbers = [float(rank * (outputs + inputs)) for rank in ranks] + [full]
     costs = torch.cat([costs[1 : 1 + len(ranks)].cpu(), torch.zeros(1, dtype=torch.float64)])
     return Curve("low_rank", (layer,), name, [*ranks, FULL], torch.tensor(numbers, dtype=torch.float64), costs)
 
 
-def _tied(layers: tuple[int, ...], name: str, group: list[Seen]) -> Curve:
+def _tied(layers: tuple[int, ...], name: str, group: list[Seen], stored: Numbers) -> Curve:
     outputs, inputs = group[0].weight.shape
     costs = joint_costs(group).cpu()
     ranks = torch.arange(len(costs), dtype=torch.float64)
-    numbers = outputs * inputs + len(layers) * ranks * (outputs + inputs)
+    numbers = stored.matrix(outputs, inputs) + len(layers) * ranks * (outputs + inputs)
     return Curve("tied", layers, name, list(range(len(costs))), numbers, costs)
 
 

@@ -51,7 +51,7 @@ def alternatives(
             if is_made:
                 plan, predicted = made
             else:
-                pattern = make_plan(target.architecture, asked, target.dtype)
+                pattern = make_plan(target.architecture, asked, target.numbers.dtype)
                 plan, predicted = choose(pattern, measure(pattern, MEASURED, name))
         except WrongUsage:  # these layers cannot be tied so, or not be so small
             continue

@@ -28,6 +28,7 @@ from rrtc.init.calibrate import Calibration
 from rrtc.io.dense import DenseModel
 from rrtc.io.folder import whole_file
 from rrtc.plan import Layer, Plan
+from rrtc.storage import PLAIN, Numbers
 from rrtc.target import Target
 from rrtc.tying.neurons import Neurons
 from rrtc.tying.whiten import Seen
@@ -43,11 +44,13 @@ def measure_groups(
     work: Path,
     most: int | None = None,
     called: str = "",
+    stored: Numbers = PLAIN,
 ) -> list[Group]:
     """The choices there are for every slot of `pattern`; with `free`, for every layer by itself and for every two
     neighbors that are alike, any part of which may be left untied. Each is kept in the folder `work` once it is
     measured, and taken from there. most: of so many slots of a kind, and of the first and the last; the others are
-    taken to be like the nearest that was measured. called: the name of this work for its progress."""
+    taken to be like the nearest that was measured. called: the name of this work for its progress. stored: what all of
+    it will be stored in."""
     views: dict[int, dict[str, Seen]] = {}  # of the layers of the group at hand
 
     def seen(number: int) -> dict[str, Seen]:
@@ -57,12 +60,13 @@ def measure_groups(
 
     def measured(numbers: tuple[int, ...]) -> Group:
         if len(numbers) == 1:
-            return _kept(numbers, work, lambda: alone(numbers[0], seen(numbers[0]), neurons))
+            return _kept(numbers, work, lambda: alone(numbers[0], seen(numbers[0]), neurons, stored))
         singles = [measured((number,)) for number in numbers] if free else []
 
         def measure():
             # Where a choice was free, a shared FFN narrower than the dense one was never chosen (benchmarks/LOG.md).
-            group = together(numbers, [seen(number) for number in numbers], neurons, (1.0,) if free else WIDTHS)
+            widths = (1.0,) if free else WIDTHS
+            group = together(numbers, [seen(number) for number in numbers], neurons, widths, stored)
             return or_apart(group, singles) if free else group
 
         return _kept(numbers, work, measure)

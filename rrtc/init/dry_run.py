@@ -13,7 +13,7 @@ from rrtc.patterns import make_plan
 from rrtc.plan import kv_bytes_at
 from rrtc.recipe.schema import Recipe
 from rrtc.recipe.section import OWN_TEXT
-from rrtc.storage import NUMBER_BYTES
+from rrtc.storage import BITS, NUMBER_BYTES, Numbers
 from rrtc.target import target_of
 from rrtc.units import parse_size
 
@@ -58,9 +58,18 @@ def dry_run(model: str, recipe: Recipe) -> dict:
     source_bytes = source.bytes_on_disk if source.is_gguf else None
     if recipe.init.has_target and joint:
         # What is stored how, and so what it computes, is known once the layers are measured; how much is known now.
-        total = target_of(architecture, recipe.init, dtype).parameters
-        size = {"params_total": total, "params_non_embedding": total - architecture.embedding - architecture.head}
-        unknown = ("params_by_part", "flops_per_token", "visits")
-        summary |= size | {"bytes": total * width} | dict.fromkeys(unknown)
+        target = target_of(architecture, recipe.init, dtype)
+        unknown, taken = ["params_by_part", "flops_per_token", "visits"], {"bytes": target.limit}
+        if (total := target.parameters) is None:
+            unknown += ["params_total", "params_non_embedding"]
+        else:
+            taken = {
+                "params_total": total,
+                "params_non_embedding": total - architecture.embedding - architecture.head,
+                "bytes": total * width,
+            }
+        summary |= taken | dict.fromkeys(unknown)
+    elif quantized := BITS.get(recipe.init.quantize):
+        summary["bytes"] = Numbers(dtype, quantized).bytes(plan)
     asked = {"model": model, "dtype": dtype, "source_bytes": source_bytes, "recipe": recipe.init.resolved()}
     return asked | summary

@@ -41,7 +41,7 @@ from rrtc.plan import Plan
 from rrtc.recipe.schema import Recipe
 from rrtc.stock.architecture import read_architecture
 from rrtc.stock.trial import find_folds
-from rrtc.storage import tensor_bytes
+from rrtc.storage import BITS, Numbers
 from rrtc.target import Target, target_of
 from rrtc.text.calibration import calibration_windows, own_windows
 from rrtc.text.own import check_writer_fits
@@ -100,8 +100,13 @@ class Job:
             windows, context = self.calibration.shape
             tokens, joint = (windows + self.own_windows) * context, self.recipe.init.start == "joint"
             waiting = bytes_on_disk(self.plan.architecture, tokens, moments=joint)
-        limit = 0 if self.target is None else self.target.limit
-        return 2 * max(tensor_bytes(self.plan, self.dtype), limit) + waiting
+        most = 0 if self.target is None else self.target.written
+        return 2 * max(Numbers(self.dtype).bytes(self.plan), most) + waiting
+
+    @property
+    def numbers(self) -> Numbers:
+        """What the size that is asked for is counted in."""
+        return Numbers(self.dtype, BITS.get(self.recipe.init.quantize))
 
     @property
     def target(self) -> Target | None:

@@ -204,7 +204,9 @@ def _tie_jointly(job: Job, calibration: Calibration, neurons: list[Neurons]) -> 
 
         def measure(pattern: Plan, most: int | None = None, way: str = "") -> list[Group]:
             called = phases.trying(way) if way else phases.PLANNING
-            return measure_groups(pattern, free, dense, calibration, neurons, device, job.work, most, called)
+            return measure_groups(
+                pattern, free, dense, calibration, neurons, device, job.work, most, called, target.numbers
+            )
 
         def choose(pattern: Plan, groups: list[Group]) -> tuple[Plan, float]:
             return plan_under(pattern, groups, target, neurons)
@@ -252,7 +254,8 @@ def _make_slots(job: Job, plan: Plan, make: Callable[[int], Slot]) -> None:
 def _write(job: Job, plan: Plan, folder: Path, shard_bytes: int) -> dict:
     """Writes the model into `folder`, all but its rrtc.yaml, from the finished slots and what lies outside them.
     Returns its sizes."""
-    width = NUMBER_BYTES[job.dtype]
+    width, numbers = NUMBER_BYTES[job.dtype], job.numbers
+    quantized = {} if numbers.bits is None else {"quantized_bytes": numbers.bytes(plan)}
     if isinstance(job.dense, RecursiveModel):
         written = copy_with_plan(job.dense, plan, folder)
     else:
@@ -272,6 +275,7 @@ def _write(job: Job, plan: Plan, folder: Path, shard_bytes: int) -> dict:
         "bytes": written,
         "dense_bytes": plan.architecture.parameters * width,
         "bytes_on_disk": Weights(folder).bytes_on_disk,
+        **quantized,
         "flops_per_token": plan.flops_per_token,
         "dense_flops_per_token": plan.architecture.flops_per_token,
         "source_bytes": job.source.bytes_on_disk if job.source.is_gguf else None,

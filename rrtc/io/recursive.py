@@ -81,6 +81,8 @@ class EffectiveLayers:
             if name not in self._weights:  # norms and biases that the slot has once
                 name = self._shared(visit, path)
             shape, rows_of = self._weights.shape(name), partial(self._weights.read, name)
+            if module in visit.gains and name == self._shared(visit, path):  # a bias that the gain multiplies as well
+                rows_of = self._times_gain(visit, module, rows_of)
         if matrix is None or module not in visit.shapes:
             yield from each(rows_of, row_blocks(shape))
             return
@@ -94,6 +96,19 @@ class EffectiveLayers:
 
     def _product(self, visit: Visit, matrix: Matrix) -> Callable[[slice], Tensor]:
         """What `matrix` of `visit` multiplies by, whatever its form: rows of it, (rows, inputs)."""
+        without = self._without_gain(visit, matrix)
+        return self._times_gain(visit, matrix.name, without) if matrix.name in visit.gains else without
+
+    def _times_gain(self, visit: Visit, module: str, rows_of: Callable[[slice], Tensor]) -> Callable[[slice], Tensor]:
+        """The rows of a tensor, each times the gain of the output that it is of."""
+        gain = self._own(visit, f"{module}.gain")
+
+        def times_gain(rows: slice) -> Tensor:
+            return (rows_of(rows).T * self._weights.read(gain, rows)).T
+
+        return times_gain
+
+    def _without_gain(self, visit: Visit, matrix: Matrix) -> Callable[[slice], Tensor]:
         weights, form = self._weights, visit.form(matrix)
         full = (self._shared if form == "tied" else self._own)(visit, f"{matrix.name}.weight")
         if not visit.ranks[matrix.name]:

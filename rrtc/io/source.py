@@ -341,4 +341,8 @@ def load_model(folder, **others):
 
     # return_dict: how its makers liked outputs says nothing about the model.
     safe = {"use_safetensors": True, "trust_remote_code": False, "return_dict": True}
-    return AutoModelForCausalLM.from_pretrained(folder, **safe, **others).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, **safe, **others).eval()
+    if hasattr(model, "ct_decompress_hook"):
+        # compressed-tensors unpacks a model in its first forward pass; but not where a part of it is run alone.
+        model.hf_quantizer.compressor.decompress_model(model)
+    return model

@@ -8,7 +8,8 @@ list of decoder layers; the stock forward, masks, cache, generation and attentio
       slots[k].shared      the tied matrices, each stored once, without bias
       slots[k].loops[b]    a stock decoder layer with its own layer_idx, norms and biases, whose matrices are
                            RelaxedLinear: W'x + B(Ax) + b, with W' reached in slots[k].shared by name, or without W';
-                           or plain nn.Linear, where the visit has a full matrix of its own
+                           or plain nn.Linear, where the visit has a full matrix of its own. Where a visit has a gain
+                           for what the matrix adds to the stream: g * (W'x + B(Ax)) + b
 
 This file is shipped in every export beside configuration_rrt.py and imports nothing but torch and transformers.
 """
@@ -48,12 +49,13 @@ class Reference:
 
 class RelaxedLinear(nn.Module):
     """One visit's view of a shared matrix: y = W'x + B(Ax) + b  (paper §2.3; LoRA scale 1, there is no alpha).
-    Without a shared matrix (None) it is a low-rank one: y = B(Ax) + b.
+    Without a shared matrix (None) it is a low-rank one: y = B(Ax) + b. With a gain, all but the visit's own bias is
+    multiplied by it, output by output.
 
-    A: (rank, inputs), B: (outputs, rank), bias: (outputs,); A and B are absent at rank 0.
+    A: (rank, inputs), B: (outputs, rank), bias and gain: (outputs,); A and B are absent at rank 0.
     """
 
-    def __init__(self, shared: Reference | None, inputs: int, outputs: int, rank: int, bias: bool):
+    def __init__(self, shared: Reference | None, inputs: int, outputs: int, rank: int, bias: bool, gain: bool = False):
         super().__init__()
         self.shared = shared
         self.in_features, self.out_features, self.rank = inputs, outputs, rank
@@ -61,6 +63,7 @@ class RelaxedLinear(nn.Module):
             self.A = nn.Parameter(torch.empty(rank, inputs))
             self.B = nn.Parameter(torch.empty(outputs, rank))
         self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
+        self.gain = nn.Parameter(torch.empty(outputs)) if gain else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (..., inputs) -> (..., outputs)
         if self.shared is None:
@@ -68,6 +71,8 @@ class RelaxedLinear(nn.Module):
         y = self.shared()(x)
         if self.rank:
             y = y + nn.functional.linear(nn.functional.linear(x, self.A), self.B)
+        if self.gain is not None:
+            y = y * self.gain
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
@@ -196,7 +201,8 @@ def _check_forms(layer: nn.Module, visit: dict, tied: dict[tuple[int, str], tupl
     """Raises ValueError where a matrix of `visit` cannot be made of `layer`. `tied` collects the shapes of the tied
     matrices by (slot, path)."""
     matrices, where = matrices_of(layer), f"of layer {visit['layer']}"
-    unknown = (visit.get("forms", {}).keys() | visit.get("shapes", {}).keys()) - matrices.keys()
+    gains = set(visit.get("gains") or ())
+    unknown = (visit.get("forms", {}).keys() | visit.get("shapes", {}).keys() | gains) - matrices.keys()
     if unknown:
         raise ValueError(f"{sorted(unknown)[0]} is no matrix {where}")
     for path, module in matrices.items():
@@ -205,6 +211,8 @@ def _check_forms(layer: nn.Module, visit: dict, tied: dict[tuple[int, str], tupl
             raise ValueError(f"{path} {where} has the form {form!r}, which is not tied, low_rank or own")
         if form != "tied" and (form == "low_rank") != (rank > 0):
             raise ValueError(f"{path} {where} has the form {form} and the rank {rank}")
+        if form != "tied" and path in gains:
+            raise ValueError(f"{path} {where} has the form {form} and a gain, which is for tied ones")
         if form == "tied" and tied.setdefault((visit["slot"], path), shape) != shape:
             raise ValueError(f"{path} {where} does not have the shape of the matrix it is tied to")
 
@@ -222,7 +230,8 @@ def _relax(layer: nn.Module, slot: Slot, visit: dict, norms: str) -> None:
             reference, own_bias = _shared_place(slot, path), bias and norms == "per_visit"
             if reference.name not in reference.container._modules:
                 reference.container.add_module(reference.name, nn.Linear(inputs, outputs, bias and not own_bias))
-        _replace(layer, path, RelaxedLinear(reference, inputs, outputs, visit["ranks"][path], own_bias))
+        gain = path in (visit.get("gains") or ())
+        _replace(layer, path, RelaxedLinear(reference, inputs, outputs, visit["ranks"][path], own_bias, gain))
     if norms == "shared":
         others = [
             (path, module)
@@ -333,6 +342,8 @@ class RrtPreTrainedModel(PreTrainedModel):
                     init.zeros_(module.B)
                 if module.bias is not None:
                     init.zeros_(module.bias)
+                if module.gain is not None:
+                    init.ones_(module.gain)
 
     def train(self, mode: bool = True):
         self.stock.training = mode

@@ -9,14 +9,13 @@ This file is shipped in every export beside modeling_rrt.py and imports nothing 
 """
 
 import functools
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 BITS = 8
-BLOCK = {"cpu": 1 << 20}  # numbers of a block: on a processor it stays in its cache
+BLOCK = {"cpu": 1 << 18}  # numbers of a block: on a processor it stays in its cache
 LARGE_BLOCK = 1 << 26  # elsewhere: every block is a kernel to be started
 
 
@@ -47,16 +46,21 @@ class Rows(nn.Module):
 
     def project(self, hidden: Tensor, bias: Tensor | None, stop: int | None = None) -> Tensor:
         """(..., width) -> (..., rows); of the rows before `stop`, where it is given."""
-        parts = [
-            F.linear(hidden, self.rows(rows), None if bias is None else bias[rows])
-            for rows in self._blocks(len(self.numbers) if stop is None else stop)
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-
-    def _blocks(self, stop: int) -> Iterator[slice]:
-        at_once = max(1, BLOCK.get(self.numbers.device.type, LARGE_BLOCK) // self.numbers.shape[1])
+        stop, width = len(self.numbers) if stop is None else stop, self.numbers.shape[1]
+        at_once = min(stop, max(1, BLOCK.get(self.numbers.device.type, LARGE_BLOCK) // width))
+        # One place for all blocks: new memory for each takes longer than what is done there. Where gradients are
+        # wanted, autograd keeps the blocks.
+        wants_gradients = torch.is_grad_enabled() and hidden.requires_grad
+        place = None if wants_gradients else self.scale.new_empty(at_once, width)
+        parts = []
         for start in range(0, stop, at_once):
-            yield slice(start, min(start + at_once, stop))
+            rows = slice(start, min(start + at_once, stop))
+            if place is None:
+                block = self.rows(rows)
+            else:
+                block = place[: rows.stop - start].copy_(self.numbers[rows]).mul_(self.scale[rows])
+            parts.append(F.linear(hidden, block, None if bias is None else bias[rows]))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
 class RowsEmbedding(nn.Embedding):

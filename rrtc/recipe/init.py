@@ -28,6 +28,11 @@ class InitRecipe(Section):
         description="How large the weights files may be, embeddings and all: 300MB, or a part (0.5, 50%) of what the "
         "dense model takes in the dtype that is written. Ranks, and FFN neurons to remove, are solved for.",
     )
+    quantize: Literal["none", "int8", "int4"] = Field(
+        "none",
+        description="The size is that of the file that 'rrtc export --quantize' will write: matrices in 8 or 4 bits, "
+        "embeddings in 8, the rest in dtype. What init itself writes is in dtype.",
+    )
     budget: float | None = Field(
         None,
         gt=0,
@@ -171,6 +176,8 @@ class InitRecipe(Section):
         given = [name for name in (*TARGETS, "rank") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{given[0]} and {given[1]} both say how much to store; give one of them")
+        if self.quantize != "none" and self.size is None:
+            raise ValueError("quantize says in which numbers a size is counted; add a size")
         if self.pattern == "auto" and not self.has_target:
             raise ValueError("sharing 'auto' needs something to choose under: add a size or a budget")
         if self.pattern == "auto" and self.start != "joint" and not self.keeps_weights:

@@ -10,6 +10,24 @@ from rrtc.recipe.section import BUILT_IN_TEXT, Section
 DISTILLATIONS = ("forward_kl", "reverse_kl", "jensen_shannon", "total_variation")  # paper appendix I
 MOST_WEIGHT = 1_000_000
 LOSSES = ("next_token", *DISTILLATIONS, "hidden")
+REGULARIZERS = ("bmi",)
+
+
+def _read_weights(value: Any, known: tuple[str, ...], what: str) -> Any:
+    """Weights as on the command line, a list of NAME=WEIGHT, or as in a file, a mapping; of `known` names alone."""
+    if isinstance(value, list):
+        pairs = [str(item).partition("=") for item in value]
+        value = {name.strip(): weight.strip() for name, _, weight in pairs}
+    for name in value if isinstance(value, dict) else ():
+        if name not in known:
+            raise ValueError(f"there is no {what} '{name}'. {nearest(str(name), known)}")
+    return value
+
+
+def _check_weights(value: dict[str, float]) -> None:
+    for name, weight in value.items():
+        if not 0 <= weight <= MOST_WEIGHT:
+            raise ValueError(f"the weight of {name} is {weight}, and it should be from 0 to {MOST_WEIGHT:,}")
 
 
 class UptrainRecipe(Section):
@@ -54,6 +72,11 @@ class UptrainRecipe(Section):
         description="The learning rate of a weight that several visits use is multiplied by this; visits: divided by "
         "their number. 1 changes nothing.",
     )
+    stability: Literal["none", "admin"] = Field(
+        "none",
+        description="admin: before training, each visit gets gains for what it adds to the hidden states, so that it "
+        "adds as much as the dense layer.",
+    )
     schedule: Literal["cosine", "warmup_stable_decay"] = Field(
         "cosine", description="How the learning rate falls: all the way, or only over the last part (decay)."
     )
@@ -65,6 +88,11 @@ class UptrainRecipe(Section):
         {"forward_kl": 1.0},
         description="What is minimized, each with its weight: next_token; forward_kl, reverse_kl, jensen_shannon, "
         "total_variation (distances from the dense model's distribution); hidden (from its hidden states).",
+    )
+    regularizers: dict[str, float] = Field(
+        {"bmi": 0.0},
+        description="What is minimized beside them, each with its weight; 0: not at all. bmi: that hidden states of a "
+        "piece of text tell the one that follows from others, 0.02 as in its paper.",
     )
     temperature: float = Field(1.0, ge=0.01, le=100, description="Of both distributions, where they are compared.")
     teacher: str | None = Field(None, description="The model to learn from; by default the one that was compressed.")
@@ -116,23 +144,25 @@ class UptrainRecipe(Section):
     @field_validator("losses", mode="before", json_schema_input_type=dict[str, float] | list[str])
     @classmethod
     def _parse_losses(cls, value: Any) -> Any:
-        """As on the command line, a list of NAME=WEIGHT, or as in a file, a mapping."""
-        if isinstance(value, list):
-            pairs = [str(item).partition("=") for item in value]
-            value = {name.strip(): weight.strip() for name, _, weight in pairs}
-        for name in value if isinstance(value, dict) else ():
-            if name not in LOSSES:
-                raise ValueError(f"there is no loss '{name}'. {nearest(str(name), LOSSES)}")
-        return value
+        return _read_weights(value, LOSSES, "loss")
 
     @field_validator("losses", mode="after")
     @classmethod
     def _some_loss(cls, value: dict[str, float]) -> dict[str, float]:
-        for name, weight in value.items():
-            if not 0 <= weight <= MOST_WEIGHT:
-                raise ValueError(f"the weight of {name} is {weight}, and it should be from 0 to {MOST_WEIGHT:,}")
+        _check_weights(value)
         if not any(value.values()):
             raise ValueError("no loss has a weight above 0, so there is nothing to learn from")
+        return value
+
+    @field_validator("regularizers", mode="before", json_schema_input_type=dict[str, float] | list[str])
+    @classmethod
+    def _parse_regularizers(cls, value: Any) -> Any:
+        return _read_weights(value, REGULARIZERS, "regularizer")
+
+    @field_validator("regularizers", mode="after")
+    @classmethod
+    def _regularizer_weights(cls, value: dict[str, float]) -> dict[str, float]:
+        _check_weights(value)
         return value
 
     @property

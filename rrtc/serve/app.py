@@ -17,6 +17,7 @@ from starlette.routing import Route
 from rrtc.console import note
 from rrtc.errors import RrtcError
 from rrtc.generate.engine import Busy
+from rrtc.serve.place import is_this_machine
 from rrtc.serve.protocol import Call, End, UnknownModel, Writer, error_body, read_call
 from rrtc.serve.worker import Answers, Failed, Worker
 
@@ -37,18 +38,20 @@ class Stopping(RrtcError):
     """The server ends before the answer did."""
 
 
-def make_app(worker: Worker, model: str, api_key: str | None = None) -> Starlette:
+def make_app(worker: Worker, model: str, api_key: str | None = None, only_here: bool = False) -> Starlette:
     """The application that answers with the engine of `worker`, whose model clients know by the name `model`. api_key:
-    what they have to send, where they have to."""
+    what they have to send, where they have to. only_here: whether they have to call the server by a name of the machine
+    that it runs on."""
+    check = partial(_check_client, api_key=api_key, only_here=only_here)
     begun = int(time.time())
     listed = {"id": model, "object": "model", "created": begun, "owned_by": "rrtc"}
 
     async def models(request: Request) -> Response:
-        _check_key(request, api_key)
+        check(request)
         return JSONResponse({"object": "list", "data": [listed]})
 
     async def one_model(request: Request) -> Response:
-        _check_key(request, api_key)
+        check(request)
         if request.path_params["name"] != model:
             raise UnknownModel(f"The model '{request.path_params['name']}' is not served here.", f"It is '{model}'.")
         return JSONResponse(listed)
@@ -58,7 +61,7 @@ def make_app(worker: Worker, model: str, api_key: str | None = None) -> Starlett
         return JSONResponse(status | worker.load, 200 if worker.alive else 503)
 
     async def complete(request: Request, chat: bool) -> Response:
-        _check_key(request, api_key)
+        check(request)
         body = await _body(request, LARGEST + PROSE * worker.engine.context)
         call, writer = read_call(body, chat, model), Writer(chat, model)
         answers = await worker.submit(call.prompts, call.options)
@@ -168,7 +171,10 @@ async def _body(request: Request, largest: int) -> bytes:
     return bytes(body)
 
 
-def _check_key(request: Request, api_key: str | None) -> None:
+def _check_client(request: Request, api_key: str | None, only_here: bool) -> None:
+    host = request.url.hostname or ""
+    if only_here and not is_this_machine(host):  # a page in a browser, of a site whose name leads here now
+        raise Refused(403, f"This server is not known as '{host}'.", "Call it by localhost or 127.0.0.1.")
     sent = request.headers.get("authorization", "")
     if api_key is not None and not secrets.compare_digest(sent.encode(), f"Bearer {api_key}".encode()):
         raise Refused(401, "The API key is missing or wrong.", "It is what the server was started with.")

@@ -44,4 +44,12 @@ def url_of(place: socket.socket) -> str:
 
 def is_open(place: socket.socket) -> bool:
     """Whether other machines can connect to it."""
-    return not ipaddress.ip_address(place.getsockname()[0]).is_loopback
+    return not is_this_machine(place.getsockname()[0])
+
+
+def is_this_machine(host: str) -> bool:
+    """Whether `host` is a name or an address that no other machine has."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # another name
+        return False

@@ -58,7 +58,7 @@ def serve(
         note(_example(url, bool(tokenizer.chat_template), options.api_key is not None))
 
     with Worker(engine, tokenizer, name) as worker:
-        app = make_app(worker, name, options.api_key)
+        app = make_app(worker, name, options.api_key, only_here=not is_open(place))
         server, begun = _Server(_config(app), worker, ready), time.perf_counter()
         with _stopped_by_signals():
             server.run([place])

@@ -128,6 +128,7 @@ def read_architecture(config: PreTrainedConfig) -> Architecture:
         embedding=sum(p.numel() for p in tables),
         head=0 if tied else sum(p.numel() for p in output.parameters()),
         head_flops=output.weight.numel() if output is not None else 0,
+        table_rows=sum(map(len, tables)) + (0 if tied else output.weight.shape[0]),
         rest=sum(p.numel() for p in model.parameters() if id(p) not in outside),
         context=getattr(text, "max_position_embeddings", None) or 0,
     )

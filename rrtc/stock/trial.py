@@ -1,7 +1,8 @@
 """One decoder layer run on random weights and watched, to learn what no config says: which matrices read which norm,
-and which ones make up the inner dimension of an FFN."""
+which ones make up the inner dimension of an FFN, and where its branches end."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,16 @@ from rrtc.tying.norms import Fold, apply_folds
 TOLERANCE = 1e-4  # of the largest output, in float32
 TRIAL_TOKENS = 6
 NUDGE = 0.1  # what is added to one channel to see where it arrives
+
+
+@dataclass(frozen=True)
+class Branch:
+    """Where a residual branch of a decoder layer ends: the module at `path`, whose output times `factor` is added to
+    the hidden states. offset: of a norm, which multiplies by (weight + offset); 0 for a matrix."""
+
+    path: str
+    factor: float
+    offset: float
 
 
 class Trial:
@@ -105,6 +116,42 @@ class Trial:
         return (output - expected).abs().max().item() <= TOLERANCE * expected.abs().max().item()
 
     @torch.no_grad()
+    def branches(self) -> list[Branch]:
+        """The residual branches in the order they run: they end in the modules, matrices or norms behind them, whose
+        output is added to the hidden states as it is, or times a number."""
+        silent = {name: torch.zeros(tensor.shape) for name, tensor in self.tensors.items()}
+        order: list[str] = []
+        leaves = {name: m for name, m in self.layer.named_modules() if name and not list(m.children())}
+        candidates = {name: m for name, m in leaves.items() if list(m.parameters())}
+        with watching(outputs={m: (lambda _, name=name: order.append(name)) for name, m in candidates.items()}):
+            plain = self.run(silent)
+
+        def moved(name: str, by: Tensor) -> Tensor | None:
+            """How the layer's output moves where the output of a module does, while no other branch says a word."""
+            shapes: list[torch.Size] = []
+
+            def nudge(output: Tensor) -> Tensor | None:
+                shapes.append(output.shape)
+                return output + by if output.shape == by.shape else None
+
+            with watching(outputs={candidates[name]: nudge}):
+                change = self.run(silent) - plain
+            return change if shapes[0] == by.shape else None
+
+        one, other = self.states, self.states.flip(-1) * 3
+        found, matrices = [], matrices_of(self.layer)
+        for name in order:
+            first, second = moved(name, one), moved(name, other)
+            if first is None or second is None:
+                continue
+            factor = (first * one).sum() / one.square().sum()
+            far = max((first - factor * one).abs().max(), (second - factor * other).abs().max())
+            if factor.abs() > TOLERANCE and far <= TOLERANCE * other.abs().max():
+                offset = 0.0 if name in matrices else self.gain_offset(name)
+                found.append(Branch(name, round(factor.item(), 4), offset))
+        return found
+
+    @torch.no_grad()
     def feeding(self, reader: str) -> list[str]:
         """The matrices of which an output channel reaches the same input channel of `reader` and no other (or, where a
         fused one has several times as many outputs, its parts do so in turn)."""
@@ -156,6 +203,12 @@ def _is_exact(trial: Trial, fold: Fold) -> bool:
         return trial.is_same(lambda layer: apply_folds(layer, [fold]))
     except KeyError:  # a LayerNorm's bias has nowhere to go where a reader has none
         return False
+
+
+def find_branches(config: PreTrainedConfig) -> list[Branch]:
+    """The residual branches of a decoder layer: its attention and its FFN. Empty where what they say passes through
+    more than a factor on its way to the hidden states."""
+    return Trial(config).branches()
 
 
 def find_neurons(config: PreTrainedConfig) -> list[Neurons]:

@@ -7,8 +7,8 @@ For given factors the best W' is the mean of the W_b - B_b A_b weighted by the C
 2212.09849). For two visits, putting it in leaves a cost of D - (B_1 A_1 - B_2 A_2) alone, where D = W_1 - W_2, in the
 metric of the parallel sum H = C_1 (C_1 + C_2)^-1 C_2. As B_1 A_1 - B_2 A_2 can be any matrix of rank 2r, the optimum is
 the truncation of G^1/2 D H^1/2 to rank 2r, half of its components for each visit. (The paper's Average + SVD spends
-both adapters on the same r components.) For more visits W' and the factors are improved in turn, each step for the
-better.
+both adapters on the same r components.) For more visits W' and the factors are improved in turn, from the mean, which
+is no saddle for these, and with momentum (Nesterov), which gets as far in 8 turns as 16 to 24 without.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from rrtc.tying.moments import BLOCK, Moment
 from rrtc.tying.tie import zero_product
 from rrtc.tying.whiten import Seen, costs_by_rank, spectrum
 
-SWEEPS = 8  # of the alternation for three visits and more; the gain of further ones is below a per cent
+SWEEPS = 8  # of the alternation for three visits and more; with twice as many the cost is 1 to 4 % lower
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,14 @@ def joint(group: list[Seen], rank: int) -> Joint:
         first = difference.factors(slice(0, 2 * rank, 2))
         b, a = difference.factors(slice(1, 2 * rank, 2))
         factors = [_padded(*first, rank), _padded(-b, a, rank)]
-    else:
-        shared, factors = _shared(group), []
-        for _ in range(SWEEPS):
-            found = (spectrum(seen.weight - shared, seen.inputs, gradients, rank) for seen in group)
-            factors = [components.factors(slice(0, rank)) for components in found]
-            shared = _shared(group, factors)
-    return Joint(_shared(group, factors), factors)
+        return Joint(_shared(group, factors), factors)
+    factors, before, shared = [], None, _shared(group)
+    for sweep in range(SWEEPS):
+        ahead = shared if before is None else shared + sweep / (sweep + 2) * (shared - before)
+        found = (spectrum(seen.weight - ahead, seen.inputs, gradients, rank) for seen in group)
+        factors = [components.factors(slice(0, rank)) for components in found]
+        before, shared = shared, _shared(group, factors)
+    return Joint(shared, factors)
 
 
 def _difference(group: list[Seen]) -> tuple[Tensor, Moment]:

@@ -93,6 +93,7 @@ class Checkpoints(TrainerCallback):
         if state.global_step != 1:
             return
         weights, moments = whole_state(model), optimizer.state_dict()["state"]  # sharded ones all processes ask for
+        weights = {name: tensor for name, tensor in weights.items() if name not in model.critic_names}
         if not is_first_process:
             return
         checkpoint = Path(args.output_dir) / "checkpoint-1"

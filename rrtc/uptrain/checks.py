@@ -10,9 +10,9 @@ from rrtc.recipe.uptrain import UptrainRecipe
 def check_recipe(recipe: UptrainRecipe) -> None:
     """Raises WrongUsage where the model is to be sharded and there is nobody to share it with, and where text that the
     teacher writes is among the data, and there is no teacher."""
-    if recipe.fsdp and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if recipe.fsdp and "WORLD_SIZE" not in os.environ:  # by torchrun, even one process is a group
         raise WrongUsage(
-            "--fsdp shards the model over several processes, and this is one.",
+            "--fsdp shards the model over the processes of torchrun, and this was not started by it.",
             "Start it as 'torchrun --nproc-per-node 8 -m rrtc uptrain …' on 8 GPUs, or leave --fsdp out.",
         )
     if OWN_TEXT in recipe.data and not recipe.distills and recipe.teacher is None:

@@ -15,6 +15,7 @@ from rrtc.recipe.schema import Recipe
 from rrtc.uptrain.curve import steps_of
 from rrtc.uptrain.guards import LossGuard
 from rrtc.uptrain.job import prepare
+from rrtc.uptrain.stability import profile, rows
 from rrtc.uptrain.trainer import DistillationTrainer
 
 STEPS = 3  # taken; the first one, which allocates, is not counted
@@ -26,7 +27,8 @@ def estimate(folder: str, recipe: Recipe) -> dict:
     steps, tokens, tokens_per_step; flops_per_token and flops_total (without attention over the context);
     measured_steps, seconds_per_step and seconds_total (training alone, without loading); peak_memory_bytes (of one
     process, measured: on the accelerator, or on a CPU all that the process holds); checkpoint_bytes (disk space that
-    is needed on the way); device.
+    is needed on the way); device; with `stability` also profile, a row for each branch of each visit (see
+    rrtc.uptrain.stability.rows).
     Raises RrtcError or WrongUsage for what would stop the run itself.
     """
     disable_progress_bar()
@@ -35,7 +37,10 @@ def estimate(folder: str, recipe: Recipe) -> dict:
     note(f"Measuring {measured} of {job.steps} steps")
     with tempfile.TemporaryDirectory() as nowhere:
         trainer = DistillationTrainer(job, measured, Path(nowhere), save=False, callbacks=[LossGuard(job)])
+        before = profile(trainer.model, job.branches, trainer.profiled()) if job.branches else []
+        dense, gains = trainer.set_gains() if job.branches else ([], [])
         trainer.train()
+    profiled = {"profile": rows(job.plan, job.branches, dense, before, gains)} if job.branches else {}
     seconds = [step["seconds"] for step in steps_of(trainer.state.log_history)]
     seconds_per_step = statistics.mean(seconds[1:] or seconds)
     return {
@@ -50,7 +55,7 @@ def estimate(folder: str, recipe: Recipe) -> dict:
         "peak_memory_bytes": _peak_memory(trainer.args.device),
         "checkpoint_bytes": job.checkpoint_bytes(),
         "device": trainer.args.device.type,
-    }
+    } | profiled
 
 
 def _peak_memory(device: torch.device) -> int:

@@ -4,6 +4,7 @@ Everything a user can get wrong is met here, in seconds: a teacher with another 
 short, a batch that cannot be divided.
 """
 
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +20,16 @@ from rrtc.io.unchanged import Unchanged
 from rrtc.io.weights import Weights
 from rrtc.machine import fast_bfloat16, process_group
 from rrtc.model import RrtConfig
+from rrtc.plain import read_json
 from rrtc.plan import Plan
 from rrtc.recipe.section import BUILT_IN_TEXT, OWN_TEXT
 from rrtc.recipe.uptrain import UptrainRecipe
 from rrtc.stock.architecture import read_architecture, read_plan
+from rrtc.stock.trial import Branch
 from rrtc.text.windows import longest_context
 from rrtc.uptrain.checks import check_recipe
 from rrtc.uptrain.data import ORDER, Mixture, Stream, training_text
+from rrtc.uptrain.stability import branches_of, with_gains
 from rrtc.uptrain.teacher_cache import TeacherCache
 
 # What may change between the start of a run and its continuation: it changes the cost of a step, not its result.
@@ -39,7 +43,8 @@ class Job:
 
     `taught_by` has the `uri` and the `sha256` of the dense model that is learned from; None where there is none.
     `teacher` is that model where it has to be run, and None where `cache` has all that it would say. `inputs` are the
-    files of `folder`.
+    files of `folder`. `branches` are the residual branches that get gains (`stability`), for which `original` is to be
+    profiled, and which are in the `plan` already; none, and None, where there are to be no gains.
     """
 
     folder: Path
@@ -55,6 +60,8 @@ class Job:
     accumulation: int
     arithmetic: str
     inputs: Unchanged
+    branches: tuple[Branch, ...] = ()
+    original: Source | None = None
 
     @property
     def context(self) -> int:
@@ -96,7 +103,11 @@ class Job:
         self.inputs.check()
         if self.teacher is not None:
             self.teacher.files.check_mapped()
-        shutil.copyfile(self.folder / "config.json", folder / "config.json")
+        if self.branches:  # the model has other parameters than the one in `self.folder`
+            values = read_json(self.folder / "config.json") | {"visits": [visit.fields() for visit in self.plan.visits]}
+            (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf8")
+        else:
+            shutil.copyfile(self.folder / "config.json", folder / "config.json")
         copy_companions(self.folder, folder)
         write_provenance(
             folder,
@@ -111,6 +122,8 @@ class Job:
         """What a continued run must have in common with the one it continues, as plain data."""
         recipe = {k: v for k, v in self.recipe.model_dump().items() if k not in FREE_ON_RESUME}
         recipe["teacher_cache"] = self.cache is not None  # it may have moved
+        if self.recipe.regularizers.get("bmi"):  # which compares the windows of a micro-batch with each other
+            recipe["micro_batch"] = self.recipe.micro_batch
         return {
             "recipe": recipe,
             "arithmetic": self.arithmetic,  # which `precision: auto` leaves to the machine
@@ -140,6 +153,10 @@ def prepare(folder: Path, recipe: UptrainRecipe, most_steps: int | None = None) 
     plan = read_plan(config)
     if recipe.exits != "none":
         _check_exits(folder, plan, provenance, recipe.exits)
+    branches: tuple[Branch, ...] = ()
+    if recipe.stability == "admin":
+        branches = tuple(branches_of(plan, config.base_config))
+        plan = with_gains(plan, branches)
     dtype = Weights(folder).dtype
     tokenizer = load_tokenizer(folder)
     arithmetic = recipe.precision
@@ -153,7 +170,7 @@ def prepare(folder: Path, recipe: UptrainRecipe, most_steps: int | None = None) 
         if cache is None or cache.is_empty:
             teacher = _teacher(folder, recipe, config, tokenizer)
     writer = teacher
-    if OWN_TEXT in recipe.data and teacher is None:
+    if (OWN_TEXT in recipe.data or branches) and teacher is None:
         writer = _teacher(folder, recipe, config, tokenizer)
 
     processes = process_group().num_processes
@@ -193,6 +210,8 @@ def prepare(folder: Path, recipe: UptrainRecipe, most_steps: int | None = None) 
         accumulation=recipe.batch_size // (recipe.micro_batch * processes),
         arithmetic=arithmetic,
         inputs=inputs,
+        branches=branches,
+        original=writer if branches else None,
     )
 
 
@@ -253,13 +272,14 @@ def _teacher(folder: Path, recipe: UptrainRecipe, config: RrtConfig, tokenizer) 
     # The model's own base needs no second look. Another teacher may number the same words differently.
     if recipe.teacher is not None and load_tokenizer(teacher.folder).get_vocab() != tokenizer.get_vocab():
         raise RrtcError(f"The tokenizer of the teacher {teacher.uri} gives its tokens other meanings.", hint)
-    if recipe.losses.get("hidden"):
+    if recipe.losses.get("hidden") or recipe.stability == "admin":
+        what = "The loss 'hidden'" if recipe.losses.get("hidden") else "Stability admin"
         both = config.get_text_config(), teacher.config().get_text_config()
         (depth, width), (their_depth, their_width) = ((c.num_hidden_layers, c.hidden_size) for c in both)
         if (depth, width) != (their_depth, their_width):
             raise RrtcError(
-                f"The loss 'hidden' compares layer by layer, and the teacher {teacher.uri} has {their_depth} layers of "
-                f"width {their_width} where the model has {depth} of width {width}.",
-                "Leave hidden out of the losses, or learn from the model's own original.",
+                f"{what} compares layer by layer, and the teacher {teacher.uri} has {their_depth} layers of width "
+                f"{their_width} where the model has {depth} of width {width}.",
+                "Leave that out, or learn from the model's own original.",
             )
     return teacher

@@ -4,7 +4,8 @@
     embeddings   matrices outside the slots: embedding, head             no           yes
     factors      A and B of a visit's LoRA or low-rank matrix            no           yes
     matrices     full matrices in the slots, shared or a visit's own     if asked     yes
-    vectors      norms and biases                                        no           no
+    vectors      norms, biases and gains                                 no           no
+    critic       of the regularizer bmi, at a rate of its own            no           its own
 
 A parameter that several visits use gets the sum of their gradients. AdamW and Muon ignore the scale of a gradient: the
 parameter takes a step as long as any other's, and every visit feels it, so that the output moves 1.5 to 5.5 times as
@@ -17,6 +18,7 @@ import torch
 
 from rrtc.model.modeling_rrt import Reference, RelaxedLinear, Slot
 from rrtc.recipe.uptrain import UptrainRecipe
+from rrtc.uptrain.bmi import CRITIC_DECAY, CRITIC_LR, Critic
 
 
 def make_optimizer(model: torch.nn.Module, recipe: UptrainRecipe, adamw: dict) -> torch.optim.Optimizer:
@@ -50,9 +52,11 @@ def parameter_groups(model: torch.nn.Module, recipe: UptrainRecipe) -> list[dict
     factors = {
         p for module in modules if isinstance(module, RelaxedLinear) and module.rank for p in (module.A, module.B)
     }
+    critic = [p for module in modules if isinstance(module, Critic) for p in module.parameters()]
+    learned_along = {"params": critic, "role": "critic", "visits": 1, "lr": CRITIC_LR, "weight_decay": CRITIC_DECAY}
     groups: dict[tuple[int, str], list] = {}
     for parameter in model.parameters():
-        if not parameter.requires_grad:
+        if not parameter.requires_grad or any(parameter is one for one in critic):
             continue
         if parameter.dim() < 2:
             role = "vectors"
@@ -70,7 +74,7 @@ def parameter_groups(model: torch.nn.Module, recipe: UptrainRecipe) -> list[dict
             "weight_decay": 0.0 if role == "vectors" else recipe.weight_decay,
         }
         for (count, role), parameters in sorted(groups.items(), key=lambda item: item[0])
-    ]
+    ] + ([learned_along] if critic else [])
 
 
 def _scale(recipe: UptrainRecipe, visits: int) -> float:

@@ -27,6 +27,7 @@ from rrtc.uptrain.display import Display
 from rrtc.uptrain.guards import Course, LossGuard, Termination, reporters
 from rrtc.uptrain.job import Job, prepare
 from rrtc.uptrain.sharding import whole_state
+from rrtc.uptrain.stability import gains_of
 from rrtc.uptrain.teacher_cache import fill
 from rrtc.uptrain.trainer import DistillationTrainer
 
@@ -110,6 +111,8 @@ def _train(job: Job, checkpoints: Path, checkpoint: Path | None) -> Distillation
     with Display(job.steps, job.tokens) as display:
         trainer = DistillationTrainer(job, job.steps, checkpoints, save=True, callbacks=[*guards, *trackers, display])
         with termination:
+            if job.branches and checkpoint is None:
+                trainer.set_gains()
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             termination.check(job.steps)
     return trainer
@@ -130,9 +133,9 @@ def _write(
     max_bytes: int,
 ) -> None:
     """Writes the trained model, whose weights are `state`, into `folder`, which will become `target`: the tensors that
-    the input folder has, under the same names and in the same dtype."""
-    writer = ShardWriter(folder, max_bytes)
-    for name in Weights(job.folder):
+    the input folder has, under the same names and in the same dtype, and gains."""
+    writer, given = ShardWriter(folder, max_bytes), list(Weights(job.folder))
+    for name in [*given, *(gain for gain in gains_of(trainer.model) if gain not in given)]:
         writer.add(name, state[name].to("cpu", getattr(torch, job.dtype)))
     writer.finish()
     steps = steps_of(trainer.state.log_history)

@@ -7,6 +7,7 @@ the head's parameters are whole only there.
 
 import copy
 
+import torch
 from torch import Tensor
 
 from rrtc.model.configuration_rrt import RrtConfig
@@ -14,6 +15,7 @@ from rrtc.model.modeling_rrt import RrtForCausalLM
 from rrtc.plan import Visit, ends_of_loops
 from rrtc.recipe.uptrain import UptrainRecipe
 from rrtc.stock.parts import Parts, states_of
+from rrtc.uptrain import bmi
 from rrtc.uptrain.losses import chunked_losses, hidden_distance
 from rrtc.uptrain.teacher import LiveLesson, MeanLesson
 
@@ -32,12 +34,32 @@ class Student(RrtForCausalLM):
                 setattr(config.base_config, name, 0.0)
         super().__init__(config)
 
-    def forward(self, input_ids: Tensor, targets: Tensor, recipe: UptrainRecipe, lesson=None, **kwargs) -> dict:
+    def add_critic(self, seed: int) -> None:
+        """Gives the student what the regularizer bmi needs; nothing that saves a model saves it."""
+        self.critic = bmi.Critic(len(self.loop_ends) * self.config.get_text_config().hidden_size, seed)
+        self._keys_to_ignore_on_save = {*(self._keys_to_ignore_on_save or ()), *self.critic_names}
+
+    @property
+    def critic_names(self) -> list[str]:
+        """The names of the critic's parameters, which are no part of the model; none where there is no critic."""
+        return [name for name, _ in self.named_parameters() if name.startswith("critic.")]
+
+    @property
+    def loop_ends(self) -> tuple[int, ...]:
+        """The places of the layers with which loops end, the last one too."""
+        visits = [Visit(**visit) for visit in self.config.visits]
+        return *ends_of_loops(visits), len(visits) - 1
+
+    def forward(
+        self, input_ids: Tensor, targets: Tensor, recipe: UptrainRecipe, lesson=None, progress: float = 0.0, **kwargs
+    ) -> dict:
         """Means over the tokens by name: `objective`, which has a gradient, and what it is made of (see losses.py).
         With exits, counted by their loops from 1, also `exit_1_loss`, `exit_1_kl` (from the model's own final
-        distribution, or, where they learn jointly, from the mean of that and the teacher's) and so on.
+        distribution, or, where they learn jointly, from the mean of that and the teacher's) and so on. With the
+        regularizer bmi also `bmi`, and from its second phase on `raml`.
 
         input_ids, targets: (windows, context), int64. lesson: what the teacher says of the same input_ids, or None.
+        progress: the share of the steps that were taken.
         kwargs, such as position_ids, go to the stock base model.
         """
         parts, head = Parts(self.stock), self.stock.get_output_embeddings()
@@ -54,16 +76,20 @@ class Student(RrtForCausalLM):
                 lesson,
             )
 
-        matches = bool(recipe.losses.get("hidden"))
-        visits = [Visit(**visit) for visit in self.config.visits]
-        exits = ends_of_loops(visits) if recipe.exits != "none" else ()
-        hidden, outputs = parts.run(input_ids, range(len(parts.layers)) if matches else exits, **kwargs)
+        matches, regularizes = bool(recipe.losses.get("hidden")), bool(recipe.regularizers.get("bmi"))
+        exits = self.loop_ends[:-1] if recipe.exits != "none" else ()
+        ends = self.loop_ends if regularizes else exits
+        hidden, outputs = parts.run(input_ids, range(len(parts.layers)) if matches else ends, **kwargs)
         means = compare(hidden, recipe.losses, lesson)
         if matches:
             distance = hidden_distance([states_of(output) for output in outputs], lesson.states)
             means["objective"] = means["objective"] + recipe.losses["hidden"] * distance
             means["hidden"] = distance.detach()
-            outputs = [outputs[index] for index in exits]
+            outputs = [outputs[index] for index in ends]
+        if regularizes:
+            states = [states_of(output) for output in outputs]
+            means |= self._regularize(means["objective"], states, input_ids, recipe, progress)
+            outputs = outputs[: len(exits)]
         own = LiveLesson(parts, hidden, recipe.temperature)  # what it says in the end
         joint = recipe.exits == "joint"
         learned = MeanLesson(lesson, own) if joint and lesson is not None else own
@@ -74,3 +100,36 @@ class Student(RrtForCausalLM):
             means["objective"] = means["objective"] + weight * found.pop("objective")
             means |= {f"exit_{loop}_{name}": mean for name, mean in found.items()}
         return means
+
+    def _regularize(
+        self, objective: Tensor, states: list[Tensor], ids: Tensor, recipe: UptrainRecipe, progress: float
+    ) -> dict[str, Tensor]:
+        """`objective` with the regularizer bmi, and its parts. states: at the end of each loop, for `ids`."""
+        length = bmi.segment_length(ids.shape[1])
+        with torch.autocast(ids.device.type, enabled=False):
+            code = bmi.codes(states, length)
+            first = bmi.first_phase(self.critic, code)
+        found, sum_ = {"bmi": first.detach()}, first
+        if progress >= bmi.SECOND_PHASE:
+            with torch.autocast(ids.device.type, enabled=False):
+                window, x, behind, weights = bmi.second_pairs(self.critic, code)
+            segments = ids[:, : ids.shape[1] // length * length].unflatten(1, (-1, length))
+            pairs = torch.cat([segments[window, x], segments[window, behind]], 1)
+            raml = weights @ self._said_of_the_second(pairs)
+            found["raml"] = raml.detach()
+            sum_ = sum_ + bmi.RAML * raml
+        return {"objective": objective + recipe.regularizers["bmi"] * sum_} | found
+
+    def _said_of_the_second(self, pairs: Tensor) -> Tensor:
+        """The mean loss of the second half of each row of `pairs` (rows, tokens), which follows the first: (rows,)."""
+        parts, head = Parts(self.stock), self.stock.get_output_embeddings()
+        half = pairs.shape[1] // 2
+        hidden, _ = parts.run(pairs[:, :-1])
+        losses = [
+            chunked_losses(
+                row[half - 1 :], parts.head, list(head.parameters()), head.weight.shape[0], ids[half:],
+                {"next_token": 1.0}, 1.0, None,
+            )["objective"]
+            for row, ids in zip(hidden, pairs, strict=True)
+        ]  # fmt: skip
+        return torch.stack(losses)

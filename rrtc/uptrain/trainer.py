@@ -11,10 +11,12 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import GenerationConfig, PrinterCallback, Trainer, TrainingArguments
 
 from rrtc.console import note
 from rrtc.errors import RrtcError
+from rrtc.io.source import load_model
 from rrtc.io.weights import disk_error
 from rrtc.machine import device, process_group
 from rrtc.model.modeling_rrt import Slot
@@ -26,10 +28,12 @@ from rrtc.uptrain.data import Stream, given
 from rrtc.uptrain.job import Job
 from rrtc.uptrain.optimizer import make_optimizer
 from rrtc.uptrain.sharding import save_whole, shard, whole_state
+from rrtc.uptrain.stability import PROFILED, Variances, add_gains, match, profile
 from rrtc.uptrain.student import Student
 from rrtc.uptrain.teacher import LiveTeacher
 from rrtc.uptrain.teacher_cache import CachedTeacher
 
+CRITIC = "critic.pt"  # in a checkpoint, what learns along with the model and is no part of it
 KEPT = 2  # checkpoints, beside the one that is written
 # What `accelerate launch` tells every Trainer by the environment, and the value that says nothing.
 LAUNCHER_SETTINGS = {
@@ -52,6 +56,10 @@ class DistillationTrainer(Trainer):
         """steps: how many to take, of those the job has. save: whether to write checkpoints into `output`."""
         self.job = job
         model = Student.from_pretrained(job.folder, dtype=torch.float32, use_safetensors=True)
+        if job.branches:
+            add_gains(model, job.plan)
+        if job.recipe.regularizers.get("bmi"):
+            model.add_critic(job.recipe.seed)
         model.generation_config = GenerationConfig()  # a base model's own can be one that transformers will not save
         if job.recipe.activation_checkpointing:
             # The second is the name in older versions of transformers. Both are non-reentrant by default, which shared
@@ -88,10 +96,32 @@ class DistillationTrainer(Trainer):
         ids = others.pop("input_ids")
         lesson = self.teacher(ids, **others) if self.teacher else None
         with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.job.bfloat16):
-            means = model(input_ids=ids, targets=targets, recipe=self.job.recipe, lesson=lesson, **others)
+            progress = self.state.global_step / self.job.steps
+            means = model(
+                input_ids=ids, targets=targets, recipe=self.job.recipe, lesson=lesson, progress=progress, **others
+            )
         objective = means.pop("objective")
         self._means = {name: self._means.get(name, 0) + mean.detach() for name, mean in means.items()}
         return objective
+
+    def set_gains(self) -> tuple[list[list[Variances]], list[list[Tensor | None]]]:
+        """Sets the gains of `stability` as they are before the first step; returns the dense model's profile and them.
+        All processes do the same."""
+        dtype = torch.bfloat16 if self.job.bfloat16 else torch.float32
+        if isinstance(self.teacher, LiveTeacher):
+            dense = self.teacher.model
+        else:
+            dense = load_model(self.job.original.folder, dtype=dtype).to(self.args.device)
+            self.job.original.files.check()
+        ids, branches = self.profiled(), self.job.branches
+        theirs = profile(dense, branches, ids)
+        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.job.bfloat16):
+            return theirs, match(self.model, self.job.plan, branches, theirs, ids)
+
+    def profiled(self) -> Tensor:
+        """The first windows of the run, (windows, context - 1), on which models are profiled."""
+        windows = max(1, min(PROFILED // self.job.context, len(self.train_dataset)))
+        return torch.stack([given(self.train_dataset[number])["input_ids"] for number in range(windows)])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # a step; the Trainer's closing summary has none
@@ -137,7 +167,18 @@ class DistillationTrainer(Trainer):
             ) from error
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, whole_state(self.model) if self.job.recipe.fsdp else state_dict)
+        state_dict = whole_state(self.model) if self.job.recipe.fsdp else state_dict
+        if self.model.critic_names and self.args.should_save:  # with `fsdp`, all processes are here
+            state = self.model.state_dict() if state_dict is None else state_dict
+            os.makedirs(output_dir, exist_ok=True)
+            torch.save({name: state[name] for name in self.model.critic_names}, Path(output_dir) / CRITIC)
+        super()._save(output_dir, state_dict)  # which takes the critic out of what it is given
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.model.critic_names:
+            state = torch.load(Path(resume_from_checkpoint) / CRITIC, map_location="cpu", weights_only=True)
+            self.model.load_state_dict(state, strict=False)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.job.recipe.fsdp and not self.args.should_save:

@@ -22,9 +22,10 @@ from rrtc.export.formats import FORMATS
 from rrtc.export.formats.recursive import recursive_config
 from rrtc.io.provenance import read_provenance
 from rrtc.io.shard_writer import ShardWriter
-from rrtc.io.source import load_tokenizer
+from rrtc.io.source import load_model, load_tokenizer
 from rrtc.io.weights import Weights
 from rrtc.recipe.schema import Recipe, load_recipe
+from rrtc.scoring import score
 from rrtc.text.calibration import calibration_windows
 from rrtc.text.windows import Windows
 from rrtc.tying import rounding
@@ -200,6 +201,9 @@ def test_calibrated_rounding_moves_the_model_less_than_rounding_to_the_nearest(t
     assert (written - plain).square().mean() < 0.5 * (logits_of(nearest) - plain).square().mean()
     assert found.bits_per_byte.keys() == {"plain", "nearest", "calibrated"}
     assert len(set(found.bits_per_byte.values())) == 3
+    # A part of the model is run, before any pass of the whole.
+    again = score(load_model(target, dtype=torch.float32), Windows(IDS, 1.0)).bits_per_byte
+    assert again == pytest.approx(found.bits_per_byte["calibrated"], abs=1e-6)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

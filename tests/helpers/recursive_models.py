@@ -60,9 +60,11 @@ def written_out(model: RrtForCausalLM) -> torch.nn.Module:
         shared, own = f"{path}.slots.{visit['slot']}.shared.", f"{path}.slots.{visit['slot']}.loops.{visit['loop']}."
         for key in layer.state_dict():
             value = tensors[own + key] if own + key in tensors else tensors[shared + key]
-            matrix = key.removesuffix(".weight")
-            if visit["ranks"].get(matrix):
+            matrix = key.removesuffix(".weight").removesuffix(".bias")
+            if key.endswith(".weight") and visit["ranks"].get(matrix):
                 value = value + tensors[f"{own}{matrix}.B"] @ tensors[f"{own}{matrix}.A"]
+            if own + key not in tensors and f"{own}{matrix}.gain" in tensors:  # of what is tied, a bias too
+                value = tensors[f"{own}{matrix}.gain"][(...,) + (None,) * (value.dim() - 1)] * value
             if isinstance(layer.get_submodule(matrix) if key.endswith(".weight") else None, Conv1D):
                 value = value.T
             wanted[f"{path}.{name}.{number}.{key}"] = value

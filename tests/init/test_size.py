@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from rrtc import console
 from rrtc.cli import tables
 from rrtc.errors import RrtcError
+from rrtc.export.stage import export
 from rrtc.init.budget import measure_groups
 from rrtc.init.calibrate import calibrate
 from rrtc.init.dry_run import dry_run
@@ -18,8 +19,10 @@ from rrtc.init.stage import init
 from rrtc.io.dense import DenseModel
 from rrtc.io.provenance import read_provenance
 from rrtc.io.source import find_model, load_tokenizer
+from rrtc.io.weights import Weights
 from rrtc.patterns import make_plan
 from rrtc.recipe.init import InitRecipe
+from rrtc.recipe.schema import Recipe
 from rrtc.stock.architecture import read_architecture
 from rrtc.stock.streamed import StreamedModel
 from rrtc.stock.trial import find_folds, find_neurons
@@ -44,6 +47,21 @@ def test_the_files_are_as_large_as_was_asked(dense, tmp_path, architecture, dtyp
     assert measured["bytes_on_disk"] == file
     assert file - measured["bytes"] <= 0.1 * file  # a header, of so small a model
     assert dry_run(str(folder), half)["bytes"] >= measured["bytes"]
+
+
+@pytest.mark.slow
+def test_the_export_is_as_large_as_was_asked(tmp_path):
+    folder = save_pico(tmp_path / "dense", "gemma3", hidden_size=256, intermediate_size=512, head_dim=64)
+    asked = 1_300_000
+    planned = small(size="1300KB", quantize="int4", dtype="bfloat16", sharing="middle_cycle")
+    dry = dry_run(str(folder), planned)
+    measured = init(str(folder), str(tmp_path / "out"), planned)
+    assert dry["params_total"] is None and dry["bytes"] >= measured["quantized_bytes"]
+    asking = Recipe(export={"quantize": "int4", "calibrate_tokens": 512})
+    exported = export(str(tmp_path / "out"), str(tmp_path / "small"), asking)
+    tensors = Weights(tmp_path / "small")
+    assert sum(tensors.raw(name).nbytes for name in tensors) == measured["quantized_bytes"]
+    assert 0.97 * asked <= exported["bytes"] <= asked < measured["bytes_on_disk"]
 
 
 @pytest.mark.slow

@@ -74,6 +74,17 @@ def test_a_head_in_rows_adds_its_bias():
     torch.testing.assert_close(made(x), head(x), atol=1e-6, rtol=0)
 
 
+def test_gradients_go_through_a_head_in_rows(monkeypatch):
+    model, plain = in_rows("gemma3")
+    monkeypatch.setitem(rows_rrt.BLOCK, "cpu", 1000)
+    found = []
+    for one in (model, plain):
+        norm = one.stock.model.norm.weight
+        (gradient,) = torch.autograd.grad(one(tokens(), labels=tokens()).loss, norm)
+        found.append(gradient)
+    assert_equal(found[0], found[1], 1e-6)
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
 def test_generation_and_guesses_say_the_same_text(architecture, monkeypatch):
     guesses, forward = [], DraftHead.forward

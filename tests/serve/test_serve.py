@@ -289,6 +289,16 @@ def test_with_a_key_who_has_none_is_refused(rrt):
         assert client.completions.create(model="pico", prompt="a").choices[0].text
 
 
+def test_a_site_whose_name_leads_to_this_machine_is_not_answered(rrt):
+    with serving(rrt, only_here=True) as (_, app):
+        for host in ("localhost:8000", "127.0.0.1", "127.1.2.3:80", "[::1]:8000"):
+            assert TestClient(app, f"http://{host}").get("/v1/models").status_code == 200
+        for host in ("evil.example:8000", "192.168.0.7", "localhost.evil.example"):
+            http = TestClient(app, f"http://{host}")
+            for answer in (http.get("/v1/models"), http.post(CHAT, json={})):
+                assert answer.status_code == 403 and "Call it by localhost" in answer.json()["error"]["message"]
+
+
 def test_a_full_queue_refuses_and_who_is_in_it_is_answered(rrt):
     with serving(rrt, rows=1, waiting=1) as (worker, app):
 

@@ -142,6 +142,17 @@ def test_more_loops_are_improved_in_turn(count, monkeypatch):
     assert joint(group, 14).cost(group) == pytest.approx(0, abs=1e-4)
 
 
+@pytest.mark.parametrize("count", [3, 4])
+def test_momentum_gets_further_than_as_many_turns_without(count):
+    group = group_of(count, gradients=moment(14, 7))
+    gradients, shared = Moment.pooled([one.gradients for one in group]), joint_module._shared(group)
+    for _ in range(joint_module.SWEEPS):
+        found = [spectrum(one.weight - shared, one.inputs, gradients, 4).factors(slice(0, 4)) for one in group]
+        shared = joint_module._shared(group, found)
+    plain = joint_module.Joint(shared, found).cost(group)
+    assert joint(group, 4).cost(group) < 0.995 * plain
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_neurons_are_found_in_every_architecture(architecture):
     (found,) = find_neurons(pico_config(architecture))

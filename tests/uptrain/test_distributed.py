@@ -141,8 +141,9 @@ def test_what_one_process_began_goes_on_sharded(one, two):
     assert provenance["recipe"]["uptrain"]["fsdp"] and provenance["measured"]["uptrain"]["processes"] == 2
 
 
-def test_one_process_cannot_share(models, tmp_path):
-    expected = "shards the model over several processes, and this is one"
+def test_a_process_of_its_own_cannot_share(models, tmp_path, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    expected = "shards the model over the processes of torchrun, and this was not started by it"
     with pytest.raises(WrongUsage, match=expected) as refused:
         prepare(tmp_path / "not even there", settings(fsdp=True).uptrain)
     assert "torchrun" in refused.value.hint

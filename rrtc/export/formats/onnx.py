@@ -29,7 +29,6 @@ from rrtc.console import note
 from rrtc.errors import RrtcError
 from rrtc.export.formats import dense, onnx_blocks, recursive
 from rrtc.export.formats.writing import Texts, round_written
-from rrtc.export.quantize import BITS
 from rrtc.export.verify import (
     PROMPT,
     Reference,
@@ -47,6 +46,7 @@ from rrtc.model import RrtConfig, RrtForCausalLM
 from rrtc.plan import SAVINGS_CONTEXT, savings
 from rrtc.recipe.export import ExportRecipe
 from rrtc.stock.architecture import read_plan
+from rrtc.storage import BITS
 
 LIBRARY, TAGS, QUANTIZED_TAGS = "transformers.js", ("onnx",), ()
 FROM_DISK, TIMES_IN_MEMORY = False, 2  # beside the model, its graph has it once more

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from rrtc.console import note, progress
-from rrtc.export.quantize import BITS, quantize
+from rrtc.export.quantize import quantize
 from rrtc.export.verify import Reference, check_logits
 from rrtc.io.folder import copy_companions
 from rrtc.io.shard_writer import ShardWriter, map_ahead
 from rrtc.io.weights import Weights
+from rrtc.storage import BITS
 from rrtc.text.windows import Windows
 
 Tensors = Iterator[tuple[str, Iterable[Tensor]]]  # tensors by name, each in blocks of its rows
