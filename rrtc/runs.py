@@ -20,6 +20,7 @@ from rrtc.recipe.schema import Recipe
 from rrtc.recipe.section import OWN_TEXT
 from rrtc.recipe.settings import SWEPT
 from rrtc.results import Report, RunPlanResult
+from rrtc.storage import BITS
 from rrtc.text.sources import check_source
 from rrtc.units import parse_size
 from rrtc.uptrain.checks import check_recipe
@@ -143,7 +144,7 @@ def baselines(
     """As rrtc.init.baselines.make_baselines, and beside these the dense model in 8 and in 4 bits, as `rrtc export
     --format dense --quantize` rounds it, on the same text: what a user would do without rrtc. Raises RrtcError as that
     does."""
-    from rrtc.export.quantize import BITS, quantize
+    from rrtc.export.quantize import quantize
     from rrtc.export.stage import check_format
     from rrtc.init.baselines import calibration_text, make_baselines, write_shorter
     from rrtc.io.dense import DenseModel

@@ -10,7 +10,6 @@ import importlib.util
 import os
 import shutil
 import tempfile
-import warnings
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -322,14 +321,7 @@ def _dequantize(file: Path, folder: Path) -> None:
 def load_for_scoring(folder):
     """The causal language model in `folder`, ready to score, in `scoring_dtype`."""
     Weights(folder)  # refuses what it holds besides safetensors, and paths in its index
-    others = {}
-    if hasattr(read_config(folder), "quantization_config"):
-        from transformers import CompressedTensorsConfig
-
-        others["quantization_config"] = CompressedTensorsConfig(dequantize=True)  # packed modules have no weight
-    with warnings.catch_warnings():  # that it takes only this from it
-        warnings.filterwarnings("ignore", message="You passed `quantization_config`")
-        return load_model(folder, dtype=scoring_dtype(), **others).to(device())
+    return load_model(folder, dtype=scoring_dtype()).to(device())
 
 
 def load_model(folder, **others):
