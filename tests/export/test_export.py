@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,26 @@ CHOSEN = [("llama", "per_visit"), ("gemma3", "shared"), ("gpt2", "per_visit"), (
 
 def digests(folder: Path) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
+
+
+def test_noise_is_about_what_float32_itself_is_wrong_by(tmp_path):
+    source = make_rrt(tmp_path / "rrt")
+    expected = verify.reference(source, None)
+    exact = RrtForCausalLM.from_pretrained(source, dtype=torch.float64).eval()(expected.ids).logits[:, -verify.TOKENS :]
+    wrong = (expected.logits - exact).abs().max().item()
+    assert 0.5 * wrong < expected.noise < 50 * wrong
+
+    scale = expected.logits.abs().max().item()
+    assert expected.allowed(torch.float32) == pytest.approx(1e-4 * scale)  # of a model that enlarges nothing
+    for noise, allowed in ((0.001, 0.004), (0.1, 0.01)):
+        enlarging = replace(expected, noise=noise * scale)
+        assert enlarging.allowed(torch.float32) == pytest.approx(allowed * scale)
+        found = expected.logits.clone()
+        found[0, 0, 0] += 0.99 * allowed * scale
+        assert verify.check_logits(found, enlarging, torch.float32) == pytest.approx(0.99 * allowed * scale, rel=1e-3)
+        found[0, 0, 0] += 0.02 * allowed * scale
+        with pytest.raises(RrtcError, match="a logit differs"):
+            verify.check_logits(found, enlarging, torch.float32)
 
 
 @pytest.mark.parametrize("norms", ["per_visit", "shared"])

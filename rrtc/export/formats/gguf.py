@@ -30,7 +30,6 @@ from rrtc.export.formats import dense, gguf_quantized
 from rrtc.export.formats.writing import Texts
 from rrtc.export.verify import (
     PROMPT,
-    TOLERANCE,
     Reference,
     check_loaded,
     equal_tokens,
@@ -270,7 +269,7 @@ def _run(folder: Path, expected: Reference, dtype: torch.dtype) -> dict:
     if not same_model:
         raise RrtcError(f"{failed}a logit differs by {difference:.3g}, and the largest is {scale:.3g}.", hint)
     # Two logits that both moved by the largest difference can have changed places.
-    within = max(2 * difference, TOLERANCE[dtype] * scale)
+    within = max(2 * difference, expected.allowed(dtype))
     same = equal_tokens(expected, report["greedy"], within, failed, hint)
     return {
         "version": report["version"],

@@ -122,7 +122,7 @@ def write_quantized(
         expected, found = round_written(between, number, texts, shard_bytes, expected)
         model, rounded = loaded(source, {}), onnx_blocks.read_rounded(between, BITS[number])
         onnx_blocks.fill(model, between, rounded)
-    check_logits(logits_of(model, expected.ids), expected.logits, torch.float32)
+    check_logits(logits_of(model, expected.ids), expected, torch.float32)
     expected = replace(expected, greedy=greedy_of(model, expected.ids[:1, :PROMPT]))
     note("Tracing the model")
     graph = _small(_trace(model))

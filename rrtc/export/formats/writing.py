@@ -55,6 +55,6 @@ def round_written(
     dtype = getattr(torch, Weights(folder).dtype)
     note(f"Rounding to {BITS[number]} bits")
     found = quantize(folder, BITS[number], *texts, shard_bytes)
-    check_logits(found.plain, expected.logits, dtype)
+    check_logits(found.plain, expected, dtype)
     rounded = replace(expected, logits=found.logits, rounding=found.rounding)
     return rounded, {"bits_per_byte": found.bits_per_byte, "parts": found.parts}
