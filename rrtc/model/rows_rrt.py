@@ -45,8 +45,10 @@ class Rows(nn.Module):
         return F.embedding(ids, self.numbers).to(self.scale.dtype) * F.embedding(ids, self.scale)
 
     def project(self, hidden: Tensor, bias: Tensor | None, stop: int | None = None) -> Tensor:
-        """(..., width) -> (..., rows); of the rows before `stop`, where it is given."""
+        """(..., width) -> (..., rows); of the rows before `stop`, where it is given. It is done where the table is: a
+        head that is tied to it has no weights of its own, and can be put elsewhere (device_map="auto")."""
         stop, width = len(self.numbers) if stop is None else stop, self.numbers.shape[1]
+        hidden, bias = hidden.to(self.numbers.device), None if bias is None else bias.to(self.numbers.device)
         at_once = min(stop, max(1, BLOCK.get(self.numbers.device.type, LARGE_BLOCK) // width))
         # One place for all blocks: new memory for each takes longer than what is done there. Where gradients are
         # wanted, autograd keeps the blocks.

@@ -74,6 +74,13 @@ def test_a_head_in_rows_adds_its_bias():
     torch.testing.assert_close(made(x), head(x), atol=1e-6, rtol=0)
 
 
+def test_a_tied_head_computes_where_its_table_is():
+    """As where device_map="auto" spreads a model: the head, which has no weights, comes last."""
+    model = copy.deepcopy(in_rows("gemma3")[0])
+    model.get_input_embeddings().to("meta")
+    assert model.get_output_embeddings()(torch.zeros(2, 3, 48)).device.type == "meta"
+
+
 def test_gradients_go_through_a_head_in_rows(monkeypatch):
     model, plain = in_rows("gemma3")
     monkeypatch.setitem(rows_rrt.BLOCK, "cpu", 1000)
