@@ -29,7 +29,7 @@ MADE = {
     "residual_energy_kept_by_layer": {0: 0.9, 1: 0.4, 2: 0.35, 3: 0.3},
     "loss": {"tokens": 4096, "dense": 3.5437, "after_init": 4.7199},
 }  # fmt: skip
-RECIPE = {"keep": 1, "sharing": "middle_cycle", "loops": 2, "size": 0.7, "budget": None}
+RECIPE = {"quantize": "none", "keep": 1, "sharing": "middle_cycle", "loops": 2, "size": 0.7, "budget": None}
 PLAN = MADE | {
     "model": "MODEL", "dtype": "bfloat16", "visits": None, "params_by_part": None, "flops_per_token": None,
     "windows": None, "init_peak_bytes": 682_100_000, "recipe": RECIPE,
