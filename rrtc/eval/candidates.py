@@ -99,5 +99,6 @@ def check_holds_model(folder: Path) -> dict:
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """The dtype that the weights in `folder` have."""
-    return getattr(torch, Weights(folder).dtype)
+    """The dtype that the weights in `folder` have; of a quantized export, those that are not quantized."""
+    config = read_config(folder)
+    return config.dtype if hasattr(config, "quantization_config") else getattr(torch, Weights(folder).dtype)
