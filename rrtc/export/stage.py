@@ -87,7 +87,7 @@ def _export(folder: str, output: str, recipe: Recipe, report: str | None, inputs
         stated = license.get("license_name", license["license"])
         warn(f"The license of {provenance['base']['uri']} ({stated}) forbids passing on what is made of it.")
 
-    _say_what_was_planned(recipe.export, provenance)
+    _say_what_was_planned(recipe.export, provenance, weights.dtype)
     if from_disk:
         note("The model does not fit into memory: it is read from disk, matrix by matrix, to be checked")
     compared = {}
@@ -156,12 +156,15 @@ def check_format(
     return from_disk
 
 
-def _say_what_was_planned(asked: ExportRecipe, provenance: dict) -> None:
-    """A note where the model was planned to be exported in other numbers than are `asked` for."""
+def _say_what_was_planned(asked: ExportRecipe, provenance: dict, stored: str) -> None:
+    """A note where the model, whose weights are in the dtype `stored`, was planned to be exported in other numbers than
+    are `asked` for."""
     init = provenance["recipe"].get("init") or {}
     planned = init.get("quantize", "none")
-    if planned != "none" and (asked.quantize != planned or asked.format != "recursive"):
-        note(f"The size of {init.get('size')} was planned for --format recursive --quantize {planned}.")
+    ways = {"format": "recursive", "quantize": planned, "dtype": stored}
+    if planned != "none" and any(getattr(asked, name) not in (way, "auto") for name, way in ways.items()):
+        flags = " ".join(f"--{name} {way}" for name, way in ways.items())
+        note(f"The size of {init.get('size')} was planned for {flags}.")
 
 
 def _with_text(recipe: Recipe, provenance: dict, source: Path) -> ExportRecipe:

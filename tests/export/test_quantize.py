@@ -24,6 +24,7 @@ from rrtc.io.provenance import read_provenance
 from rrtc.io.shard_writer import ShardWriter
 from rrtc.io.source import load_model, load_tokenizer
 from rrtc.io.weights import Weights
+from rrtc.recipe.export import ExportRecipe
 from rrtc.recipe.schema import Recipe, load_recipe
 from rrtc.scoring import score
 from rrtc.text.calibration import calibration_windows
@@ -315,3 +316,13 @@ def test_what_is_quantized_is_compared_with_the_model_before(tmp_path, monkeypat
     with pytest.raises(RrtcError, match="not the model it was made from: a logit differs by"):
         stage.export(str(source), str(tmp_path / "out"), recipe(format="dense", quantize="int8"))
     assert [path.name for path in tmp_path.iterdir()] == ["rrt"]
+
+
+@pytest.mark.parametrize("other", [{}, {"dtype": "float32"}, {"quantize": "int8"}, {"format": "dense"}])
+def test_other_numbers_than_a_size_was_planned_for_are_told(other, monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(stage, "note", said.append)
+    asked, made = ExportRecipe(**({"quantize": "int4"} | other)), {"init": {"size": "60MB", "quantize": "int4"}}
+    stage._say_what_was_planned(asked, {"recipe": made}, "bfloat16")
+    planned = "The size of 60MB was planned for --format recursive --quantize int4 --dtype bfloat16."
+    assert said == ([planned] if other else [])
