@@ -126,14 +126,15 @@ def test_a_sweep_is_reported_in_one_place_and_goes_on_with_more(recipe, tmp_path
 
 @pytest.mark.slow
 def test_a_run_that_fails_loses_none_of_the_others_and_init_is_shared(recipe, tmp_path):
-    """A rate at which the loss diverges, in a sweep over training alone."""
+    """A rate at which weights overflow, as weight decay multiplies them by -999 in each step; in a sweep over training
+    alone."""
     out = tmp_path / "out"
-    over = {"uptrain.learning_rate": [1e-4, 1000.0, 2e-4]}
-    given = {"settings": {"uptrain.tokens": 2560, "uptrain.warmup": 0, "uptrain.max_grad_norm": 1e9}}
-    named = "The run learning_rate=1000.0 failed: "
+    over = {"uptrain.learning_rate": [1e-4, 1.0, 2e-4]}
+    given = {"settings": {"uptrain.tokens": 2560, "uptrain.warmup": 0, "uptrain.weight_decay": 1000.0}}
+    named = "The run learning_rate=1.0 failed: "
     with (
         pytest.warns(RrtcWarning, match=named),
-        pytest.raises(RrtcError, match="1 of 3 runs failed: learning_rate=1000.0: ") as failed,
+        pytest.raises(RrtcError, match="1 of 3 runs failed: learning_rate=1.0: ") as failed,
     ):
         api.sweep(recipe, out, over, **given)
     assert failed.value.hint == f"The report of the others is in {out / 'report'}; --resume tries again."

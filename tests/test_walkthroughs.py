@@ -1,12 +1,14 @@
-"""The walkthroughs of docs/ run as they stand, on a pico model in place of the one that they name."""
+"""The walkthroughs of docs/ run as they stand, command by command, on a pico model in place of the one they name."""
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import ready
 from pico import save_pico
 from transformers import AutoTokenizer
 
@@ -17,7 +19,26 @@ LEAVES = {
     "I have read the paper, and want to see it on my model": "runs/rank/report/report.html",
     "I want it on a phone, in as few bytes as will do": "browser/README.md",
 }
+COMMAND = re.compile(r"python - <<'END'\n(?P<code>.*?)^END\n|(?P<line>[^\n]+)\n", re.DOTALL | re.MULTILINE)
 CHATML = "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% endfor %}"
+
+
+def commands(block: str, model: Path) -> list[list[str]]:
+    """What is run of `block`, with `model` in the place of the one that its first line names."""
+    named, _, rest = block.replace("\\\n", " ").partition("\n")
+    assert named.startswith("MODEL=")
+    # 70 MB are as much of the model that the page names, in int4, as this part is of the pico model.
+    rest = rest.replace("$MODEL", str(model)).replace("$SIZE", "0.18")
+    found = []
+    for match in COMMAND.finditer(rest):
+        if match["code"]:
+            found.append([sys.executable, "-c", match["code"]])
+        else:
+            name, *arguments = shlex.split(match["line"])
+            found.append(
+                [sys.executable, "-m", "rrtc", *arguments] if name == "rrtc" else ["bash", "-c", match["line"]]
+            )
+    return found
 
 
 @pytest.mark.slow
@@ -27,16 +48,14 @@ def test_every_command_of_a_walkthrough_runs(way, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.chat_template = CHATML
     tokenizer.save_pretrained(model)
-    # 70 MB are as much of the model that the page names, in int4, as this part is of the pico model.
-    commands, replaced = re.subn(r"^MODEL=.*", f"MODEL={model} SIZE=0.18", WAYS[way], count=1, flags=re.MULTILINE)
-    assert replaced
-    paths = [str(Path(sys.executable).parent), os.environ["PATH"]]
-    env = os.environ | {"PATH": os.pathsep.join(paths), "RRTC_CACHE": str(tmp_path / "cache")}
+    env = os.environ | {"RRTC_CACHE": str(tmp_path / "cache")}
     where = tmp_path / "here"
     where.mkdir()
-
-    done = subprocess.run(["bash", "-euxc", commands], cwd=where, env=env, capture_output=True, text=True)
-
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert "Traceback" not in done.stderr
+    for command in commands(WAYS[way], model):
+        if command[0] == "bash":
+            subprocess.run(command, cwd=where, check=True)
+        else:
+            done = ready.run(command, env=env, cwd=where)
+            assert done.returncode == 0, (command, done.stderr)
+            assert "Traceback" not in done.stderr
     assert (where / LEAVES[way]).stat().st_size
