@@ -158,8 +158,9 @@ def baselines(
     made, missing = make_baselines(folder, work, against, by_user)
     source = find_base(folder, against, "--against")
     dense, ids = DenseModel(source), calibration_text(folder, source, by_user)
+    parameters = read_architecture(dense.config).parameters
     for number, bits in BITS.items():
-        recipe, parameters = ExportRecipe(format="dense", quantize=number), read_architecture(dense.config).parameters
+        recipe = ExportRecipe(format="dense", quantize=number)
         try:
             check_format(recipe, dense.config, parameters, windows=False)
         except RrtcError as error:

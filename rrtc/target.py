@@ -98,13 +98,13 @@ def target_of(architecture: Architecture, recipe: InitRecipe, dtype: str) -> Tar
             )
     headers = header_bytes(architecture, asked, parse_size(recipe.max_shard_size), quantized)
     if asked < tables:
-        ways = "--dtype bfloat16 halves them, and " if width > 2 else ""
+        ways = ""
         if not quantized:
+            ways = "--dtype bfloat16 halves them, and " if width > 2 else ""
             in_rows = size(Numbers(dtype, BITS["int4"]).tables(architecture))
             ways += f"--quantize int8 or int4 plans for an export that has them in 8 bits, {in_rows}; "
         raise WrongUsage(
             f"{said} is less than the embeddings alone take, {size(tables)} in {'8 bits' if quantized else dtype}.",
-            f"Tying makes embeddings no smaller: {'' if quantized else ways}what is asked for has to be more than they "
-            "take.",
+            f"Tying makes embeddings no smaller: {ways}what is asked for has to be more than they take.",
         )
     return Target(architecture, numbers, asked - headers, headers, said, False)

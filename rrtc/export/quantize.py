@@ -18,6 +18,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,6 +38,7 @@ from rrtc.model.rows_rrt import BITS as TABLE_BITS
 from rrtc.model.rows_rrt import tables_of
 from rrtc.scoring import score
 from rrtc.stock.architecture import read_architecture
+from rrtc.stock.parts import watching
 from rrtc.storage import group_of
 from rrtc.text.windows import Windows
 from rrtc.tying.moments import Gathering
@@ -193,21 +195,17 @@ def _moments(model: PreTrainedModel, matrices: list[Matrix], calibration: Tensor
     found: dict[nn.Module, Gathering] = {}
     last: tuple[Tensor, Gathering] | None = None  # an input, and where it went
 
-    def read(module: nn.Module, args: tuple) -> None:
+    def read(module: nn.Module, inputs: Tensor) -> None:
         nonlocal last
-        if last is None or last[0] is not args[0]:
-            last = args[0], found.get(module) or Gathering(calibration.numel(), always_full=True)
-            last[1].add(args[0].flatten(0, -2))
+        if last is None or last[0] is not inputs:
+            last = inputs, found.get(module) or Gathering(calibration.numel(), always_full=True)
+            last[1].add(inputs.flatten(0, -2))
         found[module] = last[1]
 
-    hooks = [reader.register_forward_pre_hook(read) for matrix in matrices for reader in matrix.readers]
-    try:
+    with watching(inputs={reader: partial(read, reader) for matrix in matrices for reader in matrix.readers}):
         for ids in calibration:
             model(ids[None].to(model.device), use_cache=False)
             advance()
-    finally:
-        for hook in hooks:
-            hook.remove()
     means = {gathering: gathering.finish() for gathering in dict.fromkeys(found.values())}
     return {module: means[gathering] for module, gathering in found.items()}
 

@@ -93,7 +93,8 @@ class Checkpoints(TrainerCallback):
         if state.global_step != 1:
             return
         weights, moments = whole_state(model), optimizer.state_dict()["state"]  # sharded ones all processes ask for
-        weights = {name: tensor for name, tensor in weights.items() if name not in model.critic_names}
+        for name in model.critic_names:
+            weights.pop(name, None)
         if not is_first_process:
             return
         checkpoint = Path(args.output_dir) / "checkpoint-1"

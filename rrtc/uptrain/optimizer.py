@@ -55,8 +55,9 @@ def parameter_groups(model: torch.nn.Module, recipe: UptrainRecipe) -> list[dict
     critic = [p for module in modules if isinstance(module, Critic) for p in module.parameters()]
     learned_along = {"params": critic, "role": "critic", "visits": 1, "lr": CRITIC_LR, "weight_decay": CRITIC_DECAY}
     groups: dict[tuple[int, str], list] = {}
+    aside = set(critic)
     for parameter in model.parameters():
-        if not parameter.requires_grad or any(parameter is one for one in critic):
+        if not parameter.requires_grad or parameter in aside:
             continue
         if parameter.dim() < 2:
             role = "vectors"

@@ -77,8 +77,9 @@ class Student(RrtForCausalLM):
             )
 
         matches, regularizes = bool(recipe.losses.get("hidden")), bool(recipe.regularizers.get("bmi"))
-        exits = self.loop_ends[:-1] if recipe.exits != "none" else ()
-        ends = self.loop_ends if regularizes else exits
+        loop_ends = self.loop_ends
+        exits = loop_ends[:-1] if recipe.exits != "none" else ()
+        ends = loop_ends if regularizes else exits
         hidden, outputs = parts.run(input_ids, range(len(parts.layers)) if matches else ends, **kwargs)
         means = compare(hidden, recipe.losses, lesson)
         if matches:

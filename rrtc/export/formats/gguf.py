@@ -63,7 +63,6 @@ STORED = {torch.float16: torch.float32}
 # 16 bits, and rounds what a 16-bit matrix is multiplied with to the same 16 bits. A rope, a mask or a scale that it
 # takes for another one moves logits by about as much as they are.
 RUN_TOLERANCE = 0.1
-NOT_RUN = "The GGUF file was written, but llama.cpp cannot run it: "
 TOO_FAR_APART = "llama-cpp-python and the converter may be too far apart: update both."
 HINT = (  # where the file is another model, which is more likely somebody else's fault
     "Try a newer llama.cpp in RRTC_LLAMA_CPP. Where the base model has a tokenizer.model, copy that into the folder "
@@ -151,7 +150,7 @@ def _read(folder: Path, expected: Reference) -> tuple[Tensor, list[tuple[int, fl
         name = gguf_file(folder).name
         model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32).eval()
         return logits_of(model, expected.ids), greedy_of(model, expected.ids[:1, :PROMPT])
-    report, logits = in_fresh_process("run_gguf.py", _about(folder), expected, NOT_RUN, TOO_FAR_APART)
+    report, logits = in_fresh_process("run_gguf.py", _about(folder), expected, gguf_quantized.NOT_RUN, TOO_FAR_APART)
     return logits, [(token, 0.0) for token in report["greedy"]]
 
 
@@ -256,7 +255,7 @@ def _run(folder: Path, expected: Reference, dtype: torch.dtype) -> dict:
     file computes may be far away: llama.cpp rounds what its matrices are multiplied with to 8 bits, which models with a
     few huge states feel. The file that it was made of was not, and what it is worth is scored in llama.cpp itself."""
     failed, hint = "The GGUF file was written, but in llama.cpp it is not the model it was made from: ", TOO_FAR_APART
-    report, logits = in_fresh_process("run_gguf.py", _about(folder), expected, NOT_RUN, hint)
+    report, logits = in_fresh_process("run_gguf.py", _about(folder), expected, gguf_quantized.NOT_RUN, hint)
     if report["token_ids"] != expected.text_ids:
         raise RrtcError(f"{failed}its tokenizer gives other tokens.", hint)
     difference, scale = (logits - expected.logits).abs().max().item(), expected.logits.abs().max().item()

@@ -11,6 +11,7 @@ import importlib.util
 import math
 import tempfile
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from rrtc.console import note, progress
 from rrtc.errors import RrtcError
 from rrtc.export.verify import run_fresh
 from rrtc.stock.architecture import decoder_layers
+from rrtc.stock.parts import watching
 from rrtc.text.windows import Windows
 
 BY_IMPORTANCE = ("q6_k", "q5_k_m", "q4_k_m", "q3_k_m")  # q8_0 is rounded to the nearest
@@ -29,6 +31,7 @@ BLOCK = 256  # numbers in a row that a type of the K family rounds together
 # those of FFN neurons that were removed, llama.cpp would divide by nothing.
 LEAST = 1e-6
 FAILED = "llama.cpp's quantizer failed: "
+NOT_RUN = "The GGUF file was written, but llama.cpp cannot run it: "
 HINT = "Update llama-cpp-python, or choose another --quantize."
 
 
@@ -69,7 +72,7 @@ def _quantize(file: Path, target: Path, number: str, importance: str | None) -> 
 def _bits_per_byte(file: Path, windows: Windows) -> float:
     note(f"Scoring {windows.ids.numel():,} tokens in llama.cpp")
     job = {"file": str(file.absolute()), "windows": windows.ids.tolist()}
-    loss = run_fresh("score_gguf.py", job, "The GGUF file was written, but llama.cpp cannot run it: ", HINT)["loss"]
+    loss = run_fresh("score_gguf.py", job, NOT_RUN, HINT)["loss"]
     return loss / math.log(2) / windows.bytes_per_token
 
 
@@ -82,19 +85,18 @@ def importance_of(model: nn.Module, file: Path, calibration: Tensor) -> dict[str
     names = _names(model, file)
     sums: dict[nn.Module, Tensor] = {}
 
-    def read(module: nn.Module, args: tuple) -> None:
-        squares = args[0].flatten(0, -2).double().square().sum(0)
+    def read(module: nn.Module, inputs: Tensor) -> None:
+        squares = inputs.flatten(0, -2).double().square().sum(0)
         sums[module] = sums[module] + squares if module in sums else squares
 
-    hooks = [module.register_forward_pre_hook(read) for module in dict.fromkeys(names.values())]
-    try:
-        with progress("Reading the calibration text", len(calibration)) as advance, torch.inference_mode():
-            for ids in calibration:
-                model(ids[None], use_cache=False, logits_to_keep=1)
-                advance()
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with (
+        progress("Reading the calibration text", len(calibration)) as advance,
+        watching(inputs={module: partial(read, module) for module in names.values()}),
+        torch.inference_mode(),
+    ):
+        for ids in calibration:
+            model(ids[None], use_cache=False, logits_to_keep=1)
+            advance()
     means = {module: (total / calibration.numel()).float() for module, total in sums.items()}
     return {name: means[module].clamp(min=LEAST * means[module].mean()).cpu() for name, module in names.items()}
 

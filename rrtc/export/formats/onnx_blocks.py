@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rrtc.io.weights import Weights
+from rrtc.model.rows_rrt import BITS as TABLE_BITS
 
 SMALLEST, LARGEST_TABLE = 16, 128  # inputs in a block: of MatMulNBits; of a table, whose rows have one scale
 DOMAIN = "com.microsoft"
@@ -75,7 +76,7 @@ def read_rounded(folder: Path, bits: int) -> dict[str, Rounded]:
             found[module] = Rounded(whole, weights.raw(f"{module}.weight_scale").float(), bits, "layers")
         elif last == "numbers":
             scale = weights.raw(f"{module}.scale").float()
-            found[module.removesuffix(".table")] = Rounded(weights.raw(name), scale, 8, "tables")
+            found[module.removesuffix(".table")] = Rounded(weights.raw(name), scale, TABLE_BITS, "tables")
     return found
 
 
@@ -158,7 +159,7 @@ def _look_up(graph, node, name: str, numbers, scale) -> None:
 
     ids = node.inputs[1]
     last = _initializer(graph, f"{name}.last", numpy.array([-1]))
-    zero = _initializer(graph, f"{name}.zero", numpy.array(2**7, "float32"))
+    zero = _initializer(graph, f"{name}.zero", numpy.array(2 ** (TABLE_BITS - 1), "float32"))
     shape = _initializer(graph, f"{name}.shape", numpy.array([0] * len(ids.shape) + [-1]))
     made = [ir.node("Gather", [numbers, ids]), ir.node("Gather", [scale, ids])]
     made += [
