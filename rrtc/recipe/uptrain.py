@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic import AliasChoices, Field, field_validator, model_validator
+from pydantic import AliasChoices, Field, ValidationInfo, field_validator, model_validator
 
 from rrtc.errors import nearest
 from rrtc.recipe.section import BUILT_IN_TEXT, Section
@@ -11,23 +11,10 @@ DISTILLATIONS = ("forward_kl", "reverse_kl", "jensen_shannon", "total_variation"
 MOST_WEIGHT = 1_000_000
 LOSSES = ("next_token", *DISTILLATIONS, "hidden")
 REGULARIZERS = ("bmi",)
-
-
-def _read_weights(value: Any, known: tuple[str, ...], what: str) -> Any:
-    """Weights as on the command line, a list of NAME=WEIGHT, or as in a file, a mapping; of `known` names alone."""
-    if isinstance(value, list):
-        pairs = [str(item).partition("=") for item in value]
-        value = {name.strip(): weight.strip() for name, _, weight in pairs}
-    for name in value if isinstance(value, dict) else ():
-        if name not in known:
-            raise ValueError(f"there is no {what} '{name}'. {nearest(str(name), known)}")
-    return value
-
-
-def _check_weights(value: dict[str, float]) -> None:
-    for name, weight in value.items():
-        if not 0 <= weight <= MOST_WEIGHT:
-            raise ValueError(f"the weight of {name} is {weight}, and it should be from 0 to {MOST_WEIGHT:,}")
+WEIGHTED: dict[str, tuple[str, tuple[str, ...]]] = {  # by field, what has a weight there, and what there is
+    "losses": ("loss", LOSSES),
+    "regularizers": ("regularizer", REGULARIZERS),
+}
 
 
 class UptrainRecipe(Section):
@@ -141,28 +128,32 @@ class UptrainRecipe(Section):
         """Folders of before say whether there are any."""
         return {True: "after", False: "none"}[value] if isinstance(value, bool) else value
 
-    @field_validator("losses", mode="before", json_schema_input_type=dict[str, float] | list[str])
+    @field_validator("losses", "regularizers", mode="before", json_schema_input_type=dict[str, float] | list[str])
     @classmethod
-    def _parse_losses(cls, value: Any) -> Any:
-        return _read_weights(value, LOSSES, "loss")
+    def _parse_weights(cls, value: Any, info: ValidationInfo) -> Any:
+        """As on the command line, a list of NAME=WEIGHT, or as in a file, a mapping; of known names alone."""
+        what, known = WEIGHTED[info.field_name or ""]
+        if isinstance(value, list):
+            pairs = [str(item).partition("=") for item in value]
+            value = {name.strip(): weight.strip() for name, _, weight in pairs}
+        for name in value if isinstance(value, dict) else ():
+            if name not in known:
+                raise ValueError(f"there is no {what} '{name}'. {nearest(str(name), known)}")
+        return value
+
+    @field_validator("losses", "regularizers", mode="after")
+    @classmethod
+    def _check_weights(cls, value: dict[str, float]) -> dict[str, float]:
+        for name, weight in value.items():
+            if not 0 <= weight <= MOST_WEIGHT:
+                raise ValueError(f"the weight of {name} is {weight}, and it should be from 0 to {MOST_WEIGHT:,}")
+        return value
 
     @field_validator("losses", mode="after")
     @classmethod
     def _some_loss(cls, value: dict[str, float]) -> dict[str, float]:
-        _check_weights(value)
         if not any(value.values()):
             raise ValueError("no loss has a weight above 0, so there is nothing to learn from")
-        return value
-
-    @field_validator("regularizers", mode="before", json_schema_input_type=dict[str, float] | list[str])
-    @classmethod
-    def _parse_regularizers(cls, value: Any) -> Any:
-        return _read_weights(value, REGULARIZERS, "regularizer")
-
-    @field_validator("regularizers", mode="after")
-    @classmethod
-    def _regularizer_weights(cls, value: dict[str, float]) -> dict[str, float]:
-        _check_weights(value)
         return value
 
     @property
