@@ -26,6 +26,7 @@ from rich.table import Table
 from torch.nn.functional import cross_entropy, kl_div
 from transformers import AutoTokenizer
 
+from rrtc.io.folder import partial_of
 from rrtc.io.source import find_base, load_for_scoring
 from rrtc.recipe.schema import Recipe
 from rrtc.recipe.settings import parse_settings, with_settings
@@ -33,6 +34,7 @@ from rrtc.stock.parts import Parts, states_of
 from rrtc.text.tokens import begin_and_end
 from rrtc.units import parse_count
 from rrtc.uptrain.bmi import CRITIC_DECAY, CRITIC_LR, Critic, codes, segment_length
+from rrtc.uptrain.checkpoints import whole_checkpoints
 from rrtc.uptrain.estimate import estimate
 from rrtc.uptrain.stage import CHECKPOINTS, uptrain
 
@@ -94,7 +96,7 @@ def trained(asked: argparse.Namespace, name: str, weight: float, seed: int, toke
     """(the folder of a run, the seconds of its steps). It goes on where it was left."""
     target = asked.work / "".join(letter if letter.isalnum() or letter in "-." else "_" for letter in name)
     if not target.exists():
-        left = any((target.with_name(f"{target.name}.partial") / CHECKPOINTS).glob("checkpoint-*/rrtc-whole"))
+        left = bool(whole_checkpoints(partial_of(target) / CHECKPOINTS))
         uptrain(str(asked.folder), str(target), recipe_of(asked, weight, seed, tokens), resume=left)
     return target, sum(json.loads(line)["seconds"] for line in (target / "metrics.jsonl").read_text().splitlines())
 

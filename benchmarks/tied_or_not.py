@@ -35,6 +35,7 @@ from matplotlib.ticker import EngFormatter
 from rich.console import Console
 from rich.table import Table
 
+from rrtc.io.folder import partial_of
 from rrtc.units import count, parse_count
 
 WAYS = {
@@ -101,7 +102,7 @@ def train(folder: Path, milestone: int, until: float, asked: argparse.Namespace)
         return
     command = [sys.executable, "-m", "rrtc", "uptrain", str(folder / "init"), "-o", str(target), *CONSTANT]
     command += ["--tokens", str(asked.tokens), *texts("--data", asked), *shlex.split(asked.flags)]
-    if target.with_name("healed.partial").exists():
+    if partial_of(target).exists():
         command.append("--resume")
     running = subprocess.Popen(command)
     while running.poll() is None:
