@@ -70,10 +70,15 @@ def _at_least(n: int) -> str:
     return size(-(-n // step) * step)
 
 
+def numbers_of(recipe: InitRecipe, dtype: str) -> Numbers:
+    """What the size that `recipe` asks for is counted in."""
+    return Numbers(dtype, BITS.get(recipe.quantize))
+
+
 def target_of(architecture: Architecture, recipe: InitRecipe, dtype: str) -> Target:
     """What `recipe`, which has a size or a budget, allows. Raises WrongUsage for a size that is larger than the dense
     model, or smaller than its embeddings."""
-    numbers = Numbers(dtype, BITS.get(recipe.quantize))
+    numbers = numbers_of(recipe, dtype)
     width, tables = numbers.width, numbers.tables(architecture)
     if recipe.budget is not None:
         limit = tables + width * int(recipe.budget * architecture.non_embedding)

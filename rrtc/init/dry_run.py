@@ -13,8 +13,8 @@ from rrtc.patterns import make_plan
 from rrtc.plan import kv_bytes_at
 from rrtc.recipe.schema import Recipe
 from rrtc.recipe.section import OWN_TEXT
-from rrtc.storage import BITS, NUMBER_BYTES, Numbers
-from rrtc.target import target_of
+from rrtc.storage import NUMBER_BYTES
+from rrtc.target import numbers_of, target_of
 from rrtc.units import parse_size
 
 
@@ -69,7 +69,7 @@ def dry_run(model: str, recipe: Recipe) -> dict:
                 "bytes": total * width,
             }
         summary |= taken | dict.fromkeys(unknown)
-    elif quantized := BITS.get(recipe.init.quantize):
-        summary["bytes"] = Numbers(dtype, quantized).bytes(plan)
+    else:
+        summary["bytes"] = numbers_of(recipe.init, dtype).bytes(plan)
     asked = {"model": model, "dtype": dtype, "source_bytes": source_bytes, "recipe": recipe.init.resolved()}
     return asked | summary

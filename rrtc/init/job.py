@@ -41,8 +41,8 @@ from rrtc.plan import Plan
 from rrtc.recipe.schema import Recipe
 from rrtc.stock.architecture import read_architecture
 from rrtc.stock.trial import find_folds
-from rrtc.storage import BITS, Numbers
-from rrtc.target import Target, target_of
+from rrtc.storage import Numbers
+from rrtc.target import Target, numbers_of, target_of
 from rrtc.text.calibration import calibration_windows, own_windows
 from rrtc.text.own import check_writer_fits
 from rrtc.text.windows import Windows, longest_context, scoring_texts
@@ -105,8 +105,8 @@ class Job:
 
     @property
     def numbers(self) -> Numbers:
-        """What the size that is asked for is counted in."""
-        return Numbers(self.dtype, BITS.get(self.recipe.init.quantize))
+        """As `numbers_of`."""
+        return numbers_of(self.recipe.init, self.dtype)
 
     @property
     def target(self) -> Target | None:
