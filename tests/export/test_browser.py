@@ -12,7 +12,7 @@ import pytest
 import torch
 from chromium import Page
 from exports import make_rrt, recipe
-from onnx_graph import HYBRID, LAYERS, padded_greedy
+from onnx_graph import DATA, HYBRID, LAYERS, padded_greedy
 from transformers import AutoTokenizer, GenerationConfig
 
 from rrtc.export import stage
@@ -89,7 +89,7 @@ def test_the_page_writes_what_the_export_writes(tmp_path, site, page, architectu
     changes = HYBRID if architecture == "gemma3" else LAYERS
     source, target = make_rrt(tmp_path / "rrt", architecture, **changes), folder / architecture
     stage.export(str(source), str(target), recipe(format="onnx", **options))
-    assert len(list(target.glob(f"{onnx_format.DATA}*"))) == files
+    assert len(list(target.glob(f"{DATA}*"))) == files
 
     tokenizer = AutoTokenizer.from_pretrained(target)
     ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]

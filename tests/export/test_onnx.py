@@ -11,7 +11,7 @@ import torch
 import yaml
 from exports import IDS, LAST_NORM, change_tensors, make_rrt, recipe, run_python
 from huggingface_hub import ModelCard
-from onnx_graph import HYBRID, LAYERS, padded_greedy
+from onnx_graph import DATA, GRAPH, HYBRID, LAYERS, padded_greedy
 from pico import VOCABULARY
 from tokenizers import Tokenizer
 from transformers import GenerationConfig
@@ -42,7 +42,7 @@ def made(tmp_path_factory) -> tuple[Path, Path, dict]:
 
 
 def graph_of(folder: Path):
-    return ir.load(folder / onnx_format.GRAPH)
+    return ir.load(folder / GRAPH)
 
 
 def traced(made: tuple[Path, Path, dict], monkeypatch) -> Path:
@@ -98,7 +98,7 @@ def test_the_export_is_small_verified_and_says_so(made, tmp_path):
     )
     assert {"onnx/model.onnx", "onnx/model.onnx_data", "tokenizer.json"} < set(result["files"])
     assert "model.safetensors" not in result["files"]
-    assert (target / onnx_format.DATA).stat().st_size <= recursive
+    assert (target / DATA).stat().st_size <= recursive
     assert result["bytes"] < recursive + GRAPH_BYTES
     check_stored_once(graph_of(target), source)
     assert (result["format"], result["dtype"]) == ("onnx", "float32")
@@ -146,7 +146,7 @@ def test_sliding_windows_and_shared_norms(tmp_path):
     FORMATS["onnx"].write(source, target, torch.float32, 10**9)
     # transformers.js reads no other file of a tokenizer.
     assert Tokenizer.from_file(str(target / "tokenizer.json")).encode("The with statement").ids == said
-    assert (target / onnx_format.DATA).stat().st_size <= (source / "model.safetensors").stat().st_size
+    assert (target / DATA).stat().st_size <= (source / "model.safetensors").stat().st_size
     compare_padded_greedy(source, target)
 
 
@@ -155,7 +155,7 @@ def test_sixteen_bits_take_half_the_space_and_compute_the_rounded_model(tmp_path
     source, target = make_rrt(tmp_path / "rrt", "gpt2", **LAYERS), tmp_path / "out"
     result = stage.export(str(source), str(target), recipe(format="onnx", dtype="float16"))
     assert result["max_logit_difference"] < 1e-5 < result["rounding_logit_difference"]
-    assert (target / onnx_format.DATA).stat().st_size < 0.55 * (source / "model.safetensors").stat().st_size
+    assert (target / DATA).stat().st_size < 0.55 * (source / "model.safetensors").stat().st_size
     matrices = [value for value in graph_of(target).graph.initializers.values() if len(value.shape) == 2]
     assert {value.dtype for value in matrices} == {ir.DataType.FLOAT16}
     compare_padded_greedy(source, target, torch.float16)
@@ -165,11 +165,11 @@ def test_sixteen_bits_take_half_the_space_and_compute_the_rounded_model(tmp_path
 def test_large_weights_are_several_files(made, tmp_path, monkeypatch):
     source, target = traced(made, monkeypatch), tmp_path / "out"
     result = stage.export(str(source), str(target), recipe(format="onnx", max_shard_size="62KB"))
-    files = [target / f"{onnx_format.DATA}{end}" for end in ("", "_1", "_2", "_3")]
-    assert sorted((target / "onnx").iterdir()) == [target / onnx_format.GRAPH, *files]
+    files = [target / f"{DATA}{end}" for end in ("", "_1", "_2", "_3")]
+    assert sorted((target / "onnx").iterdir()) == [target / GRAPH, *files]
     sizes = [file.stat().st_size for file in files]
     assert max(sizes) <= 62_000 < sizes[0] + sizes[1]
-    assert result["bytes"] == (target / onnx_format.GRAPH).stat().st_size + sum(sizes)
+    assert result["bytes"] == (target / GRAPH).stat().st_size + sum(sizes)
     config = json.loads((target / "config.json").read_text())
     assert config["transformers.js_config"]["use_external_data_format"] == {"model.onnx": 4}
     check_stored_once(graph_of(target), source)

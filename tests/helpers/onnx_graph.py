@@ -8,6 +8,7 @@ import torch
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs rrtc[onnx]")
 
+GRAPH, DATA = "onnx/model.onnx", "onnx/model.onnx_data"
 LAYERS = {"num_hidden_layers": 2}  # one slot, visited twice
 
 HYBRID = LAYERS | {"layer_types": ["sliding_attention", "full_attention"]}

@@ -56,7 +56,6 @@ WINDOWS = False
 NO_WINDOWS = "has one length for the whole KV cache, and heads that see a window would each need an input of their own"
 
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
-GRAPH, DATA = "onnx/model.onnx", "onnx/model.onnx_data"
 # The graph's file by what it is quantized to, and what transformers.js calls that.
 NAMES = {"none": ("model.onnx", "fp32"), "int8": ("model_quantized.onnx", "q8"), "int4": ("model_q4.onnx", "q4")}
 # Lengths to trace with; all different, and none 0 or 1, so that nothing takes one for another or for a constant.
