@@ -89,7 +89,7 @@ class KvBudget:
     def explain(self, plan: Plan) -> str:
         """What `plan` has made of the budget, in a sentence for the user."""
         share = plan.kv_bytes(self.context, 1) / self._dense_bytes
-        others = in_sight(self.window.window, self.window.sinks)
+        others = in_sight(self.window.fields())
         return (
             f"{self.seeing_everything(plan)} of {len(self.heads)} KV heads see everything, the others {others}: at "
             f"{self.context:,} tokens the KV cache takes {share:.3f} of the dense model's."

@@ -8,7 +8,7 @@ Init, model, accounting, export and reports all read the plan; none of them work
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -108,18 +108,41 @@ class Architecture:
 
 
 @dataclass(frozen=True)
+class Landmark:
+    """`count` blocks of `size` tokens each, drawn by lot from those that have left a window (model/landmark_rrt.py).
+    seed: of the lots."""
+
+    size: int
+    count: int
+    seed: int
+    __pydantic_config__ = ConfigDict(strict=True, extra="forbid")
+
+
+@dataclass(frozen=True)
 class Attention:
     """What a visit attends to where it is not everything: its KV heads `heads` see all keys, the others the last
-    `window`, the query's own included, and the first `sinks` of its document."""
+    `window`, the query's own included, the first `sinks` of its document, and what there is beyond: the blocks of
+    `landmark`."""
 
     window: int
     sinks: int = 0
     heads: tuple[int, ...] = ()
+    landmark: Landmark | None = None
     __pydantic_config__ = ConfigDict(strict=True, extra="forbid")
 
+    @property
+    def most(self) -> int:
+        """How many tokens the cache holds for a head with a window at most."""
+        blocks = self.landmark.size * self.landmark.count if self.landmark else 0
+        return self.sinks + self.window - 1 + blocks
+
     def kept(self, context: int) -> int:
-        """How many tokens the cache holds for a head with a window, after `context` tokens."""
-        return min(context, self.sinks + self.window - 1)
+        """The same after `context` tokens."""
+        return min(context, self.most)
+
+    def fields(self) -> dict[str, Any]:
+        """As config.json has it: what there is not does not say so."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -165,7 +188,9 @@ class Visit:
 
     def fields(self) -> dict[str, Any]:
         """The visit as config.json has it: what attends to everything, or has no gains, does not say so."""
-        return {name: value for name, value in asdict(self).items() if value is not None and value != ()}
+        attention = self.attention and {"attention": self.attention.fields()}
+        found = asdict(self) | (attention or {})
+        return {name: value for name, value in found.items() if value is not None and value != ()}
 
 
 def read_visits(values: Any) -> tuple[Visit, ...]:
@@ -308,9 +333,14 @@ def kv_bytes_at(counted: Plan | Architecture, width: int) -> dict[int, int]:
     return {context: counted.kv_bytes(context, width) for context in KV_CONTEXTS}
 
 
-def in_sight(window: int, sinks: int) -> str:
-    """What a KV head with a window sees, for people."""
-    return f"the last {window} tokens" + (f" and the first {sinks}" if sinks else "")
+def in_sight(attention: Mapping[str, Any]) -> str:
+    """What a KV head with a window sees, for people. attention: as Attention.fields."""
+    seen = [f"the last {attention['window']} tokens"]
+    if landmark := attention.get("landmark"):
+        seen.append(f"{landmark['count']} blocks of {landmark['size']} before them")
+    if attention["sinks"]:
+        seen.append(f"the first {attention['sinks']}")
+    return " and ".join([", ".join(seen[:-1]), seen[-1]][len(seen) == 1 :])
 
 
 def savings(flops: float | None, dense_flops: float, kv_bytes: float, dense_kv_bytes: float) -> str:
@@ -390,6 +420,14 @@ def _check_attention(visit: Visit, layer: Layer) -> None:
         raise WrongUsage(f"The attention {where} has a window below 1, or less than no sinks.")
     if sorted(set(attention.heads) & set(range(layer.kv_heads))) != list(attention.heads):
         raise WrongUsage(f"The attention {where} names KV heads that are not there, or not in order.")
+    if (landmark := attention.landmark) is not None:
+        if min(landmark.size, landmark.count) < 1:
+            raise WrongUsage(f"The landmark in the attention {where} has blocks of less than a token, or none.")
+        if landmark.size > attention.window:
+            raise WrongUsage(
+                f"The landmark in the attention {where} has blocks of {landmark.size} tokens, which are larger than "
+                f"the window of {attention.window}."
+            )
 
 
 def _check_alike(architecture: Architecture, layers: list[int]) -> None:

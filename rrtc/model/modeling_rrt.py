@@ -30,6 +30,7 @@ from transformers.utils import can_return_tuple
 
 from .attention_rrt import Documents, Eyes, Rule, prepare
 from .configuration_rrt import RrtConfig
+from .landmark_rrt import Landmark
 from .rows_rrt import BITS, Rows, put_in_rows
 
 
@@ -187,8 +188,10 @@ def graft(model: nn.Module, visits: list[dict], norms: str = "per_visit") -> Non
 
 def rule_of(visit: dict) -> Rule | None:
     """What the heads of a visit see; None where that is what the stock layer's do."""
-    attention = visit.get("attention")
-    return attention and Rule(attention["window"], attention["sinks"], tuple(attention["heads"]))
+    if (attention := visit.get("attention")) is None:
+        return None
+    heads, landmark = tuple(attention["heads"]), attention.get("landmark")
+    return Rule(attention["window"], attention["sinks"], heads, landmark and Landmark(**landmark))
 
 
 def _matrix_form(visit: dict, path: str, module: nn.Module) -> tuple[str, tuple[int, int]]:

@@ -89,6 +89,12 @@ def windows_of(config: RrtConfig) -> dict[int, int]:
     windows = {number: base.sliding_window for number, kind in enumerate(kinds) if kind == SLIDING}
     for number, visit in enumerate(visits):
         if visit.attention is not None:
+            if visit.attention.landmark:
+                raise RrtcError(
+                    f"vLLM cannot run this model: in layer {number} blocks of tokens stay in sight beyond the window "
+                    "(landmark), and it knows windows of whole layers.",
+                    "Plan the attention with windows alone, or run the model in transformers.",
+                )
             if visit.attention.heads or visit.attention.sinks:
                 finer = "only some KV heads see a window" if visit.attention.heads else "the first tokens stay in sight"
                 raise RrtcError(
