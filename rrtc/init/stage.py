@@ -25,7 +25,7 @@ from rrtc.init.job import OWN_TEXT_FILE, Job, prepare, resumable
 from rrtc.init.memory import return_freed_memory
 from rrtc.init.prove import prove
 from rrtc.init.slots import joint_slot, paper_slot, source_layers
-from rrtc.init.windows import LOOKUP_WINDOWS, lookups, rules, window_losses
+from rrtc.init.windows import LOOKUP_WINDOWS, kind_losses, lookups, rules
 from rrtc.io.dense import DenseModel
 from rrtc.io.folder import only_run, whole_file
 from rrtc.io.provenance import base_seen_from, next_history, read_provenance, write_provenance
@@ -129,7 +129,7 @@ def _tie(job: Job) -> tuple[Plan, dict]:
     losses, lookups = heads or ({}, {})
     plan = job.kv_budget.spend(plan, losses, lookups)
     cost = predicted(plan, losses) if losses else None
-    said = job.kv_budget.explain(plan)
+    said = job.kv_budget.explain(plan, losses)
     if cost is not None:
         text = f"windows of {job.calibration.shape[1]:,} tokens of the calibration text"
         said += f" On {text} that costs about {cost:.3f} nats a token, and more in longer ones."
@@ -156,7 +156,7 @@ def _calibrate(job: Job, neurons: list[Neurons]) -> tuple[Calibration, tuple[dic
     tokenizer, count = load_tokenizer(job.source.folder), min(LOOKUP_WINDOWS, len(ids))
     with progress(phases.LOOKUPS, dense.depth * count) as advance:
         able = lookups(budget, dense, model, tokenizer, ids, recipe.seed, job.work, device, advance)
-    return calibration, (window_losses(budget, calibration), able)
+    return calibration, (kind_losses(budget, calibration), able)
 
 
 def _tie_as_in_paper(job: Job) -> tuple[Plan, dict]:
