@@ -8,7 +8,7 @@ Init, model, accounting, export and reports all read the plan; none of them work
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from pydantic import ConfigDict, TypeAdapter
 
 from rrtc.errors import WrongUsage, nearest
 
+SUM_BYTES = 4  # of a number in the sums of linear attention
 FORMS = ("tied", "low_rank", "own")  # what a visit's matrix can be: see Visit
 SAVINGS_CONTEXT = 8192
 KV_CONTEXTS = (2048, 8192, 32768)  # the lengths, in tokens, at which people are told the size of the KV cache
@@ -119,15 +120,34 @@ class Landmark:
 
 
 @dataclass(frozen=True)
+class Linear:
+    """What a KV head with a window keeps of the keys that have left it: sums over them for so many random `features`
+    (rrtc/model/linear_rrt.py). seed: from which the maps of the visit are drawn."""
+
+    features: int
+    seed: int = 0
+    __pydantic_config__ = ConfigDict(strict=True, extra="forbid")
+
+    def numbers(self, width: int) -> int:
+        """Numbers in the cache for a head whose keys have that width, float32 whatever the others are."""
+        return self.features * (width + 1)
+
+    def parameters(self, width: int) -> int:
+        """Of one such head: its map, and its gain."""
+        return self.features * width + 1
+
+
+@dataclass(frozen=True)
 class Attention:
     """What a visit attends to where it is not everything: its KV heads `heads` see all keys, the others the last
-    `window`, the query's own included, the first `sinks` of its document, and what there is beyond: the blocks of
-    `landmark`."""
+    `window`, the query's own included, and the first `sinks` of its document, and what there is beyond, of which there
+    is one thing at most: blocks (`landmark`), or sums of what has left the window (`linear`)."""
 
     window: int
     sinks: int = 0
     heads: tuple[int, ...] = ()
     landmark: Landmark | None = None
+    linear: Linear | None = None
     __pydantic_config__ = ConfigDict(strict=True, extra="forbid")
 
     @property
@@ -262,6 +282,8 @@ class Plan:
             gains = (visit.shape(m)[1] for visit in visits for m in layer.matrices if m.name in visit.gains)
             parts["norms_and_biases"] += sum(gains)
         parts["norms_and_biases"] += self.architecture.rest
+        if maps := self._linear_numbers(Linear.parameters):
+            parts["feature_maps"] = maps
         return dict(parts)
 
     @property
@@ -284,7 +306,8 @@ class Plan:
 
     def kv_bytes(self, context: int, width: int) -> int:
         """As Architecture.kv_bytes: heads that see a window keep no more than it and their sinks."""
-        return width * sum(self._kv_numbers(visit, context) for visit in self.visits)
+        numbers = sum(self._kv_numbers(visit, context) for visit in self.visits)
+        return width * numbers + SUM_BYTES * self._linear_numbers(Linear.numbers)
 
     def _kv_numbers(self, visit: Visit, context: int) -> int:
         layer, attention = self.architecture.layers[visit.layer], visit.attention
@@ -293,6 +316,16 @@ class Plan:
         everything = len(attention.heads)
         tokens = everything * context + (layer.kv_heads - everything) * attention.kept(context)
         return layer.kv_width // layer.kv_heads * tokens
+
+    def _linear_numbers(self, count: Callable[[Linear, int], int]) -> int:
+        """What count(kind, width of a head's keys) adds up to over the heads with linear attention."""
+        found = 0
+        for visit in self.visits:
+            if visit.attention is not None and visit.attention.linear is not None:
+                layer = self.architecture.layers[visit.layer]
+                heads = layer.kv_heads - len(visit.attention.heads)
+                found += heads * count(visit.attention.linear, layer.kv_width // (2 * layer.kv_heads))
+        return found
 
     @property
     def is_local(self) -> bool:
@@ -420,6 +453,8 @@ def _check_attention(visit: Visit, layer: Layer) -> None:
         raise WrongUsage(f"The attention {where} has a window below 1, or less than no sinks.")
     if sorted(set(attention.heads) & set(range(layer.kv_heads))) != list(attention.heads):
         raise WrongUsage(f"The attention {where} names KV heads that are not there, or not in order.")
+    if len(beyond := sorted(attention.fields().keys() - {"window", "sinks", "heads"})) > 1:
+        raise WrongUsage(f"The attention {where} has {' and '.join(beyond)} beyond its window, and can have one.")
     if (landmark := attention.landmark) is not None:
         if min(landmark.size, landmark.count) < 1:
             raise WrongUsage(f"The landmark in the attention {where} has blocks of less than a token, or none.")
@@ -428,6 +463,10 @@ def _check_attention(visit: Visit, layer: Layer) -> None:
                 f"The landmark in the attention {where} has blocks of {landmark.size} tokens, which are larger than "
                 f"the window of {attention.window}."
             )
+    if attention.linear is not None and attention.linear.features < 1:
+        raise WrongUsage(f"The linear attention {where} has no features.", "Give it 1 or more, such as 64.")
+    if attention.linear is not None and len(attention.heads) == layer.kv_heads:
+        raise WrongUsage(f"The linear attention {where} has no KV head with a window that it could stand behind.")
 
 
 def _check_alike(architecture: Architecture, layers: list[int]) -> None:

@@ -257,7 +257,7 @@ def _write(job: Job, plan: Plan, folder: Path, shard_bytes: int) -> dict:
     width, numbers = NUMBER_BYTES[job.dtype], job.numbers
     quantized = {} if numbers.bits is None else {"quantized_bytes": numbers.bytes(plan)}
     if isinstance(job.dense, RecursiveModel):
-        written = copy_with_plan(job.dense, plan, folder)
+        written = copy_with_plan(job.dense, plan, folder, shard_bytes)
     else:
 
         def slots(advance: Callable[[], None]) -> Iterator[tuple[str, Tensor]]:

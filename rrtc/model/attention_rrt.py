@@ -48,6 +48,14 @@ class Rule:
         last = key if self.landmark is None else self.landmark.relieved_by(key, start + self.sinks)
         return (key <= query) & ((query - last < self.window) | ((key >= start) & (key - start < self.sinks)))
 
+    def place(self) -> "KeptLayer":
+        """What a visit with this rule has in the cache."""
+        return KeptLayer(self)
+
+    def near(self, sight: "Sight", *given) -> tuple[Tensor, Tensor | None]:
+        """What the heads with a window find: see Sight._near."""
+        return sight._near(*given)
+
 
 class Documents:
     """Where documents begin in the batch that a model works on: after the padding on the left, and where positions
@@ -222,7 +230,7 @@ class Sight:
             return run(module, query, key, value, self.mask, **kwargs)
         parts = self._parts(key, value)
         each, output, weights = query.shape[1] // key.shape[1], None, None
-        for part, see in zip(parts, (self._far, self._near), strict=True):
+        for part, see in zip(parts, (self._far, partial(self.rule.near, self)), strict=True):
             if part is None:
                 continue
             places = [head * each + number for head in part.heads for number in range(each)]
@@ -400,4 +408,4 @@ def prepare(cache, rules: dict[int, Rule]) -> None:
             cache.layers.append(DynamicLayer())
         layer = cache.layers[place] if place < len(cache.layers) else None
         if type(layer) is DynamicLayer and not layer.is_initialized:
-            cache.layers[place] = KeptLayer(rule)
+            cache.layers[place] = rule.place()

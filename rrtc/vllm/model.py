@@ -89,14 +89,10 @@ def windows_of(config: RrtConfig) -> dict[int, int]:
     windows = {number: base.sliding_window for number, kind in enumerate(kinds) if kind == SLIDING}
     for number, visit in enumerate(visits):
         if visit.attention is not None:
-            if visit.attention.landmark:
-                raise RrtcError(
-                    f"vLLM cannot run this model: in layer {number} blocks of tokens stay in sight beyond the window "
-                    "(landmark), and it knows windows of whole layers.",
-                    "Plan the attention with windows alone, or run the model in transformers.",
-                )
-            if visit.attention.heads or visit.attention.sinks:
+            if visit.attention.heads or visit.attention.sinks or visit.attention.linear or visit.attention.landmark:
                 finer = "only some KV heads see a window" if visit.attention.heads else "the first tokens stay in sight"
+                finer = "linear attention stands behind a window" if visit.attention.linear else finer
+                finer = "blocks of tokens stay in sight beyond a window" if visit.attention.landmark else finer
                 raise RrtcError(
                     f"vLLM cannot run this model: in layer {number} {finer}, and it knows windows of whole layers, "
                     "without sinks.",
