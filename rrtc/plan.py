@@ -108,18 +108,34 @@ class Architecture:
 
 
 @dataclass(frozen=True)
+class Owner:
+    """Whose keys and values heads with a window read behind it: those of the same KV head in another visit of the slot,
+    that of `loop`. It stores them all, and the reader none of them."""
+
+    loop: int
+    __pydantic_config__ = ConfigDict(strict=True, extra="forbid")
+
+
+@dataclass(frozen=True)
 class Attention:
     """What a visit attends to where it is not everything: its KV heads `heads` see all keys, the others the last
-    `window`, the query's own included, and the first `sinks` of its document."""
+    `window`, the query's own included, and the first `sinks` of its document; and, where there is an owner, what that
+    stores of the keys between."""
 
     window: int
     sinks: int = 0
     heads: tuple[int, ...] = ()
+    owner: Owner | None = None
     __pydantic_config__ = ConfigDict(strict=True, extra="forbid")
 
     def kept(self, context: int) -> int:
         """How many tokens the cache holds for a head with a window, after `context` tokens."""
         return min(context, self.sinks + self.window - 1)
+
+    def fields(self) -> dict[str, Any]:
+        """As config.json has it: what is not there does not say so."""
+        fields = {name: value for name, value in asdict(self).items() if value is not None}
+        return fields | {"heads": list(self.heads)}
 
 
 @dataclass(frozen=True)
@@ -165,7 +181,8 @@ class Visit:
 
     def fields(self) -> dict[str, Any]:
         """The visit as config.json has it: what attends to everything, or has no gains, does not say so."""
-        return {name: value for name, value in asdict(self).items() if value is not None and value != ()}
+        fields = {name: value for name, value in asdict(self).items() if value is not None and value != ()}
+        return fields if self.attention is None else fields | {"attention": self.attention.fields()}
 
 
 def read_visits(values: Any) -> tuple[Visit, ...]:
@@ -191,6 +208,7 @@ class Plan:
             for visit in visits:
                 _check_visit(visit, self.matrices(visit))
                 _check_attention(visit, self.architecture.layers[visit.layer])
+                _check_owner(visit, visits, self.architecture.layers)
             for matrix in self.matrices(visits[0]):
                 shapes = {visit.shape(matrix): visit.layer for visit in visits if visit.form(matrix) == "tied"}
                 if len(shapes) > 1:
@@ -273,6 +291,17 @@ class Plan:
     def is_local(self) -> bool:
         """Whether any head of any visit sees less than its stock layer's."""
         return any(visit.attention is not None for visit in self.visits)
+
+    @property
+    def has_owners(self) -> bool:
+        """Whether any head of a visit reads keys and values of another one."""
+        return any(visit.attention is not None and visit.attention.owner is not None for visit in self.visits)
+
+    @property
+    def reads_later(self) -> bool:
+        """Whether any reads those of a later loop."""
+        owners = ((visit, visit.attention.owner) for visit in self.visits if visit.attention is not None)
+        return any(owner is not None and owner.loop > visit.loop for visit, owner in owners)
 
     @property
     def savings(self) -> str:
@@ -390,6 +419,27 @@ def _check_attention(visit: Visit, layer: Layer) -> None:
         raise WrongUsage(f"The attention {where} has a window below 1, or less than no sinks.")
     if sorted(set(attention.heads) & set(range(layer.kv_heads))) != list(attention.heads):
         raise WrongUsage(f"The attention {where} names KV heads that are not there, or not in order.")
+
+
+def _check_owner(visit: Visit, visits: list[Visit], layers: Sequence[Layer]) -> None:
+    """Raises WrongUsage where what `visit` reads is not stored. visits: those of its slot."""
+    attention = visit.attention
+    if attention is None or attention.owner is None:
+        return
+    loop, where = attention.owner.loop, f"of layer {visit.layer}"
+    if not 0 <= loop < len(visits) or loop == visit.loop:
+        others = [str(other.loop) for other in visits if other is not visit]
+        raise WrongUsage(
+            f"The attention {where} has an owner in loop {loop}, and there is no other visit of its slot.",
+            f"Its slot has {'visits in loop ' + ', '.join(others) if others else 'no other visit'} to read from.",
+        )
+    owner, near = visits[loop], {*range(layers[visit.layer].kv_heads)} - {*attention.heads}
+    stored = owner.attention is None or near <= {*owner.attention.heads}
+    if layers[owner.layer].window or not stored:
+        raise WrongUsage(
+            f"The attention {where} reads KV heads of layer {owner.layer}, which do not all see everything.",
+            "Let the owner's heads see everything, or give the reader's heads no owner.",
+        )
 
 
 def _check_alike(architecture: Architecture, layers: list[int]) -> None:

@@ -55,6 +55,8 @@ def _attention(visit: dict) -> str:
     if not (attention := visit.get("attention")):
         return ""
     near = in_sight(attention["window"], attention["sinks"])
+    if owner := attention.get("owner"):
+        near += f", and what loop {owner['loop']} keeps of the others"
     if not (heads := attention["heads"]):
         return f"sees {near}"
     named = f"KV head{'s' * (len(heads) > 1)} {', '.join(map(str, heads))}"

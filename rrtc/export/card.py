@@ -190,11 +190,12 @@ def _attention(config: RrtConfig, exported: dict) -> str:
 def _windows(plan: Plan) -> str:
     """Which KV heads see what."""
     heads = sum(layer.kv_heads for layer in plan.architecture.layers)
-    groups: dict[tuple[int, int], int] = {}
+    groups: dict[tuple[int, int, int], int] = {}
     everything = []
     for visit, layer in zip(plan.visits, plan.architecture.layers, strict=True):
         if visit.attention is not None:
-            seen = visit.attention.window, visit.attention.sinks
+            owner = visit.attention.owner
+            seen = visit.attention.window, visit.attention.sinks, -1 if owner is None else owner.loop
             groups[seen] = groups.get(seen, 0) + layer.kv_heads - len(visit.attention.heads)
             everything += [f"{visit.layer}.{head}" for head in visit.attention.heads]
         elif not layer.window:
@@ -202,7 +203,8 @@ def _windows(plan: Plan) -> str:
     lines = [
         f"- {number} of {heads} KV heads: the last {window} tokens, itself included"
         + (f", and the first {sinks} of its document" if sinks else "")
-        for (window, sinks), number in sorted(groups.items())
+        + (f"; of the others, what loop {loop} of the same slot keeps" if loop >= 0 else "")
+        for (window, sinks, loop), number in sorted(groups.items())
     ]
     if own := sum(layer.kv_heads for layer in plan.architecture.layers if layer.window):
         lines.append(f"- {own} KV heads: the window that their layers have in the base model")

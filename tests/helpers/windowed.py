@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
+from rrtc.model.attention_rrt import KeptLayer
 from rrtc.model.modeling_rrt import find_layers
 
 WINDOW, SINKS = 9, 3
@@ -63,6 +64,13 @@ def mask_of_each_head(attention: dict, query_heads: int, kv_heads: int, length: 
     far = torch.tensor([head // (query_heads // kv_heads) in attention["heads"] for head in range(query_heads)])
     seen = (key <= query) & (near[None] | far[:, None, None])
     return torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[None]
+
+
+def live_bytes(cache) -> int:
+    """What the keys and values in a cache take."""
+    layers = (layer.parts if isinstance(layer, KeptLayer) else [layer] for layer in cache.layers)
+    tensors = [tensor for parts in layers for part in parts for tensor in (part.keys, part.values)]
+    return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
 
 
 def _plain(config):
