@@ -120,6 +120,15 @@ class Landmark:
 
 
 @dataclass(frozen=True)
+class Owner:
+    """Whose keys and values heads with a window read behind it: those of the same KV head in another visit of the slot,
+    that of `loop`. It stores them all, and the reader none of them."""
+
+    loop: int
+    __pydantic_config__ = ConfigDict(strict=True, extra="forbid")
+
+
+@dataclass(frozen=True)
 class Linear:
     """What a KV head with a window keeps of the keys that have left it: sums over them for so many random `features`
     (rrtc/model/linear_rrt.py). seed: from which the maps of the visit are drawn."""
@@ -141,13 +150,15 @@ class Linear:
 class Attention:
     """What a visit attends to where it is not everything: its KV heads `heads` see all keys, the others the last
     `window`, the query's own included, and the first `sinks` of its document, and what there is beyond, of which there
-    is one thing at most: blocks (`landmark`), or sums of what has left the window (`linear`)."""
+    is one thing at most: blocks (`landmark`), sums of what has left the window (`linear`), or what another visit stores
+    (`owner`)."""
 
     window: int
     sinks: int = 0
     heads: tuple[int, ...] = ()
     landmark: Landmark | None = None
     linear: Linear | None = None
+    owner: Owner | None = None
     __pydantic_config__ = ConfigDict(strict=True, extra="forbid")
 
     @property
@@ -161,8 +172,9 @@ class Attention:
         return min(context, self.most)
 
     def fields(self) -> dict[str, Any]:
-        """As config.json has it: what there is not does not say so."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        """As config.json has it: what is not there does not say so."""
+        fields = {name: value for name, value in asdict(self).items() if value is not None}
+        return fields | {"heads": list(self.heads)}
 
 
 @dataclass(frozen=True)
@@ -236,6 +248,7 @@ class Plan:
             for visit in visits:
                 _check_visit(visit, self.matrices(visit))
                 _check_attention(visit, self.architecture.layers[visit.layer])
+                _check_owner(visit, visits, self.architecture.layers)
             for matrix in self.matrices(visits[0]):
                 shapes = {visit.shape(matrix): visit.layer for visit in visits if visit.form(matrix) == "tied"}
                 if len(shapes) > 1:
@@ -333,6 +346,17 @@ class Plan:
         return any(visit.attention is not None for visit in self.visits)
 
     @property
+    def has_owners(self) -> bool:
+        """Whether any head of a visit reads keys and values of another one."""
+        return any(visit.attention is not None and visit.attention.owner is not None for visit in self.visits)
+
+    @property
+    def reads_later(self) -> bool:
+        """Whether any reads those of a later loop."""
+        owners = ((visit, visit.attention.owner) for visit in self.visits if visit.attention is not None)
+        return any(owner is not None and owner.loop > visit.loop for visit, owner in owners)
+
+    @property
     def savings(self) -> str:
         """What this model saves beside the dense one, as a sentence: see `savings`."""
         dense = self.architecture
@@ -373,6 +397,10 @@ def in_sight(attention: Mapping[str, Any]) -> str:
         seen.append(f"{landmark['count']} blocks of {landmark['size']} before them")
     if attention["sinks"]:
         seen.append(f"the first {attention['sinks']}")
+    if linear := attention.get("linear"):
+        seen.append(f"sums of the others in {linear['features']} features")
+    if owner := attention.get("owner"):
+        seen.append(f"what loop {owner['loop']} keeps of the others")
     return " and ".join([", ".join(seen[:-1]), seen[-1]][len(seen) == 1 :])
 
 
@@ -467,6 +495,27 @@ def _check_attention(visit: Visit, layer: Layer) -> None:
         raise WrongUsage(f"The linear attention {where} has no features.", "Give it 1 or more, such as 64.")
     if attention.linear is not None and len(attention.heads) == layer.kv_heads:
         raise WrongUsage(f"The linear attention {where} has no KV head with a window that it could stand behind.")
+
+
+def _check_owner(visit: Visit, visits: list[Visit], layers: Sequence[Layer]) -> None:
+    """Raises WrongUsage where what `visit` reads is not stored. visits: those of its slot."""
+    attention = visit.attention
+    if attention is None or attention.owner is None:
+        return
+    loop, where = attention.owner.loop, f"of layer {visit.layer}"
+    if not 0 <= loop < len(visits) or loop == visit.loop:
+        others = [str(other.loop) for other in visits if other is not visit]
+        raise WrongUsage(
+            f"The attention {where} has an owner in loop {loop}, and there is no other visit of its slot.",
+            f"Its slot has {'visits in loop ' + ', '.join(others) if others else 'no other visit'} to read from.",
+        )
+    owner, near = visits[loop], {*range(layers[visit.layer].kv_heads)} - {*attention.heads}
+    stored = owner.attention is None or near <= {*owner.attention.heads}
+    if layers[owner.layer].window or not stored:
+        raise WrongUsage(
+            f"The attention {where} reads KV heads of layer {owner.layer}, which do not all see everything.",
+            "Let the owner's heads see everything, or give the reader's heads no owner.",
+        )
 
 
 def _check_alike(architecture: Architecture, layers: list[int]) -> None:

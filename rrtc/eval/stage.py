@@ -290,7 +290,7 @@ def _layers(candidate: Candidate, examinee: Examinee) -> list[dict]:
             "residual": residual,
             "kv_heads": plan.architecture.layers[visit.layer].kv_heads,
             "window": plan.architecture.layers[visit.layer].window,
-            "attention": visit.attention and visit.attention.fields() | {"heads": list(visit.attention.heads)},
+            "attention": visit.attention and visit.attention.fields(),
         }
         for visit, residual in zip(plan.visits, examinee.residuals(), strict=True)
     ]  # fmt: skip

@@ -198,6 +198,8 @@ def _windows(plan: Plan) -> str:
             seen = f"the last {window} tokens, itself included"
             seen += f", {landmark.count} blocks of {landmark.size} tokens before them" if landmark else ""
             seen += f", and the first {sinks} of its document" if sinks else ""
+            if (owner := visit.attention.owner) is not None:
+                seen += f"; of the others, what loop {owner.loop} of the same slot keeps"
             groups[window, seen] += layer.kv_heads - len(visit.attention.heads)
             everything += [f"{visit.layer}.{head}" for head in visit.attention.heads]
         elif not layer.window:

@@ -65,6 +65,11 @@ def _export(folder: str, output: str, recipe: Recipe, report: str | None, inputs
     made_as, quantized = FORMATS[recipe.export.format], recipe.export.quantize != "none"
     plan = read_plan(config)
     parameters = max(weights.parameters, plan.architecture.parameters)
+    if plan.has_owners and not made_as.WINDOWS:
+        raise RrtcError(
+            f"The {recipe.export.format} format cannot say that visits read keys and values of another loop (owner).",
+            "Export it with --format recursive.",
+        )
     from_disk = check_format(recipe.export, config.base_config, parameters, plan.is_local, config)
     cast = made_as.number_format(recipe.export.dtype, weights.dtype)
     dtype = cast or getattr(torch, weights.dtype)  # of most of what is written

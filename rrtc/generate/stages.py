@@ -335,6 +335,11 @@ def _rules(model: PreTrainedModel) -> list[Rule | None]:
     """What the heads of each layer see; None where that is everything."""
     windows = windows_of(model.config)
     visits = getattr(model.config, "visits", None) or [{}] * len(windows)
+    if any((visit.get("attention") or {}).get("owner") for visit in visits):
+        raise RrtcError(
+            "The engine cannot run this model, in which visits read keys and values of another loop (owner).",
+            "Generate with transformers: model.generate.",
+        )
     rules = [
         rule_of(visit) or (Rule(window, 0, ()) if window else None)
         for visit, window in zip(visits, windows, strict=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from rrtc.errors import RrtcError
 from rrtc.io.dense import DenseModel
 from rrtc.io.folder import copy_companions
 from rrtc.io.provenance import PROVENANCE, check_not_quantized, read_provenance
@@ -174,6 +175,12 @@ class RecursiveModel:
         config = read_config(folder)
         check_not_quantized(folder, config)
         self.weights, self.config, self.plan = Weights(folder), config.base_config, read_plan(config)
+        if self.plan.has_owners:
+            raise RrtcError(
+                f"In the model in {folder}, visits read keys and values of another loop (owner), which cannot be had "
+                "layer by layer.",
+                "Plan its KV cache anew from the folder that it was made from.",
+            )
         stock = stock_model(self.config)
         self.parent, _ = layers_path(stock)
         self._paths = [[name for name, _ in layer.named_parameters()] for layer in decoder_layers(stock)]

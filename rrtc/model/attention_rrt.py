@@ -74,7 +74,7 @@ class Documents:
         if isinstance(mask, Tensor) and mask.dim() == 2:
             starts.append(mask.int().argmax(-1, keepdim=True))
         if isinstance(positions, Tensor) and positions.dim() == 2:
-            cache = next((value for value in given.values() if isinstance(value, Cache)), None)
+            cache = cache_in(given)
             past = 0 if cache is None else int(cache.get_seq_length())
             columns = past + torch.arange(tokens.shape[1], device=positions.device)
             starts.append((columns - positions).clamp(min=0))
@@ -236,9 +236,6 @@ class Sight:
             places = [head * each + number for head in part.heads for number in range(each)]
             alone = len(places) == query.shape[1]
             found, weight = see(partial(run, module, **kwargs), query if alone else query[:, places], part, adds_mask)
-            if weight is not None:
-                total = int(part.columns[-1]) + 1  # every part has the newest token
-                weight = weight.new_zeros(*weight.shape[:3], total).index_copy(-1, part.columns, weight)
             if alone:
                 output, weights = found, weight
                 continue
@@ -271,23 +268,27 @@ class Sight:
     def _near(self, run: Callable, query: Tensor, part: Part, adds_mask: bool) -> tuple[Tensor, Tensor | None]:
         """The heads with a window. Many queries go in blocks, each with the keys that some query of it sees."""
         queries, outputs, weights = query.shape[2], [], []
-        step = max(self.rule.window, LEAST_BLOCK)
+        step, dtype = max(self.rule.window, LEAST_BLOCK), query.dtype if adds_mask else None
         for first in range(0, queries, step):
             last = min(first + step, queries)
-            block, keys, values, columns = query, part.keys, part.values, part.columns
-            if queries > step:
-                index = self._wanted(first, last, columns).nonzero().squeeze(-1)
-                block, columns = query[:, :, first:last], columns[index]
-                keys, values = keys[:, :, index], values[:, :, index]
-            mask = self._mask(first, last, columns, query.dtype if adds_mask else None)
-            output, weight = run(block, keys, values, mask)
+            keys, values, columns, mask = self._in_sight(part, first, last, queries <= step, dtype)
+            output, weight = run(query[:, :, first:last], keys, values, mask)
             outputs.append(output)
             if weight is not None:
-                whole = weight.new_zeros(*weight.shape[:3], len(part.columns))
-                weights.append(whole.index_copy(-1, index, weight) if queries > step else weight)
+                total = int(part.columns[-1]) + 1  # every part has the newest token
+                weights.append(weight.new_zeros(*weight.shape[:3], total).index_add(-1, columns, weight))
         if len(outputs) == 1:
             return outputs[0], weights[0] if weights else None
         return torch.cat(outputs, 1), torch.cat(weights, 2) if weights else None
+
+    def _in_sight(self, part: Part, first: int, last: int, alone: bool, dtype: torch.dtype | None) -> tuple:
+        """What queries `first` to `last` look at: (keys, values, their columns, the mask). alone: whether these are all
+        queries; then nothing is picked out beforehand. dtype: as for `_mask`."""
+        keys, values, columns = part.keys, part.values, part.columns
+        if not alone:
+            index = self._wanted(first, last, columns).nonzero().squeeze(-1)
+            keys, values, columns = keys[:, :, index], values[:, :, index], columns[index]
+        return keys, values, columns, self._mask(first, last, columns, dtype)
 
     def _starts(self, first: int, last: int, like: Tensor) -> Tensor:
         """Where the documents of these queries begin: (rows or 1, queries or 1)."""
@@ -380,7 +381,7 @@ class Eyes:
     def arrange(self, args: tuple, kwargs: dict) -> dict:
         """The arguments of the layer by name, with a Sight for a mask, and the cache prepared."""
         given = dict(zip(self.names, args, strict=False)) | kwargs
-        cache = next((value for value in given.values() if isinstance(value, Cache)), None)
+        cache = cache_in(given)
         kept, past = None, 0
         if cache is not None:
             prepare(cache, {self.place: self.rule})
@@ -393,9 +394,19 @@ class Eyes:
         given["attention_mask"] = self.sight(self.rule, given.get("attention_mask"), start, past, kept)
         return given
 
+    def run(self, visit: nn.Module, args: tuple, kwargs: dict):
+        """What the layer of `visit` makes of its arguments."""
+        given = self.arrange(args, kwargs)
+        return visit.slot()(given.pop(self.names[0]), loop=visit.loop, **given)
+
     def close(self) -> None:
         """Gives the attention its own kernel back."""
         self.attention.config = self.attention.config.stock
+
+
+def cache_in(given: dict) -> Cache | None:
+    """The cache among arguments by name: architectures call it differently."""
+    return next((value for value in given.values() if isinstance(value, Cache)), None)
 
 
 def prepare(cache, rules: dict[int, Rule]) -> None:

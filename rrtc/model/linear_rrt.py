@@ -240,8 +240,8 @@ class _Block:
         keys, values = F.pad(keys, (0, 0, 0, state.mass.shape[-1])), torch.cat([values, state.mean], -2)
         output, weight = run(query.float(), keys, values, mask)
         if weight is not None:
-            whole = weight.new_zeros(*weight.shape[:3], len(part.columns))
-            weight = whole.index_copy(-1, wanted, weight[..., : len(wanted)])
+            whole = weight.new_zeros(*weight.shape[:3], int(part.columns[-1]) + 1)  # every part has the newest token
+            weight = whole.index_copy(-1, columns, weight[..., : len(columns)])
         return output, weight
 
     def _far(self, columns: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
+from rrtc.model.attention_rrt import KeptLayer
 from rrtc.model.modeling_rrt import find_layers
 
 WINDOW, SINKS = 9, 3
@@ -80,6 +81,13 @@ def drawn_by_lot(size: int, count: int, seed: int, window: int, sinks: int, leng
             for block in sorted(blocks, key=lots.__getitem__)[:count]:
                 seen[query, sinks + block * size + place] = True
     return seen
+
+
+def live_bytes(cache) -> int:
+    """What the keys and values in a cache take."""
+    layers = (layer.parts if isinstance(layer, KeptLayer) else [layer] for layer in cache.layers)
+    tensors = [tensor for parts in layers for part in parts for tensor in (part.keys, part.values)]
+    return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
 
 
 def _plain(config):

@@ -13,7 +13,7 @@ import torch
 from pico import ARCHITECTURES, VOCABULARY, pico_config
 from recursive_models import assert_equal, randomize, recursive, written_out
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
-from windowed import drawn_by_lot, mask_of_each_head
+from windowed import drawn_by_lot, live_bytes, mask_of_each_head
 
 from rrtc.export.formats.recursive import write_config
 from rrtc.model import RrtConfig, RrtForCausalLM, landmark_rrt
@@ -122,12 +122,6 @@ def test_the_cache_takes_the_bytes_that_the_plan_says_at_every_length(architectu
         assert live_bytes(cache) == plan.kv_bytes(length, 4)
     cache = model(ids()[:1], use_cache=True).past_key_values  # made by the model, from its config
     assert live_bytes(cache) == plan.kv_bytes(LENGTH, 4) < plan.architecture.kv_bytes(LENGTH, 4)
-
-
-def live_bytes(cache) -> int:
-    layers = (layer.parts if isinstance(layer, KeptLayer) else [layer] for layer in cache.layers)
-    tensors = [tensor for parts in layers for part in parts for tensor in (part.keys, part.values)]
-    return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
 
 
 @local_ones
