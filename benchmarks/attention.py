@@ -87,13 +87,14 @@ ROWS: dict[str, Callable[[Found], Plan]] = {
     "landmark": lambda found: found.all_of("landmark"),
     "landmark, one seed": lambda found: found.all_of("landmark", one_seed),
     "landmark of 0 blocks": lambda found: found.all_of("landmark", lambda near: replace(near, landmark=None)),
-    "measured, window or landmark": lambda found: found.planned("window", "landmark"),
+    "linear, as drawn": lambda found: found.all_of("linear"),
+    "measured": lambda found: found.planned("window", "landmark", "linear"),
 }
 
 
 def recipe_of(args: argparse.Namespace) -> Recipe:
     init = {"budget": 1, "kv_budget": args.budget, "kv_context": args.context, "calibrate_on": args.calibrate_on}
-    init |= {"calibrate_tokens": args.calibrate_tokens, "measure_tokens": 0, "kv_kinds": "window,landmark"}
+    init |= {"calibrate_tokens": args.calibrate_tokens, "measure_tokens": 0, "kv_kinds": "window,landmark,linear"}
     return Recipe.model_validate({"init": init})
 
 
@@ -104,7 +105,15 @@ def measured(args: argparse.Namespace) -> Found:
     folder.mkdir(exist_ok=True)
     device, model = torch.device("cpu"), StreamedModel(job.dense.config, job.dense.raw, torch.device("cpu"))
     calibration = calibrate(
-        job.dense, model, [], job.calibration, folder, device, lambda n: None, choosing.rules(budget), moments=False
+        job.dense,
+        model,
+        [],
+        job.calibration,
+        folder,
+        device,
+        lambda n: None,
+        choosing.rules(budget, model.layers),
+        moments=False,
     )
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     able = choosing.lookups(budget, job.dense, model, tokenizer, job.calibration, 0, folder, device, lambda n: None)
@@ -133,7 +142,7 @@ def measure(model, plan: Plan, reference: list[tuple[Tensor, Tensor]], probes: l
         kept.append((kl, (known.gather(-1, label) - said.gather(-1, label)).mean().item()))
     kl, loss = (sum(column) / len(kept) for column in zip(*kept, strict=True))
     hits, key_loss = said_of_keys(model, probes)
-    share = plan.kv_bytes(context, 1) / plan.architecture.kv_bytes(context, 1)
+    share = plan.kv_bytes(context, 2) / plan.architecture.kv_bytes(context, 2)
     return {"kl": kl, "loss": loss, "keys": f"{hits} of {len(probes)}", "key_loss": key_loss, "kv": share}
 
 
@@ -176,7 +185,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 # Rows whose heads have nothing but what was measured of them.
-PREDICTED = {"window, by head", "landmark", "measured, window or landmark"}
+PREDICTED = {"window, by head", "landmark", "linear, as drawn", "measured"}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

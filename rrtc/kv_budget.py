@@ -6,11 +6,12 @@ is known before anything is built. Where heads may have something else than a wi
 the window, so that a visit simply gets the kind that costs its heads least.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from rrtc.errors import WrongUsage
-from rrtc.plan import Architecture, Attention, Landmark, Plan, in_sight
+from rrtc.plan import SUM_BYTES, Architecture, Attention, Landmark, Layer, Linear, Plan, in_sight
 from rrtc.recipe.init import WIDEST_WINDOW, InitRecipe
 
 Head = tuple[int, int]  # (layer, KV head)
@@ -21,7 +22,9 @@ REPLANNED = ("calibrate_on", "calibrate_tokens", "calibrate_context", "text_fiel
 LEAST_CONTEXT = 4096  # tokens of a calibration window, where the model can see so many: less shows no distance
 WINDOWS_IN_CONTEXT = 4  # what a calibration window holds at least of what a head sees
 LOOKS_UP = 0.03  # of a head's attention on what is to be looked up: less is no looking up
+NUMBER_BYTES = 2  # of a number in the cache: in 16 bits, as models run
 LANDMARK_SIZE = 16  # tokens in a landmark block; blocks take half of the window
+FEATURES = 64  # of linear attention
 
 
 class KvBudget:
@@ -45,16 +48,17 @@ class KvBudget:
         self.heads: list[Head] = [(number, head) for number, layer in free for head in range(layer.kv_heads)]
         self.window = Attention(_window(recipe, self.context), recipe.kv_sinks)
         self.kinds = {
-            kind: {layer: KINDS[kind](self.window, layer) for layer in dict(self.heads)} for kind in recipe.kv_kinds
+            kind: {number: KINDS[kind](self.window, number, layer) for number, layer in free}
+            for kind in recipe.kv_kinds
         }
-        self._dense_bytes = architecture.kv_bytes(self.context, 1)
+        self._dense = architecture.kv_bytes(self.context, 1)
         least = sum(layer.kv_numbers(self.context) for layer in architecture.layers)
         least -= sum(self._saved(layer) for layer, _ in self.heads)
-        self._spare = recipe.kv_budget * self._dense_bytes - least  # bytes, for heads that see everything
+        self._spare = recipe.kv_budget * self._dense - least  # for heads that see everything
         if self._spare < 0:
             raise WrongUsage(
                 f"The KV budget of {recipe.kv_budget:g} cannot be met: where every head that can have one has a "
-                f"window of {self.window.window} tokens, the cache takes {least / self._dense_bytes:.3f} of the dense "
+                f"window of {self.window.window} tokens, the cache takes {least / self._dense:.3f} of the dense "
                 f"model's at {self.context:,} tokens.",
                 "Ask for more, give a smaller --kv-window, or count at a longer --kv-context.",
             )
@@ -113,7 +117,7 @@ class KvBudget:
 
     def explain(self, plan: Plan, losses: KindLosses) -> str:
         """What `plan` has made of the budget, in sentences for the user. losses: as for `spend`."""
-        share = plan.kv_bytes(self.context, 1) / self._dense_bytes
+        share = plan.kv_bytes(self.context, NUMBER_BYTES) / (NUMBER_BYTES * self._dense)
         said = [in_sight(next(iter(of_kind.values())).fields()) for of_kind in self.kinds.values()]
         return (
             f"{self.seeing_everything(plan)} of {len(self.heads)} KV heads see everything, the others "
@@ -142,7 +146,7 @@ class KvBudget:
         return f" Instead of {first}: {', '.join(won)}."
 
     def _saved(self, layer: int) -> int:
-        """Bytes that a window saves for one head of a layer."""
+        """Numbers that a window saves for one head of a layer."""
         heads = self._architecture.layers[layer]
         return heads.kv_width // heads.kv_heads * (self.context - self.window.kept(self.context))
 
@@ -219,10 +223,11 @@ def _near_heads(plan: Plan, losses: WindowLosses) -> dict[int, list[Head]]:
 
 def kind_of(attention: Attention | None) -> str:
     """Which of KINDS it is that heads have which do not see everything."""
-    return "landmark" if attention is not None and attention.landmark is not None else "window"
+    beyond = set() if attention is None else KINDS.keys() & attention.fields().keys() - {"window"}
+    return next(iter(beyond), "window")
 
 
-def _landmark(window: Attention, layer: int) -> Attention:
+def _landmark(window: Attention, number: int, layer: Layer) -> Attention:
     """Half of a window, and as many tokens in landmark blocks, drawn anew for each layer."""
     count = window.window // 2 // LANDMARK_SIZE
     if not count:
@@ -231,14 +236,29 @@ def _landmark(window: Attention, layer: int) -> Attention:
             "half of it.",
             f"Give a --kv-window of {2 * LANDMARK_SIZE} or more, or leave landmark out of --kv-kinds.",
         )
-    landmark = Landmark(LANDMARK_SIZE, count, seed=layer)
+    landmark = Landmark(LANDMARK_SIZE, count, seed=number)
     return replace(window, window=window.window - count * LANDMARK_SIZE, landmark=landmark)
 
 
-# What heads of a layer that do not see everything can have: of the bytes of the window that they would have else.
-KINDS: dict[str, Callable[[Attention, int], Attention]] = {
-    "window": lambda window, layer: window,
+def _linear(window: Attention, number: int, layer: Layer) -> Attention:
+    """Sums in FEATURES features, as drawn anew for each layer, and what their bytes leave of a window."""
+    width, linear = layer.kv_width // (2 * layer.kv_heads), Linear(FEATURES, seed=number)
+    taken = math.ceil(SUM_BYTES * linear.numbers(width) / (NUMBER_BYTES * 2 * width))  # tokens of that many bytes
+    if taken >= window.window:
+        raise WrongUsage(
+            f"A window of {window.window} tokens leaves no room for the sums of linear attention, which take the bytes "
+            f"of {taken}.",
+            "Give a larger --kv-window, or leave linear out of --kv-kinds.",
+        )
+    return replace(window, window=window.window - taken, linear=linear)
+
+
+# What heads of a layer that do not see everything can have: of the bytes of the window that they would have else. Each
+# is called as its field in Attention.
+KINDS: dict[str, Callable[[Attention, int, Layer], Attention]] = {
+    "window": lambda window, number, layer: window,
     "landmark": _landmark,
+    "linear": _linear,
 }
 
 

@@ -9,7 +9,7 @@ from pico import pico_config
 from rrtc.errors import WrongUsage
 from rrtc.kv_budget import KvBudget, predicted
 from rrtc.patterns import make_plan
-from rrtc.plan import Attention, Landmark, Plan
+from rrtc.plan import Attention, Landmark, Linear, Plan
 from rrtc.recipe.init import InitRecipe
 from rrtc.recipe.schema import checked
 from rrtc.stock.architecture import read_architecture
@@ -201,6 +201,21 @@ def test_one_kind_is_what_all_get():
         made(kv_kinds="landmark", kv_window=31)
 
 
+def test_linear_attention_takes_what_its_sums_do_from_the_window():
+    windows = {layer: [[0.2, 0.0], [0.0, 0.2]] for layer in range(6)}
+    losses = {"window": windows, "linear": windows | {2: [[0.1, 0.0], [0.0, 0.1]]}}
+    given = {"kv_window": 100, "kv_lookups": 0, "kv_budget": 0.5}
+    plan, alone = made(losses=losses, kv_kinds="window,linear", **given), made(losses=losses, **given)
+    near = plan.visits[2].attention
+    assert near.linear == Linear(64, seed=2) and near.window == 100 - 70  # 64 · 13 numbers of 4 bytes, 24 of 2 a token
+    assert [v for v in plan.visits if v.layer != 2] == [v for v in alone.visits if v.layer != 2]
+    one = plan.architecture.layers[0].kv_width // 2 * 2  # bytes of a token of one head
+    assert 0 <= alone.kv_bytes(256, 2) - plan.kv_bytes(256, 2) < 2 * one
+    assert predicted(plan, losses) == pytest.approx(predicted(alone, {"window": windows}) - 0.2)
+    with pytest.raises(WrongUsage, match="A window of 64 tokens leaves no room for the sums .* take the bytes of 70"):
+        made(kv_kinds="window,linear", kv_window=64)
+
+
 def test_models_without_heads_to_choose_from():
     with pytest.raises(WrongUsage, match="every layer of this model has a window of its own"):
         made("mistral")
@@ -217,8 +232,13 @@ def test_models_without_heads_to_choose_from():
         ({"kv_window": 8}, "kv_window says how a KV budget is met; add kv_budget"),
         ({"kv_budget": 0}, "kv_budget"),
         ({"kv_budget": 0.5, "kv_choice": "evn"}, "even"),
-        ({"kv_budget": 0.5, "kv_kinds": "window,landmrk"}, "should be 'window' or 'landmark'. Did you mean 'landmark'"),
+        (
+            {"kv_budget": 0.5, "kv_kinds": "window,landmrk"},
+            "should be 'window', 'landmark' or 'linear'. Did you mean 'landmark'",
+        ),
         ({"kv_budget": 0.5, "kv_kinds": []}, "kv_kinds"),
+        ({"kv_budget": 0.5, "kv_kinds": "linear", "budget": 0.5}, "feature maps of kv_kinds 'linear' are parameters"),
+        ({"kv_budget": 0.5, "kv_kinds": "last_loop"}, "kv_kinds.0' is wrong: it should be 'window', 'landmark' or"),
         ({"kv_budget": 0.5, "kv_kinds": "window,landmark", "kv_choice": "last"}, "kv_choice 'last', name one"),
         ({"kv_kinds": "landmark"}, "kv_kinds says how a KV budget is met; add kv_budget"),
     ],

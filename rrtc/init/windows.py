@@ -2,17 +2,18 @@
 place, costs each head, as calibration finds it, and which heads look up what stands far back (text/lookups.py)."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rrtc.init.calibrate import Calibration
 from rrtc.io.dense import DenseModel
 from rrtc.io.folder import whole_file
 from rrtc.kv_budget import Head, KindLosses, KvBudget
 from rrtc.model.attention_rrt import Rule
+from rrtc.model.linear_rrt import LinearRule
 from rrtc.model.modeling_rrt import rule_of
 from rrtc.stock.heads import LookedUp
 from rrtc.stock.streamed import StreamedModel
@@ -21,12 +22,15 @@ from rrtc.text.lookups import Lookups, make_lookups
 LOOKUP_WINDOWS = 8  # of text, at whose ends something is to be looked up
 
 
-def rules(budget: KvBudget) -> dict[int, dict[str, Rule]]:
-    """By layer and kind, the rule by which no head sees everything."""
-    return {
-        layer: {kind: rule_of({"attention": by_layer[layer].fields()}) for kind, by_layer in budget.kinds.items()}
-        for layer in dict(budget.heads)
-    }
+def rules(budget: KvBudget, layers: Sequence[nn.Module]) -> dict[int, dict[str, Rule]]:
+    """By layer and kind, the rule by which no head sees everything. layers: of the stock model, with weights or
+    without."""
+
+    def rule(kind: str, number: int) -> Rule:
+        made = rule_of({"attention": budget.kinds[kind][number].fields()})
+        return made.on(layers[number]) if isinstance(made, LinearRule) else made
+
+    return {number: {kind: rule(kind, number) for kind in budget.kinds} for number in dict(budget.heads)}
 
 
 def kind_losses(budget: KvBudget, calibration: Calibration) -> KindLosses:
@@ -57,7 +61,7 @@ def _measure(
     advance: Callable[[int], None],
 ) -> dict[int, list[float]]:  # fmt: skip
     """By layer, what `lookups` says of each head."""
-    states, found, every = model.embed(asked.ids), {}, rules(budget)
+    states, found, every = model.embed(asked.ids), {}, rules(budget, model.layers)
     for number in range(dense.depth):
         tensors = dense.layer(number, device)
         if number not in every:
