@@ -118,8 +118,8 @@ class UptrainResult(TypedDict):
     device: str  # cpu, cuda …
     arithmetic: str  # float32 or bfloat16
     teacher: str | None  # URI; None where there was none
-    first_loss: float  # on the training text, the mean over the first twentieth of the steps
-    last_loss: float
+    first_loss: float | None  # on the training text, the mean over the first twentieth of the steps; None where the
+    last_loss: float | None  # loss 'attention' alone was minimized
     first_kl: float | None  # from the teacher; None where there was none
     last_kl: float | None
     teacher_cache: NotRequired[CacheResult]
