@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import linear
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer
@@ -45,6 +46,7 @@ class Found:
     recipe: InitRecipe
     losses: KindLosses
     lookups: dict[Head, float]
+    text: Tensor  # from which this was measured: ids, (windows, context)
 
     def planned(self, *kinds: str) -> Plan:
         """Under the budget, where heads that do not see everything may have these kinds, window first."""
@@ -89,7 +91,7 @@ ROWS: dict[str, Callable[[Found], Plan]] = {
     "landmark of 0 blocks": lambda found: found.all_of("landmark", lambda near: replace(near, landmark=None)),
     "linear, as drawn": lambda found: found.all_of("linear"),
     "measured": lambda found: found.planned("window", "landmark", "linear"),
-}
+} | {name: lambda found, change=change: found.all_of("linear", change) for name, (change, _) in linear.ROWS.items()}
 
 
 def recipe_of(args: argparse.Namespace) -> Recipe:
@@ -117,7 +119,7 @@ def measured(args: argparse.Namespace) -> Found:
     )
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     able = choosing.lookups(budget, job.dense, model, tokenizer, job.calibration, 0, folder, device, lambda n: None)
-    return Found(job.plan, job.recipe.init, choosing.kind_losses(budget, calibration), able)
+    return Found(job.plan, job.recipe.init, choosing.kind_losses(budget, calibration), able, job.calibration)
 
 
 @torch.inference_mode()
@@ -175,7 +177,10 @@ def main(args: argparse.Namespace) -> None:
         probes = make_probes(tokenizer, args.passkey_length, args.passkey_trials, 0, 1 << 30)
         for name in missing:
             plan = ROWS[name](found)
-            row = measure(with_plan(base, plan), plan, reference, probes, args.context)
+            model = with_plan(base, plan)
+            if name in linear.ROWS:
+                linear.ROWS[name][1](model, found.text, args.work / "maps.pt")
+            row = measure(model, plan, reference, probes, args.context)
             known = plan.is_local and name in PREDICTED
             done["rows"][name] = row | {"predicted": predicted(plan, found.losses) if known else None}
             with whole_file(file) as temporary:

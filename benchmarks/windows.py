@@ -28,6 +28,7 @@ from rrtc.init.calibrate import calibrate
 from rrtc.init.job import Job, prepare
 from rrtc.kv_budget import KvBudget, predicted, without_windows
 from rrtc.model import RrtConfig, RrtForCausalLM
+from rrtc.model.linear_rrt import Maps
 from rrtc.plan import Plan
 from rrtc.recipe.schema import Recipe
 from rrtc.stock.heads import Losses
@@ -135,11 +136,18 @@ def log_probabilities(model, ids: Tensor, places: Tensor) -> Tensor:
 
 
 def with_plan(model: RrtForCausalLM, plan: Plan) -> RrtForCausalLM:
-    """A model with the weights of `model`, which are not copied, that attends to what `plan` says."""
+    """A model with the weights of `model`, which are not copied, that attends to what `plan` says; feature maps are as
+    drawn."""
     config = RrtConfig.of(plan, model.config.base_config)
     with torch.device("meta"):
         made = RrtForCausalLM(config)
-    made.load_state_dict(model.state_dict(), assign=True)
+    drawn = {
+        f"{name}.{key}": tensor
+        for name, module in made.named_modules()
+        if isinstance(module, Maps)
+        for key, tensor in Maps(*module.maps.shape, module.seed).state_dict().items()
+    }
+    made.load_state_dict(model.state_dict() | drawn, assign=True)
     made.tie_weights()
     for name, buffer in model.named_buffers():
         parent, _, last = name.rpartition(".")
