@@ -358,9 +358,9 @@ class Plan:
 
     @property
     def savings(self) -> str:
-        """What this model saves beside the dense one, as a sentence: see `savings`."""
+        """What this model saves beside the dense one, its cache in 16 bits, as a sentence: see `savings`."""
         dense = self.architecture
-        kv, dense_kv = (counted.kv_bytes(SAVINGS_CONTEXT, 1) for counted in (self, dense))
+        kv, dense_kv = (counted.kv_bytes(SAVINGS_CONTEXT, 2) for counted in (self, dense))
         return savings(self.flops_per_token, dense.flops_per_token, kv, dense_kv)
 
     def summary(self, width: int) -> dict:

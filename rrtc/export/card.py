@@ -184,7 +184,8 @@ def _attention(config: RrtConfig, exported: dict) -> str:
     else:
         sees = "What it sees in the base model."
     cache = ", ".join(f"{size(made_as.kv_bytes(config, n, dtype))} at {n:,} tokens" for n in KV_CONTEXTS)
-    return f"{sees}\n\nThe KV cache takes {cache}{_of_dense(plan) if made_as.WINDOWS and plan.is_local else ''}."
+    of_dense = _of_dense(plan, dtype.itemsize) if made_as.WINDOWS and plan.is_local else ""
+    return f"{sees}\n\nThe KV cache takes {cache}{of_dense}."
 
 
 def _windows(plan: Plan) -> str:
@@ -200,6 +201,8 @@ def _windows(plan: Plan) -> str:
             seen += f", and the first {sinks} of its document" if sinks else ""
             if (owner := visit.attention.owner) is not None:
                 seen += f"; of the others, what loop {owner.loop} of the same slot keeps"
+            if (linear := visit.attention.linear) is not None:
+                seen += f"; of the others, sums in {linear.features} features"
             groups[window, seen] += layer.kv_heads - len(visit.attention.heads)
             everything += [f"{visit.layer}.{head}" for head in visit.attention.heads]
         elif not layer.window:
@@ -211,9 +214,9 @@ def _windows(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _of_dense(plan: Plan) -> str:
-    """How much of the base model's KV cache that is."""
-    shares = [f"{plan.kv_bytes(n, 1) / plan.architecture.kv_bytes(n, 1):.3f}" for n in KV_CONTEXTS]
+def _of_dense(plan: Plan, width: int) -> str:
+    """How much of the base model's KV cache that is, at `width` bytes a number."""
+    shares = [f"{plan.kv_bytes(n, width) / plan.architecture.kv_bytes(n, width):.3f}" for n in KV_CONTEXTS]
     return f": {', '.join(shares)} of the base model's"
 
 

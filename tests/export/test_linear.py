@@ -87,6 +87,7 @@ def test_recursive_has_it_where_rrtc_is_not(bits, source, tmp_path, cold):
     (tmp_path / "text.txt").write_text("It rained, and then it rained again. def f(x): return x * 0x1f\n" * 400)
     asked = {"calibrate_on": [str(tmp_path / "text.txt")], "calibrate_tokens": 512} if bits != "none" else {}
     result = stage.export(str(source), str(tmp_path / "out"), recipe(quantize=bits, **asked))
+    assert "of the others, sums in 8 features" in " ".join((tmp_path / "out" / "README.md").read_text().split())
     assert "linear_rrt.py" in result["files"] and result["max_logit_difference"] < 1e-3
     if bits == "none":
         out = tmp_path / "out"
