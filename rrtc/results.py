@@ -17,7 +17,7 @@ class VisitResult(TypedDict):
     ranks: dict[str, int]  # LoRA rank of each matrix, by its path in the layer; 0: none
     forms: dict[str, str]  # of the matrices that are not "tied": "low_rank" or "own"
     shapes: dict[str, tuple[int, int]]  # (inputs, outputs) of the matrices that are smaller than in the dense layer
-    attention: NotRequired[dict[str, Any]]  # window, sinks, and the KV heads that see everything; absent where all do
+    attention: NotRequired[dict[str, Any]]  # as Attention.fields in rrtc/plan.py; absent where all heads see everything
 
 
 class PlanResult(TypedDict):
@@ -118,8 +118,8 @@ class UptrainResult(TypedDict):
     device: str  # cpu, cuda …
     arithmetic: str  # float32 or bfloat16
     teacher: str | None  # URI; None where there was none
-    first_loss: float  # on the training text, the mean over the first twentieth of the steps
-    last_loss: float
+    first_loss: float | None  # on the training text, the mean over the first twentieth of the steps; None where the
+    last_loss: float | None  # loss 'attention' alone was minimized
     first_kl: float | None  # from the teacher; None where there was none
     last_kl: float | None
     teacher_cache: NotRequired[CacheResult]

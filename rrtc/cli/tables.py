@@ -54,7 +54,7 @@ def _attention(visit: dict) -> str:
     """What a visit attends to; empty where that is everything."""
     if not (attention := visit.get("attention")):
         return ""
-    near = in_sight(attention["window"], attention["sinks"])
+    near = in_sight(attention)
     if not (heads := attention["heads"]):
         return f"sees {near}"
     named = f"KV head{'s' * (len(heads) > 1)} {', '.join(map(str, heads))}"
@@ -275,6 +275,13 @@ def profile(rows: list[dict]) -> Group:
 
 def uptrain(result: dict, folder: str) -> Group:
     """What `uptrain` made."""
+    trained = f"{count(result['tokens'])} tokens in {duration(result['seconds'])}"
+    if result["first_loss"] is None:
+        what = "what heads with linear attention find, from full attention"
+        row = [what, f"{result['first_attention']:.3f}", f"{result['last_attention']:.3f}"]
+        columns = ["on the training text, squared, relative", "first", "last"]
+        said = f"Curves: {folder}/loss.png. Next: rrtc eval {folder} -o REPORT"
+        return Group(table(f"Wrote {folder}: {trained}", columns, [row]), plain(said))
     rows = [["loss", f"{result['first_loss']:.3f}", f"{result['last_loss']:.3f}"]]
     if result.get("first_kl") is not None:
         rows.append(["KL to the teacher", f"{result['first_kl']:.3f}", f"{result['last_kl']:.3f}"])
@@ -284,7 +291,6 @@ def uptrain(result: dict, folder: str) -> Group:
         rows.append(
             [f"exit after loop {loop}, {shown}", f"{result[f'first_{name}']:.3f}", f"{result[f'last_{name}']:.3f}"]
         )
-    trained = f"{count(result['tokens'])} tokens in {duration(result['seconds'])}"
     lines = [table(f"Wrote {folder}: {trained}", ["on the training text, nats per token", "first", "last"], rows)]
     if cache := result.get("teacher_cache"):
         lines.append(

@@ -6,7 +6,6 @@ What it returns is described in rrtc/io/report.py.
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
@@ -291,7 +290,7 @@ def _layers(candidate: Candidate, examinee: Examinee) -> list[dict]:
             "residual": residual,
             "kv_heads": plan.architecture.layers[visit.layer].kv_heads,
             "window": plan.architecture.layers[visit.layer].window,
-            "attention": visit.attention and asdict(visit.attention) | {"heads": list(visit.attention.heads)},
+            "attention": visit.attention and visit.attention.fields(),
         }
         for visit, residual in zip(plan.visits, examinee.residuals(), strict=True)
     ]  # fmt: skip

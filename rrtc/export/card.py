@@ -184,35 +184,39 @@ def _attention(config: RrtConfig, exported: dict) -> str:
     else:
         sees = "What it sees in the base model."
     cache = ", ".join(f"{size(made_as.kv_bytes(config, n, dtype))} at {n:,} tokens" for n in KV_CONTEXTS)
-    return f"{sees}\n\nThe KV cache takes {cache}{_of_dense(plan) if made_as.WINDOWS and plan.is_local else ''}."
+    of_dense = _of_dense(plan, dtype.itemsize) if made_as.WINDOWS and plan.is_local else ""
+    return f"{sees}\n\nThe KV cache takes {cache}{of_dense}."
 
 
 def _windows(plan: Plan) -> str:
     """Which KV heads see what."""
     heads = sum(layer.kv_heads for layer in plan.architecture.layers)
-    groups: dict[tuple[int, int], int] = {}
+    groups: Counter[tuple[int, str]] = Counter()
     everything = []
     for visit, layer in zip(plan.visits, plan.architecture.layers, strict=True):
         if visit.attention is not None:
-            seen = visit.attention.window, visit.attention.sinks
-            groups[seen] = groups.get(seen, 0) + layer.kv_heads - len(visit.attention.heads)
+            window, landmark, sinks = visit.attention.window, visit.attention.landmark, visit.attention.sinks
+            seen = f"the last {window} tokens, itself included"
+            seen += f", {landmark.count} blocks of {landmark.size} tokens before them" if landmark else ""
+            seen += f", and the first {sinks} of its document" if sinks else ""
+            if (owner := visit.attention.owner) is not None:
+                seen += f"; of the others, what loop {owner.loop} of the same slot keeps"
+            if (linear := visit.attention.linear) is not None:
+                seen += f"; of the others, sums in {linear.features} features"
+            groups[window, seen] += layer.kv_heads - len(visit.attention.heads)
             everything += [f"{visit.layer}.{head}" for head in visit.attention.heads]
         elif not layer.window:
             everything += [f"{visit.layer}.{head}" for head in range(layer.kv_heads)]
-    lines = [
-        f"- {number} of {heads} KV heads: the last {window} tokens, itself included"
-        + (f", and the first {sinks} of its document" if sinks else "")
-        for (window, sinks), number in sorted(groups.items())
-    ]
+    lines = [f"- {number} of {heads} KV heads: {seen}" for (_, seen), number in sorted(groups.items())]
     if own := sum(layer.kv_heads for layer in plan.architecture.layers if layer.window):
         lines.append(f"- {own} KV heads: the window that their layers have in the base model")
     lines.append(f"- {len(everything)} KV heads: everything. As layer.head: `{' '.join(everything) or 'none'}`")
     return "\n".join(lines)
 
 
-def _of_dense(plan: Plan) -> str:
-    """How much of the base model's KV cache that is."""
-    shares = [f"{plan.kv_bytes(n, 1) / plan.architecture.kv_bytes(n, 1):.3f}" for n in KV_CONTEXTS]
+def _of_dense(plan: Plan, width: int) -> str:
+    """How much of the base model's KV cache that is, at `width` bytes a number."""
+    shares = [f"{plan.kv_bytes(n, width) / plan.architecture.kv_bytes(n, width):.3f}" for n in KV_CONTEXTS]
     return f": {', '.join(shares)} of the base model's"
 
 

@@ -3,7 +3,7 @@
 The rule is monotone: a key that a query does not see is seen by no later one. So what the cache keeps is what the next
 query sees, and a forward pass over everything, one in chunks, and one token by token agree. Some KV heads of a visit
 see everything (the rule's `heads`), the others a window and the first tokens of their document (sinks, without which a
-pretrained model breaks: Xiao et al. 2023, arXiv 2309.17453).
+pretrained model breaks: Xiao et al. 2023, arXiv 2309.17453), and blocks of those between where there is a landmark.
 
     base model      notes where the document of each token begins (Documents)
     Visit           puts a Sight in the place of the attention mask, and its own layer into the cache (KeptLayer)
@@ -25,6 +25,8 @@ from transformers import AttentionInterface, PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .landmark_rrt import Landmark
+
 KERNEL = "rrt"  # the name of `attend` among transformers' attention functions
 MASKED_KERNELS = ("sdpa", "eager")  # those that can be told for each query what it sees
 LEAST_BLOCK = 64  # queries that go through a window together: fewer are slower than the keys that they leave out
@@ -33,16 +35,26 @@ LEAST_BLOCK = 64  # queries that go through a window together: fewer are slower 
 @dataclass(frozen=True)
 class Rule:
     """What the queries of a visit see. heads: the KV heads that see all keys before the query; the others see the last
-    `window`, the query's own included, and the first `sinks` of the query's document."""
+    `window`, the query's own included, the first `sinks` of the query's document, and the blocks of `landmark`."""
 
     window: int
     sinks: int
     heads: tuple[int, ...]
+    landmark: Landmark | None = None
 
     def visible(self, query: Tensor, key: Tensor, start: Tensor) -> Tensor:
         """Whether a head with a window sees the key. All arguments are columns, counted from a row's first token, and
         broadcast; start: where the query's document begins."""
-        return (key <= query) & ((query - key < self.window) | ((key >= start) & (key - start < self.sinks)))
+        last = key if self.landmark is None else self.landmark.relieved_by(key, start + self.sinks)
+        return (key <= query) & ((query - last < self.window) | ((key >= start) & (key - start < self.sinks)))
+
+    def place(self) -> "KeptLayer":
+        """What a visit with this rule has in the cache."""
+        return KeptLayer(self)
+
+    def near(self, sight: "Sight", *given) -> tuple[Tensor, Tensor | None]:
+        """What the heads with a window find: see Sight._near."""
+        return sight._near(*given)
 
 
 class Documents:
@@ -62,7 +74,7 @@ class Documents:
         if isinstance(mask, Tensor) and mask.dim() == 2:
             starts.append(mask.int().argmax(-1, keepdim=True))
         if isinstance(positions, Tensor) and positions.dim() == 2:
-            cache = next((value for value in given.values() if isinstance(value, Cache)), None)
+            cache = cache_in(given)
             past = 0 if cache is None else int(cache.get_seq_length())
             columns = past + torch.arange(tokens.shape[1], device=positions.device)
             starts.append((columns - positions).clamp(min=0))
@@ -218,15 +230,12 @@ class Sight:
             return run(module, query, key, value, self.mask, **kwargs)
         parts = self._parts(key, value)
         each, output, weights = query.shape[1] // key.shape[1], None, None
-        for part, see in zip(parts, (self._far, self._near), strict=True):
+        for part, see in zip(parts, (self._far, partial(self.rule.near, self)), strict=True):
             if part is None:
                 continue
             places = [head * each + number for head in part.heads for number in range(each)]
             alone = len(places) == query.shape[1]
             found, weight = see(partial(run, module, **kwargs), query if alone else query[:, places], part, adds_mask)
-            if weight is not None:
-                total = int(part.columns[-1]) + 1  # every part has the newest token
-                weight = weight.new_zeros(*weight.shape[:3], total).index_copy(-1, part.columns, weight)
             if alone:
                 output, weights = found, weight
                 continue
@@ -259,23 +268,27 @@ class Sight:
     def _near(self, run: Callable, query: Tensor, part: Part, adds_mask: bool) -> tuple[Tensor, Tensor | None]:
         """The heads with a window. Many queries go in blocks, each with the keys that some query of it sees."""
         queries, outputs, weights = query.shape[2], [], []
-        step = max(self.rule.window, LEAST_BLOCK)
+        step, dtype = max(self.rule.window, LEAST_BLOCK), query.dtype if adds_mask else None
         for first in range(0, queries, step):
             last = min(first + step, queries)
-            block, keys, values, columns = query, part.keys, part.values, part.columns
-            if queries > step:
-                index = self._wanted(first, last, columns).nonzero().squeeze(-1)
-                block, columns = query[:, :, first:last], columns[index]
-                keys, values = keys[:, :, index], values[:, :, index]
-            mask = self._mask(first, last, columns, query.dtype if adds_mask else None)
-            output, weight = run(block, keys, values, mask)
+            keys, values, columns, mask = self._in_sight(part, first, last, queries <= step, dtype)
+            output, weight = run(query[:, :, first:last], keys, values, mask)
             outputs.append(output)
             if weight is not None:
-                whole = weight.new_zeros(*weight.shape[:3], len(part.columns))
-                weights.append(whole.index_copy(-1, index, weight) if queries > step else weight)
+                total = int(part.columns[-1]) + 1  # every part has the newest token
+                weights.append(weight.new_zeros(*weight.shape[:3], total).index_add(-1, columns, weight))
         if len(outputs) == 1:
             return outputs[0], weights[0] if weights else None
         return torch.cat(outputs, 1), torch.cat(weights, 2) if weights else None
+
+    def _in_sight(self, part: Part, first: int, last: int, alone: bool, dtype: torch.dtype | None) -> tuple:
+        """What queries `first` to `last` look at: (keys, values, their columns, the mask). alone: whether these are all
+        queries; then nothing is picked out beforehand. dtype: as for `_mask`."""
+        keys, values, columns = part.keys, part.values, part.columns
+        if not alone:
+            index = self._wanted(first, last, columns).nonzero().squeeze(-1)
+            keys, values, columns = keys[:, :, index], values[:, :, index], columns[index]
+        return keys, values, columns, self._mask(first, last, columns, dtype)
 
     def _starts(self, first: int, last: int, like: Tensor) -> Tensor:
         """Where the documents of these queries begin: (rows or 1, queries or 1)."""
@@ -285,9 +298,8 @@ class Sight:
 
     def _wanted(self, first: int, last: int, columns: Tensor) -> Tensor:
         """Which of `columns` some of these queries may see: (columns,), bool."""
-        earliest, latest = self.past + first - self.rule.window + 1, self.past + last - 1
-        behind = columns - self._starts(first, last, columns).unique()[:, None]
-        return ((columns >= earliest) & (columns <= latest)) | ((behind >= 0) & (behind < self.rule.sinks)).any(0)
+        soonest, starts = columns.clamp(min=self.past + first), self._starts(first, last, columns).unique()[:, None]
+        return (columns < self.past + last) & self.rule.visible(soonest, columns, starts).any(0)  # it is monotone
 
     def _mask(self, first: int, last: int, columns: Tensor, dtype: torch.dtype | None) -> Tensor | None:
         """Which of `columns` these queries see: (rows or 1, 1, queries, columns), bool, or to be added in `dtype`."""
@@ -369,7 +381,7 @@ class Eyes:
     def arrange(self, args: tuple, kwargs: dict) -> dict:
         """The arguments of the layer by name, with a Sight for a mask, and the cache prepared."""
         given = dict(zip(self.names, args, strict=False)) | kwargs
-        cache = next((value for value in given.values() if isinstance(value, Cache)), None)
+        cache = cache_in(given)
         kept, past = None, 0
         if cache is not None:
             prepare(cache, {self.place: self.rule})
@@ -382,9 +394,19 @@ class Eyes:
         given["attention_mask"] = self.sight(self.rule, given.get("attention_mask"), start, past, kept)
         return given
 
+    def run(self, visit: nn.Module, args: tuple, kwargs: dict):
+        """What the layer of `visit` makes of its arguments."""
+        given = self.arrange(args, kwargs)
+        return visit.slot()(given.pop(self.names[0]), loop=visit.loop, **given)
+
     def close(self) -> None:
         """Gives the attention its own kernel back."""
         self.attention.config = self.attention.config.stock
+
+
+def cache_in(given: dict) -> Cache | None:
+    """The cache among arguments by name: architectures call it differently."""
+    return next((value for value in given.values() if isinstance(value, Cache)), None)
 
 
 def prepare(cache, rules: dict[int, Rule]) -> None:
@@ -397,4 +419,4 @@ def prepare(cache, rules: dict[int, Rule]) -> None:
             cache.layers.append(DynamicLayer())
         layer = cache.layers[place] if place < len(cache.layers) else None
         if type(layer) is DynamicLayer and not layer.is_initialized:
-            cache.layers[place] = KeptLayer(rule)
+            cache.layers[place] = rule.place()

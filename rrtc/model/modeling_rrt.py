@@ -28,8 +28,12 @@ from transformers import initialization as init
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import can_return_tuple
 
-from .attention_rrt import Documents, Eyes, Rule, prepare
+from .attention_rrt import Documents, Eyes, Rule, attention_of, prepare
 from .configuration_rrt import RrtConfig
+from .landmark_rrt import Landmark
+from .linear_rrt import NAME as LINEAR
+from .linear_rrt import LinearRule, Maps
+from .owner_rrt import LoopEyes, Loops, OwnerRule, owned
 from .rows_rrt import BITS, Rows, put_in_rows
 
 
@@ -113,8 +117,7 @@ class Visit(nn.Module):
 
     def forward(self, hidden_states, *args, **kwargs):
         if self.eyes is not None:
-            args, kwargs = (), self.eyes.arrange((hidden_states, *args), kwargs)
-            hidden_states = kwargs.pop(self.eyes.names[0])
+            return self.eyes.run(self, (hidden_states, *args), kwargs)
         return self.slot()(hidden_states, *args, loop=self.loop, **kwargs)
 
     def __getattr__(self, name):
@@ -161,7 +164,7 @@ def graft(model: nn.Module, visits: list[dict], norms: str = "per_visit") -> Non
     slot are not alike, or where a form or shape does not fit.
     """
     parent, name = find_layers(model, len(visits))
-    layers, rules = getattr(parent, name), [rule_of(visit) for visit in visits]
+    layers, rules = getattr(parent, name), owned(visits, [rule_of(visit) for visit in visits])
     shapes: dict[int, dict] = {}
     tied: dict[tuple[int, str], tuple] = {}
     for layer, visit in zip(layers, visits, strict=True):
@@ -173,22 +176,51 @@ def graft(model: nn.Module, visits: list[dict], norms: str = "per_visit") -> Non
     for layer, visit in zip(layers, visits, strict=True):
         _relax(layer, slots[visit["slot"]], visit, norms)
         slots[visit["slot"]].loops.append(layer)
+    rules = [_at_work(rule, layer) for rule, layer in zip(rules, layers, strict=True)]
     # The slots hang beside the old list, inside the stock base model: its hooks look for layers among its children.
     parent.slots = slots
-    documents = Documents(parent)
+    eyes = _eyes(parent, layers, rules)
     visits_list = nn.ModuleList(
-        Visit(Reference(slots, str(visit["slot"])), visit["loop"], rule and Eyes(layer, rule, documents))
-        for layer, visit, rule in zip(layers, visits, rules, strict=True)
+        Visit(Reference(slots, str(visit["slot"])), visit["loop"], eyes.get(place))
+        for place, visit in enumerate(visits)
     )
     setattr(parent, name, visits_list)
+
+
+def _eyes(parent: nn.Module, layers: nn.ModuleList, rules: list[Rule | None]) -> dict[int, Eyes]:
+    """By place, the eyes of the visits that need some, which `parent` tells of its forward passes."""
+    documents = Documents(parent)
     if any(rules):
         parent.register_forward_pre_hook(documents.note, with_kwargs=True)
+    if not any(isinstance(rule, OwnerRule) for rule in rules):
+        return {place: Eyes(layers[place], rule, documents) for place, rule in enumerate(rules) if rule}
+    loops = Loops(rules, documents)
+    parent.register_forward_pre_hook(loops.begin, with_kwargs=True)
+    parent.register_forward_hook(loops.end, always_call=True)
+    return {
+        place: LoopEyes(layers[place], rule, loops) if place in loops.places else Eyes(layers[place], rule, documents)
+        for place, rule in enumerate(rules)
+        if rule or place in loops.places
+    }
 
 
 def rule_of(visit: dict) -> Rule | None:
     """What the heads of a visit see; None where that is what the stock layer's do."""
-    attention = visit.get("attention")
-    return attention and Rule(attention["window"], attention["sinks"], tuple(attention["heads"]))
+    if (attention := visit.get("attention")) is None:
+        return None
+    seen = attention["window"], attention["sinks"], tuple(attention["heads"])
+    if linear := attention.get("linear"):
+        return LinearRule(*seen, **linear)
+    landmark = attention.get("landmark")
+    return Rule(*seen, landmark and Landmark(**landmark))
+
+
+def _at_work(rule: Rule | None, layer: nn.Module) -> Rule | None:
+    """The rule for a `layer`, which gets what parameters there are to it."""
+    if isinstance(rule, LinearRule):
+        rule = rule.on(layer)
+        attention_of(layer).add_module(LINEAR, rule.maps)
+    return rule
 
 
 def _matrix_form(visit: dict, path: str, module: nn.Module) -> tuple[str, tuple[int, int]]:
@@ -336,6 +368,8 @@ class RrtPreTrainedModel(PreTrainedModel):
     def initialize_weights(self):
         super().initialize_weights()
         for module in self.modules():
+            if isinstance(module, Maps):
+                module.reset()
             if isinstance(module, RelaxedLinear):
                 if module.rank:
                     init.normal_(module.A, std=module.in_features**-0.5)

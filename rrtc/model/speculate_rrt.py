@@ -131,7 +131,9 @@ def _can_be_halved(model, input_ids) -> bool:
     replaced = type(model).forward is not RrtForCausalLM.forward or any(
         "forward" in vars(module) for module in (model, model.stock, model.stock.base_model)
     )
-    watched = model._forward_hooks or model._forward_pre_hooks
+    # And what an early half says beyond a window would need the late one first, where visits read later ones.
+    reads = any((visit.get("attention") or {}).get("owner") for visit in model.config.visits)
+    watched = reads or model._forward_hooks or model._forward_pre_hooks
     return input_ids.device == model.device and not (model.training or records or replaced or watched)
 
 

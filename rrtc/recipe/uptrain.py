@@ -9,7 +9,7 @@ from rrtc.recipe.section import BUILT_IN_TEXT, Section
 
 DISTILLATIONS = ("forward_kl", "reverse_kl", "jensen_shannon", "total_variation")  # paper appendix I
 MOST_WEIGHT = 1_000_000
-LOSSES = ("next_token", *DISTILLATIONS, "hidden")
+LOSSES = ("next_token", *DISTILLATIONS, "hidden", "attention")
 REGULARIZERS = ("bmi",)
 WEIGHTED: dict[str, tuple[str, tuple[str, ...]]] = {  # by field, what has a weight there, and what there is
     "losses": ("loss", LOSSES),
@@ -74,7 +74,8 @@ class UptrainRecipe(Section):
     losses: dict[str, float] = Field(
         {"forward_kl": 1.0},
         description="What is minimized, each with its weight: next_token; forward_kl, reverse_kl, jensen_shannon, "
-        "total_variation (distances from the dense model's distribution); hidden (from its hidden states).",
+        "total_variation (distances from the dense model's distribution); hidden (from its hidden states). Or alone: "
+        "attention (what heads with linear attention find, from full attention; only their maps and gains learn).",
     )
     regularizers: dict[str, float] = Field(
         {"bmi": 0.0},
@@ -159,7 +160,21 @@ class UptrainRecipe(Section):
     @property
     def distills(self) -> bool:
         """Whether a teacher is needed."""
-        return any(weight for name, weight in self.losses.items() if name != "next_token")
+        return any(weight for name, weight in self.losses.items() if name not in ("next_token", "attention"))
+
+    @property
+    def transfers(self) -> bool:
+        """Whether linear attention learns from full attention, and nothing else learns."""
+        return bool(self.losses.get("attention"))
+
+    @model_validator(mode="after")
+    def _attention_alone(self) -> "UptrainRecipe":
+        others = [name for name, weight in (self.losses | self.regularizers).items() if weight and name != "attention"]
+        others += [name for name in ("exits", "stability") if getattr(self, name) != "none"]
+        others += ["fsdp"] if self.fsdp else []
+        if self.transfers and others:
+            raise ValueError(f"the loss 'attention' is a stage of its own, and does not go with {others[0]}")
+        return self
 
     @model_validator(mode="after")
     def _whole_batch(self) -> "UptrainRecipe":

@@ -2,7 +2,8 @@
 
 import os
 
-from rrtc.errors import WrongUsage
+from rrtc.errors import RrtcError, WrongUsage
+from rrtc.plan import Plan
 from rrtc.recipe.section import OWN_TEXT
 from rrtc.recipe.uptrain import UptrainRecipe
 
@@ -19,4 +20,22 @@ def check_recipe(recipe: UptrainRecipe) -> None:
         raise WrongUsage(
             f"The data '{OWN_TEXT}' is text that the teacher writes, and this run has no teacher.",
             "Name one (teacher), distil from the dense original (losses), or name a text.",
+        )
+
+
+def check_owners(recipe: UptrainRecipe, plan: Plan) -> None:
+    """Raises RrtcError where `recipe` asks for what a model cannot do in which visits read another loop's keys."""
+    wanted = {"--compile": recipe.compile, "--fsdp": recipe.fsdp}
+    if plan.reads_later:  # what a loop returns is not there before the last one has run
+        wanted |= {
+            "exits": recipe.exits != "none",
+            "the loss 'hidden'": bool(recipe.losses.get("hidden")),
+            "the regularizer 'bmi'": bool(recipe.regularizers.get("bmi")),
+            "--stability admin": recipe.stability == "admin",
+        }
+    asked = [name for name, is_asked in wanted.items() if is_asked]
+    if plan.has_owners and asked:
+        raise RrtcError(
+            f"This model's visits read keys and values of another loop (owner), and {asked[0]} is not for such a one.",
+            "Leave it out.",
         )

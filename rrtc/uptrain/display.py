@@ -57,7 +57,7 @@ class Display(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "objective" not in logs:
             return
-        self.losses.append(logs["loss"])
+        self.losses.append(logs.get("loss", logs["objective"]))
         self.kls.append(logs.get("kl"))
         step = state.global_step
         seconds = (time.monotonic() - self.began) / (step - self.first_step)  # a step
@@ -71,7 +71,7 @@ class Display(TrainerCallback):
         elif step * REPORTS // self.steps > (step - 1) * REPORTS // self.steps:
             kl = "" if self.kls[-1] is None else f" · KL {self.kls[-1]:.3f}"
             self.console.print(
-                f"step {step} of {self.steps} · {amounts} · loss {logs['loss']:.3f}{kl} · "
+                f"step {step} of {self.steps} · {amounts} · loss {self.losses[-1]:.3f}{kl} · "
                 f"learning rate {logs['learning_rate']:.1e}",
                 style="dim",
                 highlight=False,

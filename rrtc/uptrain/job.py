@@ -27,7 +27,7 @@ from rrtc.recipe.uptrain import UptrainRecipe
 from rrtc.stock.architecture import read_architecture, read_plan
 from rrtc.stock.trial import Branch
 from rrtc.text.windows import longest_context
-from rrtc.uptrain.checks import check_recipe
+from rrtc.uptrain.checks import check_owners, check_recipe
 from rrtc.uptrain.data import ORDER, Mixture, Stream, training_text
 from rrtc.uptrain.stability import branches_of, with_gains
 from rrtc.uptrain.teacher_cache import TeacherCache
@@ -84,7 +84,7 @@ class Job:
         """Floating-point operations to train on one token, without attention over the context: forward, backward at
         twice its price, the forward pass repeated under activation checkpointing, the teacher's forward pass, and for
         each exit the head: forward, backward, and once more for what the model says in the end."""
-        passes = 4 if self.recipe.activation_checkpointing else 3
+        passes = 1 if self.recipe.transfers else 4 if self.recipe.activation_checkpointing else 3
         teacher = read_architecture(self.teacher.config()).flops_per_token if self.teacher else 0
         exits = len(self.plan.exits) * 4 * 2 * self.plan.architecture.head_flops if self.recipe.exits != "none" else 0
         return passes * self.plan.flops_per_token + teacher + exits
@@ -151,8 +151,11 @@ def prepare(folder: Path, recipe: UptrainRecipe, most_steps: int | None = None) 
         raise RrtcError(f"{folder} holds a dense '{config.model_type}' model.", "Compress it first, with 'rrtc init'.")
     check_not_quantized(folder, config)
     plan = read_plan(config)
+    check_owners(recipe, plan)
     if recipe.exits != "none":
         _check_exits(folder, plan, provenance, recipe.exits)
+    if recipe.transfers:
+        _check_linear(folder, plan, recipe.context)
     branches: tuple[Branch, ...] = ()
     if recipe.stability == "admin":
         branches = tuple(branches_of(plan, config.base_config))
@@ -224,6 +227,22 @@ def _check_exits(folder: Path, plan: Plan, provenance: dict, when: str) -> None:
         )
     if when == "after" and "uptrain" not in [provenance["stage"], *(one["stage"] for one in provenance["history"])]:
         warn("This model was not healed yet. Heal it first, or train its exits along with it: --exits joint.")
+
+
+def _check_linear(folder: Path, plan: Plan, context: int) -> None:
+    """Raises WrongUsage where no linear attention could learn from windows of text of that `context`."""
+    found = [visit.attention for visit in plan.visits if visit.attention is not None and visit.attention.linear]
+    if not found:
+        raise WrongUsage(
+            f"No visit of the model in {folder} has linear attention, which the loss 'attention' is about.",
+            "Plan it first: rrtc init … --kv-budget 0.2 --kv-kinds linear.",
+        )
+    least = max(one.window + one.sinks for one in found) + 2  # the last token is no query
+    if context < least:
+        raise WrongUsage(
+            f"In windows of {context} tokens nothing leaves what the heads of this model see.",
+            f"Raise the context to {least} at least, and better to twice of it.",
+        )
 
 
 def check_tokens(recipe: UptrainRecipe, context: int) -> None:

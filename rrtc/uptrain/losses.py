@@ -11,10 +11,12 @@ With s the model's logits, p = softmax(s / T) its distribution, q the teacher's 
     total_variation   sum |p - q| / 2
     hidden            |h - g|² / |g|², h the model's hidden state after a visit, g the teacher's after that layer,
                       mean over visits
+    attention         |o - f|² / |f|², o what a head with linear attention finds, f what it would if it saw everything,
+                      mean over such heads (LoLCATs' attention transfer, arXiv 2410.10254, §3.1; stock/linear.py)
 
 The four divergences are the ones the paper compares (appendix I). In the objective they are multiplied by T², so that
-their gradients keep their size when T changes (Hinton et al., arXiv 1503.02531, §2). All but total_variation and hidden
-are in nats.
+their gradients keep their size when T changes (Hinton et al., arXiv 1503.02531, §2). All but total_variation, hidden
+and attention are in nats.
 
 For any loss of the form sum_i g(p_i, q_i) the gradient by the logits is (h - p sum(h)) / T, where h_i = p_i dg/dp_i:
 the Jacobian of the softmax is the same for all of them, and each only brings its value and its h.

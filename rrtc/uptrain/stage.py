@@ -113,6 +113,8 @@ def _train(job: Job, checkpoints: Path, checkpoint: Path | None) -> Distillation
         with termination:
             if job.branches and checkpoint is None:
                 trainer.set_gains()
+            if job.recipe.transfers and checkpoint is None:
+                trainer.match_gains()
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             termination.check(job.steps)
     return trainer

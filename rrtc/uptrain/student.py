@@ -14,6 +14,7 @@ from rrtc.model.configuration_rrt import RrtConfig
 from rrtc.model.modeling_rrt import RrtForCausalLM
 from rrtc.plan import Visit, ends_of_loops
 from rrtc.recipe.uptrain import UptrainRecipe
+from rrtc.stock.linear import attention_distance
 from rrtc.stock.parts import Parts, states_of
 from rrtc.uptrain import bmi
 from rrtc.uptrain.losses import chunked_losses, hidden_distance
@@ -59,10 +60,14 @@ class Student(RrtForCausalLM):
         regularizer bmi also `bmi`, and from its second phase on `raml`.
 
         input_ids, targets: (windows, context), int64. lesson: what the teacher says of the same input_ids, or None.
-        progress: the share of the steps that were taken.
+        progress: the share of the steps that were taken. With the loss attention, that alone is there, and its gradient
+        is by feature maps and gains (see stock/linear.py).
         kwargs, such as position_ids, go to the stock base model.
         """
         parts, head = Parts(self.stock), self.stock.get_output_embeddings()
+        if recipe.transfers:
+            distance = attention_distance(self, lambda: parts.run(input_ids, **kwargs))
+            return {"objective": recipe.losses["attention"] * distance, "attention": distance.detach()}
 
         def compare(hidden: Tensor, weights: dict[str, float], lesson) -> dict[str, Tensor]:
             return chunked_losses(

@@ -22,6 +22,7 @@ from rrtc.machine import device, process_group
 from rrtc.model.modeling_rrt import Slot
 from rrtc.recipe.uptrain import UptrainRecipe
 from rrtc.stock.architecture import quiet_warnings
+from rrtc.stock.linear import linear_maps, match_gains
 from rrtc.uptrain.checkpoints import WHOLE, mark_whole, remove, whole_checkpoints
 from rrtc.uptrain.curve import steps_of, summary
 from rrtc.uptrain.data import Stream, given
@@ -60,6 +61,10 @@ class DistillationTrainer(Trainer):
             add_gains(model, job.plan)
         if job.recipe.regularizers.get("bmi"):
             model.add_critic(job.recipe.seed)
+        if job.recipe.transfers:
+            model.requires_grad_(False)
+            for maps in linear_maps(model):
+                maps.requires_grad_(True)
         model.generation_config = GenerationConfig()  # a base model's own can be one that transformers will not save
         if job.recipe.activation_checkpointing:
             # The second is the name in older versions of transformers. Both are non-reentrant by default, which shared
@@ -104,6 +109,11 @@ class DistillationTrainer(Trainer):
         self._means = {name: self._means.get(name, 0) + mean.detach() for name, mean in means.items()}
         return objective
 
+    def match_gains(self) -> None:
+        """Sets the gains of linear attention as they are before the first step. All processes do the same."""
+        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.job.bfloat16):
+            match_gains(self.model, self.profiled())
+
     def set_gains(self) -> tuple[list[list[Variances]], list[list[Tensor | None]]]:
         """Sets the gains of `stability` as they are before the first step; returns the dense model's profile and them.
         All processes do the same."""
@@ -127,7 +137,7 @@ class DistillationTrainer(Trainer):
         if "loss" in logs:  # a step; the Trainer's closing summary has none
             losses = self.accelerator.reduce(torch.stack(list(self._means.values())), "mean") / self.job.accumulation
             now = time.perf_counter()
-            logs["objective"] = logs["loss"]
+            logs["objective"] = logs.pop("loss")
             logs |= dict(zip(self._means, losses.tolist(), strict=True))
             logs["tokens"] = self.state.global_step * self.job.tokens_per_step
             logs["seconds"] = now - self._step_began

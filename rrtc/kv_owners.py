@@ -1,0 +1,40 @@
+"""Plans in which visits read keys and values of another loop: what benchmarks compare. Pure arithmetic, no torch."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from rrtc.plan import Attention, Owner, Plan, Visit
+
+LOOPS: Mapping[str, int] = {"first_loop": 0, "last_loop": -1}  # what an owner is called, and its place in its slot
+
+
+def local_but(plan: Plan, owner: str, window: int, sinks: int) -> Plan:
+    """`plan`, in which the visits of a slot see a window, all but one, where the slot has several: that of the loop
+    which `owner` names. Layers with a window of their own keep it."""
+    visits = []
+    for visit in plan.visits:
+        layer, kept = plan.architecture.layers[visit.layer], _owner(plan, visit, owner)
+        local = len(plan.slots[visit.slot]) > 1 and visit.loop != kept and layer.kv_heads and not layer.window
+        visits.append(replace(visit, attention=Attention(window, sinks) if local else None))
+    return replace(plan, visits=tuple(visits))
+
+
+def with_owners(plan: Plan, owner: str) -> Plan:
+    """`plan`, in which heads with a window read on in the visit of their slot which `owner` names, where that stores
+    what they read. The bytes of the cache stay what they are."""
+    visits = []
+    for visit in plan.visits:
+        loop, attention = _owner(plan, visit, owner), visit.attention
+        if attention is not None and loop != visit.loop:
+            theirs, layers = plan.slots[visit.slot][loop], plan.architecture.layers
+            near = {*range(layers[visit.layer].kv_heads)} - {*attention.heads}
+            stores = theirs.attention is None or near <= {*theirs.attention.heads}
+            if near and stores and not layers[theirs.layer].window:
+                visit = replace(visit, attention=replace(attention, owner=Owner(loop)))
+        visits.append(visit)
+    return replace(plan, visits=tuple(visits))
+
+
+def _owner(plan: Plan, visit: Visit, owner: str) -> int:
+    """The loop of the visit in the slot of `visit` that `owner` names."""
+    return plan.slots[visit.slot][LOOPS[owner]].loop
