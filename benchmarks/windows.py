@@ -53,16 +53,16 @@ class Both(Losses):
 
     unweighted: list[Tensor] = []
 
-    def __init__(self, tokens: int):
-        super().__init__(tokens)
+    def __init__(self, *given):
+        super().__init__(*given)
         self._changes: Tensor | float = 0.0
 
-    def finish(self) -> Tensor:
+    def finish(self) -> dict[str, Tensor]:
         self.unweighted.append(self._changes)
         return super().finish()
 
-    def _add(self, gradient: Tensor, change: Tensor, kv_heads: int) -> None:
-        super()._add(gradient, change, kv_heads)
+    def _add(self, kind: str, gradient: Tensor, change: Tensor, kv_heads: int) -> None:
+        super()._add(kind, gradient, change, kv_heads)
         each = change.square().sum(-1).unflatten(-1, (kv_heads, -1)).sum(-1)
         self._changes = self._changes + each.double().sum((0, 1)).cpu()
 
@@ -90,12 +90,13 @@ def measured(args: argparse.Namespace, window: int) -> tuple[Plan, dict[str, dic
 
 def _measured(args: argparse.Namespace, job: Job, window: int) -> dict[str, dict]:
     device, dense, found, folder = torch.device("cpu"), job.dense, {}, args.work / f"window-{window}"
-    model, rules = StreamedModel(dense.config, dense.raw, device), choosing.rules(job.kv_budget)
+    model = StreamedModel(dense.config, dense.raw, device)
+    rules = choosing.rules(job.kv_budget, model.layers)
     folder.mkdir()
     Both.unweighted.clear()
     gathering.Losses = Both
     calibration = calibrate(dense, model, [], job.calibration, folder, device, lambda n: None, rules, moments=False)
-    found["weighted"] = choosing.window_losses(job.kv_budget, calibration)
+    found["weighted"] = choosing.kind_losses(job.kv_budget, calibration)["window"]
     by_layer = dict(zip(sorted(rules, reverse=True), Both.unweighted, strict=True))
     found["unweighted"] = {layer: one.diag().tolist() for layer, one in by_layer.items()}
     tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -108,8 +109,8 @@ def _measured(args: argparse.Namespace, job: Job, window: int) -> dict[str, dict
 def planned(args, window: int, budget: float, name: str, changes: dict, plan: Plan, found: dict) -> tuple[Plan, float]:
     asked = recipe_of(args, window, budget).init.model_copy(update=changes)
     losses = found["unweighted" if "unweighted" in name else "weighted"]
-    made = KvBudget(plan.architecture, asked).spend(without_windows(plan), losses, found["look-ups"])
-    return made, predicted(made, found["weighted"])
+    made = KvBudget(plan.architecture, asked).spend(without_windows(plan), {"window": losses}, found["look-ups"])
+    return made, predicted(made, {"window": found["weighted"]})
 
 
 def texts(args: argparse.Namespace, tokenizer) -> Iterator[Tensor]:

@@ -1,31 +1,39 @@
-"""What a KV budget allows: how many KV heads can see everything, and which. Pure arithmetic, no torch.
+"""What a KV budget allows: how many KV heads can see everything, and which, and what the others see. Pure arithmetic,
+no torch.
 
 What windows cost adds up over layers, and within a layer over pairs of heads, so that the choice is made and its cost
-is known before anything is built.
+is known before anything is built. Where heads may have something else than a window (`kinds`), it takes the bytes of
+the window, so that a visit simply gets the kind that costs its heads least.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from rrtc.errors import WrongUsage
-from rrtc.plan import Architecture, Attention, Plan, in_sight
+from rrtc.plan import SUM_BYTES, Architecture, Attention, Landmark, Layer, Linear, Plan, in_sight
 from rrtc.recipe.init import WIDEST_WINDOW, InitRecipe
 
 Head = tuple[int, int]  # (layer, KV head)
 WindowLosses = Mapping[int, Sequence[Sequence[float]]]  # by layer, what windows in both of two KV heads cost
+KindLosses = Mapping[str, WindowLosses]  # by kind, the same of what takes the place of the windows
 # What there is to choose, besides the KV budget, of a model that is recursive already.
 REPLANNED = ("calibrate_on", "calibrate_tokens", "calibrate_context", "text_field", "seed", "measure_tokens")
 LEAST_CONTEXT = 4096  # tokens of a calibration window, where the model can see so many: less shows no distance
 WINDOWS_IN_CONTEXT = 4  # what a calibration window holds at least of what a head sees
 LOOKS_UP = 0.03  # of a head's attention on what is to be looked up: less is no looking up
+NUMBER_BYTES = 2  # of a number in the cache: in 16 bits, as models run
+LANDMARK_SIZE = 16  # tokens in a landmark block; blocks take half of the window
+FEATURES = 64  # of linear attention
 
 
 class KvBudget:
     """The KV budget of `recipe` for models of one architecture.
 
     context: the tokens at which it counts. heads: those that can be given a window, because their layer has none of its
-    own. window: what those see that do not see everything. Raises WrongUsage where there are no such heads, where the
-    model cannot see so many tokens, and where the budget cannot be met.
+    own. window: what those see that do not see everything. kinds: by its name and by layer, what they may have in its
+    place, of the same bytes. Raises WrongUsage where there are no such heads, where the model cannot see so many
+    tokens, where the budget cannot be met, and where a kind does not fit into the window.
     """
 
     def __init__(self, architecture: Architecture, recipe: InitRecipe):
@@ -39,14 +47,18 @@ class KvBudget:
             raise WrongUsage(f"There are no KV heads to choose from: every layer of this model {reason}.")
         self.heads: list[Head] = [(number, head) for number, layer in free for head in range(layer.kv_heads)]
         self.window = Attention(_window(recipe, self.context), recipe.kv_sinks)
-        self._dense_bytes = architecture.kv_bytes(self.context, 1)
+        self.kinds = {
+            kind: {number: KINDS[kind](self.window, number, layer) for number, layer in free}
+            for kind in recipe.kv_kinds
+        }
+        self._dense = architecture.kv_bytes(self.context, 1)
         least = sum(layer.kv_numbers(self.context) for layer in architecture.layers)
         least -= sum(self._saved(layer) for layer, _ in self.heads)
-        self._spare = recipe.kv_budget * self._dense_bytes - least  # bytes, for heads that see everything
+        self._spare = recipe.kv_budget * self._dense - least  # for heads that see everything
         if self._spare < 0:
             raise WrongUsage(
                 f"The KV budget of {recipe.kv_budget:g} cannot be met: where every head that can have one has a "
-                f"window of {self.window.window} tokens, the cache takes {least / self._dense_bytes:.3f} of the dense "
+                f"window of {self.window.window} tokens, the cache takes {least / self._dense:.3f} of the dense "
                 f"model's at {self.context:,} tokens.",
                 "Ask for more, give a smaller --kv-window, or count at a longer --kv-context.",
             )
@@ -62,41 +74,79 @@ class KvBudget:
         """Whether the choice goes by what a window costs each head."""
         return self._recipe.kv_choice == "measured"
 
-    def spend(self, plan: Plan, losses: WindowLosses, lookups: Mapping[Head, float]) -> Plan:
+    def spend(self, plan: Plan, losses: KindLosses, lookups: Mapping[Head, float]) -> Plan:
         """`plan` with as many heads that see everything as the budget allows: one after the other that which costs most
-        with a window, beside those that have one still.
+        with a window, beside those that have one still. What the others of a visit have is what costs them least.
 
-        lookups: how much of its attention each head gives to what it is to look up; heads that do come first, up to
-        their share. Both may be empty: then it is known how many they are, not which.
+        losses: of every kind; heads are sorted by the first. lookups: how much of its attention each head gives to what
+        it is to look up; heads that do come first, up to their share. Both may be empty: then it is known how many they
+        are, not which.
         """
+        everything = self._seeing_most(losses.get(next(iter(self.kinds)), {}), lookups)
+        visits, free = [], {layer for layer, _ in self.heads}
+        for visit in plan.visits:
+            count = self._architecture.layers[visit.layer].kv_heads if visit.layer in free else 0
+            heads = tuple(head for head in range(count) if (visit.layer, head) in everything)
+            attention = None
+            if len(heads) < count:
+                near = [(visit.layer, head) for head in range(count) if head not in heads]
+                costs = {kind: cost(near, losses.get(kind, {})) for kind in self.kinds}
+                kind = min(self.kinds, key=costs.__getitem__)  # the first of several
+                attention = replace(self.kinds[kind][visit.layer], heads=heads)
+            visits.append(replace(visit, attention=attention))
+        return replace(plan, visits=tuple(visits))
+
+    def _seeing_most(self, losses: WindowLosses, lookups: Mapping[Head, float]) -> set[Head]:
+        """The heads that are to see everything, as many as the budget allows."""
         visits = [[head for head in self.heads if head[0] == layer] for layer in sorted(dict(self.heads))]
         if not self.is_measured:
-            return self._seeing(plan, self._most(visits, _even if self._recipe.kv_choice == "even" else _last))
+            return self._most(visits, _even if self._recipe.kv_choice == "even" else _last)
         if self._recipe.kv_grain == "visits":
             visits.sort(key=lambda visit: cost(visit, losses), reverse=True)
-            return self._seeing(plan, self._most(visits, _first))
+            return self._most(visits, _first)
         room = len(self._most([[head] for head in self.heads], _first))
         able = sorted((head for head in self.heads if lookups.get(head, 0.0) >= LOOKS_UP), key=lambda h: -lookups[h])
         first = able[: round(self._recipe.kv_lookups * room)]
         ordered = [*first, *_dearest_first([[head for head in visit if head not in first] for visit in visits], losses)]
-        return self._seeing(plan, self._most([[head] for head in ordered], _first))
+        return self._most([[head] for head in ordered], _first)
 
     def seeing_everything(self, plan: Plan) -> int:
         """How many of the heads that can have a window see everything in `plan`."""
         windows = {visit.layer: visit.attention for visit in plan.visits if visit.attention is not None}
         return sum(layer not in windows or head in windows[layer].heads for layer, head in self.heads)
 
-    def explain(self, plan: Plan) -> str:
-        """What `plan` has made of the budget, in a sentence for the user."""
-        share = plan.kv_bytes(self.context, 1) / self._dense_bytes
-        others = in_sight(self.window.window, self.window.sinks)
+    def explain(self, plan: Plan, losses: KindLosses) -> str:
+        """What `plan` has made of the budget, in sentences for the user. losses: as for `spend`."""
+        share = plan.kv_bytes(self.context, NUMBER_BYTES) / (NUMBER_BYTES * self._dense)
+        said = [in_sight(next(iter(of_kind.values())).fields()) for of_kind in self.kinds.values()]
         return (
-            f"{self.seeing_everything(plan)} of {len(self.heads)} KV heads see everything, the others {others}: at "
-            f"{self.context:,} tokens the KV cache takes {share:.3f} of the dense model's."
+            f"{self.seeing_everything(plan)} of {len(self.heads)} KV heads see everything, the others "
+            f"{', or '.join(said)}: at {self.context:,} tokens the KV cache takes {share:.3f} of the dense model's."
+            f"{self._explain_kinds(plan, losses) if len(self.kinds) > 1 else ''}"
         )
 
+    def _explain_kinds(self, plan: Plan, losses: KindLosses) -> str:
+        """Which kind won where, and by how much it is predicted to."""
+        if not losses:
+            return " Each visit gets what costs its heads least, which is known once they are measured."
+        layers: dict[str, list[int]] = {kind: [] for kind in self.kinds}
+        saved: dict[str, float] = dict.fromkeys(self.kinds, 0.0)
+        first = next(iter(self.kinds))
+        for layer, near in _near_heads(plan, losses[first]).items():
+            kind = kind_of(plan.visits[layer].attention)
+            layers[kind].append(layer)
+            saved[kind] += cost(near, losses[first]) - cost(near, losses[kind])
+        won = [
+            f"{kind} in layers {' '.join(map(str, places))} ({saved[kind]:.3f} nats a token less)"
+            for kind, places in layers.items()
+            if kind != first and places
+        ]
+        if not won:
+            return f" Of {', '.join(self.kinds)}, {first} costs least in all {len(layers[first])} layers."
+        return f" Instead of {first}: {', '.join(won)}."
+
     def _saved(self, layer: int) -> int:
-        """Bytes that a window saves for one head of a layer."""
+        """Numbers that a window saves for one head of a layer."""
         heads = self._architecture.layers[layer]
         return heads.kv_width // heads.kv_heads * (self.context - self.window.kept(self.context))
 
@@ -107,16 +157,6 @@ class KvBudget:
             if sum(self._saved(layer) for layer, _ in chosen) <= self._spare:
                 return chosen
         return set()
-
-    def _seeing(self, plan: Plan, everything: set[Head]) -> Plan:
-        """`plan`, in which these heads see everything, and the others that can have one a window."""
-        visits, free = [], {layer for layer, _ in self.heads}
-        for visit in plan.visits:
-            count = self._architecture.layers[visit.layer].kv_heads if visit.layer in free else 0
-            heads = tuple(head for head in range(count) if (visit.layer, head) in everything)
-            attention = None if len(heads) == count else replace(self.window, heads=heads)
-            visits.append(replace(visit, attention=attention))
-        return replace(plan, visits=tuple(visits))
 
 
 def _dearest_first(visits: Sequence[Sequence[Head]], losses: WindowLosses) -> list[Head]:
@@ -166,13 +206,60 @@ def cost(heads: Sequence[Head], losses: WindowLosses) -> float:
     return sum(losses[layer][head][other] for layer, head, other in pairs if layer in losses)
 
 
-def predicted(plan: Plan, losses: WindowLosses) -> float:
-    """What the windows of `plan` cost in nats a token."""
+def predicted(plan: Plan, losses: KindLosses) -> float:
+    """What the windows of `plan`, and what is in their place, cost in nats a token."""
+    near = _near_heads(plan, next(iter(losses.values())))
+    return sum(cost(heads, losses[kind_of(plan.visits[layer].attention)]) for layer, heads in near.items())
+
+
+def _near_heads(plan: Plan, losses: WindowLosses) -> dict[int, list[Head]]:
+    """By layer, the heads that do not see everything. losses: what says how many heads there are."""
     windows = {visit.layer: visit.attention.heads for visit in plan.visits if visit.attention is not None}
-    near = (
-        (layer, head) for layer, seeing in windows.items() for head in range(len(losses[layer])) if head not in seeing
-    )
-    return cost(list(near), losses)
+    return {
+        layer: [(layer, head) for head in range(len(losses[layer])) if head not in seeing]
+        for layer, seeing in windows.items()
+    }
+
+
+def kind_of(attention: Attention | None) -> str:
+    """Which of KINDS it is that heads have which do not see everything."""
+    beyond = set() if attention is None else KINDS.keys() & attention.fields().keys() - {"window"}
+    return next(iter(beyond), "window")
+
+
+def _landmark(window: Attention, number: int, layer: Layer) -> Attention:
+    """Half of a window, and as many tokens in landmark blocks, drawn anew for each layer."""
+    count = window.window // 2 // LANDMARK_SIZE
+    if not count:
+        raise WrongUsage(
+            f"A window of {window.window} tokens leaves no room for landmark blocks of {LANDMARK_SIZE}, which take "
+            "half of it.",
+            f"Give a --kv-window of {2 * LANDMARK_SIZE} or more, or leave landmark out of --kv-kinds.",
+        )
+    landmark = Landmark(LANDMARK_SIZE, count, seed=number)
+    return replace(window, window=window.window - count * LANDMARK_SIZE, landmark=landmark)
+
+
+def _linear(window: Attention, number: int, layer: Layer) -> Attention:
+    """Sums in FEATURES features, as drawn anew for each layer, and what their bytes leave of a window."""
+    width, linear = layer.kv_width // (2 * layer.kv_heads), Linear(FEATURES, seed=number)
+    taken = math.ceil(SUM_BYTES * linear.numbers(width) / (NUMBER_BYTES * 2 * width))  # tokens of that many bytes
+    if taken >= window.window:
+        raise WrongUsage(
+            f"A window of {window.window} tokens leaves no room for the sums of linear attention, which take the bytes "
+            f"of {taken}.",
+            "Give a larger --kv-window, or leave linear out of --kv-kinds.",
+        )
+    return replace(window, window=window.window - taken, linear=linear)
+
+
+# What heads of a layer that do not see everything can have: of the bytes of the window that they would have else. Each
+# is called as its field in Attention.
+KINDS: dict[str, Callable[[Attention, int, Layer], Attention]] = {
+    "window": lambda window, number, layer: window,
+    "landmark": _landmark,
+    "linear": _linear,
+}
 
 
 def _counted_context(architecture: Architecture, recipe: InitRecipe) -> int:

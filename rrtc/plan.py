@@ -8,7 +8,7 @@ Init, model, accounting, export and reports all read the plan; none of them work
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from pydantic import ConfigDict, TypeAdapter
 
 from rrtc.errors import WrongUsage, nearest
 
+SUM_BYTES = 4  # of a number in the sums of linear attention
 FORMS = ("tied", "low_rank", "own")  # what a visit's matrix can be: see Visit
 SAVINGS_CONTEXT = 8192
 KV_CONTEXTS = (2048, 8192, 32768)  # the lengths, in tokens, at which people are told the size of the KV cache
@@ -108,6 +109,17 @@ class Architecture:
 
 
 @dataclass(frozen=True)
+class Landmark:
+    """`count` blocks of `size` tokens each, drawn by lot from those that have left a window (model/landmark_rrt.py).
+    seed: of the lots."""
+
+    size: int
+    count: int
+    seed: int
+    __pydantic_config__ = ConfigDict(strict=True, extra="forbid")
+
+
+@dataclass(frozen=True)
 class Owner:
     """Whose keys and values heads with a window read behind it: those of the same KV head in another visit of the slot,
     that of `loop`. It stores them all, and the reader none of them."""
@@ -117,20 +129,47 @@ class Owner:
 
 
 @dataclass(frozen=True)
+class Linear:
+    """What a KV head with a window keeps of the keys that have left it: sums over them for so many random `features`
+    (rrtc/model/linear_rrt.py). seed: from which the maps of the visit are drawn."""
+
+    features: int
+    seed: int = 0
+    __pydantic_config__ = ConfigDict(strict=True, extra="forbid")
+
+    def numbers(self, width: int) -> int:
+        """Numbers in the cache for a head whose keys have that width, float32 whatever the others are."""
+        return self.features * (width + 1)
+
+    def parameters(self, width: int) -> int:
+        """Of one such head: its map, and its gain."""
+        return self.features * width + 1
+
+
+@dataclass(frozen=True)
 class Attention:
     """What a visit attends to where it is not everything: its KV heads `heads` see all keys, the others the last
-    `window`, the query's own included, and the first `sinks` of its document; and, where there is an owner, what that
-    stores of the keys between."""
+    `window`, the query's own included, and the first `sinks` of its document, and what there is beyond, of which there
+    is one thing at most: blocks (`landmark`), sums of what has left the window (`linear`), or what another visit stores
+    (`owner`)."""
 
     window: int
     sinks: int = 0
     heads: tuple[int, ...] = ()
+    landmark: Landmark | None = None
+    linear: Linear | None = None
     owner: Owner | None = None
     __pydantic_config__ = ConfigDict(strict=True, extra="forbid")
 
+    @property
+    def most(self) -> int:
+        """How many tokens the cache holds for a head with a window at most."""
+        blocks = self.landmark.size * self.landmark.count if self.landmark else 0
+        return self.sinks + self.window - 1 + blocks
+
     def kept(self, context: int) -> int:
-        """How many tokens the cache holds for a head with a window, after `context` tokens."""
-        return min(context, self.sinks + self.window - 1)
+        """The same after `context` tokens."""
+        return min(context, self.most)
 
     def fields(self) -> dict[str, Any]:
         """As config.json has it: what is not there does not say so."""
@@ -181,8 +220,9 @@ class Visit:
 
     def fields(self) -> dict[str, Any]:
         """The visit as config.json has it: what attends to everything, or has no gains, does not say so."""
-        fields = {name: value for name, value in asdict(self).items() if value is not None and value != ()}
-        return fields if self.attention is None else fields | {"attention": self.attention.fields()}
+        attention = self.attention and {"attention": self.attention.fields()}
+        found = asdict(self) | (attention or {})
+        return {name: value for name, value in found.items() if value is not None and value != ()}
 
 
 def read_visits(values: Any) -> tuple[Visit, ...]:
@@ -255,6 +295,8 @@ class Plan:
             gains = (visit.shape(m)[1] for visit in visits for m in layer.matrices if m.name in visit.gains)
             parts["norms_and_biases"] += sum(gains)
         parts["norms_and_biases"] += self.architecture.rest
+        if maps := self._linear_numbers(Linear.parameters):
+            parts["feature_maps"] = maps
         return dict(parts)
 
     @property
@@ -277,7 +319,8 @@ class Plan:
 
     def kv_bytes(self, context: int, width: int) -> int:
         """As Architecture.kv_bytes: heads that see a window keep no more than it and their sinks."""
-        return width * sum(self._kv_numbers(visit, context) for visit in self.visits)
+        numbers = sum(self._kv_numbers(visit, context) for visit in self.visits)
+        return width * numbers + SUM_BYTES * self._linear_numbers(Linear.numbers)
 
     def _kv_numbers(self, visit: Visit, context: int) -> int:
         layer, attention = self.architecture.layers[visit.layer], visit.attention
@@ -286,6 +329,16 @@ class Plan:
         everything = len(attention.heads)
         tokens = everything * context + (layer.kv_heads - everything) * attention.kept(context)
         return layer.kv_width // layer.kv_heads * tokens
+
+    def _linear_numbers(self, count: Callable[[Linear, int], int]) -> int:
+        """What count(kind, width of a head's keys) adds up to over the heads with linear attention."""
+        found = 0
+        for visit in self.visits:
+            if visit.attention is not None and visit.attention.linear is not None:
+                layer = self.architecture.layers[visit.layer]
+                heads = layer.kv_heads - len(visit.attention.heads)
+                found += heads * count(visit.attention.linear, layer.kv_width // (2 * layer.kv_heads))
+        return found
 
     @property
     def is_local(self) -> bool:
@@ -337,9 +390,18 @@ def kv_bytes_at(counted: Plan | Architecture, width: int) -> dict[int, int]:
     return {context: counted.kv_bytes(context, width) for context in KV_CONTEXTS}
 
 
-def in_sight(window: int, sinks: int) -> str:
-    """What a KV head with a window sees, for people."""
-    return f"the last {window} tokens" + (f" and the first {sinks}" if sinks else "")
+def in_sight(attention: Mapping[str, Any]) -> str:
+    """What a KV head with a window sees, for people. attention: as Attention.fields."""
+    seen = [f"the last {attention['window']} tokens"]
+    if landmark := attention.get("landmark"):
+        seen.append(f"{landmark['count']} blocks of {landmark['size']} before them")
+    if attention["sinks"]:
+        seen.append(f"the first {attention['sinks']}")
+    if linear := attention.get("linear"):
+        seen.append(f"sums of the others in {linear['features']} features")
+    if owner := attention.get("owner"):
+        seen.append(f"what loop {owner['loop']} keeps of the others")
+    return " and ".join([", ".join(seen[:-1]), seen[-1]][len(seen) == 1 :])
 
 
 def savings(flops: float | None, dense_flops: float, kv_bytes: float, dense_kv_bytes: float) -> str:
@@ -419,6 +481,20 @@ def _check_attention(visit: Visit, layer: Layer) -> None:
         raise WrongUsage(f"The attention {where} has a window below 1, or less than no sinks.")
     if sorted(set(attention.heads) & set(range(layer.kv_heads))) != list(attention.heads):
         raise WrongUsage(f"The attention {where} names KV heads that are not there, or not in order.")
+    if len(beyond := sorted(attention.fields().keys() - {"window", "sinks", "heads"})) > 1:
+        raise WrongUsage(f"The attention {where} has {' and '.join(beyond)} beyond its window, and can have one.")
+    if (landmark := attention.landmark) is not None:
+        if min(landmark.size, landmark.count) < 1:
+            raise WrongUsage(f"The landmark in the attention {where} has blocks of less than a token, or none.")
+        if landmark.size > attention.window:
+            raise WrongUsage(
+                f"The landmark in the attention {where} has blocks of {landmark.size} tokens, which are larger than "
+                f"the window of {attention.window}."
+            )
+    if attention.linear is not None and attention.linear.features < 1:
+        raise WrongUsage(f"The linear attention {where} has no features.", "Give it 1 or more, such as 64.")
+    if attention.linear is not None and len(attention.heads) == layer.kv_heads:
+        raise WrongUsage(f"The linear attention {where} has no KV head with a window that it could stand behind.")
 
 
 def _check_owner(visit: Visit, visits: list[Visit], layers: Sequence[Layer]) -> None:

@@ -9,7 +9,7 @@ from pico import pico_config
 from rrtc.errors import WrongUsage
 from rrtc.kv_budget import KvBudget, predicted
 from rrtc.patterns import make_plan
-from rrtc.plan import Attention, Plan
+from rrtc.plan import Attention, Landmark, Linear, Plan
 from rrtc.recipe.init import InitRecipe
 from rrtc.recipe.schema import checked
 from rrtc.stock.architecture import read_architecture
@@ -20,6 +20,8 @@ def made(architecture: str = "llama", changes: dict | None = None, losses=None, 
     if losses and isinstance(next(iter(losses)), tuple):
         losses = alone(losses)
     asked = InitRecipe(**({"rank": 2, "kv_budget": 0.4} | recipe))
+    if losses and not isinstance(next(iter(losses)), str):
+        losses = {"window": losses}
     return KvBudget(dense, asked).spend(make_plan(dense, asked), losses or {}, lookups or {})
 
 
@@ -55,7 +57,9 @@ def test_the_heads_that_cost_most_see_everything():
     kept = {(layer, head) for layer, heads in seeing(plan).items() for head in (range(2) if heads is None else heads)}
     dearest = sorted(losses, key=losses.get, reverse=True)
     assert kept == set(dearest[: len(kept)]) and len(kept) == 4
-    assert predicted(plan, alone(losses)) == pytest.approx(sum(losses[head] for head in dearest[len(kept) :]))
+    assert predicted(plan, {"window": alone(losses)}) == pytest.approx(
+        sum(losses[head] for head in dearest[len(kept) :])
+    )
 
 
 def test_a_window_is_judged_beside_those_that_are_there_still():
@@ -65,7 +69,7 @@ def test_a_window_is_judged_beside_those_that_are_there_still():
     kept = seeing(made(losses=losses, kv_window=8, kv_lookups=0))
     assert kept[1] == () and kept[2] is None
     plan = made(losses=losses, kv_window=8, kv_lookups=0)
-    assert predicted(plan, losses) == pytest.approx(0.02 + 2 * 0.1 * 4 - 0.2)
+    assert predicted(plan, {"window": losses}) == pytest.approx(0.02 + 2 * 0.1 * 4 - 0.2)
 
 
 def test_heads_that_look_up_come_first_up_to_their_share():
@@ -105,6 +109,8 @@ def with_window(plan: Plan, number: int, **attention):
         ({"heads": (2,)}, "KV heads that are not there"),
         ({"heads": (1, 0)}, "not in order"),
         ({"heads": (0, 0)}, "not in order"),
+        ({"landmark": Landmark(0, 2, 0)}, "blocks of less than a token, or none"),
+        ({"landmark": Landmark(9, 2, 0)}, "blocks of 9 tokens, which are larger than the window of 8"),
     ],
 )
 def test_attention_that_no_layer_has_is_refused(attention, sentence):
@@ -154,10 +160,60 @@ def test_what_is_made_of_it_is_a_sentence(sinks, near):
     plan = made(kv_budget=0.5, kv_window=8, kv_sinks=sinks)
     budget = KvBudget(plan.architecture, InitRecipe(rank=2, kv_budget=0.5, kv_window=8, kv_sinks=sinks))
     share = plan.kv_bytes(256, 1) / plan.architecture.kv_bytes(256, 1)
-    assert budget.explain(plan) == (
+    assert budget.explain(plan, {}) == (
         f"5 of 12 KV heads see everything, the others {near}: at 256 tokens the KV cache takes {share:.3f} of the "
         "dense model's."
     )
+
+
+KINDS = {"kv_kinds": "window,landmark", "kv_window": 64, "kv_lookups": 0}
+
+
+def test_each_visit_gets_the_kind_that_costs_its_heads_least_at_the_same_bytes():
+    windows = {layer: [[0.1, 0.0], [0.0, 0.1]] for layer in range(6)}
+    blocks = {layer: [[0.2, -0.12], [-0.12, 0.05]] for layer in range(6)}
+    blocks[3] = [[0.3, 0.0], [0.0, 0.3]]
+    windows[5] = [[0.9, 0.0], [0.0, 0.1]]  # head 0 sees everything
+    losses = {"window": windows, "landmark": blocks}
+    plan, alone = made(losses=losses, **KINDS), made(losses=losses, kv_window=64, kv_lookups=0)
+    assert seeing(plan) == seeing(alone) == {0: (0,), 1: (), 2: (), 3: (), 4: (), 5: (0,)}  # by windows
+    near = [visit.attention for visit in plan.visits]
+    assert [one.landmark and one.landmark.seed for one in near] == [0, 1, 2, None, 4, 5]
+    assert {(one.window, one.landmark.size, one.landmark.count) for one in near if one.landmark} == {(32, 16, 2)}
+    assert near[3] == alone.visits[3].attention
+    assert [plan.kv_bytes(n, 1) for n in range(256)] == [alone.kv_bytes(n, 1) for n in range(256)]
+    assert predicted(plan, losses) == pytest.approx(0.05 + 3 * 0.01 + 0.2 + 0.05)
+    budget = KvBudget(plan.architecture, InitRecipe(rank=2, kv_budget=0.4, **KINDS))
+    assert budget.explain(plan, losses).endswith(
+        "the others the last 64 tokens and the first 4, or the last 32 tokens, 2 blocks of 16 before them and the "
+        "first 4: at 256 tokens the KV cache takes 0.385 of the dense model's. Instead of window: "
+        "landmark in layers 0 1 2 4 5 (0.670 nats a token less)."
+    )
+    dear = {"window": windows, "landmark": dict.fromkeys(range(6), blocks[3])}
+    assert made(losses=dear, **KINDS) == alone
+    assert budget.explain(alone, dear).endswith("Of window, landmark, window costs least in all 6 layers.")
+
+
+def test_one_kind_is_what_all_get():
+    plan = made(kv_kinds=["landmark"], kv_window=64, kv_choice="last")
+    assert all(visit.attention is None or visit.attention.landmark for visit in plan.visits)
+    with pytest.raises(WrongUsage, match="A window of 31 tokens leaves no room for landmark blocks of 16"):
+        made(kv_kinds="landmark", kv_window=31)
+
+
+def test_linear_attention_takes_what_its_sums_do_from_the_window():
+    windows = {layer: [[0.2, 0.0], [0.0, 0.2]] for layer in range(6)}
+    losses = {"window": windows, "linear": windows | {2: [[0.1, 0.0], [0.0, 0.1]]}}
+    given = {"kv_window": 100, "kv_lookups": 0, "kv_budget": 0.5}
+    plan, alone = made(losses=losses, kv_kinds="window,linear", **given), made(losses=losses, **given)
+    near = plan.visits[2].attention
+    assert near.linear == Linear(64, seed=2) and near.window == 100 - 70  # 64 · 13 numbers of 4 bytes, 24 of 2 a token
+    assert [v for v in plan.visits if v.layer != 2] == [v for v in alone.visits if v.layer != 2]
+    one = plan.architecture.layers[0].kv_width // 2 * 2  # bytes of a token of one head
+    assert 0 <= alone.kv_bytes(256, 2) - plan.kv_bytes(256, 2) < 2 * one
+    assert predicted(plan, losses) == pytest.approx(predicted(alone, {"window": windows}) - 0.2)
+    with pytest.raises(WrongUsage, match="A window of 64 tokens leaves no room for the sums .* take the bytes of 70"):
+        made(kv_kinds="window,linear", kv_window=64)
 
 
 def test_models_without_heads_to_choose_from():
@@ -176,6 +232,15 @@ def test_models_without_heads_to_choose_from():
         ({"kv_window": 8}, "kv_window says how a KV budget is met; add kv_budget"),
         ({"kv_budget": 0}, "kv_budget"),
         ({"kv_budget": 0.5, "kv_choice": "evn"}, "even"),
+        (
+            {"kv_budget": 0.5, "kv_kinds": "window,landmrk"},
+            "should be 'window', 'landmark' or 'linear'. Did you mean 'landmark'",
+        ),
+        ({"kv_budget": 0.5, "kv_kinds": []}, "kv_kinds"),
+        ({"kv_budget": 0.5, "kv_kinds": "linear", "budget": 0.5}, "feature maps of kv_kinds 'linear' are parameters"),
+        ({"kv_budget": 0.5, "kv_kinds": "last_loop"}, "kv_kinds.0' is wrong: it should be 'window', 'landmark' or"),
+        ({"kv_budget": 0.5, "kv_kinds": "window,landmark", "kv_choice": "last"}, "kv_choice 'last', name one"),
+        ({"kv_kinds": "landmark"}, "kv_kinds says how a KV budget is met; add kv_budget"),
     ],
 )
 def test_a_recipe_that_contradicts_itself(values, sentence):

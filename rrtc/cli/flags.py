@@ -23,7 +23,7 @@ COMMON = {
 # What the help calls a value. A field that is not here has the word of its type.
 WORDS = {
     "budget": "SHARE", "kv_budget": "SHARE", "kv_context": "TOKENS", "kv_window": "TOKENS", "kv_sinks": "TOKENS",
-    "kv_grain": "WHAT", "kv_choice": "HOW", "kv_lookups": "SHARE", "size": "SHARE|SIZE",
+    "kv_kinds": "KIND,KIND", "kv_grain": "WHAT", "kv_choice": "HOW", "kv_lookups": "SHARE", "size": "SHARE|SIZE",
     "max_shard_size": "SIZE", "sharing": "PATTERN", "rank": "N|GROUP=N,…", "shared_init": "START",
     "lora_init": "START", "dtype": "DTYPE", "precision": "DTYPE", "norms": "HOW", "calibrate_on": "TEXT",
     "data": "TEXT", "text": "TEXT", "text_field": "NAME", "tokens": "TOKENS", "calibrate_tokens": "TOKENS",
@@ -103,7 +103,7 @@ def _value(field: Any) -> tuple[type, str]:
         return kind, "CHOICE"
     if typing.get_origin(kind) is dict:
         return list[str], "NAME=NUMBER"
-    if typing.get_origin(kind) is list and not optional:
+    if typing.get_origin(kind) is list and not optional and typing.get_args(kind)[0] in TYPE_WORDS:
         return kind, TYPE_WORDS[typing.get_args(kind)[0]]
     if kind in (bool, int, float):
         return kind, TYPE_WORDS.get(kind, "")

@@ -54,9 +54,7 @@ def _attention(visit: dict) -> str:
     """What a visit attends to; empty where that is everything."""
     if not (attention := visit.get("attention")):
         return ""
-    near = in_sight(attention["window"], attention["sinks"])
-    if owner := attention.get("owner"):
-        near += f", and what loop {owner['loop']} keeps of the others"
+    near = in_sight(attention)
     if not (heads := attention["heads"]):
         return f"sees {near}"
     named = f"KV head{'s' * (len(heads) > 1)} {', '.join(map(str, heads))}"

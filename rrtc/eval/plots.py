@@ -250,6 +250,8 @@ def _window(layers: list[dict]) -> str:
         found = sorted({one["attention"][name] for one in layers if one["attention"]})
         if found[-1]:
             parts.append(f"the {which} {found[0]}" + (f" to {found[-1]}" if len(found) > 1 else ""))
+    if any(one["attention"].get("landmark") for one in layers if one["attention"]):
+        parts.insert(1, "blocks before them")
     return " and ".join(parts) + " tokens"
 
 

@@ -190,22 +190,21 @@ def _attention(config: RrtConfig, exported: dict) -> str:
 def _windows(plan: Plan) -> str:
     """Which KV heads see what."""
     heads = sum(layer.kv_heads for layer in plan.architecture.layers)
-    groups: dict[tuple[int, int, int], int] = {}
+    groups: Counter[tuple[int, str]] = Counter()
     everything = []
     for visit, layer in zip(plan.visits, plan.architecture.layers, strict=True):
         if visit.attention is not None:
-            owner = visit.attention.owner
-            seen = visit.attention.window, visit.attention.sinks, -1 if owner is None else owner.loop
-            groups[seen] = groups.get(seen, 0) + layer.kv_heads - len(visit.attention.heads)
+            window, landmark, sinks = visit.attention.window, visit.attention.landmark, visit.attention.sinks
+            seen = f"the last {window} tokens, itself included"
+            seen += f", {landmark.count} blocks of {landmark.size} tokens before them" if landmark else ""
+            seen += f", and the first {sinks} of its document" if sinks else ""
+            if (owner := visit.attention.owner) is not None:
+                seen += f"; of the others, what loop {owner.loop} of the same slot keeps"
+            groups[window, seen] += layer.kv_heads - len(visit.attention.heads)
             everything += [f"{visit.layer}.{head}" for head in visit.attention.heads]
         elif not layer.window:
             everything += [f"{visit.layer}.{head}" for head in range(layer.kv_heads)]
-    lines = [
-        f"- {number} of {heads} KV heads: the last {window} tokens, itself included"
-        + (f", and the first {sinks} of its document" if sinks else "")
-        + (f"; of the others, what loop {loop} of the same slot keeps" if loop >= 0 else "")
-        for (window, sinks, loop), number in sorted(groups.items())
-    ]
+    lines = [f"- {number} of {heads} KV heads: {seen}" for (_, seen), number in sorted(groups.items())]
     if own := sum(layer.kv_heads for layer in plan.architecture.layers if layer.window):
         lines.append(f"- {own} KV heads: the window that their layers have in the base model")
     lines.append(f"- {len(everything)} KV heads: everything. As layer.head: `{' '.join(everything) or 'none'}`")

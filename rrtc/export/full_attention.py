@@ -12,6 +12,7 @@ from rrtc.console import note, progress
 from rrtc.errors import RrtcError
 from rrtc.export.verify import loaded, placed
 from rrtc.model import RrtConfig
+from rrtc.plan import read_visits
 from rrtc.scoring import score
 from rrtc.text.windows import Windows, longest_context
 
@@ -21,8 +22,8 @@ TOLERANCE = 0.005  # nats per token
 
 def context_to_measure(config: RrtConfig) -> int:
     """Tokens in one window of text: what the visits of that model see no more than a part of, if the model can."""
-    seen = [visit["attention"] for visit in config.visits if visit.get("attention")]
-    return longest_context(config, max(CONTEXT, *(2 * (one["window"] + one["sinks"]) for one in seen)))
+    seen = [visit.attention.most + 1 for visit in read_visits(config.visits) if visit.attention]
+    return longest_context(config, max(CONTEXT, *(2 * one for one in seen)))
 
 
 def measure_full_attention(folder: Path, held_out: Windows, form: str, from_disk: bool) -> dict:

@@ -150,6 +150,12 @@ def check_format(
     made_as, quantized = FORMATS[recipe.format], recipe.quantize != "none"
     if windows and made_as.NO_WINDOWS:
         raise RrtcError(f"The {recipe.format} format {made_as.NO_WINDOWS}.", "Export it with --format recursive.")
+    if not made_as.WINDOWS and made is not None and any((v.get("attention") or {}).get("linear") for v in made.visits):
+        raise RrtcError(
+            f"The {recipe.format} format cannot say that KV heads keep sums of what has left their window, which is "
+            "linear attention.",
+            "Export it with --format recursive.",
+        )
     made_as.check(recipe, base, made)
     from_disk = is_too_large(made_as.TIMES_IN_MEMORY * parameters, torch.float32)
     if from_disk and (quantized or not made_as.FROM_DISK):

@@ -30,6 +30,7 @@ from rrtc.errors import RrtcError
 from rrtc.io.source import load_tokenizer, read_config
 from rrtc.model import RrtForCausalLM
 from rrtc.model.modeling_rrt import RelaxedLinear
+from rrtc.plan import read_visits
 from rrtc.stock.architecture import attending_to_everything
 from rrtc.text.windows import longest_context
 
@@ -122,8 +123,9 @@ def loaded(folder: Path, there: dict, windows: bool = True) -> RrtForCausalLM:
 def fixed_ids(config) -> Tensor:
     """Token ids (rows, tokens) spread over the whole vocabulary, the same every time. Where visits see a window, the
     last TOKENS of them do not see the first."""
-    seen = [visit["attention"] for visit in getattr(config, "visits", ()) if visit.get("attention")]
-    tokens = longest_context(config, TOKENS + max((one["window"] + one["sinks"] for one in seen), default=0))
+    visits = read_visits(getattr(config, "visits", ()))
+    kept = max((visit.attention.most + 1 for visit in visits if visit.attention), default=0)
+    tokens = longest_context(config, TOKENS + kept)
     return (torch.arange(ROWS * tokens) * 7919 % config.get_text_config().vocab_size).view(ROWS, tokens)
 
 

@@ -30,6 +30,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from rrtc.errors import RrtcError
 from rrtc.generate.store import Sighting, Store
 from rrtc.model.attention_rrt import MASKED_KERNELS, KernelConfig, Rule, added, attention_of, eager_kernel
+from rrtc.model.linear_rrt import LinearRule
 from rrtc.model.modeling_rrt import RelaxedLinear, Visit, rule_of
 from rrtc.stock.architecture import decoder_layers, windows_of
 from rrtc.stock.parts import standing_in, states_of
@@ -339,10 +340,16 @@ def _rules(model: PreTrainedModel) -> list[Rule | None]:
             "The engine cannot run this model, in which visits read keys and values of another loop (owner).",
             "Generate with transformers: model.generate.",
         )
-    return [
+    rules = [
         rule_of(visit) or (Rule(window, 0, ()) if window else None)
         for visit, window in zip(visits, windows, strict=True)
     ]
+    if any(isinstance(rule, LinearRule) for rule in rules):
+        raise RrtcError(
+            "This model has linear attention, whose sums the engine for many requests cannot keep.",
+            "Generate with transformers: load it with AutoModelForCausalLM, or use 'rrtc chat'.",
+        )
+    return rules
 
 
 def _order(model: PreTrainedModel) -> tuple[tuple[int, ...], tuple[int, ...], int] | None:

@@ -2,10 +2,12 @@
 
 What a token has at a visit stands in the column of its arrival there, not of its position: a token that leaves early
 never arrives at the later loops, and takes no room in them. Heads with a window keep no more than the window, what one
-step brings, and their sinks: later tokens take the columns of those that have gone out of sight.
+step brings, and their sinks: later tokens take the columns of those that have gone out of sight. Of heads that see
+landmark blocks beyond, everything is kept.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -115,7 +117,8 @@ class Store:
     def ring(self, rule: Rule | None, context: int | None = None) -> int:
         """Columns of a shelf whose heads see what the rule says. context: in place of its own."""
         context = context or self.context
-        return context if rule is None else min(context, rule.sinks + rule.window + self._most)
+        whole = rule is None or rule.landmark is not None
+        return context if whole else min(context, rule.sinks + rule.window + self._most)
 
     def kinds(self, depth: int) -> set[Rule | None]:
         """What is seen by heads in that loop, without saying which heads."""
@@ -161,4 +164,4 @@ class Store:
 
 
 def _of_any_heads(rule: Rule) -> Rule:
-    return Rule(rule.window, rule.sinks, ())
+    return replace(rule, heads=())

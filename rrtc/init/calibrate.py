@@ -3,9 +3,9 @@
 One pass forward gathers for each matrix the moment of its inputs, E[x x^T]; one pass back that of the gradients with
 respect to its outputs, E[g g^T], for the log likelihood of tokens drawn from the model itself (so that this is the
 Fisher information, and needs no labels). Where it is asked for, the way back also finds what the loss would feel of
-each KV head that saw no more than a window. The model is run layer by layer: one layer's weights and the hidden states
-of all windows are in memory at a time; what enters each layer waits on disk for the way back. After every layer there
-is enough on disk to go on from.
+each KV head that saw no more than a window, or what may be in its place. The model is run layer by layer: one layer's
+weights and the hidden states of all windows are in memory at a time; what enters each layer waits on disk for the way
+back. After every layer there is enough on disk to go on from.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -30,7 +30,7 @@ from rrtc.tying.moments import Gathering, Moment
 from rrtc.tying.neurons import Neurons
 from rrtc.tying.whiten import Seen
 
-WINDOW_LOSSES = "window losses"  # a name that no matrix has
+LOSSES_OF = "{} losses"  # a name that no matrix has, of a kind such as window
 
 
 def bytes_on_disk(architecture: Architecture, tokens: int, moments: bool) -> int:
@@ -57,9 +57,10 @@ class Calibration:
     def __init__(self, folder: Path, tokens: int):
         self._folder, self._tokens = Path(folder), tokens
 
-    def window_losses(self, number: int) -> list[list[float]]:
-        """For every two KV heads of layer `number` what windows in both cost, in nats a token (stock/heads.py)."""
-        return load_file(self._folder / f"output-gradients-{number}.safetensors")[WINDOW_LOSSES].tolist()
+    def losses(self, number: int, kind: str) -> list[list[float]]:
+        """For every two KV heads of layer `number` what it costs, in nats a token, if both see no more than that `kind`
+        of rule lets them (stock/heads.py)."""
+        return load_file(self._folder / f"output-gradients-{number}.safetensors")[LOSSES_OF.format(kind)].tolist()
 
     def seen(self, number: int, tensors: dict[str, Tensor]) -> "SeenLayer":
         """How each matrix of layer `number` is seen, by path. `tensors`: of that layer, norms folded."""
@@ -129,7 +130,7 @@ def calibrate(
     folder: Path,
     device: torch.device,
     advance: Callable[[int], None],
-    rules: Mapping[int, Rule] | None = None,
+    rules: Mapping[int, Mapping[str, Rule]] | None = None,
     moments: bool = True,
 ) -> Calibration:
     """Runs `model`, streamed from `dense`, over windows `ids` (windows, context) and keeps what it gathers in `folder`.
@@ -140,8 +141,8 @@ def calibrate(
     finished, and gone when it has served.
     Of the output gradients of matrices that produce `neurons`, only the diagonal is gathered: neurons are wide, and the
     rest of it was measured to make no difference (benchmarks/LOG.md).
-    rules: for the layers whose KV heads may see a window, the rule by which all of them do. moments: whether these are
-    wanted at all.
+    rules: for the layers whose KV heads may see a window, by kind the rules by which all of them do. moments: whether
+    these are wanted at all.
     """
     folder, depth, tokens = Path(folder), dense.depth, ids.numel()
     forward, back = layers_done(folder, depth)
@@ -157,12 +158,12 @@ def calibrate(
         def gather_gradients(name, gradients, gathered=gathered):
             gathered.add(name, gradients, diagonal=name in producers)
 
-        entering, rule, losses = _load(folder, "states", number), (rules or {}).get(number), Losses(tokens)
-        with model.attending(number, rule, losses.sight) if rule else nullcontext():
+        entering, of_kinds = _load(folder, "states", number), (rules or {}).get(number, {})
+        losses = Losses(tokens, of_kinds)
+        with model.attending(number, next(iter(of_kinds.values())), losses.sight) if of_kinds else nullcontext():
             watch = gather_gradients if moments else None
             model.back_through(number, dense.layer(number, device), entering, gradient, watch, advance)
-        if rule:
-            gathered.beside[WINDOW_LOSSES] = losses.finish()
+        gathered.beside |= {LOSSES_OF.format(kind): found for kind, found in losses.finish().items()}
         del entering
         if number:
             _save(gradient, folder, "gradient", number)

@@ -42,7 +42,7 @@ def dry_run(model: str, recipe: Recipe) -> dict:
     if recipe.init.kv_budget is not None:
         budget = KvBudget(architecture, recipe.init)
         counted = budget.spend(plan, {}, {})
-        windows, context = budget.explain(counted), budget.calibration_context
+        windows, context = budget.explain(counted, {}), budget.calibration_context
         plan = plan if budget.is_measured else counted  # which heads they are is known once they are measured
     joint = recipe.init.start == "joint"
     tokens = max(recipe.init.measure_tokens, recipe.init.calibrate_tokens if recipe.init.reads_text else 0)

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from rrtc.errors import RrtcError, WrongUsage
 from rrtc.init.slots import paper_slot, source_layers
+from rrtc.io.recursive import drawn_maps
 from rrtc.model import RrtConfig, RrtForCausalLM
 from rrtc.model.modeling_rrt import find_layers
 from rrtc.plan import Plan
@@ -43,6 +44,7 @@ def tie_in_memory(model: PreTrainedModel, plan: Plan) -> RrtForCausalLM:
         dense = {number: _tensors(layers[number]) for number in {visit.layer for visit in visits} | set(sources)}
         for path, tensor in paper_slot(plan, visits, dense, sources, AS_IN_PAPER, model.dtype, {}):
             state[f"{base}.slots.{k}.{path}"] = tensor.to(model.dtype, copy=True)
+    state |= {path: tensor.to(model.dtype) for path, tensor in drawn_maps(plan, layers, base).items()}
     config = RrtConfig.of(plan, model.config)
     config.dtype = model.dtype
     with init_empty_weights(include_buffers=False):

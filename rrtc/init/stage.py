@@ -25,7 +25,7 @@ from rrtc.init.job import OWN_TEXT_FILE, Job, prepare, resumable
 from rrtc.init.memory import return_freed_memory
 from rrtc.init.prove import prove
 from rrtc.init.slots import joint_slot, paper_slot, source_layers
-from rrtc.init.windows import LOOKUP_WINDOWS, lookups, rules, window_losses
+from rrtc.init.windows import LOOKUP_WINDOWS, kind_losses, lookups, rules
 from rrtc.io.dense import DenseModel
 from rrtc.io.folder import only_run, whole_file
 from rrtc.io.provenance import base_seen_from, next_history, read_provenance, write_provenance
@@ -129,7 +129,7 @@ def _tie(job: Job) -> tuple[Plan, dict]:
     losses, lookups = heads or ({}, {})
     plan = job.kv_budget.spend(plan, losses, lookups)
     cost = predicted(plan, losses) if losses else None
-    said = job.kv_budget.explain(plan)
+    said = job.kv_budget.explain(plan, losses)
     if cost is not None:
         text = f"windows of {job.calibration.shape[1]:,} tokens of the calibration text"
         said += f" On {text} that costs about {cost:.3f} nats a token, and more in longer ones."
@@ -149,14 +149,14 @@ def _calibrate(job: Job, neurons: list[Neurons]) -> tuple[Calibration, tuple[dic
     done = sum(layers_done(job.work, dense.depth))
     model = StreamedModel(dense.config, dense.raw, device)
     with progress(phases.CALIBRATING, 2 * dense.depth * len(ids), done * len(ids)) as advance:
-        every, moments = None if budget is None else rules(budget), recipe.start == "joint"
+        every, moments = None if budget is None else rules(budget, model.layers), recipe.start == "joint"
         calibration = calibrate(dense, model, neurons, ids, job.work, device, advance, every, moments)
     if budget is None:
         return calibration, None
     tokenizer, count = load_tokenizer(job.source.folder), min(LOOKUP_WINDOWS, len(ids))
     with progress(phases.LOOKUPS, dense.depth * count) as advance:
         able = lookups(budget, dense, model, tokenizer, ids, recipe.seed, job.work, device, advance)
-    return calibration, (window_losses(budget, calibration), able)
+    return calibration, (kind_losses(budget, calibration), able)
 
 
 def _tie_as_in_paper(job: Job) -> tuple[Plan, dict]:
@@ -257,7 +257,7 @@ def _write(job: Job, plan: Plan, folder: Path, shard_bytes: int) -> dict:
     width, numbers = NUMBER_BYTES[job.dtype], job.numbers
     quantized = {} if numbers.bits is None else {"quantized_bytes": numbers.bytes(plan)}
     if isinstance(job.dense, RecursiveModel):
-        written = copy_with_plan(job.dense, plan, folder)
+        written = copy_with_plan(job.dense, plan, folder, shard_bytes)
     else:
 
         def slots(advance: Callable[[], None]) -> Iterator[tuple[str, Tensor]]:

@@ -1,18 +1,20 @@
-"""Which KV heads of a model see everything and which a window, by measuring: what a window costs each head, as
-calibration finds it, and which heads look up what stands far back (text/lookups.py)."""
+"""Which KV heads of a model see everything and which a window, by measuring: what a window, or what may be in its
+place, costs each head, as calibration finds it, and which heads look up what stands far back (text/lookups.py)."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rrtc.init.calibrate import Calibration
 from rrtc.io.dense import DenseModel
 from rrtc.io.folder import whole_file
-from rrtc.kv_budget import Head, KvBudget, WindowLosses
+from rrtc.kv_budget import Head, KindLosses, KvBudget
 from rrtc.model.attention_rrt import Rule
+from rrtc.model.linear_rrt import LinearRule
+from rrtc.model.modeling_rrt import rule_of
 from rrtc.stock.heads import LookedUp
 from rrtc.stock.streamed import StreamedModel
 from rrtc.text.lookups import Lookups, make_lookups
@@ -20,15 +22,22 @@ from rrtc.text.lookups import Lookups, make_lookups
 LOOKUP_WINDOWS = 8  # of text, at whose ends something is to be looked up
 
 
-def rules(budget: KvBudget) -> dict[int, Rule]:
-    """By layer, the rule by which no head sees everything."""
-    rule = Rule(budget.window.window, budget.window.sinks, ())
-    return {layer: rule for layer, _ in budget.heads}
+def rules(budget: KvBudget, layers: Sequence[nn.Module]) -> dict[int, dict[str, Rule]]:
+    """By layer and kind, the rule by which no head sees everything. layers: of the stock model, with weights or
+    without."""
+
+    def rule(kind: str, number: int) -> Rule:
+        made = rule_of({"attention": budget.kinds[kind][number].fields()})
+        return made.on(layers[number]) if isinstance(made, LinearRule) else made
+
+    return {number: {kind: rule(kind, number) for kind in budget.kinds} for number in dict(budget.heads)}
 
 
-def window_losses(budget: KvBudget, calibration: Calibration) -> WindowLosses:
-    """What windows cost every two heads of a layer, in nats a token."""
-    return {layer: calibration.window_losses(layer) for layer in dict(budget.heads)}
+def kind_losses(budget: KvBudget, calibration: Calibration) -> KindLosses:
+    """What each kind costs every two heads of a layer, in nats a token."""
+    return {
+        kind: {layer: calibration.losses(layer, kind) for layer in of_kind} for kind, of_kind in budget.kinds.items()
+    }
 
 
 def lookups(
@@ -52,7 +61,7 @@ def _measure(
     advance: Callable[[int], None],
 ) -> dict[int, list[float]]:  # fmt: skip
     """By layer, what `lookups` says of each head."""
-    states, found, every = model.embed(asked.ids), {}, rules(budget)
+    states, found, every = model.embed(asked.ids), {}, rules(budget, model.layers)
     for number in range(dense.depth):
         tensors = dense.layer(number, device)
         if number not in every:
@@ -61,7 +70,7 @@ def _measure(
         masses = []
         for row, wanted in enumerate(asked.wanted):
             looking = LookedUp([wanted])
-            with model.attending(number, every[number], looking.sight):
+            with model.attending(number, next(iter(every[number].values())), looking.sight):
                 model.run_layer(number, tensors, states[row : row + 1], advance=advance)
             masses.append(looking.mass)
         found[number] = torch.stack(masses).mean(0).tolist()

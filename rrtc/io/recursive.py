@@ -8,7 +8,7 @@ model.embed_tokens.weight                       all that lies outside the layers
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +23,9 @@ from rrtc.io.shard_writer import ShardWriter
 from rrtc.io.source import read_config
 from rrtc.io.weights import Weights, row_blocks
 from rrtc.model import RrtConfig
-from rrtc.model.attention_rrt import Rule
+from rrtc.model.attention_rrt import Rule, attention_of
+from rrtc.model.linear_rrt import NAME as LINEAR
+from rrtc.model.linear_rrt import LinearRule
 from rrtc.model.modeling_rrt import rule_of
 from rrtc.plain import read_json
 from rrtc.plan import Matrix, Plan, Visit
@@ -130,6 +132,37 @@ class EffectiveLayers:
         return in_slot(self._parent, visit.slot, shared_name(path))
 
 
+def rules_of(plan: Plan, layers: nn.ModuleList) -> dict[int, Rule]:
+    """By layer, what its heads attend to where that is not everything; with feature maps as they are drawn, where there
+    are any. layers: of the stock model, with weights or without."""
+    rules: dict[int, Rule] = {}
+    for visit in plan.visits:
+        rule = rule_of(visit.fields())
+        if isinstance(rule, LinearRule):
+            rule = rule.on(layers[visit.layer])
+        if rule is not None:
+            rules[visit.layer] = rule
+    return rules
+
+
+def maps_of(plan: Plan, layers: nn.ModuleList, parent: str, rules: Mapping[int, Rule]) -> dict[str, nn.Module]:
+    """The feature maps in `rules`, by what the names of their tensors begin with."""
+    found: dict[str, nn.Module] = {}
+    for visit in plan.visits:
+        rule = rules.get(visit.layer)
+        if isinstance(rule, LinearRule) and rule.maps is not None:
+            attention = attention_of(layers[visit.layer])
+            path = next(path for path, module in layers[visit.layer].named_modules() if module is attention)
+            found[in_slot(parent, visit.slot, own_name(visit, f"{path}.{LINEAR}."))] = rule.maps
+    return found
+
+
+def drawn_maps(plan: Plan, layers: nn.ModuleList, parent: str) -> dict[str, Tensor]:
+    """The tensors of all feature maps as they are drawn, by their full names."""
+    found = maps_of(plan, layers, parent, rules_of(plan, layers))
+    return {f"{prefix}{name}": tensor for prefix, maps in found.items() for name, tensor in maps.state_dict().items()}
+
+
 class RecursiveModel:
     """A recursive model on disk, read layer by layer as a DenseModel is: what its layers amount to, in float32.
 
@@ -154,8 +187,11 @@ class RecursiveModel:
         self._effective = EffectiveLayers(self.weights, self.plan, self.parent)
         self.depth = len(self._paths)
         self.folds: list[Fold] = []  # what was folded is so in the weights
-        rules = ((visit.layer, rule_of(visit.fields())) for visit in self.plan.visits)
-        self.rules: dict[int, Rule] = {layer: rule for layer, rule in rules if rule is not None}
+        layers = decoder_layers(stock)
+        self.rules = rules_of(self.plan, layers)
+        self.maps = maps_of(self.plan, layers, self.parent, self.rules)  # as of maps_of
+        for prefix, maps in self.maps.items():
+            maps.load_state_dict({name: self.weights.read(f"{prefix}{name}") for name in maps.state_dict()})
 
     def layer(self, number: int, device: torch.device) -> dict[str, Tensor]:
         """As DenseModel.layer."""
@@ -166,16 +202,29 @@ class RecursiveModel:
         return self.weights.raw(name)
 
 
-def copy_with_plan(source: RecursiveModel, plan: Plan, folder: Path) -> int:
+def copy_with_plan(source: RecursiveModel, plan: Plan, folder: Path, shard_bytes: int) -> int:
     """Writes the model `source`, with another plan of what its visits attend to, into the existing `folder`, all but
-    its rrtc.yaml; returns the bytes of its tensors. Its weights files are copied as they are."""
-    given = source.weights.folder
-    for file in [*source.weights.files, *given.glob("*.safetensors.index.json")]:
-        shutil.copyfile(file, folder / Path(file).name)
+    its rrtc.yaml; returns the bytes of its tensors. Its weights files are copied as they are, unless one of the plans
+    has feature maps."""
+    given, layers = source.weights.folder, decoder_layers(stock_model(source.config))
+    new = drawn_maps(plan, layers, source.parent)
+    kept = [name for name in source.weights if not name.startswith(tuple(source.maps))]
+    if source.maps or new:
+        writer = ShardWriter(folder, shard_bytes)
+        for name in kept:
+            writer.add(name, source.raw(name))
+        for name, tensor in new.items():
+            writer.add(name, tensor.to(getattr(torch, source.weights.dtype)))
+        writer.finish()
+        written = writer.total_bytes
+    else:
+        for file in [*source.weights.files, *given.glob("*.safetensors.index.json")]:
+            shutil.copyfile(file, folder / Path(file).name)
+        written = sum(source.raw(name).nbytes for name in kept)
     values = read_json(given / "config.json") | {"visits": [visit.fields() for visit in plan.visits]}
     (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf8")
     copy_companions(given, folder)
-    return sum(source.raw(name).nbytes for name in source.weights)
+    return written
 
 
 def write_recursive(
@@ -186,6 +235,9 @@ def write_recursive(
     writer = ShardWriter(folder, shard_bytes)
     for name, tensor in slots:
         writer.add(name, tensor)
+    stock = stock_model(dense.config)
+    for name, tensor in drawn_maps(plan, decoder_layers(stock), layers_path(stock)[0]).items():
+        writer.add(name, tensor.to(getattr(torch, dtype)))
     for name in dense.others():
         writer.add_blocks(name, dense.blocks(name, getattr(torch, dtype)))
     writer.finish()

@@ -3,7 +3,7 @@
 The rule is monotone: a key that a query does not see is seen by no later one. So what the cache keeps is what the next
 query sees, and a forward pass over everything, one in chunks, and one token by token agree. Some KV heads of a visit
 see everything (the rule's `heads`), the others a window and the first tokens of their document (sinks, without which a
-pretrained model breaks: Xiao et al. 2023, arXiv 2309.17453).
+pretrained model breaks: Xiao et al. 2023, arXiv 2309.17453), and blocks of those between where there is a landmark.
 
     base model      notes where the document of each token begins (Documents)
     Visit           puts a Sight in the place of the attention mask, and its own layer into the cache (KeptLayer)
@@ -25,6 +25,8 @@ from transformers import AttentionInterface, PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .landmark_rrt import Landmark
+
 KERNEL = "rrt"  # the name of `attend` among transformers' attention functions
 MASKED_KERNELS = ("sdpa", "eager")  # those that can be told for each query what it sees
 LEAST_BLOCK = 64  # queries that go through a window together: fewer are slower than the keys that they leave out
@@ -33,16 +35,26 @@ LEAST_BLOCK = 64  # queries that go through a window together: fewer are slower 
 @dataclass(frozen=True)
 class Rule:
     """What the queries of a visit see. heads: the KV heads that see all keys before the query; the others see the last
-    `window`, the query's own included, and the first `sinks` of the query's document."""
+    `window`, the query's own included, the first `sinks` of the query's document, and the blocks of `landmark`."""
 
     window: int
     sinks: int
     heads: tuple[int, ...]
+    landmark: Landmark | None = None
 
     def visible(self, query: Tensor, key: Tensor, start: Tensor) -> Tensor:
         """Whether a head with a window sees the key. All arguments are columns, counted from a row's first token, and
         broadcast; start: where the query's document begins."""
-        return (key <= query) & ((query - key < self.window) | ((key >= start) & (key - start < self.sinks)))
+        last = key if self.landmark is None else self.landmark.relieved_by(key, start + self.sinks)
+        return (key <= query) & ((query - last < self.window) | ((key >= start) & (key - start < self.sinks)))
+
+    def place(self) -> "KeptLayer":
+        """What a visit with this rule has in the cache."""
+        return KeptLayer(self)
+
+    def near(self, sight: "Sight", *given) -> tuple[Tensor, Tensor | None]:
+        """What the heads with a window find: see Sight._near."""
+        return sight._near(*given)
 
 
 class Documents:
@@ -218,7 +230,7 @@ class Sight:
             return run(module, query, key, value, self.mask, **kwargs)
         parts = self._parts(key, value)
         each, output, weights = query.shape[1] // key.shape[1], None, None
-        for part, see in zip(parts, (self._far, self._near), strict=True):
+        for part, see in zip(parts, (self._far, partial(self.rule.near, self)), strict=True):
             if part is None:
                 continue
             places = [head * each + number for head in part.heads for number in range(each)]
@@ -286,9 +298,8 @@ class Sight:
 
     def _wanted(self, first: int, last: int, columns: Tensor) -> Tensor:
         """Which of `columns` some of these queries may see: (columns,), bool."""
-        earliest, latest = self.past + first - self.rule.window + 1, self.past + last - 1
-        behind = columns - self._starts(first, last, columns).unique()[:, None]
-        return ((columns >= earliest) & (columns <= latest)) | ((behind >= 0) & (behind < self.rule.sinks)).any(0)
+        soonest, starts = columns.clamp(min=self.past + first), self._starts(first, last, columns).unique()[:, None]
+        return (columns < self.past + last) & self.rule.visible(soonest, columns, starts).any(0)  # it is monotone
 
     def _mask(self, first: int, last: int, columns: Tensor, dtype: torch.dtype | None) -> Tensor | None:
         """Which of `columns` these queries see: (rows or 1, 1, queries, columns), bool, or to be added in `dtype`."""
@@ -408,4 +419,4 @@ def prepare(cache, rules: dict[int, Rule]) -> None:
             cache.layers.append(DynamicLayer())
         layer = cache.layers[place] if place < len(cache.layers) else None
         if type(layer) is DynamicLayer and not layer.is_initialized:
-            cache.layers[place] = KeptLayer(rule)
+            cache.layers[place] = rule.place()

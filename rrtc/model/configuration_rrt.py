@@ -38,9 +38,11 @@ class RrtConfig(PreTrainedConfig):
             the visit's own, at rank 0) and `shapes` ((inputs, outputs) of the matrices that are smaller than the dense
             layer's, because neurons of the FFN were removed). `attention`, where a visit does not attend to
             everything: `heads` (KV heads that do), `window` and `sinks` (how many of the last and of the first keys
-            the other heads see), and, where these read on in another visit of the slot, `owner` (its `loop`). `gains`,
-            where a visit has some: the paths of tied matrices whose product it multiplies, output by output, by a gain
-            of its own.
+            the other heads see), and what these may have beyond: `landmark` (`size`, `count`, `seed`), blocks of keys
+            between; `linear` (`features` and `seed`, of the maps as drawn), sums of what has left their window; or
+            `owner` (its `loop`), whose keys and values in another visit of the slot they read on in.
+            `gains`, where a visit has some: the paths of tied matrices whose product it multiplies, output by output,
+            by a gain of its own.
         norms: "per_visit", every visit has its own norms and biases; "shared", they are tied like the matrices (the
             bias of a matrix that is not tied stays the visit's own).
         table_bits: 8 where embeddings and output projection are int8 rows with a scale each (rows_rrt.py); None where

@@ -28,8 +28,11 @@ from transformers import initialization as init
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import can_return_tuple
 
-from .attention_rrt import Documents, Eyes, Rule, prepare
+from .attention_rrt import Documents, Eyes, Rule, attention_of, prepare
 from .configuration_rrt import RrtConfig
+from .landmark_rrt import Landmark
+from .linear_rrt import NAME as LINEAR
+from .linear_rrt import LinearRule, Maps
 from .owner_rrt import LoopEyes, Loops, OwnerRule, owned
 from .rows_rrt import BITS, Rows, put_in_rows
 
@@ -173,6 +176,7 @@ def graft(model: nn.Module, visits: list[dict], norms: str = "per_visit") -> Non
     for layer, visit in zip(layers, visits, strict=True):
         _relax(layer, slots[visit["slot"]], visit, norms)
         slots[visit["slot"]].loops.append(layer)
+    rules = [_at_work(rule, layer) for rule, layer in zip(rules, layers, strict=True)]
     # The slots hang beside the old list, inside the stock base model: its hooks look for layers among its children.
     parent.slots = slots
     eyes = _eyes(parent, layers, rules)
@@ -202,8 +206,21 @@ def _eyes(parent: nn.Module, layers: nn.ModuleList, rules: list[Rule | None]) ->
 
 def rule_of(visit: dict) -> Rule | None:
     """What the heads of a visit see; None where that is what the stock layer's do."""
-    attention = visit.get("attention")
-    return attention and Rule(attention["window"], attention["sinks"], tuple(attention["heads"]))
+    if (attention := visit.get("attention")) is None:
+        return None
+    seen = attention["window"], attention["sinks"], tuple(attention["heads"])
+    if linear := attention.get("linear"):
+        return LinearRule(*seen, **linear)
+    landmark = attention.get("landmark")
+    return Rule(*seen, landmark and Landmark(**landmark))
+
+
+def _at_work(rule: Rule | None, layer: nn.Module) -> Rule | None:
+    """The rule for a `layer`, which gets what parameters there are to it."""
+    if isinstance(rule, LinearRule):
+        rule = rule.on(layer)
+        attention_of(layer).add_module(LINEAR, rule.maps)
+    return rule
 
 
 def _matrix_form(visit: dict, path: str, module: nn.Module) -> tuple[str, tuple[int, int]]:
@@ -351,6 +368,8 @@ class RrtPreTrainedModel(PreTrainedModel):
     def initialize_weights(self):
         super().initialize_weights()
         for module in self.modules():
+            if isinstance(module, Maps):
+                module.reset()
             if isinstance(module, RelaxedLinear):
                 if module.rank:
                     init.normal_(module.A, std=module.in_features**-0.5)

@@ -34,7 +34,7 @@ LEFT = "A model whose visits read later ones cannot be left between them."
 class OwnerRule(Rule):
     """A rule by which heads with a window read what lies behind it from the visit at the place `owner`."""
 
-    owner: int
+    owner: int = 0
 
     def read(self, query: Tensor, key: Tensor, start: Tensor) -> Tensor:
         """Whether such a head sees the owner's key: where it does not see its own. Arguments as of `visible`."""
@@ -48,7 +48,7 @@ def owned(visits: list[dict], rules: list[Rule | None]) -> "list[Rule | None]":
     for visit, rule in zip(visits, rules, strict=True):
         owner = (visit.get("attention") or {}).get("owner")
         if owner is not None:
-            rule = OwnerRule(rule.window, rule.sinks, rule.heads, places[visit["slot"], owner["loop"]])
+            rule = OwnerRule(rule.window, rule.sinks, rule.heads, owner=places[visit["slot"], owner["loop"]])
         found.append(rule)
     return found
 

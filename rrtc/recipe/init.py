@@ -84,6 +84,13 @@ class InitRecipe(Section):
     kv_sinks: int = Field(
         4, ge=0, le=10**6, description="First tokens of a document that these heads see as well, and cannot do without."
     )
+    kv_kinds: list[Literal["window", "landmark", "linear"]] = Field(
+        ["window"],
+        description="What heads that do not see everything may have, at equal bytes: window; landmark, half of it and "
+        "blocks of what lies before, drawn by lot; linear, sums of random features. Of several, each visit gets what "
+        "costs it least.",
+        min_length=1,
+    )
     kv_grain: Literal["heads", "visits"] = Field(
         "heads",
         description="What is chosen: each KV head by itself, or all heads of a visit alike (even and last do).",
@@ -194,7 +201,20 @@ class InitRecipe(Section):
         asked = [name for name, field in fields.items() if getattr(self, name) != field.default]
         if self.kv_budget is None and asked:
             raise ValueError(f"{asked[0]} says how a KV budget is met; add kv_budget")
+        if len(self.kv_kinds) > 1 and self.kv_choice != "measured":
+            raise ValueError(f"which of kv_kinds costs least is measured; with kv_choice '{self.kv_choice}', name one")
+        if "linear" in self.kv_kinds and self.has_target and not self.keeps_weights:
+            raise ValueError(
+                "the feature maps of kv_kinds 'linear' are parameters, which no size or budget counts yet; plan the "
+                "cache afterwards, of the folder that is written"
+            )
         return self
+
+    @field_validator("kv_kinds", mode="before", json_schema_input_type=str | list[str])
+    @classmethod
+    def _kinds_from_text(cls, value: Any) -> Any:
+        kinds = value.split(",") if isinstance(value, str) else value
+        return list(dict.fromkeys(str(kind).strip() for kind in kinds)) if isinstance(kinds, list) else kinds
 
     @field_validator("calibrate_on", mode="before", json_schema_input_type=str | list[str])
     @classmethod

@@ -1,15 +1,16 @@
 """What the KV heads of a stock layer do while it runs: how much the loss feels it when each of them sees no more than a
-window, and how much of its attention goes to tokens that are to be looked up.
+window or what is in its place, and how much of its attention goes to tokens that are to be looked up.
 
 Both are Sights: they stand in the place of the attention mask while `Parts.run_layer` runs the layer as it is.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from rrtc.model.attention_rrt import Sight
+from rrtc.model.attention_rrt import Rule, Sight
 
 
 def _by_kv_head(values: Tensor, kv_heads: int) -> Tensor:
@@ -18,43 +19,50 @@ def _by_kv_head(values: Tensor, kv_heads: int) -> Tensor:
 
 
 class Losses:
-    """Adds up for the KV heads of a layer what a window costs, as the loss feels it: E[(g·d)(g'·d')]/2 in nats a token
-    for every two heads, where d is what the window changes in a head's output and g the gradient of the loss with
-    respect to that output. The sum over all pairs of the heads that have a window is the second-order change of the
-    loss for gradients of labels that the model itself draws (the Fisher information)."""
+    """Adds up for the KV heads of a layer what it costs, as the loss feels it, that they see no more than a rule lets
+    them: E[(g·d)(g'·d')]/2 in nats a token for every two heads, where d is what the rule changes in a head's output and
+    g the gradient of the loss with respect to that output. The sum over all pairs of the heads that have a window is
+    the second-order change of the loss for gradients of labels that the model itself draws (the Fisher information).
 
-    def __init__(self, tokens: int):
-        self._tokens = tokens
-        self._total: Tensor | float = 0.0
+    rules: by kind, those that are tried, by each of which no head sees everything.
+    """
 
-    def sight(self, *given) -> Sight:
-        """To be given to `Parts.attending`, with a rule by which no head sees everything."""
-        return _Compared(self._add, *given)
+    def __init__(self, tokens: int, rules: Mapping[str, Rule]):
+        self._tokens, self._rules = tokens, rules
+        self._totals: dict[str, Tensor] = {}
 
-    def finish(self) -> Tensor:
-        """(KV heads, KV heads), float64, nats a token."""
-        return self._total / (2 * self._tokens)
+    def sight(self, rule: Rule, *given) -> Sight:
+        """To be given to `Parts.attending`, with whatever rule."""
+        return _Compared(self._add, {kind: Sight(tried, *given) for kind, tried in self._rules.items()}, rule, *given)
 
-    def _add(self, gradient: Tensor, change: Tensor, kv_heads: int) -> None:
+    def finish(self) -> dict[str, Tensor]:
+        """By kind: (KV heads, KV heads), float64, nats a token."""
+        return {kind: total / (2 * self._tokens) for kind, total in self._totals.items()}
+
+    def _add(self, kind: str, gradient: Tensor, change: Tensor, kv_heads: int) -> None:
         felt = _by_kv_head((gradient * change).sum(-1), kv_heads).sum(-1).flatten(0, 1).double()
-        self._total = self._total + (felt.T @ felt).cpu()
+        self._totals[kind] = self._totals.get(kind, 0.0) + (felt.T @ felt).cpu()
 
 
 class _Compared(Sight):
-    """Computes what the stock layer does; beside it, what it would be with the rule."""
+    """Computes what the stock layer does; beside it, what it would be with each of `tried`."""
 
-    def __init__(self, add: Callable[[Tensor, Tensor, int], None], *given):
+    def __init__(self, add: Callable[[str, Tensor, Tensor, int], None], tried: dict[str, Sight], *given):
         super().__init__(*given)
-        self._add = add
+        self._add, self._tried = add, tried
 
     def attend(self, run: Callable, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, adds_mask: bool,
                **kwargs) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         output, weights = run(module, query, key, value, self.mask, **kwargs)
         if output.requires_grad:
-            with torch.no_grad():
-                change = super().attend(run, module, query, key, value, adds_mask, **kwargs)[0] - output
-            output.register_hook(lambda gradient: self._add(gradient, change, key.shape[1]))
+            for kind, sight in self._tried.items():
+                with torch.no_grad():
+                    change = sight.attend(run, module, query, key, value, adds_mask, **kwargs)[0] - output
+                output.register_hook(partial(self._felt, kind, change, key.shape[1]))
         return output, weights
+
+    def _felt(self, kind: str, change: Tensor, kv_heads: int, gradient: Tensor) -> None:
+        self._add(kind, gradient, change, kv_heads)
 
 
 class LookedUp:

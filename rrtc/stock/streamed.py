@@ -43,7 +43,7 @@ class StreamedModel:
         stock = stock_model(config)
         stock._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))  # buffers are real
         self._parts = Parts(stock, device)
-        self._layers = self._parts.layers
+        self.layers = self._parts.layers
         self._width = config.get_text_config().hidden_size
         self._tied = stock.get_expanded_tied_weights_keys()
         self._embedding, self._head = stock.get_input_embeddings(), stock.get_output_embeddings()
@@ -52,7 +52,7 @@ class StreamedModel:
         self._paths = {module: path for path, module in stock.named_modules()}
         self._embedding.padding_idx = None  # it matters for training only, and may lie outside the rows looked up
         self._embedding.forward = self._look_up
-        inside = {id(parameter) for parameter in self._layers.parameters()}
+        inside = {id(parameter) for parameter in self.layers.parameters()}
         for module in self._paths:
             for name, parameter in list(module.named_parameters(recurse=False)):
                 if module not in (self._embedding, self._head) and id(parameter) not in inside:
@@ -85,7 +85,7 @@ class StreamedModel:
         inputs). watch(names, inputs): called for each of `groups[number]` and batch with the input that these matrices
         read, (tokens, inputs). advance(windows): called after each batch.
         """
-        matrices = matrices_of(self._layers[number])
+        matrices = matrices_of(self.layers[number])
         watched = {} if watch is None else {
             matrices[names[0]]: lambda inputs, names=names: watch(names, inputs.flatten(0, -2))
             for names in self.groups[number]
@@ -107,7 +107,7 @@ class StreamedModel:
     ) -> Tensor:
         """Runs all layers over `states` in place, as `run_layer` does one; returns them. layer(number): the tensors of
         that layer. rules: what layers attend to where it is not what the stock layer does."""
-        for number in range(len(self._layers)):
+        for number in range(len(self.layers)):
             rule = (rules or {}).get(number)
             with self.attending(number, rule) if rule else nullcontext():
                 self.run_layer(number, layer(number), states, advance=advance)
@@ -181,7 +181,7 @@ class StreamedModel:
 
             output.register_hook(see)
 
-        matrices = {} if watch is None else matrices_of(self._layers[number])
+        matrices = {} if watch is None else matrices_of(self.layers[number])
         watched = {module: partial(watch_output, name) for name, module in matrices.items()}
         with watching(outputs=watched), torch.enable_grad():
             for part in _batches(states):

@@ -16,7 +16,7 @@ from windowed import KINDS, SINKS, WINDOW, by_brute_force, see_windows, without_
 from rrtc import api, machine
 from rrtc.cli import tables
 from rrtc.errors import RrtcError
-from rrtc.export import full_attention, stage, verify
+from rrtc.export import card, full_attention, stage, verify
 from rrtc.export.formats import FORMATS, recursive
 from rrtc.export.formats.gguf import SCRIPT, VARIABLE
 from rrtc.io.provenance import read_provenance
@@ -154,6 +154,14 @@ def test_full_attention_that_is_worse_is_refused_with_the_figures(form, learnt, 
     full, windows = map(float, re.search(said, str(error.value)).groups())
     assert full > windows + full_attention.TOLERANCE and not (tmp_path / "out").exists()
     assert "recursive" in error.value.hint
+
+
+def test_landmark_blocks_are_on_the_card_and_in_what_is_checked(tmp_path):
+    kind = {"window": WINDOW, "sinks": SINKS, "heads": [0], "landmark": {"size": 4, "count": 2, "seed": 3}}
+    config = recursive.recursive_config(see_windows(make_rrt(tmp_path / "rrt"), (kind,)))
+    said = f"- 6 of 12 KV heads: the last {WINDOW} tokens, itself included, 2 blocks of 4 tokens before them, and the"
+    assert said in card._windows(read_plan(config))
+    assert verify.fixed_ids(config).shape[1] == verify.TOKENS + WINDOW + SINKS + 8
 
 
 def test_onnx_is_refused_before_any_work(source, tmp_path, monkeypatch):

@@ -75,13 +75,16 @@ def test_loops_that_differ_in_kind_run_one_after_the_other():
 
 @functools.cache
 def windowed(sharing: str) -> RrtForCausalLM:
-    """A recursive pico model whose KV heads see everything, a window, and both within one visit."""
+    """A recursive pico model whose KV heads see everything, a window, both within one visit, and landmark blocks."""
     config = rrt_config("llama", sharing=sharing)
     values = copy.deepcopy(config.visits)
+    near = {"window": 5, "sinks": 2}
     for number, visit in enumerate(values):
-        visit["attention"] = [{"window": 5, "sinks": 2, "heads": [1]}, {"window": 9, "sinks": 0, "heads": []}, None][
-            number % 3
-        ]
+        landmark = {"size": 2, "count": 3, "seed": number}
+        visit["attention"] = [
+            near | {"heads": [1]}, {"window": 9, "sinks": 0, "heads": []}, None,
+            near | {"heads": [0], "landmark": landmark},
+        ][number % 4]  # fmt: skip
     torch.manual_seed(1)
     made = RrtConfig(base_config=config.base_config, visits=values, norms=config.norms)
     return randomize(RrtForCausalLM(made)).double()

@@ -1,6 +1,7 @@
 """Gives an rrtc folder visits that see a window, as `rrtc init --kv-budget` would, and looks at what they see."""
 
 import json
+import random
 from pathlib import Path
 
 import torch
@@ -61,9 +62,25 @@ def mask_of_each_head(attention: dict, query_heads: int, kv_heads: int, length: 
     tokens = torch.arange(length)
     query, key = tokens[:, None], tokens[None]
     near = (query - key < attention["window"]) | (key < attention["sinks"])
+    if landmark := attention.get("landmark"):
+        near |= drawn_by_lot(**landmark, window=attention["window"], sinks=attention["sinks"], length=length)
     far = torch.tensor([head // (query_heads // kv_heads) in attention["heads"] for head in range(query_heads)])
     seen = (key <= query) & (near[None] | far[:, None, None])
     return torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[None]
+
+
+def drawn_by_lot(size: int, count: int, seed: int, window: int, sinks: int, length: int) -> torch.Tensor:
+    """Which keys each query sees of landmark blocks, by their definition: (length, length), bool. Of the keys in one
+    place of their blocks that have left the window, those of the blocks with the least lots."""
+    chance, seen = random.Random(seed), torch.zeros(length, length, dtype=torch.bool)
+    lots = [chance.random() for _ in range(length)]
+    for query in range(length):
+        gone = range(sinks, query - window + 1)
+        for place in range(size):
+            blocks = [(key - sinks) // size for key in gone if (key - sinks) % size == place]
+            for block in sorted(blocks, key=lots.__getitem__)[:count]:
+                seen[query, sinks + block * size + place] = True
+    return seen
 
 
 def live_bytes(cache) -> int:

@@ -118,6 +118,24 @@ def test_the_cache_of_a_recursive_model_is_planned_anew(made, tmp_path):
     assert config | {"visits": 0} == json.loads((folder / "config.json").read_text()) | {"visits": 0}
 
 
+def test_of_several_kinds_each_visit_gets_what_measures_cheapest(dense, tmp_path):
+    options = {"budget": 1, "kv_budget": 0.5, **SMALL, "kv_window": 100}
+    costs, plans = {}, {}
+    for kinds in ("window", "linear", "window,landmark,linear"):
+        asked = options | {"kv_kinds": kinds}
+        result = api.init(dense, tmp_path / kinds, **asked)
+        costs[kinds], plans[kinds] = result["predicted_window_cost"], read_plan(read_config(tmp_path / kinds))
+        assert plans[kinds].kv_bytes(256, 2) <= plans["window"].kv_bytes(256, 2)
+        if "," not in kinds:
+            assert api.plan(dense, **asked)["kv_bytes"] == result["kv_bytes"]
+    several = [visit.attention for visit in plans["window,landmark,linear"].visits if visit.attention is not None]
+    assert any(one.landmark for one in several) and costs["window,landmark,linear"] <= costs["window"]
+    linear = [visit.attention for visit in plans["linear"].visits if visit.attention is not None]
+    assert all(one.linear for one in linear) and api.load(tmp_path / "linear")[0](torch.arange(9)[None]).logits.any()
+    said = api.plan(dense, **options, kv_kinds="landmark,window")["windows"]
+    assert said.endswith("Each visit gets what costs its heads least, which is known once they are measured.")
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
@@ -145,6 +163,7 @@ def test_what_cannot_be_met_is_said_before_any_work(dense, tmp_path):
     for options, sentence in (
         ({"kv_budget": 0.01}, "cannot be met: where every head that can have one has a window of 16 tokens"),
         ({"kv_budget": 0.5, "kv_context": 1000}, "to count at 1,000 tokens, but this model can see 256"),
+        ({"kv_budget": 0.5, "kv_kinds": "landmark"}, "A window of 16 tokens leaves no room for landmark blocks of 16"),
     ):
         for ask in (api.plan, lambda folder, **options: api.init(folder, tmp_path / "out", **options)):
             with pytest.raises(WrongUsage, match=sentence):

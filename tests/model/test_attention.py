@@ -13,14 +13,14 @@ import torch
 from pico import ARCHITECTURES, VOCABULARY, pico_config
 from recursive_models import assert_equal, randomize, recursive, written_out
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
-from windowed import live_bytes, mask_of_each_head
+from windowed import drawn_by_lot, live_bytes, mask_of_each_head
 
 from rrtc.export.formats.recursive import write_config
-from rrtc.model import RrtConfig, RrtForCausalLM
+from rrtc.model import RrtConfig, RrtForCausalLM, landmark_rrt
 from rrtc.model.attention_rrt import KeptLayer, Rule
 from rrtc.model.modeling_rrt import find_layers
 from rrtc.patterns import make_plan
-from rrtc.plan import Attention, Plan, read_visits
+from rrtc.plan import Attention, Landmark, Plan, read_visits
 from rrtc.recipe.init import InitRecipe
 from rrtc.stock.architecture import read_architecture
 
@@ -37,11 +37,16 @@ local_ones = pytest.mark.parametrize(
 
 
 def local_plan(architecture: str, window: int = 9, sinks: int = 3, changes: dict | None = None) -> Plan:
-    """A plan with a visit of every kind: full, with a window for all heads, and with one for all but one head."""
+    """A plan with a visit of every kind: full, and with a window for all heads or for all but one, with landmark blocks
+    beyond it or without."""
     plan = make_plan(read_architecture(pico_config(architecture, **changes or {})), InitRecipe(rank=3))
-    kinds = [Attention(window, sinks, (1,)), Attention(window, sinks), None]
+    blocks = [Landmark(4, 3, seed) for seed in range(2)]
+    kinds = [
+        Attention(window, sinks, (1,)), Attention(window, sinks, landmark=blocks[0]), None,
+        Attention(window, sinks, (0,), blocks[1]), Attention(window, sinks),
+    ]  # fmt: skip
     free = [visit.layer for visit in plan.visits if not plan.architecture.layers[visit.layer].window]
-    given = {layer: kinds[place % 3] for place, layer in enumerate(free)}
+    given = {layer: kinds[place % len(kinds)] for place, layer in enumerate(free)}
     return replace(plan, visits=tuple(replace(visit, attention=given.get(visit.layer)) for visit in plan.visits))
 
 
@@ -190,10 +195,14 @@ def test_eager_attention_gives_the_same_logits_and_weights_of_every_head(archite
         if wanted := visit.get("attention"):
             assert_equal(found.attentions[place].sum(-1), torch.ones(2, model.config.num_attention_heads, LENGTH), 1e-4)
             outside = slice(wanted["sinks"], LENGTH + 1 - wanted["window"])
-            weight = after.attentions[place][..., outside].amax(-1).squeeze(-1)
-            far = {head for head in range(weight.shape[1]) if weight[:, head].max() > 0}
-            each = weight.shape[1] // local_plan(architecture).architecture.layers[place].kv_heads
-            assert far == {head * each + number for head in wanted["heads"] for number in range(each)}
+            weight = after.attentions[place].squeeze(2)  # (rows, heads, columns)
+            kv_heads = local_plan(architecture).architecture.layers[place].kv_heads
+            mask = mask_of_each_head(wanted, weight.shape[1], kv_heads, LENGTH + 1)[0, :, -1]
+            assert not weight[:, mask < 0].any()
+            far = {head for head in range(weight.shape[1]) if weight[:, head, outside].max() > 0}
+            each = weight.shape[1] // kv_heads
+            heads = range(kv_heads) if "landmark" in wanted else wanted["heads"]
+            assert far == {head * each + number for head in heads for number in range(each)}
 
 
 @local_ones
@@ -230,12 +239,19 @@ def test_the_rule_is_monotone():
     """A key that a query does not see is seen by no later one."""
     chance = torch.Generator().manual_seed(0)
     for _ in range(200):
-        window, sinks, start = (int(torch.randint(low, 20, (), generator=chance)) for low in (1, 0, 0))
+        window, sinks, start, seed = (int(torch.randint(low, 20, (), generator=chance)) for low in (1, 0, 0, 0))
+        landmark = landmark_rrt.Landmark(1 + seed % window, 1 + seed % 3, seed) if seed % 2 else None
         columns = torch.arange(start, 60)
-        seen = Rule(window, sinks, ()).visible(columns[:, None], columns[None], torch.tensor(start))
+        seen = Rule(window, sinks, (), landmark).visible(columns[:, None], columns[None], torch.tensor(start))
         for key in range(len(columns)):
             of_later_queries = seen[key:, key].int()  # from the query of the same column on
             assert of_later_queries[0] and (of_later_queries.diff() <= 0).all()
+        most = window + sinks + (landmark.size * landmark.count if landmark else 0)
+        assert seen.sum(-1).tolist() == [min(number + 1, most) for number in range(len(columns))]
+        if landmark:
+            apart = {"size": landmark.size, "count": landmark.count, "seed": seed}
+            drawn = drawn_by_lot(**apart, window=window, sinks=sinks, length=len(columns))
+            assert torch.equal(seen, drawn | Rule(window, sinks, ()).visible(columns[:, None], columns[None], start))
 
 
 @torch.no_grad()

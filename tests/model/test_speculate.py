@@ -399,7 +399,8 @@ def test_visits_that_see_a_window_say_the_same_and_keep_as_little(architecture, 
     model = with_exit(architecture)
     config = copy.deepcopy(model.config)
     types = getattr(config, "layer_types", None) or ["full_attention"] * 6
-    kinds = ({"window": 9, "sinks": 3, "heads": [1]}, {"window": 6, "sinks": 0, "heads": []})
+    landmark = {"size": 2, "count": 2, "seed": 1}
+    kinds = {"window": 9, "sinks": 3, "heads": [1]}, {"window": 6, "sinks": 0, "heads": [], "landmark": landmark}
     for number, kind in enumerate(types):
         if kind == "full_attention" and number != 2 and architecture != "mistral":
             config.visits[number]["attention"] = kinds[number % 2]

@@ -31,10 +31,11 @@ def test_what_a_window_costs_a_head_is_half_of_the_mean_square_of_what_the_loss_
     kv_heads, heads = model.config.num_key_value_heads, model.config.num_attention_heads
     states, gradient = entering(model.config.hidden_size), entering(model.config.hidden_size).flip(0)
     live, inside = streamed(model)
-    losses = Losses(states.shape[0] * CONTEXT)
+    losses = Losses(states.shape[0] * CONTEXT, {"window": RULE, "wider": Rule(CONTEXT, 0, ())})
     with live.attending(LAYER, RULE, losses.sight):
         live.back_through(LAYER, inside, states, gradient.clone())
-    found = losses.finish()
+    found, nothing = losses.finish().values()
+    assert not nothing.any()
 
     layer, heard = copy.deepcopy(model.model.layers[LAYER]), []
     layer.self_attn.o_proj.register_forward_pre_hook(lambda module, args: heard.append(args[0]))
@@ -59,7 +60,7 @@ def test_watching_changes_nothing_and_leaves_nothing_behind():
     live, inside = streamed(model)
     states, gradient = entering(48), entering(48).flip(0)
     plain = live.back_through(LAYER, inside, states, gradient.clone())
-    with live.attending(LAYER, RULE, Losses(1).sight):
+    with live.attending(LAYER, RULE, Losses(1, {"window": RULE}).sight):
         assert torch.equal(live.back_through(LAYER, inside, states, gradient.clone()), plain)
     assert torch.equal(live.back_through(LAYER, inside, states, gradient.clone()), plain)
     with live.attending(LAYER, RULE):  # and with the rule itself it is another layer

@@ -285,6 +285,11 @@ def test_windows_of_whole_visits_are_vllms_windows(architecture, tmp_path, backe
             (None, {"window": 8, "sinks": 2, "heads": []}),
             "in layer 1 the first tokens stay in sight, and it k",
         ),
+        (
+            "llama",
+            (WHOLE | {"landmark": {"size": 2, "count": 1, "seed": 0}},),
+            "in layer 0 blocks of tokens stay in sight",
+        ),
         ("llama", (WHOLE, WHOLE | {"window": 9}), "whose layers have windows of 8 and 9 tokens: it knows one width"),
         ("gemma3", (WHOLE | {"window": 20},), "whose layers have windows of 8 and 20 tokens: it knows one width"),
     ],

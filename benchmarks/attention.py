@@ -1,0 +1,203 @@
+"""What KV heads may have that do not see everything, at one number of KV bytes, on one model in one run.
+
+    python benchmarks/attention.py MODEL --calibrate-on TEXT --text TEXT [--text TEXT …] --work FOLDER
+                                   [--context 8192] [--windows 1] [--budget 0.2] [--rows ROW …]
+
+KL and loss against the dense model on windows of --context tokens of each text (its last fifth, from which nothing was
+chosen), at every fourth position from a quarter of the window on; and of pass keys hidden at five depths of
+--passkey-length tokens, how many are found, and the mean negative log likelihood of their tokens. Nothing is trained.
+From the third row on the same heads see everything: those that windows cost most. Every row has the bytes of the budget
+at --context tokens, but for the full one and the control that has fewer.
+
+FOLDER keeps what was measured of the heads and the rows that are done, so that a run can be broken off, or given other
+--rows later; other settings take another FOLDER. The table has all rows that are there.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+from windows import log_probabilities, recursive, texts, with_plan
+
+from rrtc.eval.passkey import Probe, make_probes
+from rrtc.init import windows as choosing
+from rrtc.init.calibrate import calibrate
+from rrtc.init.job import prepare
+from rrtc.io.folder import whole_file
+from rrtc.kv_budget import Head, KindLosses, KvBudget, predicted
+from rrtc.plan import Attention, Plan
+from rrtc.recipe.init import InitRecipe
+from rrtc.recipe.schema import Recipe
+from rrtc.stock.streamed import StreamedModel
+
+
+@dataclass(frozen=True)
+class Found:
+    """What rows are made of. full: the plan in which all heads see everything. losses, lookups: what was measured."""
+
+    full: Plan
+    recipe: InitRecipe
+    losses: KindLosses
+    lookups: dict[Head, float]
+
+    def planned(self, *kinds: str) -> Plan:
+        """Under the budget, where heads that do not see everything may have these kinds, window first."""
+        budget = KvBudget(self.full.architecture, self.recipe.model_copy(update={"kv_kinds": list(kinds)}))
+        return budget.spend(self.full, {kind: self.losses[kind] for kind in kinds}, self.lookups)
+
+    def all_of(self, kind: str, change: Callable[[Attention], Attention] = lambda near: near) -> Plan:
+        """The windows of `planned("window")`, replaced by that kind everywhere, and each of these changed."""
+        kinds = KvBudget(self.full.architecture, self.recipe).kinds[kind]
+        return with_attention(self.planned("window"), lambda layer, old: change(replace(kinds[layer], heads=old.heads)))
+
+
+def with_attention(plan: Plan, change: Callable[[int, Attention], Attention]) -> Plan:
+    """`plan`, in which the attention of each visit that does not see everything is change(layer, attention)."""
+    visits = [v if v.attention is None else replace(v, attention=change(v.layer, v.attention)) for v in plan.visits]
+    return replace(plan, visits=tuple(visits))
+
+
+def window_of_all(found: Found) -> Plan:
+    """No head sees everything, and all see the window that the budget allows."""
+    context = KvBudget(found.full.architecture, found.recipe).context
+    sinks, free = found.recipe.kv_sinks, [layer for layer in found.full.architecture.layers if not layer.window]
+    spare = found.recipe.kv_budget * found.full.kv_bytes(context, 1)
+    spare -= sum(layer.kv_numbers(context) for layer in found.full.architecture.layers if layer.window)
+    near = Attention(int(spare / sum(layer.kv_width for layer in free)) - sinks + 1, sinks)
+    layers = enumerate(found.full.architecture.layers)
+    given = {number: near for number, layer in layers if layer.kv_heads and not layer.window}
+    visits = [replace(visit, attention=given.get(visit.layer)) for visit in found.full.visits]
+    return replace(found.full, visits=tuple(visits))
+
+
+def one_seed(near: Attention) -> Attention:
+    return replace(near, landmark=replace(near.landmark, seed=0))
+
+
+ROWS: dict[str, Callable[[Found], Plan]] = {
+    "full": lambda found: found.full,
+    "window, all heads alike": window_of_all,
+    "window, by head": lambda found: found.planned("window"),
+    "landmark": lambda found: found.all_of("landmark"),
+    "landmark, one seed": lambda found: found.all_of("landmark", one_seed),
+    "landmark of 0 blocks": lambda found: found.all_of("landmark", lambda near: replace(near, landmark=None)),
+    "linear, as drawn": lambda found: found.all_of("linear"),
+    "measured": lambda found: found.planned("window", "landmark", "linear"),
+}
+
+
+def recipe_of(args: argparse.Namespace) -> Recipe:
+    init = {"budget": 1, "kv_budget": args.budget, "kv_context": args.context, "calibrate_on": args.calibrate_on}
+    init |= {"calibrate_tokens": args.calibrate_tokens, "measure_tokens": 0, "kv_kinds": "window,landmark,linear"}
+    return Recipe.model_validate({"init": init})
+
+
+def measured(args: argparse.Namespace) -> Found:
+    """From the folder, where the heads were measured before."""
+    job = prepare(args.model, args.work / "none", recipe_of(args))
+    budget, folder = job.kv_budget, args.work / "heads"
+    folder.mkdir(exist_ok=True)
+    device, model = torch.device("cpu"), StreamedModel(job.dense.config, job.dense.raw, torch.device("cpu"))
+    calibration = calibrate(
+        job.dense,
+        model,
+        [],
+        job.calibration,
+        folder,
+        device,
+        lambda n: None,
+        choosing.rules(budget, model.layers),
+        moments=False,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    able = choosing.lookups(budget, job.dense, model, tokenizer, job.calibration, 0, folder, device, lambda n: None)
+    return Found(job.plan, job.recipe.init, choosing.kind_losses(budget, calibration), able)
+
+
+@torch.inference_mode()
+def said_of_keys(model, probes: list[Probe]) -> tuple[int, float]:
+    """(keys that are said, mean negative log likelihood of their tokens)."""
+    hits, losses = 0, []
+    for probe in probes:
+        key = torch.tensor(probe.key)
+        ids = torch.tensor([[*probe.ids, *probe.key[:-1]]])
+        logits = model(ids, use_cache=False, logits_to_keep=len(key)).logits[0].float()
+        hits += torch.equal(logits.argmax(-1), key)
+        losses.append(torch.nn.functional.cross_entropy(logits, key).item())
+    return hits, sum(losses) / len(losses)
+
+
+def measure(model, plan: Plan, reference: list[tuple[Tensor, Tensor]], probes: list[Probe], context: int) -> dict:
+    """What one row says. reference: (ids (1, context), the dense model's log probabilities at `places`)."""
+    found, kept = places(context), []
+    for ids, known in reference:
+        said, label = log_probabilities(model, ids, found), ids[0, found + 1, None]
+        kl = (known.exp() * (known - said)).sum(-1).mean().item()
+        kept.append((kl, (known.gather(-1, label) - said.gather(-1, label)).mean().item()))
+    kl, loss = (sum(column) / len(kept) for column in zip(*kept, strict=True))
+    hits, key_loss = said_of_keys(model, probes)
+    share = plan.kv_bytes(context, 2) / plan.architecture.kv_bytes(context, 2)
+    return {"kl": kl, "loss": loss, "keys": f"{hits} of {len(probes)}", "key_loss": key_loss, "kv": share}
+
+
+def places(context: int) -> Tensor:
+    return torch.arange(context // 4, context - 1, 4)
+
+
+def table(rows: dict[str, dict]) -> None:
+    print("\n| heads that do not see everything have | KV | predicted | KL | loss | keys found | loss of keys |")
+    print("|---|---|---|---|---|---|---|")
+    for name in [*(name for name in ROWS if name in rows), *(name for name in rows if name not in ROWS)]:
+        row = rows[name]
+        shown = "–" if row["predicted"] is None else f"{row['predicted']:.4f}"
+        print(f"| {name} | {row['kv']:.3f} | {shown} | {row['kl']:.4f} | {row['loss']:+.4f} | {row['keys']} "
+              f"| {row['key_loss']:.3f} |", flush=True)  # fmt: skip
+
+
+def main(args: argparse.Namespace) -> None:
+    args.work.mkdir(parents=True, exist_ok=True)
+    settings = {name: str(value) for name, value in vars(args).items() if name not in ("work", "rows")}
+    file = args.work / "results.json"
+    done = json.loads(file.read_text()) if file.exists() else {"settings": settings, "rows": {}}
+    if done["settings"] != settings:
+        sys.exit(f"{args.work} holds rows that were made with other settings. Name another --work.")
+    if missing := [name for name in args.rows if name not in done["rows"]]:
+        found = measured(args)
+        base, stock = recursive(args, found.full)
+        tokenizer, at = AutoTokenizer.from_pretrained(args.model), places(args.context)
+        reference = [(ids, log_probabilities(stock, ids, at)) for ids in texts(args, tokenizer)]
+        probes = make_probes(tokenizer, args.passkey_length, args.passkey_trials, 0, 1 << 30)
+        for name in missing:
+            plan = ROWS[name](found)
+            row = measure(with_plan(base, plan), plan, reference, probes, args.context)
+            known = plan.is_local and name in PREDICTED
+            done["rows"][name] = row | {"predicted": predicted(plan, found.losses) if known else None}
+            with whole_file(file) as temporary:
+                temporary.write_text(json.dumps(done, indent=1))
+            print(name, done["rows"][name], flush=True)
+    table(done["rows"])
+
+
+# Rows whose heads have nothing but what was measured of them.
+PREDICTED = {"window, by head", "landmark", "linear, as drawn", "measured"}
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--calibrate-on", action="append", required=True, metavar="TEXT")
+    parser.add_argument("--calibrate-tokens", type=int, default=8192, help="in windows as rrtc init has them")
+    parser.add_argument("--text", action="append", required=True, metavar="TEXT")
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--context", type=int, default=8192, help="at which the budget counts, and of the windows")
+    parser.add_argument("--windows", type=int, default=1, help="of each text")
+    parser.add_argument("--budget", type=float, default=0.2)
+    parser.add_argument("--passkey-length", type=int, default=2000)
+    parser.add_argument("--passkey-trials", type=int, default=1)
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help="by default all")
+    main(parser.parse_args())
