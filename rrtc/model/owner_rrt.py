@@ -86,7 +86,7 @@ class Loops:
     def end(self, model: nn.Module, args: tuple, output) -> None:
         """To be registered as a hook after that forward pass, whether it succeeds or not."""
         left = self._forget()
-        if left:
+        if left and output is not None:  # which it is where there was another error
             raise ValueError(LEFT)
 
     def _forget(self) -> bool:
@@ -169,7 +169,7 @@ class LoopEyes(Eyes):
 
     def _remembered(self) -> DynamicLayer:
         found = self.loops.remembered.get(self.place)
-        return found or (DynamicLayer() if self.rule is None else KeptLayer(self.rule))
+        return found or (DynamicLayer() if self.rule is None else self.rule.place())
 
     def _place_in(self, given: dict) -> "DynamicLayer | StaticLayer":
         """Where the visit's keys and values are: in the cache, or in what is remembered."""
