@@ -10,7 +10,8 @@ import importlib.util
 import os
 import shutil
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -267,6 +268,28 @@ def _remove_leftovers(cache: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
 
 
+@contextmanager
+def _read_once() -> Iterator[None]:
+    """transformers reads a GGUF file anew for its config, its weights and its tokenizer, every word of the vocabulary
+    by itself, which is most of the work. Meanwhile whoever asks for a reader of a file gets the same one again."""
+    import gguf
+
+    reader = gguf.GGUFReader
+    made: dict[str, gguf.GGUFReader] = {}
+
+    def once(path, *others):
+        real = os.path.realpath(path)
+        if real not in made:
+            made[real] = reader(path, *others)
+        return made[real]
+
+    gguf.GGUFReader = once
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = reader
+
+
 def _gguf_parameters(file: Path) -> int:
     """How many numbers the GGUF file has. Raises RrtcError where it is damaged, or says absurd things."""
     from gguf import GGUFReader
@@ -289,11 +312,11 @@ def _dequantize(file: Path, folder: Path) -> None:
     from rrtc.machine import is_too_large, too_large
     from rrtc.stock.architecture import quiet_warnings
 
-    parameters = _gguf_parameters(file)
-    if is_too_large(parameters, torch.float32):
-        raise too_large("To be dequantized", parameters, torch.float32, "Name the model's safetensors instead.")
-    check_space(folder, 4 * parameters)
-    with quiet_warnings():
+    with quiet_warnings(), _read_once():
+        parameters = _gguf_parameters(file)
+        if is_too_large(parameters, torch.float32):
+            raise too_large("To be dequantized", parameters, torch.float32, "Name the model's safetensors instead.")
+        check_space(folder, 4 * parameters)
         try:
             with tempfile.TemporaryDirectory() as alone:  # whatever else lies beside the file has no say
                 Path(alone, "model.gguf").symlink_to(file.resolve())
