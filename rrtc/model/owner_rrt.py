@@ -86,7 +86,7 @@ class Loops:
     def end(self, model: nn.Module, args: tuple, output) -> None:
         """To be registered as a hook after that forward pass, whether it succeeds or not."""
         left = self._forget()
-        if left:
+        if left and output is not None:  # which it is where there was another error
             raise ValueError(LEFT)
 
     def _forget(self) -> bool:
@@ -169,7 +169,7 @@ class LoopEyes(Eyes):
 
     def _remembered(self) -> DynamicLayer:
         found = self.loops.remembered.get(self.place)
-        return found or (DynamicLayer() if self.rule is None else KeptLayer(self.rule))
+        return found or (DynamicLayer() if self.rule is None else self.rule.place())
 
     def _place_in(self, given: dict) -> "DynamicLayer | StaticLayer":
         """Where the visit's keys and values are: in the cache, or in what is remembered."""
@@ -240,7 +240,7 @@ class Look(Sight):
         begin = min(self.rule.sinks, end) if self.start is None else 0
         if end <= begin or self.theirs is None:
             return keys, values, columns, mask
-        there_keys, there_values = _read(self.theirs, part.heads, begin, end, keys)
+        there_keys, there_values = self._read(part.heads, begin, end, keys)
         there = torch.arange(begin, end, device=columns.device)
         beside = self._mask_there(first, last, there, dtype)
         if mask is not None or beside is not None:
@@ -251,6 +251,20 @@ class Look(Sight):
         return (
             torch.cat([keys, there_keys], -2), torch.cat([values, there_values], -2), torch.cat([columns, there]), mask
         )  # fmt: skip
+
+    def _read(self, heads: list[int], begin: int, end: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """The owner's keys and values of these KV heads in columns `begin` to `end`, brought to where `like` is."""
+        layer = self.theirs
+        if isinstance(layer, KeptLayer):
+            there, keys, values = layer.everywhere.heads, layer.everywhere.keys, layer.everywhere.values
+        elif type(layer) in (DynamicLayer, StaticLayer):
+            there, keys, values = list(range(layer.keys.shape[1])), layer.keys, layer.values
+        else:
+            raise ValueError(f"a visit cannot read another one's keys in a {type(layer).__name__} of the cache")
+        index = None if len(heads) == len(there) else [there.index(head) for head in heads]
+        found = (tensor[:, :, begin:end] for tensor in (keys, values))
+        keys, values = (tensor if index is None else tensor[:, index] for tensor in found)
+        return keys.to(like.device), values.to(like.device)
 
     def _mask_there(self, first: int, last: int, columns: Tensor, dtype: torch.dtype | None) -> Tensor | None:
         """Which of the owner's `columns` these queries see; None: all."""
@@ -276,20 +290,3 @@ def _copied(layer: DynamicLayer) -> DynamicLayer:
     if isinstance(made, KeptLayer):
         made.everywhere, made.nearby = (part and replace(part) for part in (layer.everywhere, layer.nearby))
     return made
-
-
-def _read(layer, heads: list[int], begin: int, end: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values of some KV heads in columns `begin` to `end` of a place of the cache, brought to where `like`
-    is."""
-    if isinstance(layer, KeptLayer):
-        part = layer.everywhere
-        there, heads, keys, values = part.heads, [part.heads.index(head) for head in heads], part.keys, part.values
-    elif type(layer) in (DynamicLayer, StaticLayer):
-        there, keys, values = list(range(layer.keys.shape[1])), layer.keys, layer.values
-    else:
-        raise ValueError(f"a visit cannot read another one's keys in a {type(layer).__name__} of the cache")
-    found = []
-    for tensor in (keys, values):
-        tensor = tensor[:, :, begin:end]
-        found.append((tensor if len(heads) == len(there) else tensor[:, heads]).to(like.device))
-    return found[0], found[1]

@@ -14,7 +14,7 @@ from windowed import live_bytes
 from rrtc.kv_owners import local_but, with_owners
 from rrtc.model import RrtConfig, RrtForCausalLM
 from rrtc.patterns import make_plan
-from rrtc.plan import Attention, Plan
+from rrtc.plan import Attention, Landmark, Linear, Plan
 from rrtc.recipe.init import InitRecipe
 from rrtc.stock.architecture import read_architecture
 from rrtc.stock.parts import Parts, standing_in
@@ -163,6 +163,23 @@ def without_owners(plan: Plan) -> Plan:
     return replace(plan, visits=tuple(
         replace(visit, attention=visit.attention and replace(visit.attention, owner=None)) for visit in plan.visits
     ))  # fmt: skip
+
+
+@torch.no_grad()
+def test_visits_of_other_kinds_may_run_in_blocks_between():
+    plan = local_but(make_plan(read_architecture(pico_config("llama")), InitRecipe(rank=3)), "last_loop", WINDOW, SINKS)
+    near = plan.visits[0].attention
+    kinds = (near, replace(near, landmark=Landmark(3, 2, 0)), replace(near, linear=Linear(8)))
+    visits = [replace(v, attention=kinds[place]) if place < 3 else v for place, v in enumerate(plan.visits)]
+    visits[0] = with_owners(plan, "last_loop").visits[0]
+    torch.manual_seed(0)
+    config = RrtConfig.of(replace(plan, visits=tuple(visits)), pico_config("llama", initializer_range=0.3))
+    model = randomize(RrtForCausalLM(config)).double()
+    whole = model(ids(), use_cache=False).logits
+    for sizes in ([1] * LENGTH, [25, 1, 14]):
+        cache = DynamicCache(config=model.config)
+        parts = [model(part, past_key_values=cache).logits for part in ids().split(sizes, 1)]
+        assert_equal(torch.cat(parts, 1), whole, 1e-3)  # sums are in float32
 
 
 @owners
