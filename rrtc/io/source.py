@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from rrtc.console import note, quiet_libraries
 from rrtc.errors import RrtcError, short
@@ -275,7 +276,7 @@ def _read_once() -> Iterator[None]:
     import gguf
 
     reader = gguf.GGUFReader
-    made: dict[str, gguf.GGUFReader] = {}
+    made: dict[str, Any] = {}
 
     def once(path, *others):
         real = os.path.realpath(path)
@@ -283,11 +284,11 @@ def _read_once() -> Iterator[None]:
             made[real] = reader(path, *others)
         return made[real]
 
-    gguf.GGUFReader = once
+    vars(gguf)["GGUFReader"] = once
     try:
         yield
     finally:
-        gguf.GGUFReader = reader
+        vars(gguf)["GGUFReader"] = reader
 
 
 def _gguf_parameters(file: Path) -> int:
