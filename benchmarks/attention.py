@@ -26,13 +26,14 @@ from torch import Tensor
 from transformers import AutoTokenizer
 from windows import log_probabilities, recursive, texts, with_plan
 
+from rrtc.attention import Attention
 from rrtc.eval.passkey import Probe, make_probes
 from rrtc.init import windows as choosing
 from rrtc.init.calibrate import calibrate
 from rrtc.init.job import prepare
 from rrtc.io.folder import whole_file
 from rrtc.kv_budget import Head, KindLosses, KvBudget, predicted
-from rrtc.plan import Attention, Plan
+from rrtc.plan import Plan
 from rrtc.recipe.init import InitRecipe
 from rrtc.recipe.schema import Recipe
 from rrtc.stock.streamed import StreamedModel

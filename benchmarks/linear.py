@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rrtc.attention import Attention
 from rrtc.model import RrtForCausalLM
-from rrtc.plan import Attention
 from rrtc.stock.linear import NONE, attention_distance, linear_maps, match_gains
 
 RATE = 0.01  # of Adam

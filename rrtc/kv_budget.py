@@ -10,8 +10,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+from rrtc.attention import SUM_BYTES, Attention, Landmark, Linear, in_sight
 from rrtc.errors import WrongUsage
-from rrtc.plan import SUM_BYTES, Architecture, Attention, Landmark, Layer, Linear, Plan, in_sight
+from rrtc.plan import Architecture, Layer, Plan
 from rrtc.recipe.init import WIDEST_WINDOW, InitRecipe
 
 Head = tuple[int, int]  # (layer, KV head)

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
-from rrtc.plan import Attention, Owner, Plan, Visit
+from rrtc.attention import Attention, Owner
+from rrtc.plan import Plan, Visit
 
 LOOPS: Mapping[str, int] = {"first_loop": 0, "last_loop": -1}  # what an owner is called, and its place in its slot
 

@@ -8,15 +8,15 @@ Init, model, accounting, export and reports all read the plan; none of them work
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter
 
+from rrtc.attention import SUM_BYTES, Attention, Linear, check_attention
 from rrtc.errors import WrongUsage, nearest
 
-SUM_BYTES = 4  # of a number in the sums of linear attention
 FORMS = ("tied", "low_rank", "own")  # what a visit's matrix can be: see Visit
 SAVINGS_CONTEXT = 8192
 KV_CONTEXTS = (2048, 8192, 32768)  # the lengths, in tokens, at which people are told the size of the KV cache
@@ -109,75 +109,6 @@ class Architecture:
 
 
 @dataclass(frozen=True)
-class Landmark:
-    """`count` blocks of `size` tokens each, drawn by lot from those that have left a window (model/landmark_rrt.py).
-    seed: of the lots."""
-
-    size: int
-    count: int
-    seed: int
-    __pydantic_config__ = ConfigDict(strict=True, extra="forbid")
-
-
-@dataclass(frozen=True)
-class Owner:
-    """Whose keys and values heads with a window read behind it: those of the same KV head in another visit of the slot,
-    that of `loop`. It stores them all, and the reader none of them."""
-
-    loop: int
-    __pydantic_config__ = ConfigDict(strict=True, extra="forbid")
-
-
-@dataclass(frozen=True)
-class Linear:
-    """What a KV head with a window keeps of the keys that have left it: sums over them for so many random `features`
-    (rrtc/model/linear_rrt.py). seed: from which the maps of the visit are drawn."""
-
-    features: int
-    seed: int = 0
-    __pydantic_config__ = ConfigDict(strict=True, extra="forbid")
-
-    def numbers(self, width: int) -> int:
-        """Numbers in the cache for a head whose keys have that width, float32 whatever the others are."""
-        return self.features * (width + 1)
-
-    def parameters(self, width: int) -> int:
-        """Of one such head: its map, and its gain."""
-        return self.features * width + 1
-
-
-@dataclass(frozen=True)
-class Attention:
-    """What a visit attends to where it is not everything: its KV heads `heads` see all keys, the others the last
-    `window`, the query's own included, and the first `sinks` of its document, and what there is beyond, of which there
-    is one thing at most: blocks (`landmark`), sums of what has left the window (`linear`), or what another visit stores
-    (`owner`)."""
-
-    window: int
-    sinks: int = 0
-    heads: tuple[int, ...] = ()
-    landmark: Landmark | None = None
-    linear: Linear | None = None
-    owner: Owner | None = None
-    __pydantic_config__ = ConfigDict(strict=True, extra="forbid")
-
-    @property
-    def most(self) -> int:
-        """How many tokens the cache holds for a head with a window at most."""
-        blocks = self.landmark.size * self.landmark.count if self.landmark else 0
-        return self.sinks + self.window - 1 + blocks
-
-    def kept(self, context: int) -> int:
-        """The same after `context` tokens."""
-        return min(context, self.most)
-
-    def fields(self) -> dict[str, Any]:
-        """As config.json has it: what is not there does not say so."""
-        fields = {name: value for name, value in asdict(self).items() if value is not None}
-        return fields | {"heads": list(self.heads)}
-
-
-@dataclass(frozen=True)
 class Visit:
     """One use of a slot in one loop; it stands for exactly one dense layer. `ranks` has an entry for each matrix.
 
@@ -247,7 +178,9 @@ class Plan:
             _check_alike(self.architecture, [visit.layer for visit in visits])
             for visit in visits:
                 _check_visit(visit, self.matrices(visit))
-                _check_attention(visit, self.architecture.layers[visit.layer])
+                layer = self.architecture.layers[visit.layer]
+                if visit.attention is not None:
+                    check_attention(visit.attention, f"of layer {visit.layer}", layer.kv_heads, layer.window)
                 _check_owner(visit, visits, self.architecture.layers)
             for matrix in self.matrices(visits[0]):
                 shapes = {visit.shape(matrix): visit.layer for visit in visits if visit.form(matrix) == "tied"}
@@ -390,20 +323,6 @@ def kv_bytes_at(counted: Plan | Architecture, width: int) -> dict[int, int]:
     return {context: counted.kv_bytes(context, width) for context in KV_CONTEXTS}
 
 
-def in_sight(attention: Mapping[str, Any]) -> str:
-    """What a KV head with a window sees, for people. attention: as Attention.fields."""
-    seen = [f"the last {attention['window']} tokens"]
-    if landmark := attention.get("landmark"):
-        seen.append(f"{landmark['count']} blocks of {landmark['size']} before them")
-    if attention["sinks"]:
-        seen.append(f"the first {attention['sinks']}")
-    if linear := attention.get("linear"):
-        seen.append(f"sums of the others in {linear['features']} features")
-    if owner := attention.get("owner"):
-        seen.append(f"what loop {owner['loop']} keeps of the others")
-    return " and ".join([", ".join(seen[:-1]), seen[-1]][len(seen) == 1 :])
-
-
 def savings(flops: float | None, dense_flops: float, kv_bytes: float, dense_kv_bytes: float) -> str:
     """What one token saves of the dense model's arithmetic and KV cache, as a sentence for people. flops: None where
     they are not known yet; then the sentence is about the cache alone. kv_bytes: at SAVINGS_CONTEXT tokens."""
@@ -466,35 +385,6 @@ def _check_visit(visit: Visit, matrices: tuple[Matrix, ...]) -> None:
                 f"{outputs}.",
                 "Only neurons of the FFN can be removed, equally many from each half of a fused matrix.",
             )
-
-
-def _check_attention(visit: Visit, layer: Layer) -> None:
-    """Raises WrongUsage for attention that heads of `layer` cannot have."""
-    attention, where = visit.attention, f"of layer {visit.layer}"
-    if attention is None:
-        return
-    if layer.window:
-        raise WrongUsage(f"The attention {where} has a window of its own already, of {layer.window} tokens.")
-    if not layer.kv_heads:
-        raise WrongUsage(f"The keys and values {where} have no heads that could see less than all.")
-    if attention.window < 1 or attention.sinks < 0:
-        raise WrongUsage(f"The attention {where} has a window below 1, or less than no sinks.")
-    if sorted(set(attention.heads) & set(range(layer.kv_heads))) != list(attention.heads):
-        raise WrongUsage(f"The attention {where} names KV heads that are not there, or not in order.")
-    if len(beyond := sorted(attention.fields().keys() - {"window", "sinks", "heads"})) > 1:
-        raise WrongUsage(f"The attention {where} has {' and '.join(beyond)} beyond its window, and can have one.")
-    if (landmark := attention.landmark) is not None:
-        if min(landmark.size, landmark.count) < 1:
-            raise WrongUsage(f"The landmark in the attention {where} has blocks of less than a token, or none.")
-        if landmark.size > attention.window:
-            raise WrongUsage(
-                f"The landmark in the attention {where} has blocks of {landmark.size} tokens, which are larger than "
-                f"the window of {attention.window}."
-            )
-    if attention.linear is not None and attention.linear.features < 1:
-        raise WrongUsage(f"The linear attention {where} has no features.", "Give it 1 or more, such as 64.")
-    if attention.linear is not None and len(attention.heads) == layer.kv_heads:
-        raise WrongUsage(f"The linear attention {where} has no KV head with a window that it could stand behind.")
 
 
 def _check_owner(visit: Visit, visits: list[Visit], layers: Sequence[Layer]) -> None:

@@ -6,10 +6,11 @@ from dataclasses import replace
 import pytest
 from pico import pico_config
 
+from rrtc.attention import Attention, Landmark, Linear
 from rrtc.errors import WrongUsage
 from rrtc.kv_budget import KvBudget, predicted
 from rrtc.patterns import make_plan
-from rrtc.plan import Attention, Landmark, Linear, Plan
+from rrtc.plan import Plan
 from rrtc.recipe.init import InitRecipe
 from rrtc.recipe.schema import checked
 from rrtc.stock.architecture import read_architecture

@@ -13,13 +13,14 @@ from transformers import AutoModelForCausalLM
 from windowed import see_windows
 
 from rrtc import api
+from rrtc.attention import Attention, Owner
 from rrtc.errors import RrtcError, WrongUsage
 from rrtc.export import stage
 from rrtc.generate.stages import Stages
 from rrtc.io.recursive import RecursiveModel
 from rrtc.kv_owners import local_but, with_owners
 from rrtc.patterns import make_plan
-from rrtc.plan import Attention, Owner, Plan, read_visits
+from rrtc.plan import Plan, read_visits
 from rrtc.recipe.init import InitRecipe
 from rrtc.recipe.uptrain import UptrainRecipe
 from rrtc.stock.architecture import read_architecture

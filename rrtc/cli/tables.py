@@ -6,9 +6,10 @@ from collections import defaultdict
 from rich.console import Group
 from rich.text import Text
 
+from rrtc.attention import in_sight
 from rrtc.console import plain, table
 from rrtc.plain import to_yaml
-from rrtc.plan import SAVINGS_CONTEXT, in_sight, savings
+from rrtc.plan import SAVINGS_CONTEXT, savings
 from rrtc.storage import said_parts
 from rrtc.units import count, duration, size
 

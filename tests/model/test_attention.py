@@ -15,12 +15,13 @@ from recursive_models import assert_equal, randomize, recursive, written_out
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 from windowed import drawn_by_lot, live_bytes, mask_of_each_head
 
+from rrtc.attention import Attention, Landmark
 from rrtc.export.formats.recursive import write_config
 from rrtc.model import RrtConfig, RrtForCausalLM, landmark_rrt
 from rrtc.model.attention_rrt import KeptLayer, Rule
 from rrtc.model.modeling_rrt import find_layers
 from rrtc.patterns import make_plan
-from rrtc.plan import Attention, Landmark, Plan, read_visits
+from rrtc.plan import Plan, read_visits
 from rrtc.recipe.init import InitRecipe
 from rrtc.stock.architecture import read_architecture
 

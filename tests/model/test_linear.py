@@ -14,12 +14,13 @@ from recursive_models import assert_equal, randomize
 from transformers import DynamicCache, StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from rrtc.attention import Attention, Linear
 from rrtc.errors import WrongUsage
 from rrtc.model import RrtConfig, RrtForCausalLM
 from rrtc.model.attention_rrt import KeptLayer, Sight
 from rrtc.model.linear_rrt import LinearLayer, LinearRule, Maps, draw
 from rrtc.patterns import make_plan
-from rrtc.plan import Attention, Linear, Plan, read_visits
+from rrtc.plan import Plan, read_visits
 from rrtc.recipe.init import InitRecipe
 from rrtc.stock.architecture import read_architecture
 

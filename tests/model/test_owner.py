@@ -11,10 +11,11 @@ from recursive_models import assert_equal, randomize
 from transformers import AttentionInterface, DynamicCache, GenerationConfig, StaticCache
 from windowed import live_bytes
 
+from rrtc.attention import Attention, Landmark, Linear
 from rrtc.kv_owners import local_but, with_owners
 from rrtc.model import RrtConfig, RrtForCausalLM
 from rrtc.patterns import make_plan
-from rrtc.plan import Attention, Landmark, Linear, Plan
+from rrtc.plan import Plan
 from rrtc.recipe.init import InitRecipe
 from rrtc.stock.architecture import read_architecture
 from rrtc.stock.parts import Parts, standing_in

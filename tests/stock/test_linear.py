@@ -7,11 +7,11 @@ import pytest
 import torch
 from pico import VOCABULARY, pico_config
 
+from rrtc.attention import Attention, Linear
 from rrtc.model import RrtConfig, RrtForCausalLM
 from rrtc.model.attention_rrt import Part
 from rrtc.model.linear_rrt import LinearRule, Maps
 from rrtc.patterns import make_plan
-from rrtc.plan import Attention, Linear
 from rrtc.recipe.init import InitRecipe
 from rrtc.stock import linear
 from rrtc.stock.architecture import read_architecture
