@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from rrtc.attention import SUM_BYTES, Attention, Landmark, Linear, in_sight
 from rrtc.errors import WrongUsage
+from rrtc.kv_owners import with_owners
 from rrtc.plan import Architecture, Layer, Plan
 from rrtc.recipe.init import WIDEST_WINDOW, InitRecipe
 
@@ -26,6 +27,7 @@ LOOKS_UP = 0.03  # of a head's attention on what is to be looked up: less is no 
 NUMBER_BYTES = 2  # of a number in the cache: in 16 bits, as models run
 LANDMARK_SIZE = 16  # tokens in a landmark block; blocks take half of the window
 FEATURES = 64  # of linear attention
+LAST_LOOP = "last_loop"  # the kind of heads that read another visit
 
 
 class KvBudget:
@@ -95,7 +97,8 @@ class KvBudget:
                 kind = min(self.kinds, key=costs.__getitem__)  # the first of several
                 attention = replace(self.kinds[kind][visit.layer], heads=heads)
             visits.append(replace(visit, attention=attention))
-        return replace(plan, visits=tuple(visits))
+        made = replace(plan, visits=tuple(visits))
+        return _reading_on(made) if LAST_LOOP in self.kinds else made
 
     def _seeing_most(self, losses: WindowLosses, lookups: Mapping[Head, float]) -> set[Head]:
         """The heads that are to see everything, as many as the budget allows."""
@@ -123,7 +126,7 @@ class KvBudget:
         return (
             f"{self.seeing_everything(plan)} of {len(self.heads)} KV heads see everything, the others "
             f"{', or '.join(said)}: at {self.context:,} tokens the KV cache takes {share:.3f} of the dense model's."
-            f"{self._explain_kinds(plan, losses) if len(self.kinds) > 1 else ''}"
+            f"{self._explain_kinds(plan, losses) if len(self.kinds) > 1 else ''}{_explain_owners(plan)}"
         )
 
     def _explain_kinds(self, plan: Plan, losses: KindLosses) -> str:
@@ -254,12 +257,30 @@ def _linear(window: Attention, number: int, layer: Layer) -> Attention:
     return replace(window, window=window.window - taken, linear=linear)
 
 
-# What heads of a layer that do not see everything can have: of the bytes of the window that they would have else. Each
-# is called as its field in Attention.
+def _reading_on(plan: Plan) -> Plan:
+    """`plan`, in which heads with a window read behind it what the last loop of their slot keeps."""
+    made = with_owners(plan, LAST_LOOP)
+    if not made.has_owners:
+        raise WrongUsage(
+            "There is nothing for last_loop to read: no slot has a last loop that sees everything, and an earlier one "
+            "that does not.",
+            "Tie layers in loops, and ask for a --kv-budget that lets all layers of the last loop see everything.",
+        )
+    return made
+
+
+def _explain_owners(plan: Plan) -> str:
+    readers = sum(visit.attention is not None and visit.attention.owner is not None for visit in plan.visits)
+    return f" {readers} visits read behind their windows what the last loop of their slot keeps." if readers else ""
+
+
+# What heads of a layer that do not see everything can have: of the bytes of the window that they would have else. Those
+# that are priced are called as their field in Attention.
 KINDS: dict[str, Callable[[Attention, int, Layer], Attention]] = {
     "window": lambda window, number, layer: window,
     "landmark": _landmark,
     "linear": _linear,
+    LAST_LOOP: lambda window, number, layer: window,  # and then _reading_on
 }
 
 

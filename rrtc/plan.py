@@ -193,8 +193,9 @@ class Plan:
 
     @property
     def exits(self) -> tuple[int, ...]:
-        """The places in `visits` after which the model can be left early: see `ends_of_loops`."""
-        return ends_of_loops(self.visits)
+        """The places in `visits` after which the model can be left early: see `ends_of_loops`. None where visits read
+        later ones, which run with them."""
+        return () if self.reads_later else ends_of_loops(self.visits)
 
     @property
     def slots(self) -> list[list[Visit]]:

@@ -217,6 +217,20 @@ def test_linear_attention_takes_what_its_sums_do_from_the_window():
         made(kv_kinds="window,linear", kv_window=64)
 
 
+def test_earlier_loops_read_what_the_last_one_keeps_at_the_same_bytes():
+    given = {"kv_choice": "last", "kv_budget": 0.6, "kv_window": 8}
+    plan, alone = made(kv_kinds="last_loop", **given), made(**given)
+    assert [v.attention and v.attention.owner and v.attention.owner.loop for v in plan.visits] == [1] * 3 + [None] * 3
+    assert seeing(plan) == seeing(alone) and plan.kv_bytes(256, 1) == alone.kv_bytes(256, 1)
+    budget = KvBudget(plan.architecture, InitRecipe(rank=2, kv_kinds="last_loop", **given))
+    assert budget.explain(plan, {}) == (
+        budget.explain(alone, {}) + " 3 visits read behind their windows what the last loop of their slot keeps."
+    )
+    for less in ({"kv_budget": 0.1}, {"loops": 1}):
+        with pytest.raises(WrongUsage, match="There is nothing for last_loop to read"):
+            made(kv_kinds="last_loop", **given | less)
+
+
 def test_models_without_heads_to_choose_from():
     with pytest.raises(WrongUsage, match="every layer of this model has a window of its own"):
         made("mistral")
@@ -239,7 +253,9 @@ def test_models_without_heads_to_choose_from():
         ),
         ({"kv_budget": 0.5, "kv_kinds": []}, "kv_kinds"),
         ({"kv_budget": 0.5, "kv_kinds": "linear", "budget": 0.5}, "feature maps of kv_kinds 'linear' are parameters"),
-        ({"kv_budget": 0.5, "kv_kinds": "last_loop"}, "kv_kinds.0' is wrong: it should be 'window', 'landmark' or"),
+        ({"kv_budget": 0.5, "kv_kinds": "first_loop"}, "kv_kinds.0' is wrong: it should be 'window', 'landmark',"),
+        ({"kv_budget": 0.5, "kv_kinds": "last_loop"}, "name it alone, with kv_choice 'last'"),
+        ({"kv_budget": 0.5, "kv_kinds": "last_loop,window", "kv_choice": "last"}, "name it alone, with kv_choice"),
         ({"kv_budget": 0.5, "kv_kinds": "window,landmark", "kv_choice": "last"}, "kv_choice 'last', name one"),
         ({"kv_kinds": "landmark"}, "kv_kinds says how a KV budget is met; add kv_budget"),
     ],

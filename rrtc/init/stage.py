@@ -86,7 +86,9 @@ def _init(model: str, target: Path, recipe: Recipe, resume: bool) -> dict:
             discard(partial)
             raise
         measured |= _write(job, plan, partial, shard_bytes)
-        if job.scoring is not None:
+        if plan.has_owners:
+            note("What that costs is not measured here, where one layer runs after the other: 'rrtc eval' measures it.")
+        elif job.scoring is not None:
             measured["loss"] = _closing_measurement(job.dense, partial, job.scoring)
         measured["seconds"] = round(time.monotonic() - started, 1)
         _say_where_from(job, plan, partial, target, measured)

@@ -104,6 +104,27 @@ def test_weights_and_cache_are_planned_together(dense, tmp_path):
     assert result["predicted_window_cost"] > 0 and result["predicted_excess"] > 0
 
 
+def test_a_model_whose_early_loop_reads_the_last_one_is_made_and_measured(dense, tmp_path):
+    asked = SMALL | {"loops": 2, "rank": 4, "kv_budget": 0.6, "kv_choice": "last", "kv_kinds": "last_loop"}
+    result = api.init(dense, tmp_path / "read", **asked | {"measure_tokens": 512})
+    assert "loss" not in result  # layer by layer, it cannot be run
+    plan = read_plan(read_config(tmp_path / "read"))
+    assert plan.has_owners and plan.kv_bytes(256, 4) <= 0.6 * plan.architecture.kv_bytes(256, 4)
+    report = api.evaluate(
+        [str(tmp_path / "read")], output=str(tmp_path / "report"), text="pydoc", tokens=512, context=128,
+        passkey_trials=0, speed_rounds=1, sample_tokens=4,
+    )  # fmt: skip
+    found = report["models"][1]["scores"]["loss"]["value"]
+    ids = next(iter(scoring_texts(
+        Recipe.model_validate({"eval": {"context": 128, "text": ["pydoc"]}}), AutoTokenizer.from_pretrained(dense), 320,
+        128, 512,
+    ).values())).ids  # fmt: skip
+    model, _ = api.load(tmp_path / "read", dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+    assert found == pytest.approx(torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten()).item(), abs=2e-4)
+
+
 def test_the_cache_of_a_recursive_model_is_planned_anew(made, tmp_path):
     folder, _ = made
     result = api.init(folder, tmp_path / "wider", kv_budget=0.6, **SMALL | {"measure_tokens": 512})
