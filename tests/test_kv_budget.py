@@ -249,7 +249,7 @@ def test_models_without_heads_to_choose_from():
         ({"kv_budget": 0.5, "kv_choice": "evn"}, "even"),
         (
             {"kv_budget": 0.5, "kv_kinds": "window,landmrk"},
-            "should be 'window', 'landmark' or 'linear'. Did you mean 'landmark'",
+            "should be 'window', 'landmark', 'linear' or 'last_loop'. Did you mean 'landmark'",
         ),
         ({"kv_budget": 0.5, "kv_kinds": []}, "kv_kinds"),
         ({"kv_budget": 0.5, "kv_kinds": "linear", "budget": 0.5}, "feature maps of kv_kinds 'linear' are parameters"),
