@@ -45,11 +45,7 @@ def main() -> None:
     tokenizer = load_tokenizer(args.dense)
     vocabulary = read_config(args.dense).get_text_config().vocab_size
     calibration = calibration_windows(ExportRecipe(calibrate_on=args.calibrate_on), tokenizer, vocabulary, CONTEXT)
-    texts = []
-    for source in args.score_on:
-        found = beginning(source, "text", tokenizer, args.score_tokens)
-        texts.append(pack(found, tokenizer, vocabulary, CONTEXT, args.score_tokens))
-    scored = Windows(torch.cat([t.ids for t in texts]), sum(t.bytes_per_token for t in texts) / len(texts))
+    scored = scored_windows(args.score_on, tokenizer, vocabulary, args.score_tokens)
 
     table = Table("model", "size", "plain", "rounded to nearest", "as written", "size", "lost")
     for name in ("dense", "recursive"):
@@ -67,6 +63,14 @@ def main() -> None:
                 size(Weights(folder).bytes_on_disk), f"{found['calibrated'] - found['plain']:+.4f}",
             )  # fmt: skip
     Console(width=120).print(table)
+
+
+def scored_windows(sources: list[str], tokenizer, vocabulary: int, tokens: int) -> Windows:
+    """The first so many tokens of each text, all in one."""
+    texts = []
+    for source in sources:
+        texts.append(pack(beginning(source, "text", tokenizer, tokens), tokenizer, vocabulary, CONTEXT, tokens))
+    return Windows(torch.cat([t.ids for t in texts]), sum(t.bytes_per_token for t in texts) / len(texts))
 
 
 def write_bfloat16(source: Path, folder: Path) -> None:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from quantize import CONTEXT, scored_windows
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
@@ -31,12 +32,10 @@ from rrtc.model.rows_rrt import tables_of
 from rrtc.recipe.export import ExportRecipe
 from rrtc.scoring import score
 from rrtc.text.calibration import calibration_windows
-from rrtc.text.sources import beginning
-from rrtc.text.windows import Windows, pack
 from rrtc.tying.rounding import best_scales, gptq, round_to_nearest, widest_scales
 from rrtc.units import size
 
-CONTEXT, SCALE, PLAIN = 512, 16, 16  # tokens of a window; bits of a scale; of what is not rounded
+SCALE, PLAIN = 16, 16  # bits of a scale; of what is not rounded
 
 
 def main() -> None:
@@ -57,11 +56,7 @@ def main() -> None:
     vocabulary = read_config(args.dense).get_text_config().vocab_size
     asked = ExportRecipe(calibrate_on=args.calibrate_on, calibrate_tokens=args.calibrate_tokens)
     calibration = calibration_windows(asked, tokenizer, vocabulary, CONTEXT)
-    texts = []
-    for source in args.score_on:
-        found = beginning(source, "text", tokenizer, args.score_tokens)
-        texts.append(pack(found, tokenizer, vocabulary, CONTEXT, args.score_tokens))
-    scored = Windows(torch.cat([t.ids for t in texts]), sum(t.bytes_per_token for t in texts) / len(texts))
+    scored = scored_windows(args.score_on, tokenizer, vocabulary, args.score_tokens)
 
     args.work.mkdir(parents=True, exist_ok=True)
     file = args.work / "smallest.json"

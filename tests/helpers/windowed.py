@@ -4,8 +4,9 @@ import json
 import random
 from pathlib import Path
 
+import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from rrtc.model.attention_rrt import KeptLayer
 from rrtc.model.modeling_rrt import find_layers
@@ -88,6 +89,18 @@ def live_bytes(cache) -> int:
     layers = (layer.parts if isinstance(layer, KeptLayer) else [layer] for layer in cache.layers)
     tensors = [tensor for parts in layers for part in parts for tensor in (part.keys, part.values)]
     return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
+
+
+def cropped(model, ids: torch.Tensor, tokens: int) -> DynamicCache:
+    """The cache of `model` after `ids` without the last `tokens`; one that has not recorded its past gives none back."""
+    with pytest.raises(RuntimeError, match="activate_past_recording"):
+        model(ids, use_cache=True).past_key_values.crop(-1)
+    cache, before = DynamicCache(config=model.config), ids.shape[1] - tokens - 30
+    model(ids[:, :before], past_key_values=cache)
+    cache.activate_past_recording()
+    model(ids[:, before:], past_key_values=cache)
+    cache.crop(-tokens)
+    return cache
 
 
 def _plain(config):

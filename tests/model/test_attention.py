@@ -13,7 +13,7 @@ import torch
 from pico import ARCHITECTURES, VOCABULARY, pico_config
 from recursive_models import assert_equal, randomize, recursive, written_out
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
-from windowed import drawn_by_lot, live_bytes, mask_of_each_head
+from windowed import cropped, drawn_by_lot, live_bytes, mask_of_each_head
 
 from rrtc.attention import Attention, Landmark
 from rrtc.export.formats.recursive import write_config
@@ -258,14 +258,7 @@ def test_the_rule_is_monotone():
 @torch.no_grad()
 def test_what_was_let_go_of_cannot_be_cropped_unless_the_past_is_recorded():
     model = local("llama")
-    cache = model(ids(), use_cache=True).past_key_values
-    with pytest.raises(RuntimeError, match="activate_past_recording"):
-        cache.crop(-1)
-    cache = DynamicCache(config=model.config)
-    model(ids()[:, :100], past_key_values=cache)
-    cache.activate_past_recording()
-    model(ids()[:, 100:], past_key_values=cache)
-    cache.crop(-20)
+    cache = cropped(model, ids(), 20)
     assert cache.get_seq_length() == LENGTH - 20
     assert live_bytes(cache) == 2 * local_plan("llama").kv_bytes(LENGTH - 20, 4)
     assert_equal(model(ids()[:, -20:], past_key_values=cache).logits, at_once("llama")[:, -20:], 1e-3)

@@ -13,6 +13,7 @@ from pico import VOCABULARY, pico_config
 from recursive_models import assert_equal, randomize
 from transformers import DynamicCache, StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from windowed import cropped
 
 from rrtc.attention import Attention, Linear
 from rrtc.errors import WrongUsage
@@ -222,14 +223,7 @@ def test_without_gain_it_is_the_window():
 @torch.no_grad()
 def test_what_was_summed_up_cannot_be_cropped_unless_the_past_is_recorded():
     model = model_of("llama")
-    cache = model(ids(), use_cache=True).past_key_values
-    with pytest.raises(RuntimeError, match="activate_past_recording"):
-        cache.crop(-1)
-    cache = DynamicCache(config=model.config)
-    model(ids()[:, :100], past_key_values=cache)
-    cache.activate_past_recording()
-    model(ids()[:, 100:], past_key_values=cache)
-    cache.crop(-20)
+    cache = cropped(model, ids(), 20)
     assert_equal(model(ids()[:, -20:], past_key_values=cache).logits, at_once("llama")[:, -20:], 1e-3)
 
 
