@@ -92,7 +92,7 @@ def live_bytes(cache) -> int:
 
 
 def cropped(model, ids: torch.Tensor, tokens: int) -> DynamicCache:
-    """The cache of `model` after `ids` without the last `tokens`; one that has not recorded its past gives none back."""
+    """The cache of `model` after `ids` less the last `tokens`; one that has not recorded its past gives none back."""
     with pytest.raises(RuntimeError, match="activate_past_recording"):
         model(ids, use_cache=True).past_key_values.crop(-1)
     cache, before = DynamicCache(config=model.config), ids.shape[1] - tokens - 30
