@@ -69,16 +69,20 @@ class Maps(nn.Module):
         init.copy_(self.maps, draw(*self.maps.shape, self.seed))
         init.zeros_(self.log_gain)
 
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """The parameters. They are had by a call, because what brings them from disk, or rounds them, stands in it."""
+        return self.maps, self.log_gain
+
     def of(self, vectors: Tensor, scaling: float) -> Tensor:
         """The logarithms of √m φ: (rows, heads, tokens, width) -> (rows, heads, tokens, features), float32. The heads
         are KV heads or query heads. scaling: what products of queries and keys are multiplied by."""
         vectors = vectors.float() * scaling**0.5
-        maps = _of_heads(self.maps, vectors.shape[1], vectors)
+        maps = _of_heads(self()[0], vectors.shape[1], vectors)
         return vectors @ maps.mT - vectors.square().sum(-1, keepdim=True) / 2
 
     def of_queries(self, query: Tensor, scaling: float) -> Tensor:
         """As `of`, with what each feature is multiplied by beside: g / m."""
-        bias = _of_heads(self.log_gain, query.shape[1], query)[:, None, None] - math.log(self.maps.shape[1])
+        bias = _of_heads(self()[1], query.shape[1], query)[:, None, None] - math.log(self.maps.shape[1])
         return self.of(query, scaling) + bias
 
     def empty(self, values: Tensor) -> State:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from windowed import SINKS, WINDOW, see_windows
 
 from rrtc.errors import RrtcError
-from rrtc.export import stage
+from rrtc.export import stage, verify
 from rrtc.generate.engine import Engine
 from rrtc.io.recursive import RecursiveModel, copy_with_plan
 from rrtc.io.weights import Weights
@@ -79,6 +79,16 @@ def test_formats_that_cannot_carry_it_refuse_it_before_any_work(form, source, tm
 def test_the_engine_for_many_requests_refuses_it(source):
     with pytest.raises(RrtcError, match="linear attention, whose sums the engine for many requests cannot keep"):
         Engine(RrtForCausalLM.from_pretrained(source))
+
+
+@torch.no_grad()
+def test_what_an_export_is_compared_with_has_rounded_maps_also_where_they_come_from_disk(source):
+    model = RrtForCausalLM.from_pretrained(source).eval()
+    for parameter in model.parameters():
+        parameter.copy_(parameter.bfloat16())
+    for from_disk in (False, True):
+        found = verify.reference(source, torch.bfloat16, from_disk)
+        torch.testing.assert_close(found.logits, verify.logits_of(model, found.ids), atol=1e-5, rtol=0)
 
 
 @pytest.mark.slow
