@@ -308,10 +308,13 @@ def load(model: Place, dtype: Any = "auto", device: Any = "cpu") -> "tuple[PreTr
         Weights(folder)  # refuses what it holds besides safetensors, and paths in its index
         from transformers import AutoModelForCausalLM
 
-        import rrtc.model  # noqa: F401 - registers the recursive model
         from rrtc.io.source import load_tokenizer
+        from rrtc.model import RrtConfig  # and with it the recursive model is registered
+        from rrtc.stock.architecture import read_plan
 
-        read_config(folder)  # raises for what transformers has no model for
+        config = read_config(folder)  # raises for what transformers has no model for
+        if isinstance(config, RrtConfig):
+            read_plan(config)  # raises for visits that cannot be
         safe = {"use_safetensors": True, "trust_remote_code": False}
         loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **safe)
         return loaded.to(device).eval(), load_tokenizer(folder)

@@ -12,6 +12,9 @@ from pydantic import ConfigDict
 from rrtc.errors import WrongUsage
 
 SUM_BYTES = 4  # of a number in the sums of linear attention
+MOST_TOKENS = 10**9  # in a window, and of whatever else there is beside it: columns are counted in 64 bits
+MOST_FEATURES = 10**5  # a map is drawn in memory before there are weights
+MOST_SEED = 2**63
 
 
 @dataclass(frozen=True)
@@ -103,21 +106,31 @@ def check_attention(attention: Attention, where: str, kv_heads: int, window: int
         raise WrongUsage(f"The attention {where} has a window of its own already, of {window} tokens.")
     if not kv_heads:
         raise WrongUsage(f"The keys and values {where} have no heads that could see less than all.")
-    if attention.window < 1 or attention.sinks < 0:
-        raise WrongUsage(f"The attention {where} has a window below 1, or less than no sinks.")
+    check_numbers(attention, where)
     if sorted(set(attention.heads) & set(range(kv_heads))) != list(attention.heads):
         raise WrongUsage(f"The attention {where} names KV heads that are not there, or not in order.")
     if len(beyond := sorted(attention.fields().keys() - {"window", "sinks", "heads"})) > 1:
         raise WrongUsage(f"The attention {where} has {' and '.join(beyond)} beyond its window, and can have one.")
-    if (landmark := attention.landmark) is not None:
-        if min(landmark.size, landmark.count) < 1:
-            raise WrongUsage(f"The landmark in the attention {where} has blocks of less than a token, or none.")
-        if landmark.size > attention.window:
-            raise WrongUsage(
-                f"The landmark in the attention {where} has blocks of {landmark.size} tokens, which are larger than "
-                f"the window of {attention.window}."
-            )
-    if attention.linear is not None and attention.linear.features < 1:
-        raise WrongUsage(f"The linear attention {where} has no features.", "Give it 1 or more, such as 64.")
+    if (landmark := attention.landmark) is not None and landmark.size > attention.window:
+        raise WrongUsage(
+            f"The landmark in the attention {where} has blocks of {landmark.size} tokens, which are larger than the "
+            f"window of {attention.window}."
+        )
     if attention.linear is not None and len(attention.heads) == kv_heads:
         raise WrongUsage(f"The linear attention {where} has no KV head with a window that it could stand behind.")
+
+
+def check_numbers(attention: Attention, where: str) -> None:
+    """Raises WrongUsage where no model could have the numbers of `attention`."""
+    landmark, linear = attention.landmark, attention.linear
+    if attention.window < 1 or attention.sinks < 0:
+        raise WrongUsage(f"The attention {where} has a window below 1, or less than no sinks.")
+    if landmark is not None and min(landmark.size, landmark.count) < 1:
+        raise WrongUsage(f"The landmark in the attention {where} has blocks of less than a token, or none.")
+    if linear is not None and not 1 <= linear.features <= MOST_FEATURES:
+        few = "no features" if linear.features < 1 else f"more than {MOST_FEATURES:,} features"
+        raise WrongUsage(f"The linear attention {where} has {few}.", "Give it 1 or more, such as 64.")
+    if max(attention.window, attention.sinks, *((landmark.size, landmark.count) if landmark else ())) > MOST_TOKENS:
+        raise WrongUsage(f"The attention {where} counts more than {MOST_TOKENS:,} tokens or blocks.")
+    if any(drawn is not None and not 0 <= drawn.seed < MOST_SEED for drawn in (landmark, linear)):
+        raise WrongUsage(f"The attention {where} has a seed below 0, or of more than 63 bits.")

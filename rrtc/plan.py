@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter
 
-from rrtc.attention import SUM_BYTES, Attention, Linear, check_attention
+from rrtc.attention import SUM_BYTES, Attention, Linear, check_attention, check_numbers
 from rrtc.errors import WrongUsage, nearest
 
 FORMS = ("tied", "low_rank", "own")  # what a visit's matrix can be: see Visit
@@ -157,8 +157,15 @@ class Visit:
 
 
 def read_visits(values: Any) -> tuple[Visit, ...]:
-    """The visits in a config.json. Raises ValueError where they are damaged."""
-    return TypeAdapter(tuple[Visit, ...]).validate_json(json.dumps(values))
+    """The visits in a config.json. Raises ValueError where they are damaged, or absurd by themselves."""
+    visits = TypeAdapter(tuple[Visit, ...]).validate_json(json.dumps(values))
+    for visit in visits:
+        if visit.attention is not None:
+            try:
+                check_numbers(visit.attention, f"of layer {visit.layer}")
+            except WrongUsage as error:
+                raise ValueError(error.sentence) from error
+    return visits
 
 
 @dataclass(frozen=True)

@@ -208,7 +208,7 @@ def rule_of(visit: dict) -> Rule | None:
     """What the heads of a visit see; None where that is what the stock layer's do."""
     if (attention := visit.get("attention")) is None:
         return None
-    seen = attention["window"], attention["sinks"], tuple(attention["heads"])
+    seen = attention["window"], attention.get("sinks", 0), tuple(attention.get("heads", ()))
     if linear := attention.get("linear"):
         return LinearRule(*seen, **linear)
     landmark = attention.get("landmark")

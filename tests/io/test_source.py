@@ -8,8 +8,11 @@ import pytest
 import torch
 from gguf_file import write_gguf
 from pico import pico_tokenizer, save_pico
+from recursive_models import rrt_config
+from safetensors.torch import save
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from rrtc import api
 from rrtc.errors import RrtcError
 from rrtc.io.cache import cache_folder
 from rrtc.io.folder import only_run, whole_folder
@@ -108,6 +111,29 @@ def test_broken_configs_are_refused_in_one_sentence(tmp_path, content, says):
     with pytest.raises(RrtcError, match=says) as error:
         read_config(tmp_path)
     assert "\n" not in error.value.sentence and len(error.value.sentence) < 400
+
+
+@pytest.mark.parametrize(
+    ("attention", "says"),
+    [
+        ({"linear": {"features": 10**9}}, "cannot be used: The linear attention of layer 0 has more than 100,000"),
+        ({"linear": {"features": 8, "seed": 10**30}}, "cannot be used: The attention of layer 0 has a seed below 0"),
+        (
+            {"landmark": {"size": 0, "count": 2, "seed": 3}},
+            "cannot be used: The landmark .* blocks of less than a token",
+        ),
+        ({"window": 10**30}, "cannot be used: The attention of layer 0 counts more than 1,000,000,000 tokens"),
+        ({"sinks": 10**30}, "cannot be used: The attention of layer 0 counts more than 1,000,000,000 tokens"),
+        ({"owner": {"loop": 99}}, "The attention of layer 0 has an owner in loop 99"),
+    ],
+)
+def test_absurd_attention_is_refused_before_the_model_is_built(tmp_path, attention, says):
+    config = rrt_config("llama")
+    config.visits[0]["attention"] = {"window": 9, "sinks": 3, "heads": []} | attention
+    config.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(save({"none": torch.zeros(1)}))
+    with pytest.raises(RrtcError, match=says):
+        api.load(tmp_path)
 
 
 def test_a_compressed_model_is_not_a_dense_one(tmp_path, dense):

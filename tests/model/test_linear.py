@@ -283,6 +283,8 @@ def test_capped_scores_and_masks_with_holes_are_refused():
     "attention, said",
     [
         (Attention(9, 3, (), linear=Linear(0)), "has no features"),
+        (Attention(9, 3, (), linear=Linear(10**9)), "has more than 100,000 features"),
+        (Attention(9, 3, (), linear=Linear(4, seed=10**30)), "a seed below 0, or of more than 63 bits"),
         (Attention(9, 3, (0, 1), linear=Linear(4)), "no KV head with a window"),
     ],
 )
