@@ -7,7 +7,7 @@ from rrtc import machine
 from rrtc.init.dtypes import propose_16_bits, stored_dtype
 from rrtc.init.memory import PROGRAM_BYTES, init_bytes
 from rrtc.io.architectures import dense_of, has_weights
-from rrtc.io.source import find_model
+from rrtc.io.source import find_model, read_config
 from rrtc.kv_budget import KvBudget, check_replan, without_windows
 from rrtc.patterns import make_plan
 from rrtc.plan import kv_bytes_at
@@ -26,11 +26,10 @@ def dry_run(model: str, recipe: Recipe) -> dict:
     parse_size(recipe.init.max_shard_size)  # raises for what is none
     source = find_model(model, config_only=True)
     if source.is_recursive:
-        from rrtc.io.source import read_config
-        from rrtc.stock.architecture import read_plan
+        from rrtc.io.recursive import plan_by_layer
 
         check_replan(source.uri, recipe.init)
-        plan, dtype = without_windows(read_plan(read_config(source.folder))), stored_dtype(source, "auto")
+        plan, dtype = without_windows(plan_by_layer(source.folder)), stored_dtype(source, "auto")
         architecture = plan.architecture
     else:
         dense = dense_of(source)
@@ -41,6 +40,11 @@ def dry_run(model: str, recipe: Recipe) -> dict:
     counted, windows, context = plan, None, 0
     if recipe.init.kv_budget is not None:
         budget = KvBudget(architecture, recipe.init)
+        if "linear" in budget.kinds:
+            from rrtc.stock.trial import check_kinds
+
+            config = read_config(source.folder)
+            check_kinds(config.base_config if source.is_recursive else config, budget.kinds)
         counted = budget.spend(plan, {}, {})
         windows, context = budget.explain(counted, {}), budget.calibration_context
         plan = plan if budget.is_measured else counted  # which heads they are is known once they are measured

@@ -40,7 +40,7 @@ from rrtc.patterns import make_plan
 from rrtc.plan import Plan
 from rrtc.recipe.schema import Recipe
 from rrtc.stock.architecture import read_architecture
-from rrtc.stock.trial import find_folds
+from rrtc.stock.trial import check_kinds, find_folds
 from rrtc.storage import Numbers
 from rrtc.target import Target, numbers_of, target_of
 from rrtc.text.calibration import calibration_windows, own_windows
@@ -169,6 +169,10 @@ def prepare(model: str, target: Path, recipe: Recipe) -> Job:
     calibration = scoring = None
     vocabulary = dense.config.get_text_config().vocab_size
     budget = KvBudget(architecture, recipe.init) if recipe.init.kv_budget is not None else None
+    if budget is not None:
+        check_kinds(dense.config, budget.kinds)
+        if not budget.is_measured and (recipe.init.keeps_weights or not recipe.init.has_target):
+            budget.spend(plan, {}, {})  # raises where there is nothing to spend it on
     far = 0 if budget is None else budget.calibration_context
     if recipe.init.measure_tokens:
         context = longest_context(dense.config, max(recipe.eval.context, far))

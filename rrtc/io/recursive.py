@@ -163,6 +163,18 @@ def drawn_maps(plan: Plan, layers: nn.ModuleList, parent: str) -> dict[str, Tens
     return {f"{prefix}{name}": tensor for prefix, maps in found.items() for name, tensor in maps.state_dict().items()}
 
 
+def plan_by_layer(folder: Path) -> Plan:
+    """The plan of the recursive model in `folder`. Raises RrtcError where it cannot be run layer by layer."""
+    plan = read_plan(read_config(folder))
+    if plan.has_owners:
+        raise RrtcError(
+            f"In the model in {folder}, visits read keys and values of another loop (owner), which cannot be had layer "
+            "by layer.",
+            "Plan its KV cache anew from the folder that it was made from.",
+        )
+    return plan
+
+
 class RecursiveModel:
     """A recursive model on disk, read layer by layer as a DenseModel is: what its layers amount to, in float32.
 
@@ -174,13 +186,7 @@ class RecursiveModel:
         """Raises RrtcError where the model in `folder` is quantized, or its config cannot be used."""
         config = read_config(folder)
         check_not_quantized(folder, config)
-        self.weights, self.config, self.plan = Weights(folder), config.base_config, read_plan(config)
-        if self.plan.has_owners:
-            raise RrtcError(
-                f"In the model in {folder}, visits read keys and values of another loop (owner), which cannot be had "
-                "layer by layer.",
-                "Plan its KV cache anew from the folder that it was made from.",
-            )
+        self.weights, self.config, self.plan = Weights(folder), config.base_config, plan_by_layer(folder)
         stock = stock_model(self.config)
         self.parent, _ = layers_path(stock)
         self._paths = [[name for name, _ in layer.named_parameters()] for layer in decoder_layers(stock)]

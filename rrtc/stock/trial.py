@@ -1,7 +1,7 @@
 """One decoder layer run on random weights and watched, to learn what no config says: which matrices read which norm,
-which ones make up the inner dimension of an FFN, and where its branches end."""
+which ones make up the inner dimension of an FFN, where its branches end, and whether attention caps its scores."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedConfig
 
+from rrtc.errors import WrongUsage
+from rrtc.model.attention_rrt import Rule, Sight, attention_of
 from rrtc.model.modeling_rrt import matrices_of, matrix_shape
 from rrtc.stock.architecture import stock_model, transposed_matrices
 from rrtc.stock.parts import Parts, watching
@@ -115,6 +117,20 @@ class Trial:
         expected, output = self.run(reference(self.tensors)), self.run(transform(self.tensors))
         return (output - expected).abs().max().item() <= TOLERANCE * expected.abs().max().item()
 
+    def caps_scores(self) -> bool:
+        """Whether the attention of the layer caps its scores."""
+        caps: list[float | None] = []
+
+        class Watched(Sight):
+            def attend(self, run, module, query, key, value, adds_mask, **kwargs):
+                caps.append(kwargs.get("softcap"))
+                return super().attend(run, module, query, key, value, adds_mask, **kwargs)
+
+        if attention_of(self.layer) is not None:
+            with self.parts.attending(0, Rule(TRIAL_TOKENS, 0, ()), Watched):
+                self.run()
+        return any(cap is not None for cap in caps)
+
     @torch.no_grad()
     def branches(self) -> list[Branch]:
         """The residual branches in the order they run: they end in the modules, matrices or norms behind them, whose
@@ -203,6 +219,15 @@ def _is_exact(trial: Trial, fold: Fold) -> bool:
         return trial.is_same(lambda layer: apply_folds(layer, [fold]))
     except KeyError:  # a LayerNorm's bias has nowhere to go where a reader has none
         return False
+
+
+def check_kinds(config: PreTrainedConfig, kinds: Collection[str]) -> None:
+    """Raises WrongUsage where the attention of `config` cannot have one of these: kv_kinds of the recipe."""
+    if "linear" in kinds and Trial(config).caps_scores():
+        raise WrongUsage(
+            f"The attention of this '{config.model_type}' model caps its scores, which linear attention cannot.",
+            "Leave linear out of --kv-kinds.",
+        )
 
 
 def find_branches(config: PreTrainedConfig) -> list[Branch]:

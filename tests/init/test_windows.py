@@ -5,12 +5,14 @@ import shutil
 
 import pytest
 import torch
+from exports import make_rrt
 from pico import save_pico
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from windowed import see_windows
 
 from rrtc import api
-from rrtc.errors import WrongUsage
+from rrtc.errors import RrtcError, WrongUsage
 from rrtc.init.calibrate import bytes_on_disk
 from rrtc.io.provenance import read_provenance
 from rrtc.io.source import read_config
@@ -18,6 +20,7 @@ from rrtc.recipe.schema import Recipe
 from rrtc.stock.architecture import read_architecture, read_plan
 from rrtc.text.windows import scoring_texts
 
+READER = {"window": 16, "sinks": 0, "heads": [], "owner": {"loop": 1}}
 SMALL = {"calibrate_tokens": 1024, "kv_window": 16, "measure_tokens": 0}
 
 
@@ -190,6 +193,21 @@ def test_what_cannot_be_met_is_said_before_any_work(dense, tmp_path):
             with pytest.raises(WrongUsage, match=sentence):
                 ask(dense, budget=1, **SMALL | options)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_kinds_cannot_be_had_of_a_model_is_said_before_any_work(dense, tmp_path):
+    gemma = save_pico(tmp_path / "gemma", "gemma2", attn_logit_softcapping=30.0)
+    owned = see_windows(make_rrt(tmp_path / "owned"), (READER, *[None] * 5))
+    linear, last = {"kv_kinds": "linear", "kv_window": 70}, {"kv_kinds": "last_loop", "kv_choice": "last"}
+    for model, options, sentence in (
+        (gemma, linear | {"budget": 1, "kv_budget": 0.8}, "'gemma2' model caps its scores, which linear attention can"),
+        (dense, last | {"budget": 1, "kv_budget": 0.3}, "There is nothing for last_loop to read"),
+        (owned, {"kv_budget": 0.3}, r"visits read keys and values of another loop \(owner\), which cannot be had"),
+    ):
+        for ask in (api.plan, lambda folder, **options: api.init(folder, tmp_path / "out", **options)):
+            with pytest.raises(RrtcError, match=sentence):
+                ask(model, **SMALL | options)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
 
 @pytest.mark.slow
