@@ -23,7 +23,7 @@ from rrtc.results import Report, RunPlanResult
 from rrtc.storage import BITS
 from rrtc.text.sources import check_source
 from rrtc.units import parse_size
-from rrtc.uptrain.checks import check_recipe
+from rrtc.uptrain.checks import check_owners, check_recipe
 
 STAGES = ("init", "uptrain", "eval", "export")
 REPORT = "report"  # of a sweep, in its folder
@@ -193,8 +193,32 @@ def check_run(recipe: Recipe) -> None:
             "Exits are trained after the model is healed, and a run only heals it.",
             "Leave exits out, and train them afterwards: rrtc uptrain DIR/uptrain -o DIR/exits --exits after.",
         )
+    _check_kinds(recipe)
     check_sizes(recipe)
     parse_size(recipe.export.max_shard_size)
+
+
+def _check_kinds(recipe: Recipe) -> None:
+    """Raises what later stages would raise about the kinds of attention that init may choose."""
+    kinds = recipe.init.kv_kinds
+    for kind, what in (
+        ("linear", "linear attention"),
+        ("last_loop", "visits that read another loop's keys and values"),
+    ):
+        asked = [f"export.format {recipe.export.format}"] if recipe.export.format != "recursive" else []
+        asked += ["eval.engine"] if recipe.eval.engine else []
+        if kind in kinds and asked:
+            raise WrongUsage(
+                f"With init.kv_kinds {kind}, the model can have {what}, which {asked[0]} is not for.",
+                f"Leave {asked[0]} out, or {kind}.",
+            )
+    if "last_loop" in kinds:
+        check_owners(recipe.uptrain, reads_later=True)
+    if recipe.uptrain.transfers and "linear" not in kinds:
+        raise WrongUsage(
+            "The loss 'attention' is about linear attention, and init gives none to the model.",
+            "Add linear to init.kv_kinds, or leave the loss out.",
+        )
 
 
 def check_texts(*recipes: Recipe) -> None:

@@ -87,16 +87,16 @@ def test_what_runs_layer_by_layer_or_loop_by_loop_is_refused(source):
 
 
 def test_what_uptraining_would_ask_of_a_loop_that_has_not_run_is_refused():
-    plan = with_owners(local_but(made(), "last_loop", 9, 3), "last_loop")
+    last = with_owners(local_but(made(), "last_loop", 9, 3), "last_loop")
     for asked, name in (
         ({"exits": "after"}, "exits"), ({"losses": {"hidden": 1.0}}, "the loss 'hidden'"),
         ({"compile": True}, "--compile"), ({"regularizers": {"bmi": 0.02}}, "the regularizer 'bmi'"),
         ({"stability": "admin"}, "--stability admin"), ({"fsdp": True}, "--fsdp"),
     ):  # fmt: skip
         with pytest.raises(RrtcError, match=f"{name} is not for such a one"):
-            check_owners(UptrainRecipe(**asked), plan)
+            check_owners(UptrainRecipe(**asked), last.reads_later)
     first = with_owners(local_but(made(), "first_loop", 9, 3), "first_loop")
-    check_owners(UptrainRecipe(exits="after", losses={"hidden": 1.0}, stability="admin"), first)
+    check_owners(UptrainRecipe(exits="after", losses={"hidden": 1.0}, stability="admin"), first.reads_later)
 
 
 @pytest.mark.slow

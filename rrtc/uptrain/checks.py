@@ -3,7 +3,6 @@
 import os
 
 from rrtc.errors import RrtcError, WrongUsage
-from rrtc.plan import Plan
 from rrtc.recipe.section import OWN_TEXT
 from rrtc.recipe.uptrain import UptrainRecipe
 
@@ -23,10 +22,11 @@ def check_recipe(recipe: UptrainRecipe) -> None:
         )
 
 
-def check_owners(recipe: UptrainRecipe, plan: Plan) -> None:
-    """Raises RrtcError where `recipe` asks for what a model cannot do in which visits read another loop's keys."""
+def check_owners(recipe: UptrainRecipe, reads_later: bool) -> None:
+    """Raises RrtcError where `recipe` asks for what a model cannot do in which visits read another loop's keys.
+    reads_later: whether some read those of a later loop."""
     wanted = {"--compile": recipe.compile, "--fsdp": recipe.fsdp}
-    if plan.reads_later:  # what a loop returns is not there before the last one has run
+    if reads_later:  # what a loop returns is not there before the last one has run
         wanted |= {
             "exits": recipe.exits != "none",
             "the loss 'hidden'": bool(recipe.losses.get("hidden")),
@@ -34,7 +34,7 @@ def check_owners(recipe: UptrainRecipe, plan: Plan) -> None:
             "--stability admin": recipe.stability == "admin",
         }
     asked = [name for name, is_asked in wanted.items() if is_asked]
-    if plan.has_owners and asked:
+    if asked:
         raise RrtcError(
             f"This model's visits read keys and values of another loop (owner), and {asked[0]} is not for such a one.",
             "Leave it out.",

@@ -151,7 +151,8 @@ def prepare(folder: Path, recipe: UptrainRecipe, most_steps: int | None = None) 
         raise RrtcError(f"{folder} holds a dense '{config.model_type}' model.", "Compress it first, with 'rrtc init'.")
     check_not_quantized(folder, config)
     plan = read_plan(config)
-    check_owners(recipe, plan)
+    if plan.has_owners:
+        check_owners(recipe, plan.reads_later)
     if recipe.exits != "none":
         _check_exits(folder, plan, provenance, recipe.exits)
     if recipe.transfers:

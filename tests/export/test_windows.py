@@ -178,6 +178,27 @@ def test_a_run_that_would_end_in_such_an_export_is_refused_at_once(dense, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "asked, said",
+    [
+        ({"init": {"kv_kinds": "linear"}, "export": {"format": "gguf"}}, "linear attention, which export.format gguf"),
+        ({"init": {"kv_kinds": "window,linear"}, "eval": {"engine": True}}, "linear attention, which eval.engine is"),
+        (
+            {"init": {"kv_kinds": "last_loop"}, "export": {"format": "dense"}},
+            "another loop's keys .* export.format dense",
+        ),
+        ({"init": {"kv_kinds": "last_loop"}, "uptrain": {"compile": True}}, "--compile is not for such a one"),
+        ({"init": {}, "uptrain": {"losses": {"attention": 1}}}, "The loss 'attention' is about linear attention"),
+    ],
+)
+def test_a_run_whose_stages_do_not_fit_what_visits_may_see_is_refused_at_once(asked, said, dense, tmp_path):
+    choice = {"kv_choice": "last"} if asked["init"].get("kv_kinds") == "last_loop" else {}
+    asked |= {"model": str(dense("llama")), "init": {"kv_budget": 0.5} | choice | asked["init"]}
+    with pytest.raises(RrtcError, match=said):
+        api.run(asked, str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_each_format_says_what_cache_it_takes(source):
     config = recursive.recursive_config(source)
     plan = read_plan(config)
