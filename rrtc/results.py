@@ -17,7 +17,7 @@ class VisitResult(TypedDict):
     ranks: dict[str, int]  # LoRA rank of each matrix, by its path in the layer; 0: none
     forms: dict[str, str]  # of the matrices that are not "tied": "low_rank" or "own"
     shapes: dict[str, tuple[int, int]]  # (inputs, outputs) of the matrices that are smaller than in the dense layer
-    attention: NotRequired[dict[str, Any]]  # as Attention.fields in rrtc/plan.py; absent where all heads see everything
+    attention: NotRequired[dict[str, Any]]  # as Attention.fields; absent where all heads see everything
 
 
 class PlanResult(TypedDict):

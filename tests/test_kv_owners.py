@@ -8,13 +8,14 @@ import pytest
 import torch
 import uptraining
 from exports import make_rrt, recipe
-from pico import pico_config
+from pico import pico_config, save_pico
 from transformers import AutoModelForCausalLM
 from windowed import see_windows
 
 from rrtc import api
 from rrtc.attention import Attention, Owner
 from rrtc.errors import RrtcError, WrongUsage
+from rrtc.eval import stage as measured
 from rrtc.export import stage
 from rrtc.generate.stages import Stages
 from rrtc.io.recursive import RecursiveModel
@@ -22,6 +23,7 @@ from rrtc.kv_owners import local_but, with_owners
 from rrtc.patterns import make_plan
 from rrtc.plan import Plan, read_visits
 from rrtc.recipe.init import InitRecipe
+from rrtc.recipe.schema import Recipe
 from rrtc.recipe.uptrain import UptrainRecipe
 from rrtc.stock.architecture import read_architecture
 from rrtc.uptrain.checks import check_owners
@@ -84,6 +86,13 @@ def test_what_runs_layer_by_layer_or_loop_by_loop_is_refused(source):
         RecursiveModel(source)
     with pytest.raises(RrtcError, match="The engine cannot run this model"):
         Stages(AutoModelForCausalLM.from_pretrained(source))
+
+
+def test_eval_says_before_it_measures_that_the_engine_cannot_run_it(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(measured, "scoring_texts", None)
+    dense = str(save_pico(tmp_path / "dense"))
+    with pytest.raises(RrtcError, match="The engine cannot run this model"):
+        measured.evaluate(str(source), Recipe(eval={"engine": True}), against=dense)
 
 
 def test_what_uptraining_would_ask_of_a_loop_that_has_not_run_is_refused():

@@ -24,6 +24,7 @@ from rrtc.eval.passkey import Probe, make_probes
 from rrtc.eval.statistics import FEWEST, RESAMPLES
 from rrtc.eval.summary import scores_of
 from rrtc.eval.tasks import Task, find_tasks
+from rrtc.generate.stages import stage_rules
 from rrtc.io.folder import check_target, whole_folder
 from rrtc.io.provenance import base_seen_from, next_history, read_provenance, write_provenance
 from rrtc.io.recursive import trained_exits
@@ -78,6 +79,8 @@ def evaluate(
 
     tokenizer = load_tokenizer(paths[0])
     config = read_config(paths[0])
+    if recipe.eval.engine and len(paths) == 1:
+        stage_rules(config)  # raises where the engine cannot run it
     context = longest_context(config, recipe.eval.context)
     held_out = _held_out_of_their_training(recipe, paths, provenances)
     texts = scoring_texts(held_out, tokenizer, config.get_text_config().vocab_size, context, recipe.eval.tokens)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.utils import _pytree as pytree
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -137,7 +137,7 @@ class Stages:
         if None in self.attentions:
             kind = model.config.model_type
             raise RrtcError(f"The attention of this '{kind}' model cannot be told which keys to see.")
-        self.rules = _rules(model)
+        self.rules = stage_rules(model.config)
         order = _order(model) if by_depth else None
         self.prelude, self.body, self.loops = order or ((), tuple(range(len(self.layers))), 1)
         tied = len(self.prelude) + len(self.body) * self.loops
@@ -331,10 +331,10 @@ def _shares(modules: list[nn.Module]) -> bool:
     return len({(id(module.shared.container), module.shared.name) for module in modules}) == 1
 
 
-def _rules(model: PreTrainedModel) -> list[Rule | None]:
-    """What the heads of each layer see; None where that is everything."""
-    windows = windows_of(model.config)
-    visits = getattr(model.config, "visits", None) or [{}] * len(windows)
+def stage_rules(config: PreTrainedConfig) -> list[Rule | None]:
+    """What the heads of each layer see; None where that is everything. Raises RrtcError where Stages cannot do it."""
+    windows = windows_of(config)
+    visits = getattr(config, "visits", None) or [{}] * len(windows)
     if any((visit.get("attention") or {}).get("owner") for visit in visits):
         raise RrtcError(
             "The engine cannot run this model, in which visits read keys and values of another loop (owner).",

@@ -33,8 +33,8 @@ layers         a dict a layer of the compressed model: layer, slot, loop, tied (
                (by matrix; null where a matrix is full), residual (share of the energy of the hidden states after this
                layer that differs from the dense model's; null where that has other layers), kv_heads (0: not known),
                window (of the dense model's layer; 0: none), attention (null where it attends to what that does, else
-               window, sinks, heads and, if it has one, landmark, as in the plan). [] where the folder holds a dense
-               form, or several are compared
+               window, sinks, heads and, if it has one, landmark, linear or owner, as in the plan). [] where the folder
+               holds a dense form, or several are compared
 speed          null, as where several are compared, or the compressed model's speed over the dense one's, measured in
                turn: device, rounds, prompt_tokens, new_tokens, and for each of prefill and decode {ratio, low, high}
                (median and quartiles); where visits see a window, also long: prompt_tokens, new_tokens and decode after

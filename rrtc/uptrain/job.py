@@ -156,7 +156,7 @@ def prepare(folder: Path, recipe: UptrainRecipe, most_steps: int | None = None) 
     if recipe.exits != "none":
         _check_exits(folder, plan, provenance, recipe.exits)
     if recipe.transfers:
-        _check_linear(folder, plan, recipe.context)
+        _check_linear(folder, plan, longest_context(config, recipe.context))
     branches: tuple[Branch, ...] = ()
     if recipe.stability == "admin":
         branches = tuple(branches_of(plan, config.base_config))

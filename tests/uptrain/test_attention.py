@@ -55,6 +55,9 @@ def test_it_needs_linear_attention_and_text_that_leaves_the_window(source, dense
         uptrain(str(plain), str(tmp_path / "out"), settings(losses={"attention": 1.0}))
     with pytest.raises(WrongUsage, match="In windows of 8 tokens nothing leaves what the heads"):
         uptrain(str(source), str(tmp_path / "out"), settings(losses={"attention": 1.0}, context=8))
+    wide = see_windows(make_rrt(tmp_path / "wide", dense("llama")), (NEAR | {"window": 300},))
+    with pytest.raises(WrongUsage, match="In windows of 256 tokens nothing leaves what the heads"):
+        uptrain(str(wide), str(tmp_path / "out"), settings(losses={"attention": 1.0}, context=512))
     assert not (tmp_path / "out").exists()
 
 
