@@ -77,6 +77,9 @@ class Documents:
             cache = cache_in(given)
             past = 0 if cache is None else int(cache.get_seq_length())
             columns = past + torch.arange(tokens.shape[1], device=positions.device)
+            # Positions skip what is masked, also within a document.
+            if starts and mask.shape[1] >= past + tokens.shape[1]:
+                columns = (starts[0] + mask.int().cumsum(-1) - 1)[:, columns]
             starts.append((columns - positions).clamp(min=0))
         start = None
         for one in starts:

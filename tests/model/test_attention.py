@@ -144,6 +144,22 @@ def test_a_padded_row_computes_what_it_does_alone(architecture):
     assert_equal(torch.cat(parts, 1)[:1, pads:], alone, 1e-3)
 
 
+def test_a_token_that_is_masked_within_a_document_begins_no_other_one():
+    """As transformers masks a pad token in a prompt, and counts positions without it."""
+    model, mask = local("llama"), torch.ones_like(ids())
+    mask[:, 26] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    found: list[torch.Tensor] = []
+    for length in (LENGTH, 11):
+        cache, outputs = DynamicCache(config=model.config), []
+        for part in torch.arange(LENGTH).split(length):
+            given = {"attention_mask": mask[:, : part[-1] + 1], "position_ids": positions[:, part]}
+            with torch.no_grad():
+                outputs.append(model(ids()[:, part], past_key_values=cache, **given).logits)
+        found.append(torch.cat(outputs, 1)[mask.bool()])
+    assert_equal(*found)
+
+
 @local_ones
 @torch.no_grad()
 def test_packed_documents_compute_what_they_do_alone(architecture):
