@@ -4,19 +4,18 @@ untied models finds the slopes and the crossing of curves that are known."""
 import json
 import math
 import random
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import ready
 
 BENCHMARK = Path(__file__).parent.parent / "benchmarks" / "init.py"
 TEXT = "\n\n\n".join(f"Chapter {n}. It was the {n}th of May, and the rain had not stopped. " * 9 for n in range(40))
 
 
 def benchmark(*arguments):
-    command = [sys.executable, str(BENCHMARK), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
+    return ready.run([sys.executable, str(BENCHMARK), *map(str, arguments)])
 
 
 @pytest.mark.slow

@@ -317,7 +317,7 @@ def _rounded(value):
 
 
 def test_ways_to_generate_are_timed_beside_what_was_to_be_expected(models, tmp_path):
-    asked = recipe(**text_of(models), engine=True, speed_rounds=2)
+    asked = recipe(**text_of(models), engine=True, speed_rounds=1)
     report = evaluate(str(models / "exits"), asked, output=str(tmp_path / "report"))
     engine = read_report(tmp_path / "report")["engine"]
     assert engine == report["engine"] and engine["loops"] == 2 and 0 <= engine["right"] <= 1

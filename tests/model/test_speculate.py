@@ -414,7 +414,7 @@ def test_visits_that_see_a_window_say_the_same_and_keep_as_little(architecture, 
     ]
     assert torch.equal(*said)
     for ours, theirs in zip(*map(states, caches), strict=True):
-        torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)  # eager softmax (Gemma 2's) is in float32
 
 
 @pytest.mark.parametrize("bias", [False, True])
