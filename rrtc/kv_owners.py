@@ -1,10 +1,10 @@
-"""Plans in which visits read keys and values of another loop: what benchmarks compare. Pure arithmetic, no torch."""
+"""Plans in which visits read keys and values of another loop. Pure arithmetic, no torch."""
 
 from collections.abc import Mapping
 from dataclasses import replace
 
 from rrtc.attention import Attention, Owner
-from rrtc.plan import Plan, Visit
+from rrtc.plan import Plan, Visit, keeps_for
 
 LOOPS: Mapping[str, int] = {"first_loop": 0, "last_loop": -1}  # what an owner is called, and its place in its slot
 
@@ -28,9 +28,8 @@ def with_owners(plan: Plan, owner: str) -> Plan:
         loop, attention = _owner(plan, visit, owner), visit.attention
         if attention is not None and loop != visit.loop:
             theirs, layers = plan.slots[visit.slot][loop], plan.architecture.layers
-            near = {*range(layers[visit.layer].kv_heads)} - {*attention.heads}
-            stores = theirs.attention is None or near <= {*theirs.attention.heads}
-            if near and stores and not layers[theirs.layer].window:
+            has_near = len(attention.heads) < layers[visit.layer].kv_heads
+            if has_near and keeps_for(theirs, visit, layers):
                 visit = replace(visit, attention=replace(attention, owner=Owner(loop)))
         visits.append(visit)
     return replace(plan, visits=tuple(visits))

@@ -395,6 +395,13 @@ def _check_visit(visit: Visit, matrices: tuple[Matrix, ...]) -> None:
             )
 
 
+def keeps_for(owner: Visit, reader: Visit, layers: Sequence[Layer]) -> bool:
+    """Whether `owner` keeps all keys of the KV heads that do not see everything in `reader`. layers: by visit.layer."""
+    heads = () if reader.attention is None else reader.attention.heads
+    near = {*range(layers[reader.layer].kv_heads)} - {*heads}
+    return not layers[owner.layer].window and (owner.attention is None or near <= {*owner.attention.heads})
+
+
 def _check_owner(visit: Visit, visits: list[Visit], layers: Sequence[Layer]) -> None:
     """Raises WrongUsage where what `visit` reads is not stored. visits: those of its slot."""
     attention = visit.attention
@@ -407,9 +414,8 @@ def _check_owner(visit: Visit, visits: list[Visit], layers: Sequence[Layer]) -> 
             f"The attention {where} has an owner in loop {loop}, and there is no other visit of its slot.",
             f"Its slot has {'visits in loop ' + ', '.join(others) if others else 'no other visit'} to read from.",
         )
-    owner, near = visits[loop], {*range(layers[visit.layer].kv_heads)} - {*attention.heads}
-    stored = owner.attention is None or near <= {*owner.attention.heads}
-    if layers[owner.layer].window or not stored:
+    owner = visits[loop]
+    if not keeps_for(owner, visit, layers):
         raise WrongUsage(
             f"The attention {where} reads KV heads of layer {owner.layer}, which do not all see everything.",
             "Let the owner's heads see everything, or give the reader's heads no owner.",

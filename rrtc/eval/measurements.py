@@ -157,9 +157,8 @@ class Examinee:
         ‖h − h_dense‖² / ‖h_dense‖², mean over tokens. None where the dense model has states of another shape, and where
         visits read later ones, so that there are no states between them."""
         ours, theirs = (read_config(who.candidate.folder).get_text_config() for who in (self, self._dense))
-        if getattr(self.candidate.counted, "reads_later", False):
-            return [None] * ours.num_hidden_layers
-        if (ours.num_hidden_layers, ours.hidden_size) != (theirs.num_hidden_layers, theirs.hidden_size):
+        alike = (ours.num_hidden_layers, ours.hidden_size) == (theirs.num_hidden_layers, theirs.hidden_size)
+        if not alike or getattr(self.candidate.counted, "reads_later", False):
             return [None] * ours.num_hidden_layers
         ids = torch.cat([windows.ids[:RESIDUAL_WINDOWS] for windows in self._questions.texts.values()])
 
