@@ -94,10 +94,13 @@ def windows_of(config: RrtConfig) -> dict[int, int]:
                     f"vLLM cannot run this model: layer {number} reads keys and values of another loop (owner).",
                     "Run it in transformers.",
                 )
-            if visit.attention.heads or visit.attention.sinks or visit.attention.linear or visit.attention.landmark:
-                finer = "only some KV heads see a window" if visit.attention.heads else "the first tokens stay in sight"
-                finer = "linear attention stands behind a window" if visit.attention.linear else finer
-                finer = "blocks of tokens stay in sight beyond a window" if visit.attention.landmark else finer
+            reasons = {
+                "blocks of tokens stay in sight beyond a window": visit.attention.landmark,
+                "linear attention stands behind a window": visit.attention.linear,
+                "only some KV heads see a window": visit.attention.heads,
+                "the first tokens stay in sight": visit.attention.sinks,
+            }
+            if finer := next((reason for reason, is_there in reasons.items() if is_there), None):
                 raise RrtcError(
                     f"vLLM cannot run this model: in layer {number} {finer}, and it knows windows of whole layers, "
                     "without sinks.",
