@@ -91,6 +91,21 @@ def live_bytes(cache) -> int:
     return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
 
 
+def padded(model, ids: torch.Tensor, pads: int, cuts: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of `ids`, (2, tokens), whose first row has so many `pads` on its left, at once and in chunks of the
+    lengths `cuts`."""
+    row = torch.cat([torch.full((1, pads), 2), ids[:1, : ids.shape[1] - pads]], 1)
+    batch, mask = torch.cat([row, ids[1:]]), torch.ones_like(ids)
+    mask[0, :pads] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    cache, parts = DynamicCache(config=model.config), []
+    for part in torch.arange(ids.shape[1]).split(cuts):
+        given = {"attention_mask": mask[:, : part[-1] + 1], "position_ids": positions[:, part]}
+        parts.append(model(batch[:, part], past_key_values=cache, **given).logits)
+    whole = model(batch, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    return whole, torch.cat(parts, 1)
+
+
 def cropped(model, ids: torch.Tensor, tokens: int) -> DynamicCache:
     """The cache of `model` after `ids` less the last `tokens`; one that has not recorded its past gives none back."""
     with pytest.raises(RuntimeError, match="activate_past_recording"):

@@ -13,7 +13,7 @@ import torch
 from pico import ARCHITECTURES, VOCABULARY, pico_config
 from recursive_models import assert_equal, randomize, recursive, written_out
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
-from windowed import cropped, drawn_by_lot, live_bytes, mask_of_each_head
+from windowed import cropped, drawn_by_lot, live_bytes, mask_of_each_head, padded
 
 from rrtc.attention import Attention, Landmark
 from rrtc.export.formats.recursive import write_config
@@ -129,19 +129,9 @@ def test_the_cache_takes_the_bytes_that_the_plan_says_at_every_length(architectu
 @torch.no_grad()
 def test_a_padded_row_computes_what_it_does_alone(architecture):
     model, pads = local(architecture), 11
-    padded = torch.cat([torch.full((1, pads), 2), ids()[:1, : LENGTH - pads]], 1)
-    batch, mask = torch.cat([padded, ids()[1:]]), torch.ones(2, LENGTH, dtype=torch.long)
-    mask[0, :pads] = 0
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    alone = at_once(architecture)[:1, : LENGTH - pads]
-    found = model(batch, attention_mask=mask, position_ids=positions, use_cache=False).logits
-    assert_equal(found[:1, pads:], alone, 1e-3)
-    assert_equal(found[1:], at_once(architecture)[1:], 1e-3)
-    cache, parts = DynamicCache(config=model.config), []
-    for first, last in ((0, 90), (90, 91), (91, LENGTH)):
-        given = {"attention_mask": mask[:, :last], "position_ids": positions[:, first:last]}
-        parts.append(model(batch[:, first:last], past_key_values=cache, **given).logits)
-    assert_equal(torch.cat(parts, 1)[:1, pads:], alone, 1e-3)
+    for found in padded(model, ids(), pads, [90, 1, LENGTH - 91]):
+        assert_equal(found[:1, pads:], at_once(architecture)[:1, : LENGTH - pads], 1e-3)
+        assert_equal(found[1:], at_once(architecture)[1:], 1e-3)
 
 
 def test_a_token_that_is_masked_within_a_document_begins_no_other_one():

@@ -13,7 +13,7 @@ from pico import VOCABULARY, pico_config
 from recursive_models import assert_equal, randomize
 from transformers import DynamicCache, StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from windowed import cropped
+from windowed import cropped, padded
 
 from rrtc.attention import Attention, Linear
 from rrtc.errors import WrongUsage
@@ -181,16 +181,7 @@ def test_the_cache_takes_the_bytes_that_the_plan_says_and_the_model_its_paramete
 @torch.no_grad()
 def test_a_padded_row_and_packed_documents_compute_what_they_do_alone():
     model, pads, first = model_of("llama"), 11, 70
-    padded = torch.cat([torch.full((1, pads), 2), ids()[:1, : LENGTH - pads]], 1)
-    batch, mask = torch.cat([padded, ids()[1:]]), torch.ones(2, LENGTH, dtype=torch.long)
-    mask[0, :pads] = 0
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    cache, parts = DynamicCache(config=model.config), []
-    for begin, end in ((0, 90), (90, 91), (91, LENGTH)):
-        given = {"attention_mask": mask[:, :end], "position_ids": positions[:, begin:end]}
-        parts.append(model(batch[:, begin:end], past_key_values=cache, **given).logits)
-    whole = model(batch, attention_mask=mask, position_ids=positions, use_cache=False).logits
-    for found in (whole, torch.cat(parts, 1)):
+    for found in padded(model, ids(), pads, [90, 1, LENGTH - 91]):
         assert_equal(found[:1, pads:], at_once("llama")[:1, : LENGTH - pads], 1e-3)
         assert_equal(found[1:], at_once("llama")[1:], 1e-3)
     positions = torch.cat([torch.arange(first), torch.arange(LENGTH - first)])[None].expand(2, -1)

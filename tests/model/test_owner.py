@@ -9,7 +9,7 @@ import torch
 from pico import ARCHITECTURES, VOCABULARY, pico_config
 from recursive_models import assert_equal, randomize
 from transformers import AttentionInterface, DynamicCache, GenerationConfig, StaticCache
-from windowed import live_bytes
+from windowed import live_bytes, padded
 
 from rrtc.attention import Attention, Landmark, Linear
 from rrtc.kv_owners import local_but, with_owners
@@ -187,16 +187,7 @@ def test_visits_of_other_kinds_may_run_in_blocks_between():
 @torch.no_grad()
 def test_padded_rows_and_packed_documents_compute_what_they_do_alone(owner):
     model, pads, first = reading("llama", owner), 7, 25
-    padded = torch.cat([torch.full((1, pads), 2), ids()[:1, : LENGTH - pads]], 1)
-    batch, mask = torch.cat([padded, ids()[1:]]), torch.ones(2, LENGTH, dtype=torch.long)
-    mask[0, :pads] = 0
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    cache, parts = DynamicCache(config=model.config), []
-    for begin, end in ((0, 30), (30, 31), (31, LENGTH)):
-        given = {"attention_mask": mask[:, :end], "position_ids": positions[:, begin:end]}
-        parts.append(model(batch[:, begin:end], past_key_values=cache, **given).logits)
-    whole = model(batch, attention_mask=mask, position_ids=positions, use_cache=False).logits
-    for found in (torch.cat(parts, 1), whole):
+    for found in padded(model, ids(), pads, [30, 1, LENGTH - 31]):
         assert_equal(found[:1, pads:], at_once("llama", owner)[:1, : LENGTH - pads], 1e-8)
         assert_equal(found[1:], at_once("llama", owner)[1:], 1e-8)
     positions = torch.cat([torch.arange(first), torch.arange(LENGTH - first)])[None].expand(2, -1)
