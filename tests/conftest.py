@@ -3,11 +3,16 @@
 import gc
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", CUBLAS_WORKSPACE_CONFIG=":4096:8")
+# Hundreds of processes import the same modules: whoever comes first compiles them for the others.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+gc.set_threshold(200_000, 20, 20)  # looking through all that torch has imported takes a sixth of the time otherwise
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as many workers as cores share them
 

@@ -5,6 +5,7 @@ arguments, environment, folder and import path all the same, and end in an exit 
 """
 
 import functools
+import gc
 import multiprocessing
 import os
 import runpy
@@ -58,6 +59,7 @@ def run(command: list[str], *, cwd=None, env=None, check=False, **others) -> sub
 
 
 def program(arguments: list[str], cwd: str, env: dict[str, str], path: list[str], said: list[Path]) -> None:
+    gc.freeze()  # what was imported
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
