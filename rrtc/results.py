@@ -116,6 +116,7 @@ class UptrainResult(TypedDict):
     tokens_per_second: float
     processes: int
     device: str  # cpu, cuda …
+    learning_rate: float  # at its peak
     arithmetic: str  # float32 or bfloat16
     teacher: str | None  # URI; None where there was none
     first_loss: float | None  # on the training text, the mean over the first twentieth of the steps; None where the
@@ -131,6 +132,7 @@ class EstimateResult(TypedDict):
     steps: int
     tokens: int
     tokens_per_step: int
+    learning_rate: float  # at its peak
     flops_per_token: int  # of training, without attention over the context
     flops_total: int
     measured_steps: int

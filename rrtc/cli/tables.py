@@ -246,6 +246,7 @@ def estimate(result: dict) -> Group:
     rows = [
         ["steps", f"{result['steps']:,}"],
         ["tokens", count(result["tokens"])],
+        ["learning rate, at most", f"{result['learning_rate']:.1e}"],
         ["FLOPs", count(result["flops_total"])],
         ["peak memory, about", size(result["peak_memory_bytes"])],
         [f"seconds a step, over {result['measured_steps']} steps", f"{result['seconds_per_step']:.2f}"],

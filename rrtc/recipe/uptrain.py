@@ -48,11 +48,12 @@ class UptrainRecipe(Section):
         validation_alias=AliasChoices("optimizer", "optimiser"),  # the second as recipes of rrtc 0.1 spell it
         description="muon: for the matrices in the layers, and AdamW for LoRA, norms, biases and embeddings.",
     )
-    learning_rate: float = Field(
-        1e-4,
+    learning_rate: float | None = Field(
+        None,
         gt=0,
         le=1e3,
-        description="Peak learning rate. A start that is close to noise, as the paper's, can take 4e-4.",
+        description="Peak learning rate. By default, the more the start has lost and the more tokens a step has, the "
+        "larger: 1e-4 for 0.6 nats and 4,096 tokens.",
     )
     shared_lr_scale: float | str = Field(
         "visits",

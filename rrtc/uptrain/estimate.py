@@ -24,7 +24,8 @@ STEPS = 3  # taken; the first one, which allocates, is not counted
 def estimate(folder: str, recipe: Recipe) -> dict:
     """What `uptrain` would take on this machine, as plain data.
 
-    steps, tokens, tokens_per_step; flops_per_token and flops_total (without attention over the context);
+    steps, tokens, tokens_per_step; learning_rate (at its peak); flops_per_token and flops_total (without attention
+    over the context);
     measured_steps, seconds_per_step and seconds_total (training alone, without loading); peak_memory_bytes (of one
     process, measured: on the accelerator, or on a CPU all that the process holds); checkpoint_bytes (disk space that
     is needed on the way); device; with `stability` also profile, a row for each branch of each visit (see
@@ -47,6 +48,7 @@ def estimate(folder: str, recipe: Recipe) -> dict:
         "steps": job.steps,
         "tokens": job.tokens,
         "tokens_per_step": job.tokens_per_step,
+        "learning_rate": job.learning_rate,
         "flops_per_token": job.flops_per_token(),
         "flops_total": job.flops_per_token() * job.tokens,
         "measured_steps": measured,

@@ -29,6 +29,7 @@ from rrtc.stock.trial import Branch
 from rrtc.text.windows import longest_context
 from rrtc.uptrain.checks import check_owners, check_recipe
 from rrtc.uptrain.data import ORDER, Mixture, Stream, training_text
+from rrtc.uptrain.rate import TRANSFER, default_rate, lost_by
 from rrtc.uptrain.stability import branches_of, with_gains
 from rrtc.uptrain.teacher_cache import TeacherCache
 
@@ -77,6 +78,15 @@ class Job:
         return self.steps * self.tokens_per_step
 
     @property
+    def learning_rate(self) -> float:
+        """The peak learning rate: the recipe's, or the default for what the model has lost."""
+        if self.recipe.learning_rate is not None:
+            return self.recipe.learning_rate
+        if self.recipe.transfers:
+            return TRANSFER
+        return default_rate(lost_by(self.provenance), self.tokens_per_step)
+
+    @property
     def bfloat16(self) -> bool:
         return self.arithmetic == "bfloat16"
 
@@ -121,6 +131,7 @@ class Job:
     def fingerprint(self) -> dict:
         """What a continued run must have in common with the one it continues, as plain data."""
         recipe = {k: v for k, v in self.recipe.model_dump().items() if k not in FREE_ON_RESUME}
+        recipe["learning_rate"] = self.learning_rate  # which may have been left to what the model has lost
         recipe["teacher_cache"] = self.cache is not None  # it may have moved
         if self.recipe.regularizers.get("bmi"):  # which compares the windows of a micro-batch with each other
             recipe["micro_batch"] = self.recipe.micro_batch

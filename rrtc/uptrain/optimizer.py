@@ -21,28 +21,29 @@ from rrtc.recipe.uptrain import UptrainRecipe
 from rrtc.uptrain.bmi import CRITIC_DECAY, CRITIC_LR, Critic
 
 
-def make_optimizer(model: torch.nn.Module, recipe: UptrainRecipe, adamw: dict) -> torch.optim.Optimizer:
-    """The optimizer of all parameters of `model` that are trained. adamw: the keyword arguments of its AdamW.
+def make_optimizer(model: torch.nn.Module, recipe: UptrainRecipe, rate: float, adamw: dict) -> torch.optim.Optimizer:
+    """The optimizer of all parameters of `model` that are trained. rate: the peak learning rate. adamw: the keyword
+    arguments of its AdamW.
 
     Muon takes only `matrices`, and each of its steps is as long as AdamW's would be (0.2 of the learning rate for an
     entry, as the root of the mean square), so one learning rate serves both. The factors stay with AdamW: Muon makes
     all singular values of a step equal, which means something for the matrix that acts on the hidden states. For one
     factor of B·A it says nothing of the product, and lets the smallest directions of an SVD move as far as its largest.
     """
-    groups = parameter_groups(model, recipe)
+    groups = parameter_groups(model, recipe, rate)
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(groups, **adamw)
     muon = [group for group in groups if group["role"] == "matrices"]
     rest = [group for group in groups if group["role"] != "matrices"]
     return Together(
         torch.optim.AdamW(rest, **adamw),
-        torch.optim.Muon(muon, lr=recipe.learning_rate, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.Muon(muon, lr=rate, adjust_lr_fn="match_rms_adamw"),
     )
 
 
-def parameter_groups(model: torch.nn.Module, recipe: UptrainRecipe) -> list[dict]:
+def parameter_groups(model: torch.nn.Module, recipe: UptrainRecipe, rate: float) -> list[dict]:
     """The trained parameters of `model` as an optimizer takes them, each in one group: params, role, visits (that use
-    each of these parameters), lr and weight_decay. The first group has the recipe's own learning rate, which is the
+    each of these parameters), lr and weight_decay. The first group has the learning rate `rate` itself, which is the
     one that the Trainer logs."""
     modules = list(model.modules())
     references = (module.shared for module in modules if isinstance(getattr(module, "shared", None), Reference))
@@ -71,7 +72,7 @@ def parameter_groups(model: torch.nn.Module, recipe: UptrainRecipe) -> list[dict
             "params": parameters,
             "role": role,
             "visits": count,
-            "lr": recipe.learning_rate * _scale(recipe, count),
+            "lr": rate * _scale(recipe, count),
             "weight_decay": 0.0 if role == "vectors" else recipe.weight_decay,
         }
         for (count, role), parameters in sorted(groups.items(), key=lambda item: item[0])

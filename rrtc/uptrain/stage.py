@@ -103,7 +103,8 @@ def _fill_cache(job: Job) -> tuple[Job, dict]:
 
 def _train(job: Job, checkpoints: Path, checkpoint: Path | None) -> DistillationTrainer:
     what = f"{job.tokens} tokens in {job.steps} steps of {job.recipe.batch_size} windows of {job.context}"
-    note(f"Uptraining on {what}, {'with a teacher' if job.taught_by else 'without a teacher'}")
+    taught = "with a teacher" if job.taught_by else "without a teacher"
+    note(f"Uptraining on {what}, {taught}, at a learning rate of {job.learning_rate:.1e} at most")
     folder, termination = checkpoints.parent, Termination()
     trackers = reporters(job.recipe.report_to, folder)
     # In this order: a step that failed is not written down.

@@ -161,7 +161,8 @@ class DistillationTrainer(Trainer):
             # the gradients of the head are worked out.
             self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
         _, adamw = self.get_optimizer_cls_and_kwargs(self.args)
-        self.optimizer = make_optimizer(self.model if model is None else model, self.job.recipe, adamw)
+        trained = self.model if model is None else model
+        self.optimizer = make_optimizer(trained, self.job.recipe, self.job.learning_rate, adamw)
         if self.job.recipe.fsdp:
             save_whole(self.optimizer)
         return self.optimizer
@@ -225,6 +226,7 @@ class DistillationTrainer(Trainer):
             "seconds": round(seconds, 1),
             "tokens_per_second": round(tokens / seconds, 1),
             "processes": process_group().num_processes,
+            "learning_rate": self.job.learning_rate,
             "device": self.args.device.type,
             "arithmetic": self.job.arithmetic,
             "teacher": self.job.taught_by["uri"] if self.job.taught_by else None,
@@ -242,7 +244,7 @@ def arguments(job: Job, steps: int, output: Path, save: bool) -> TrainingArgumen
         gradient_accumulation_steps=job.accumulation,
         train_sampling_strategy="sequential",  # the Stream is in order already
         remove_unused_columns=False,
-        learning_rate=recipe.learning_rate,
+        learning_rate=job.learning_rate,
         lr_scheduler_type=recipe.schedule,
         lr_scheduler_kwargs=_decay(recipe, steps),
         warmup_steps=recipe.warmup,  # below 1: a share of the steps

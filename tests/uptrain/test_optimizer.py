@@ -61,7 +61,7 @@ def trainer_of(folder: Path, output: Path, steps: int = 1, **changes) -> Distill
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "phi3", "gpt_neox", "gpt2"])
 def test_groups_by_role(architecture, norms):
     model = RrtForCausalLM(mixed_config(architecture, norms))
-    groups = by_name(model, parameter_groups(model, recipe()))
+    groups = by_name(model, parameter_groups(model, recipe(), RATE))
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
             expected = "vectors"
@@ -80,7 +80,7 @@ def test_visits_are_those_that_use_a_parameter(architecture, norms):
     """In a plan where some matrices of a slot are tied by both visits, some by one and some by none."""
     model, plan = RrtForCausalLM(mixed_config(architecture, norms)), mixed_plan(architecture, norms)
     seen = set()
-    for name, group in by_name(model, parameter_groups(model, recipe())).items():
+    for name, group in by_name(model, parameter_groups(model, recipe(), RATE)).items():
         expected = 1
         if ".shared." in name:
             slot, path = name.split(".slots.")[1].split(".shared.")
@@ -96,7 +96,7 @@ def test_visits_are_those_that_use_a_parameter(architecture, norms):
 @pytest.mark.parametrize(("asked", "factor"), [("visits", None), (1.0, 1.0), ("0.7", 0.7)])
 def test_learning_rate_of_shared_weights(loops, asked, factor):
     model = tied(loops=loops)
-    groups = by_name(model, parameter_groups(model, recipe(shared_lr_scale=asked)))
+    groups = by_name(model, parameter_groups(model, recipe(shared_lr_scale=asked), RATE))
     expected = 1.0 if loops == 1 else factor or 1 / loops
     rates = {".shared." in name: set() for name in groups}
     for name, group in groups.items():
@@ -106,7 +106,7 @@ def test_learning_rate_of_shared_weights(loops, asked, factor):
 
 def test_kept_layers_are_not_shared():
     model = tied(loops=2, keep=1)
-    groups = by_name(model, parameter_groups(model, recipe()))
+    groups = by_name(model, parameter_groups(model, recipe(), RATE))
     visits = {
         int(name.split(".slots.")[1].split(".")[0]): g["visits"] for name, g in groups.items() if ".shared." in name
     }
@@ -115,14 +115,14 @@ def test_kept_layers_are_not_shared():
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_the_rate_that_is_logged_is_the_recipes(optimizer):
-    made = make_optimizer(tied(loops=3, norms="shared"), recipe(optimizer=optimizer), ADAMW)
+    made = make_optimizer(tied(loops=3, norms="shared"), recipe(optimizer=optimizer), RATE, ADAMW)
     assert made.param_groups[0]["lr"] == RATE
 
 
 def test_frozen_parameters_are_left_out():
     model = tied(loops=2)
     model.get_input_embeddings().requires_grad_(False)
-    groups = by_name(model, parameter_groups(model, recipe()))
+    groups = by_name(model, parameter_groups(model, recipe(), RATE))
     assert "model.embed_tokens.weight" not in groups and "lm_head.weight" in groups
 
 
@@ -136,7 +136,7 @@ def test_adamw_is_as_fast_as_the_trainers_own(rrt, tmp_path):
 
 def test_muon_takes_the_matrices_in_the_slots():
     model = RrtForCausalLM(mixed_config("llama"))
-    optimizer = make_optimizer(model, recipe(optimizer="muon"), ADAMW)
+    optimizer = make_optimizer(model, recipe(optimizer="muon"), RATE, ADAMW)
     groups = by_name(model, optimizer.param_groups)
     for name, parameter in model.named_parameters():
         expected = ".slots." in name and parameter.dim() == 2 and not name.endswith((".A", ".B"))
@@ -146,14 +146,14 @@ def test_muon_takes_the_matrices_in_the_slots():
 def test_a_step_of_each_is_its_optimizers_own():
     """The parameters of Muon move as under torch.optim.Muon alone, the others as under AdamW alone."""
     mixed, muon, adamw = (tied(loops=3) for _ in range(3))
-    together = make_optimizer(mixed, recipe(optimizer="muon"), ADAMW)
+    together = make_optimizer(mixed, recipe(optimizer="muon"), RATE, ADAMW)
     taken = {name for name, group in by_name(mixed, together.param_groups).items() if "momentum" in group}
     alone = [
         torch.optim.Muon(
             [p for n, p in muon.named_parameters() if n in taken and ".shared." in n],
             lr=RATE / 3, weight_decay=0.1, adjust_lr_fn="match_rms_adamw",
         ),
-        make_optimizer(adamw, recipe(), ADAMW),
+        make_optimizer(adamw, recipe(), RATE, ADAMW),
     ]  # fmt: skip
     ids = torch.randint(300, (2, 16), generator=torch.Generator().manual_seed(0))
     for _ in range(3):
