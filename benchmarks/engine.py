@@ -3,12 +3,13 @@
     python benchmarks/engine.py MODEL [--batches 1 8] [--new 32] [--rounds 3] [--dtype float32]
                                 [--threshold 0.9] [--drafts 1 3 5] [--quieten 0.3] [--only NAME …]
 
-MODEL: a recursive model of two loops or more, or a dense one. Requests have prompts of mixed length, and greedy answers
-of `--new` tokens. All ways take their turn in every round; shown are medians of tokens a second over those of generate,
-one request after the other, in processor time on a CPU and in time on an accelerator, with the least and the most; and
-for the engine its steps and the tokens that went through a loop, which are the same in every run. "Ideal drafts" are
-taken to be right whatever they are, which shows what the machinery costs. Arrivals: requests that come at random, at
-the rate that full depth can just serve, and the seconds until an answer is whole.
+MODEL: a recursive model of two loops or more, or a dense one. Requests, so many at once, have prompts of mixed length,
+and greedy answers of `--new` tokens; there are eight prompts at least. All ways take their turn in every round; shown
+are medians of tokens a second over those of generate, one request after the other, in processor time on a CPU and in
+time on an accelerator, with the least and the most; and for the engine its steps and the tokens that went through a
+loop, which are the same in every run. "Ideal drafts" are taken to be right whatever they are, which shows what the
+machinery costs. Arrivals: requests that come at random, at the rate that full depth can just serve, and the seconds
+until an answer is whole.
 
 --quieten: what the norms after the first loop give is multiplied by so much. Later loops then change little, and the
 first exit is right about most tokens: not a model that anybody wants, but one of a real size with exits as good as
@@ -27,7 +28,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 import rrtc.model  # noqa: F401 - registers the recursive model
 from rrtc.console import quiet_libraries
-from rrtc.generate.choice import TRIAL, agreement, trial_text
+from rrtc.generate.agreement import TRIAL, TRIAL_NEW, agreement, said_a_round
+from rrtc.generate.choice import trial_text
 from rrtc.generate.engine import Engine
 from rrtc.generate.forecast import measure_costs
 from rrtc.generate.sampling import Drawing
@@ -37,6 +39,7 @@ from rrtc.stock.architecture import decoder_layers
 from rrtc.text.sources import documents
 
 LENGTHS = (16, 96)  # tokens of a prompt
+FEWEST = 8  # prompts: a few requests at a time answer several ones, one after the other
 ARRIVALS = 24  # requests
 
 Run = Callable[[], list[list[int]]]
@@ -111,8 +114,8 @@ def greedy(new: int) -> dict:
     return {"max_new_tokens": new, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
 
-def by_engine(model: PreTrainedModel, prompts: Sequence[list[int]], new: int, way, seen: dict) -> list[list[int]]:
-    engine = Engine(model, way, len(prompts), LENGTHS[1] + new)
+def by_engine(model: PreTrainedModel, prompts: Sequence[list[int]], new: int, way, rows: int, seen: dict):
+    engine = Engine(model, way, rows, LENGTHS[1] + new)
     requests = [engine.submit(prompt, new, do_sample=False, eos_token_id=None) for prompt in prompts]
     engine.run()
     seen["steps"], seen["passes"] = engine.steps, engine.passes
@@ -131,7 +134,7 @@ def engine_ways(given: argparse.Namespace) -> dict[str, Callable]:
 
 
 def compare(model: PreTrainedModel, tokenizer, batch: int, given: argparse.Namespace) -> None:
-    prompts, new = prompts_of(tokenizer, batch), given.new
+    prompts, new = prompts_of(tokenizer, max(batch, FEWEST)), given.new
     seen: dict[str, dict] = {}
     runs: dict[str, Run] = {"generate, one by one": lambda: alone(model, prompts, new)}
     if batch > 1:
@@ -141,7 +144,7 @@ def compare(model: PreTrainedModel, tokenizer, batch: int, given: argparse.Names
         half = len(model.config.visits) // 2
         runs["assistant_early_exit"] = lambda: alone(model, prompts, new, assistant_early_exit=half)
     for name, way in engine_ways(given).items():
-        runs[name] = partial(by_engine, model, prompts, new, way, seen.setdefault(name, {}))
+        runs[name] = partial(by_engine, model, prompts, new, way, batch, seen.setdefault(name, {}))
     runs = {name: run for name, run in runs.items() if not given.only or name in given.only or "one by one" in name}
     times: dict[str, list[float]] = {name: [] for name in runs}
     said: dict[str, list] = {}
@@ -157,10 +160,12 @@ def compare(model: PreTrainedModel, tokenizer, batch: int, given: argparse.Names
             if turn:
                 times[name].append(clock(model) - begun)
     baseline, truth = times["generate, one by one"], said["generate, one by one"]
-    print(f"\n{batch} requests, {new} tokens each: tokens a second over generate's, one by one")
+    print(
+        f"\n{batch} of {len(prompts)} requests at once, {new} tokens each: tokens a second over generate's, one by one"
+    )
     for name, own in times.items():
         ratios = sorted(b / t for b, t in zip(baseline, own, strict=True))
-        same = f"{sum(a == b for a, b in zip(said[name], truth, strict=True))} of {batch} the same"
+        same = f"{sum(a == b for a, b in zip(said[name], truth, strict=True))} of {len(prompts)} the same"
         more = ", ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v}" for k, v in seen.get(name, {}).items())
         print(f"  {name:<28}{median(ratios):6.2f} ({ratios[0]:.2f}, {ratios[-1]:.2f})  {same}  {more}", flush=True)
 
@@ -170,7 +175,7 @@ def arrivals(model: PreTrainedModel, tokenizer, given: argparse.Namespace) -> No
     prompts, rows = prompts_of(tokenizer, ARRIVALS), 8
     ways = {n: w for n, w in engine_ways(given).items() if "ideal" not in n and (not given.only or n in given.only)}
     begun = clock(model)
-    by_engine(model, prompts[:rows], given.new, FullDepth, {})
+    by_engine(model, prompts[:rows], given.new, FullDepth, rows, {})
     each = (clock(model) - begun) / rows  # seconds that full depth takes for one
     chance, comes, at = random.Random(1), [], 0.0
     for _ in prompts:
@@ -202,14 +207,15 @@ def main(given: argparse.Namespace) -> None:
         torch.set_num_threads(1)
     if given.quieten != 1:
         quieten(model, given.quieten)
-    right = agreement(model, Stages(model), trial_text(model, tokenizer, *TRIAL))
-    for batch in given.batches:
-        if costs := measure_costs(model, batch):
-            best = {kept: costs.drafts(kept, 8) or 1 for kept in (0.4, 0.6, 0.8, 0.9, 1.0)}
-            said = ", ".join(f"{kept:.0%}: {costs.speculating(kept, n):.2f} by {n}" for kept, n in best.items())
-            print(f"\nforecast of speculation with {batch} requests, by how many drafts are right: {said}")
-            here = ", ".join(f"{costs.speculating(right, n):.2f} by {n}" for n in given.drafts)
-            print(f"the first exit is right about {right:.0%}, so: {here}")
+    costs = {batch: measure_costs(model, batch) for batch in given.batches}
+    if all(costs.values()):
+        right = agreement(model, trial_text(model, tokenizer, *TRIAL), TRIAL_NEW, {"do_sample": False})
+        print(f"the first exit is right about {right.mean():.0%} of what the model says")
+    for batch, cost in costs.items():
+        if cost:
+            here = ", ".join(f"{cost.speculating(said_a_round(right, n), n):.2f} by {n}" for n in given.drafts)
+            even = next((kept for kept in range(101) if cost.drafts(kept / 100, 8)), 101)
+            print(f"\nforecast with {batch} requests at once, over full depth: {here}; it pays from {even} % on")
         compare(model, tokenizer, batch, given)
     if "arrivals" in given.parts:
         arrivals(model, tokenizer, given)

@@ -1,16 +1,17 @@
 """What a model answers to what is said to it, as it comes; through its chat template, or as plain continuation."""
 
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import TextStreamer
+from transformers.generation.streamers import BaseStreamer
 
 from rrtc.console import quiet_libraries
 from rrtc.errors import RrtcError, WrongUsage, short
-from rrtc.generate.engine import UNBOUNDED
-from rrtc.generate.words import Show, Turns, prompt_ids
+from rrtc.generate.engine import UNBOUNDED, Engine
+from rrtc.generate.words import Show, Turns, Words, prompt_ids
 from rrtc.recipe.chat import ChatOptions, check_prompt
 from rrtc.results import AnswerResult, ChatResult
 from rrtc.text.windows import longest_context
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ROOM = 4  # a fourth of the context at least is for the answer, as long as there are older turns to forget
+THEIRS = ("speculate", "stop_strings", "max_time")  # in a model's generation defaults, what transformers alone can do
+TWICE = 2  # as much room as a prompt and its answer take: the conversation goes on
 
 
 class Speaker:
@@ -27,6 +30,8 @@ class Speaker:
     def __init__(self, name: str, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", options: ChatOptions):
         self.name, self.model, self.tokenizer, self.options = name, model, tokenizer, options
         self.turns: Turns = []
+        self._engine: Engine | None = None  # which has the keys and values of what was said
+        self._by_transformers = any(getattr(model.generation_config, name, None) for name in THEIRS)
 
     @property
     def has_template(self) -> bool:
@@ -43,24 +48,28 @@ class Speaker:
         turns, ids = self._that_fit([*self.turns, {"role": "user", "content": prompt}])
         forgotten = (len(self.turns) + 1 - len(turns)) // 2
         self.turns = turns
-        streamer, begun = _Streamer(self.tokenizer, show), time.perf_counter()
-        room = self._longest - ids.shape[1]
+        pieces: list[str] = []
+
+        def tell(piece: str) -> None:
+            pieces.append(piece)
+            show(piece)
+
+        words, begun = Words(self.tokenizer, tell), time.perf_counter()
+        most = min(self.options.max_tokens, self._longest - len(ids))
         try:
-            new = self._generate(ids, streamer, min(self.options.max_tokens, room))
-        except BaseException:
-            self.turns.append({"role": "assistant", "content": streamer.text})
-            raise
-        text = self.tokenizer.decode(new, skip_special_tokens=True)
-        self.turns.append({"role": "assistant", "content": text})
-        ended = "by itself" if len(new) < min(self.options.max_tokens, room) else "max_tokens"
+            with quiet_libraries():
+                tokens, by_itself = self._say(ids, most, words.add)
+            words.finish()
+        finally:
+            self.turns.append({"role": "assistant", "content": "".join(pieces)})
         return {
             "model": self.name,
             "chat_template": self.has_template,
-            "text": text,
-            "tokens": len(new),
+            "text": "".join(pieces),
+            "tokens": tokens,
             "seconds": time.perf_counter() - begun,
             "forgotten": forgotten,
-            "ended": "context" if ended == "max_tokens" and room < self.options.max_tokens else ended,
+            "ended": "by itself" if by_itself else "max_tokens" if most == self.options.max_tokens else "context",
         }
 
     def clear(self) -> None:
@@ -71,38 +80,58 @@ class Speaker:
     def _longest(self) -> int:
         return longest_context(self.model.config, UNBOUNDED)
 
-    def _generate(self, ids: torch.Tensor, streamer: TextStreamer, most: int) -> torch.Tensor:
+    def _say(self, ids: list[int], most: int, add: Callable[[int], bool]) -> tuple[int, bool]:
+        """Calls add(token) with each token of an answer to `ids` of `most` at most. Returns how many they are, and
+        whether the model came to an end by itself."""
+        engine, self._engine = self._engine, None  # one that is interrupted is not used again
+        if engine is None or engine.context < len(ids) + most:
+            try:
+                room = min(self._longest, TWICE * (len(ids) + most))
+                engine = None if self._by_transformers else Engine(self.model, rows=1, context=room, keeps=True)
+            except RrtcError:  # its attention cannot be told which keys to see, or keeps what no row has
+                self._by_transformers = True
+        if self._by_transformers:
+            return self._generate(ids, most, add)
+        request = engine.submit(ids, most, self.options.seed, add, **self.options.of_generate())
+        engine.run()
+        if request.error is not None:
+            raise request.error
+        self._engine = engine
+        return len(request.said), request.ended == "by itself"
+
+    def _generate(self, ids: list[int], most: int, add: Callable[[int], bool]) -> tuple[int, bool]:
+        """The same by transformers, for models that the engine cannot run."""
         seed, tokenizer = self.options.seed, self.tokenizer
         padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        ids = ids.to(self.model.device)
-        with quiet_libraries(), torch.inference_mode(), torch.random.fork_rng() if seed is not None else nullcontext():
+        prompt = torch.tensor([ids], device=self.model.device)
+        with torch.inference_mode(), torch.random.fork_rng() if seed is not None else nullcontext():
             if seed is not None:
                 torch.manual_seed(seed)
             try:
                 said = self.model.generate(
-                    ids, attention_mask=torch.ones_like(ids), streamer=streamer, max_new_tokens=most,
+                    prompt, attention_mask=torch.ones_like(prompt), streamer=_Streamer(add), max_new_tokens=most,
                     pad_token_id=padding, tokenizer=tokenizer, num_beams=1, num_return_sequences=1,
                     return_dict_in_generate=False, **self.options.of_generate(),
                 )  # fmt: skip
             except ValueError as error:  # what its generation_config.json asks for cannot be done
                 raise RrtcError(f"{self.name} cannot generate: {short(error)}") from error
-        return said[0, ids.shape[1] :]
+        tokens = said.shape[1] - len(ids)
+        return tokens, tokens < most
 
-    def _that_fit(self, turns: Turns) -> tuple[Turns, torch.Tensor]:
-        """The latest of the turns and their token ids (1, length): all but the oldest that would leave no room for an
-        answer."""
+    def _that_fit(self, turns: Turns) -> tuple[Turns, list[int]]:
+        """The latest of the turns and their token ids: all but the oldest that would leave no room for an answer."""
         ids = self._ids(turns)
-        while ids.shape[1] > self._longest - min(self.options.max_tokens, self._longest // ROOM) and turns[2:]:
+        while len(ids) > self._longest - min(self.options.max_tokens, self._longest // ROOM) and turns[2:]:
             turns = turns[2:]  # without what was said first, and its answer
             ids = self._ids(turns)
-        if ids.shape[1] >= self._longest:
-            sentence = f"The prompt has {ids.shape[1]} tokens, and {self.name} can see {self._longest}."
+        if len(ids) >= self._longest:
+            sentence = f"The prompt has {len(ids)} tokens, and {self.name} can see {self._longest}."
             raise WrongUsage(sentence, "Say it in fewer words.")
         return turns, ids
 
-    def _ids(self, turns: Turns) -> torch.Tensor:
+    def _ids(self, turns: Turns) -> list[int]:
         vocabulary = self.model.get_input_embeddings().weight.shape[0]
-        return torch.tensor([prompt_ids(turns, self.tokenizer, vocabulary, self.name)])
+        return prompt_ids(turns, self.tokenizer, vocabulary, self.name)
 
 
 class Chat:
@@ -121,14 +150,17 @@ class Chat:
             speaker.clear()
 
 
-class _Streamer(TextStreamer):
-    """Hands the text on in whole words. `text` is all of it until now."""
+class _Streamer(BaseStreamer):
+    """Hands new tokens on as they come."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", show: Show):
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.text, self._show = "", show
+    def __init__(self, add: Callable[[int], bool]):
+        self._add, self._is_prompt = add, True
 
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        self.text += text
-        if text:
-            self._show(text)
+    def put(self, value: torch.Tensor) -> None:
+        """value: token ids; the first that come are the prompt."""
+        for token in () if self._is_prompt else value.flatten().tolist():
+            self._add(token)
+        self._is_prompt = False
+
+    def end(self) -> None:
+        """Nothing is held back."""

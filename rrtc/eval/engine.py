@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import GenerationConfig
 
-from rrtc.generate.choice import QUALITY, TRIAL, agreement, trial_text
+from rrtc.generate.agreement import TRIAL, TRIAL_NEW, agreement, said_a_round
+from rrtc.generate.choice import QUALITY, trial_text
 from rrtc.generate.engine import Engine
 from rrtc.generate.forecast import measure_costs
 from rrtc.generate.quality import Scored, find_threshold, passes
@@ -21,9 +22,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 REQUESTS = (1, 8)  # at once
+FEWEST = 4  # prompts: of one alone, all may hang on how it is gone on with
 PROMPT, NEW = 64, 32  # tokens
 LIMITS = (0.01, 0.05)  # nats a token that early exits may cost
 MOST_DRAFTS = 4
+SETTINGS = {"do_sample": False, "repetition_penalty": 1.0}
 
 Way = Callable[[int, int], FullDepth]
 
@@ -41,26 +44,29 @@ def measure_engine(
     """The `engine` of rrtc/io/report.py. has_exits: whether the exits of `model` were trained."""
     stages, thresholds, right = Stages(model), {}, None
     if has_exits and stages.loops > 1:
-        right = agreement(model, stages, trial_text(model, tokenizer, *TRIAL))
+        right = agreement(model, trial_text(model, tokenizer, *TRIAL), TRIAL_NEW, SETTINGS)
         scored = Scored(model, trial_text(model, tokenizer, *QUALITY), advance=advance)
         thresholds = {limit: found for limit in LIMITS if (found := find_threshold(scored, limit)).value is not None}
-    prompts = trial_text(model, tokenizer, max(REQUESTS), PROMPT).tolist()
+    # Other prompts than those that the forecast is made from.
+    prompts = trial_text(model, tokenizer, 2 * max(REQUESTS), PROMPT)[max(REQUESTS) :].tolist()
     ways = []
     for requests in REQUESTS:
         costs = measure_costs(model, requests) if right is not None else None
         tried: dict[str, tuple[Way, float | None]] = {"full depth": (FullDepth, None)}
         if costs is not None and right is not None:
-            drafts = costs.drafts(right, MOST_DRAFTS) or 1
+            said = partial(said_a_round, right)
+            drafts = costs.best(said, MOST_DRAFTS) or 1
             name = f"speculation, {drafts} draft{'s' * (drafts > 1)}"
-            tried[name] = partial(Speculate, drafts=drafts), costs.speculating(right, drafts)
+            tried[name] = partial(Speculate, drafts=drafts), costs.speculating(said(drafts), drafts)
             for limit, found in thresholds.items():
                 tried[f"early exits, {limit} nats"] = (
                     partial(Leave, threshold=found.value),
                     costs.leaving(found.shares),
                 )
-        ways += _in_turn(model, prompts[:requests], tried, rounds, advance)
+        ways += _in_turn(model, prompts[: max(requests, FEWEST)], requests, tried, rounds, advance)
     return {
-        "loops": stages.loops, "right": right, "rounds": rounds, "prompt_tokens": PROMPT, "new_tokens": NEW,
+        "loops": stages.loops, "right": None if right is None else float(right.mean()),
+        "rounds": rounds, "prompt_tokens": PROMPT, "new_tokens": NEW,
         "thresholds": [
             {"limit": limit, "threshold": found.value, "growth": found.growth, "left": 1 - found.shares[-1]}
             for limit, found in thresholds.items()
@@ -70,11 +76,12 @@ def measure_engine(
 
 
 def _in_turn(
-    model: "PreTrainedModel", prompts: list[list[int]], tried: dict[str, tuple[Way, float | None]], rounds: int,
-    advance: Callable[[], None],
+    model: "PreTrainedModel", prompts: list[list[int]], requests: int, tried: dict[str, tuple[Way, float | None]],
+    rounds: int, advance: Callable[[], None],
 ) -> list[dict]:  # fmt: skip
-    """Each way's speed over that of full depth; transformers' own one request after the other is one of them."""
-    runs = {name: partial(_by_engine, model, prompts, way) for name, (way, _) in tried.items()}
+    """Each way's speed over that of full depth, with so many requests at once; transformers' own one request after the
+    other is one of them."""
+    runs = {name: partial(_by_engine, model, prompts, requests, way) for name, (way, _) in tried.items()}
     runs["transformers, one by one"] = partial(_by_transformers, model, prompts)
     times: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(1 + rounds):
@@ -90,15 +97,15 @@ def _in_turn(
         low, middle, high = quantiles(ratios, n=4, method="inclusive") if rounds > 1 else ratios * 3
         forecast = tried[name][1] if name in tried else None
         found.append(
-            {"way": name, "requests": len(prompts), "forecast": forecast, "ratio": middle, "low": low, "high": high}
+            {"way": name, "requests": requests, "forecast": forecast, "ratio": middle, "low": low, "high": high}
         )
     return found
 
 
-def _by_engine(model: "PreTrainedModel", prompts: list[list[int]], way: Way) -> None:
-    engine = Engine(model, way, len(prompts), PROMPT + NEW)
+def _by_engine(model: "PreTrainedModel", prompts: list[list[int]], requests: int, way: Way) -> None:
+    engine = Engine(model, way, requests, PROMPT + NEW)
     for prompt in prompts:
-        engine.submit(prompt, NEW, do_sample=False, repetition_penalty=1.0, eos_token_id=None)
+        engine.submit(prompt, NEW, eos_token_id=None, **SETTINGS)
     engine.run()
     torch.accelerator.synchronize() if model.device.type != "cpu" else None
 

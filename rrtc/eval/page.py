@@ -188,7 +188,7 @@ def _engine(report: dict) -> Table:
     ]
     notes = ["Speed as a multiple of full depth by rrtc's engine, in turn on this machine; median and quartiles."]
     if found["ways"] and found["right"] is not None:
-        notes.append(f"The first exit says what the model says in the end of {found['right']:.0%} of tokens.")
+        notes.append(f"The first exit is right about {found['right']:.0%} of what the model says itself.")
     for one in found.get("thresholds", ()):
         notes.append(
             f"At most {one['limit']} nats a token are lost where an exit is surer than {one['threshold']:.3f}: "

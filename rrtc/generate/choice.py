@@ -9,26 +9,26 @@ from typing import TYPE_CHECKING
 
 import numpy
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rrtc.console import note, progress, warn
 from rrtc.errors import RrtcError, WrongUsage
+from rrtc.generate.agreement import TRIAL, TRIAL_NEW, agreement, said_a_round
 from rrtc.generate.forecast import WORTH_IT, Costs, measure_costs
 from rrtc.generate.quality import Scored, Threshold, find_threshold, passes
 from rrtc.generate.stages import Stages
 from rrtc.generate.ways import FullDepth, Leave, Speculate
 from rrtc.io.remembered import remembered
-from rrtc.recipe.generate import EngineOptions
+from rrtc.recipe.generate import AnswerOptions, EngineOptions
 from rrtc.recipe.section import BUILT_IN_TEXT
-from rrtc.stock.parts import Parts
 from rrtc.text.windows import held_out_windows, longest_context
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DRAFTS = 4  # at most, where the user does not say
-TRIAL = (4, 128)  # windows and tokens of the text on which it is found out how often an exit is right
-QUALITY = (16, 256)  # of that on which a threshold is
+QUALITY = (16, 256)  # windows and tokens of the text on which a threshold is found
 Way = Callable[[int, int], FullDepth]
 
 
@@ -79,15 +79,37 @@ def choose(
     costs = measure_costs(model, requests)
     if options.exit_quality:
         return _by_quality(model, tokenizer, options, fingerprint, costs)
-    kept = agreement(model, stages, trial_text(model, tokenizer, *TRIAL))
+    right = _agreement(model, tokenizer, options, fingerprint)
     most = options.speculate or DRAFTS
-    drafts = costs.drafts(kept, most)
-    forecast = costs.speculating(kept, drafts or 1)
-    said = f"The first exit is right about {kept:.0%} of tokens, so speculation would be {forecast:.2f} times as fast"
+    said = partial(said_a_round, right)
+    drafts = costs.best(said, most) or 1
+    forecast = costs.speculating(said(drafts), drafts)
+    why = f"The first exit is right about {right.mean():.0%} of what the model says, so speculation would be "
     if forecast < WORTH_IT:
-        return Choice(FullDepth, "full depth", forecast, f"{said} as full depth, which it therefore is.")
+        why += f"{forecast:.2f} times as fast as full depth, which it therefore is."
+        return Choice(FullDepth, "full depth", forecast, why)
     way = partial(Speculate, drafts=most, worth=costs.drafts)
-    return Choice(way, "speculation", forecast, f"{said} as full depth.")
+    return Choice(way, "speculation", forecast, f"{why}{forecast:.2f} times as fast as full depth.")
+
+
+def _agreement(model, tokenizer, options: EngineOptions, fingerprint: str) -> NDArray:
+    """As `agreement` finds it, with the settings of the answers that are to come; once for each model and settings."""
+    prompts = trial_text(model, tokenizer, *TRIAL)
+    settings = options.of_generate() if isinstance(options, AnswerOptions) else {}
+
+    def find() -> dict:
+        with progress("How often the first exit is right", total=len(prompts) * (TRIAL_NEW + 1)) as advance:
+            return {"right": agreement(model, prompts, TRIAL_NEW, settings, advance)}
+
+    made_from = _made_from("agreement", model, prompts, fingerprint) | {"new": TRIAL_NEW, "settings": settings}
+    return remembered(made_from, find)[0]["right"]
+
+
+def _made_from(what: str, model, text: Tensor, fingerprint: str) -> dict:
+    return {
+        "what": what, "model": fingerprint, "text": sha256(text.numpy().tobytes()).hexdigest(),
+        "dtype": str(model.dtype), "device": model.device.type,
+    }  # fmt: skip
 
 
 def _by_quality(model, tokenizer, options: EngineOptions, fingerprint: str, costs: Costs) -> Choice:
@@ -99,10 +121,8 @@ def _by_quality(model, tokenizer, options: EngineOptions, fingerprint: str, cost
             found = find_threshold(Scored(model, text, options.catch_up, advance), options.exit_quality)
         return {name: numpy.array(numpy.nan if one is None else one) for name, one in asdict(found).items()}
 
-    made_from = {
-        "what": "threshold", "model": fingerprint, "limit": options.exit_quality, "catch_up": options.catch_up,
-        "text": sha256(text.numpy().tobytes()).hexdigest(), "dtype": str(model.dtype), "device": model.device.type,
-    }  # fmt: skip
+    made_from = _made_from("threshold", model, text, fingerprint)
+    made_from |= {"limit": options.exit_quality, "catch_up": options.catch_up}
     kept = {name: array.tolist() for name, array in remembered(made_from, find)[0].items()}
     kept["value"] = None if math.isnan(kept["value"]) else kept["value"]
     found = Threshold(**kept | {"shares": tuple(kept["shares"])})
@@ -120,18 +140,6 @@ def _by_quality(model, tokenizer, options: EngineOptions, fingerprint: str, cost
     if forecast < WORTH_IT:
         return Choice(FullDepth, "full depth", forecast, f"{said}, which it therefore is.")
     return Choice(partial(Leave, threshold=found.value, catch_up=options.catch_up), "early exits", forecast, f"{said}.")
-
-
-@torch.inference_mode()
-def agreement(model: "PreTrainedModel", stages: Stages, windows: Tensor) -> float:
-    """The share of tokens in `windows`, (windows, context) token ids, of which the exit after the first loop says what
-    the model says in the end."""
-    parts, same = Parts(getattr(model, "stock", model)), []
-    for ids in windows[:, None].to(model.device):
-        hidden, (left,) = parts.run(ids, [stages.body[-1]])
-        end, early = (parts.head(states[0]).argmax(-1) for states in (hidden, parts.after(ids, left)))
-        same.append((end == early).float().mean())
-    return float(torch.stack(same).mean())
 
 
 def trial_text(model, tokenizer, windows: int, context: int) -> Tensor:

@@ -30,16 +30,18 @@ class Engine:
     way: makes what decides when tokens leave, of the number of loops and of the tokens of a prompt that enter together;
     where there is one loop to go through, that is full depth whatever it is.
     rows: requests that go on at once. context: tokens of a prompt and its answer at most. waiting: requests that may
-    wait for a row at most.
+    wait for a row at most. keeps: whether a row keeps what it has when its request has ended, so that one that begins
+    with the same tokens reads only the others.
     """
 
     def __init__(self, model: PreTrainedModel, way: Callable[[int, int], FullDepth] = FullDepth, rows: int = 8,
-                 context: int = 2048, chunk: int = CHUNK, waiting: int = UNBOUNDED):  # fmt: skip
-        self.model, self.context, self._longest_queue = model, context, waiting
+                 context: int = 2048, chunk: int = CHUNK, waiting: int = UNBOUNDED, keeps: bool = False):  # fmt: skip
+        self.model, self.context, self._longest_queue, self._keeps = model, context, waiting, keeps
         self.stages = Stages(model, by_depth=way is not FullDepth)
         self.way = (way if self.stages.loops > 1 else FullDepth)(self.stages.loops, chunk)
         self.store = self.stages.new_store(rows, context, max(self.way.most, chunk))
         self._free = list(range(rows))
+        self._kept: list[list[int]] = [[] for _ in self._free]  # the tokens that each row has
         self.queue: deque[Request] = deque()
         self.active: list[Request] = []
         self.steps = self.passes = 0  # passes: tokens that went through a loop
@@ -70,7 +72,9 @@ class Engine:
         """One pass over all slots, and the requests that have ended with it."""
         while self._free and self.queue:
             request = self.queue.popleft()
-            request.row = self._free.pop(0)
+            request.row, request.entered = self._best_row(request.prompt)
+            self._free.remove(request.row)
+            self.store.back_to(request.row, request.entered)
             request.read_on(self.way.chunk)
             self.active.append(request)
         taking_part = sorted(self._taking_part(), key=lambda request: request.span.loop)
@@ -119,8 +123,22 @@ class Engine:
             chosen.append(request)
         return chosen
 
+    def _best_row(self, prompt: list[int]) -> tuple[int, int]:
+        """(a free row, with how many of its tokens the prompt begins): the last one of a prompt is always read."""
+        found = {row: self.store.reach(row, _in_common(self._kept[row], prompt[:-1])) for row in self._free}
+        return max(found.items(), key=lambda one: one[1])
+
     def _release(self, request: Request) -> None:
         self.active.remove(request)
-        self.store.forget(request.row)
+        if self._keeps:
+            self._kept[request.row] = request.tokens[: int(request.span.positions[0])]
+        else:
+            self.store.forget(request.row)
         self._free.append(request.row)
         request.span = None
+
+
+def _in_common(one: Sequence[int], other: Sequence[int]) -> int:
+    """With how many same tokens both begin."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((number for number, (a, b) in pairs if a != b), min(len(one), len(other)))

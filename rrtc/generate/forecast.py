@@ -6,7 +6,7 @@ the head after each loop. All of these are timed here, in the passes that the en
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -34,17 +34,21 @@ class Costs:
     rest: float
     rest_more: float
 
-    def speculating(self, kept: float, drafts: int) -> float:
-        """How many times as fast as full depth it is to draft so many tokens at a time, of which the share `kept` is
-        right, each whatever the others are: 1 + kept + … + kept^drafts tokens a round (Leviathan et al. 2023, (1))."""
-        said = sum(kept**number for number in range(drafts + 1))
+    def speculating(self, said: float, drafts: int) -> float:
+        """How many times as fast as full depth it is to draft so many tokens at a time, where a round says so many."""
         took = (drafts + 1) * self.first + drafts * self.head + self.rest + drafts * self.rest_more
         return said * self.whole / took
 
+    def best(self, said: Callable[[int], float], most: int) -> int:
+        """How many drafts at a time are best, where rounds of so many say said(drafts) tokens: 0 where none are worth
+        it."""
+        best = max(range(1, most + 1), key=lambda drafts: self.speculating(said(drafts), drafts), default=0)
+        return best if best and self.speculating(said(best), best) >= 1 else 0
+
     def drafts(self, kept: float, most: int) -> int:
-        """How many drafts at a time are best where such a share is right: 0 where none are worth it."""
-        best = max(range(1, most + 1), key=lambda drafts: self.speculating(kept, drafts), default=0)
-        return best if best and self.speculating(kept, best) >= 1 else 0
+        """The same where such a share of the drafts is right, each whatever the others are: rounds say 1 + kept + … +
+        kept^drafts tokens (Leviathan et al. 2023, (1))."""
+        return self.best(lambda drafts: sum(kept**number for number in range(drafts + 1)), most)
 
     def leaving(self, shares: Sequence[float]) -> float:
         """How many times as fast as full depth it is where these shares of the tokens leave after each loop, the last

@@ -48,6 +48,12 @@ class Drawing:
             return int(scores.argmax())
         return int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))
 
+    def keeps(self, drafted: Tensor, scores: Tensor) -> float:
+        """With which probability `judge` keeps what `pick` draws from `drafted`."""
+        if not self.draws:
+            return float(drafted.argmax() == scores.argmax())
+        return float(torch.minimum(drafted.softmax(-1), scores.softmax(-1)).sum())
+
     def judge(self, draft: int, drafted: Tensor, scores: Tensor) -> tuple[int, bool]:
         """(the token that is said where `draft` was drafted, whether it is the draft). drafted, scores: the scores
         (vocabulary,) of the exit, from which the draft was drawn, and of the model itself."""

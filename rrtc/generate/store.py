@@ -148,6 +148,18 @@ class Store:
         for arrivals in self.arrivals[row]:
             arrivals.back_to(position)
 
+    def reach(self, row: int, position: int) -> int:
+        """`position` where the row can be taken back to it and lacks nothing of what later tokens see; else 0."""
+        for arrivals in self.arrivals[row]:
+            before = int((arrivals.positions < position).sum())
+            gone = arrivals.count - before > self._most and any(self._goes_round(rule) for rule in self._rules)
+            if before < position or gone:
+                return 0
+        return position
+
+    def _goes_round(self, rule: Rule | None) -> bool:
+        return self.ring(rule) < self.context
+
     @property
     def bytes(self) -> int:
         """What the keys and values of all rows take."""

@@ -39,8 +39,8 @@ speed          null, as where several are compared, or the compressed model's sp
                turn: device, rounds, prompt_tokens, new_tokens, and for each of prefill and decode {ratio, low, high}
                (median and quartiles); where visits see a window, also long: prompt_tokens, new_tokens and decode after
                a long prompt
-engine         null, as where several are compared, or what `rrtc generate` could win: loops, right (share of tokens of
-               which the first exit says what the model says in the end; null without trained exits), rounds,
+engine         null, as where several are compared, or what `rrtc generate` could win: loops, right (share of what
+               the model says itself about which the first exit is right; null without trained exits), rounds,
                prompt_tokens, new_tokens, thresholds: a list of {limit (nats a token that early exits may cost),
                threshold, growth (nats), left (share of the tokens)}, and ways: a list of {way, requests (at once),
                forecast (times full depth; or null), ratio, low, high (measured: times full depth, median, quartiles)}

@@ -5,6 +5,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import sys
 import time
@@ -134,8 +135,14 @@ def test_turns_go_through_the_chat_template(templated):
     assert first["text"] == "".join(pieces) == greedy(templated, "[user] One?\n[assistant] ", 10)
     assert first["chat_template"] and first["ended"] == "max_tokens" and first["tokens"] == 10
     before = f"[user] One?\n[assistant] {first['text']}\n"
-    second = chat.answer("Two?")["answers"][0]["text"]
-    assert second == greedy(templated, f"{before}[user] Two?\n[assistant] ", 10)
+    (speaker,) = chat.speakers
+    passes = speaker._engine.passes
+    asked = "[user] One?\n[assistant] ", f"{before}[user] Two?\n[assistant] "
+    second = chat.answer("Two?")["answers"][0]
+    assert second["text"] == greedy(templated, asked[1], 10)
+    first_ids, second_ids = speaker.tokenizer(list(asked))["input_ids"]
+    read = speaker._engine.passes - passes - (second["tokens"] - 1)
+    assert read <= len(second_ids) - len(first_ids)  # what was read for the first answer is not read again
     chat.clear()
     assert chat.answer("One?")["answers"][0]["text"] == first["text"]
 
@@ -144,6 +151,27 @@ def test_without_a_template_what_is_typed_next_begins_a_line(dense):
     chat = api.chat(dense("llama"), max_tokens=6)
     first = chat.answer("One")["answers"][0]["text"]
     assert chat.answer("Two")["answers"][0]["text"] == greedy(dense("llama"), f"One{first}\nTwo", 6)
+
+
+def test_a_model_that_the_engine_cannot_run_is_asked_by_transformers(rrt, tmp_path):
+    folder = shutil.copytree(rrt, tmp_path / "owners")
+    config = json.loads((folder / "config.json").read_text())
+    for visit in config["visits"]:
+        if visit["loop"]:
+            visit["attention"] = {"window": 9, "sinks": 0, "heads": [], "owner": {"loop": 0}}
+    (folder / "config.json").write_text(json.dumps(config))
+    chat, pieces = api.chat(folder, max_tokens=24), []
+    (answer,) = chat.answer(PROMPT, pieces.append)["answers"]
+    assert answer["text"] == "".join(pieces) == greedy(folder, PROMPT, 24)
+    assert chat.speakers[0]._engine is None and answer["tokens"] == 24
+
+
+def test_an_answer_ends_where_the_models_own_defaults_say(tmp_path, dense):
+    stop = re.search("[ -~]{2}", greedy(dense("llama"), PROMPT, 24)[3:])[0]
+    folder = with_defaults(tmp_path / "stops", stop_strings=[stop])
+    (answer,) = api.chat(folder, max_tokens=24).answer(PROMPT)["answers"]
+    assert stop in answer["text"] and answer["ended"] == "by itself" and answer["tokens"] < 24
+    assert greedy(dense("llama"), PROMPT, 24).startswith(answer["text"])
 
 
 def test_the_oldest_turns_are_forgotten_where_there_is_no_room(templated):

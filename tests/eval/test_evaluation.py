@@ -316,7 +316,9 @@ def _rounded(value):
     return pytest.approx(value, abs=1e-5) if isinstance(value, float) else value
 
 
-def test_ways_to_generate_are_timed_beside_what_was_to_be_expected(models, tmp_path):
+def test_ways_to_generate_are_timed_beside_what_was_to_be_expected(models, tmp_path, monkeypatch):
+    for name in ("TRIAL_NEW", "NEW"):
+        monkeypatch.setattr(f"rrtc.eval.engine.{name}", 6)
     asked = recipe(**text_of(models), engine=True, speed_rounds=1)
     report = evaluate(str(models / "exits"), asked, output=str(tmp_path / "report"))
     engine = read_report(tmp_path / "report")["engine"]
@@ -329,7 +331,7 @@ def test_ways_to_generate_are_timed_beside_what_was_to_be_expected(models, tmp_p
         if way["way"] == "full depth":
             assert way["ratio"] == 1.0
     page = (tmp_path / "report" / "report.html").read_text()
-    assert "Ways to generate" in page and f"of {engine['right']:.0%} of tokens" in page
+    assert "Ways to generate" in page and f"about {engine['right']:.0%} of what the model says itself" in page
     without = evaluate(str(models / "small"), asked)["engine"]
     assert without["right"] is None and without["thresholds"] == []
     assert {way["way"] for way in without["ways"]} == {"full depth", "transformers, one by one"}

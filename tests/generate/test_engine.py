@@ -236,6 +236,27 @@ def test_nobody_reads_what_a_cancelled_request_has_left(way):
     assert gone.ended == "stopped" and not engine.active and not engine.queue
 
 
+@pytest.mark.parametrize(
+    "way, model, read",
+    [
+        ("full depth", lambda: double("llama"), [4, 1]),
+        ("full depth", lambda: windowed("cycle"), [4, 26]),  # of what has left a window, nothing is there any more
+        ("speculating", lambda: double("llama"), None),
+    ],
+    ids=["full depth", "windows", "speculating"],
+)
+def test_what_a_row_keeps_is_not_read_again(way, model, read):
+    model = model()
+    engine, passes = Engine(model, WAYS[way], rows=1, context=CONTEXT, chunk=6, keeps=True), []
+    (said,) = by_engine(engine, PROMPTS[:1])
+    longer, back = PROMPTS[0] + said + [7, 8], PROMPTS[0] + said[:4] + [7]
+    for prompt in (longer, back):
+        before = engine.passes
+        assert by_engine(engine, [prompt]) == [by_transformers(model, prompt)]
+        passes.append(engine.passes - before - (NEW - 1))
+    assert read is None or passes == read
+
+
 def test_one_that_waits_can_be_cancelled():
     engine = Engine(double("llama"), rows=1, context=CONTEXT)
     first, second, third = (engine.submit(prompt, NEW, **GREEDY) for prompt in PROMPTS[:3])

@@ -1,38 +1,46 @@
 """What exits would win, from times; and thresholds, from the loss of text that is scored as it would be generated."""
 
+import copy
+import functools
 from functools import partial
 
+import numpy
 import pytest
 import torch
 from recursive_models import double, idle_after_the_first_loop, recursive, tokens
 
-from rrtc.generate.choice import agreement
+from rrtc.generate.agreement import agreement, said_a_round
 from rrtc.generate.engine import Engine
 from rrtc.generate.forecast import Costs, measure_costs
 from rrtc.generate.quality import NEVER, PROMPT, Scored, find_threshold, passes
-from rrtc.generate.stages import Stages
-from rrtc.generate.ways import Leave
+from rrtc.generate.ways import Leave, Speculate
+from rrtc.model import RrtForCausalLM
+from rrtc.model.modeling_rrt import find_layers
 
 COSTS = Costs(loops=2, whole=2.2, first=1.0, head=0.2, rest=1.2, rest_more=0.0)
 WINDOWS = tokens(8, 40)
 
 
 @pytest.mark.parametrize(
-    "kept, drafts, expected",
+    "said, drafts, expected",
     [
-        (1.0, 1, 2 * 2.2 / (2 * 1.0 + 0.2 + 1.2)),
-        (1.0, 3, 4 * 2.2 / (4 * 1.0 + 3 * 0.2 + 1.2)),
-        (0.5, 2, 1.75 * 2.2 / (3 * 1.0 + 2 * 0.2 + 1.2)),
-        (0.0, 0, 1.0),
+        (2.0, 1, 2 * 2.2 / (2 * 1.0 + 0.2 + 1.2)),
+        (4.0, 3, 4 * 2.2 / (4 * 1.0 + 3 * 0.2 + 1.2)),
+        (1.75, 2, 1.75 * 2.2 / (3 * 1.0 + 2 * 0.2 + 1.2)),
+        (1.0, 0, 1.0),
     ],
 )
-def test_speculation_by_hand(kept, drafts, expected):
-    assert COSTS.speculating(kept, drafts) == pytest.approx(expected)
+def test_speculation_by_hand(said, drafts, expected):
+    assert COSTS.speculating(said, drafts) == pytest.approx(expected)
+
+
+def pays_at_four_in_five(drafts: int) -> float:
+    return COSTS.speculating((1 - 0.8 ** (drafts + 1)) / 0.2, drafts)
 
 
 def test_the_best_number_of_drafts():
     assert COSTS.drafts(0.1, 8) == 0
-    assert COSTS.drafts(0.8, 8) == max(range(1, 9), key=lambda drafts: COSTS.speculating(0.8, drafts)) > 0
+    assert COSTS.drafts(0.8, 8) == max(range(1, 9), key=pays_at_four_in_five) > 0
     assert COSTS.drafts(1.0, 8) == 8
     assert COSTS.drafts(1.0, 0) == 0
 
@@ -52,10 +60,65 @@ def test_costs_are_measured_where_tokens_can_leave(recipe):
     assert measure_costs(recursive("llama", sharing="sequence")) is None
 
 
+PROMPTS, NEW = tokens(3, 12), 24
+GREEDY = {"do_sample": False}
+
+
+@functools.cache
+def nearly_idle(loops: int) -> RrtForCausalLM:
+    """A recursive model whose later loops change little, so that many drafts are right."""
+    model = copy.deepcopy(idle_after_the_first_loop(loops))
+    parent, _ = find_layers(model.stock, len(model.config.visits))
+    with torch.no_grad():
+        for slot in parent.slots:
+            for loop in list(slot.loops)[1:]:
+                for path in ("self_attn.o_proj", "mlp.down_proj"):
+                    loop.get_submodule(path).A.mul_(0.8)
+    return model
+
+
 def test_an_exit_agrees_with_the_end_where_nothing_follows():
-    idle, other = idle_after_the_first_loop(), double("llama")
-    assert agreement(idle, Stages(idle), WINDOWS) == 1.0
-    assert agreement(other, Stages(other), WINDOWS) < 0.9
+    advanced = []
+    assert (agreement(idle_after_the_first_loop(), PROMPTS, NEW, GREEDY, lambda: advanced.append(1)) == 1).all()
+    assert len(advanced) == len(PROMPTS) * (NEW + 1)
+
+
+@pytest.mark.parametrize("loops", [2, 3])
+def test_rounds_say_what_the_agreement_on_the_models_own_text_says(loops):
+    model = nearly_idle(loops)
+    right = agreement(model, PROMPTS, NEW, GREEDY)
+    assert right.shape == (len(PROMPTS), NEW) and set(right.flatten()) == {0, 1} and 0.3 < right.mean() < 0.98
+    rounds = []
+
+    class Counted(Speculate):
+        def _check(self, request, *others):
+            rounds.append(request)
+            super()._check(request, *others)
+
+    engine = Engine(model, partial(Counted, drafts=3), rows=2, context=64)
+    for ids in PROMPTS.tolist():  # the first token of an answer follows from the prompt
+        engine.submit(ids, NEW + 1, **GREEDY, eos_token_id=None)
+    engine.run()
+    assert said_a_round(right, 3) == pytest.approx(right.size / len(rounds))
+
+
+def test_with_sampling_drafts_are_right_as_often_as_they_are_kept():
+    settings = {"do_sample": True, "temperature": 1.5}
+    right = agreement(nearly_idle(2), tokens(16, 12), NEW, settings)
+    engine = Engine(nearly_idle(2), partial(Speculate, drafts=1), rows=16, context=64)
+    for seed, ids in enumerate(tokens(16, 12).tolist()):
+        engine.submit(ids, NEW + 1, seed, **settings, eos_token_id=None)
+    engine.run()
+    assert 0.3 < right.mean() < 0.95 and abs(engine.way.accepted / engine.way.drafted - right.mean()) < 0.08
+
+
+def test_a_round_by_hand():
+    # Three drafts at a time: 1 1 0* | 1 1 1 * | 0*, where * is the token that the round itself adds.
+    right = numpy.array([[1, 1, 0, 1, 1, 1, 0.5, 0]], numpy.float32)
+    assert said_a_round(right, 3) == pytest.approx(8 / 3)
+    # The first draft is kept half the time: the next round begins at the second token, or behind it.
+    assert said_a_round(numpy.array([[0.5, 0.0]], numpy.float32), 1) == pytest.approx(2 / 1.5)
+    assert said_a_round(numpy.array([[1.0, 0.0]], numpy.float32), 0) == 1.0
 
 
 @pytest.mark.parametrize("recipe", [{"sharing": "middle_cycle"}, {"loops": 3}], ids=str)

@@ -1,0 +1,85 @@
+"""How often the first exit is right about what the model says itself, when it goes on with a few prompts.
+
+On text that people wrote it can be right more often, or less, and there is nothing of the loops that models get into.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rrtc.generate.engine import Engine
+from rrtc.generate.request import Request
+from rrtc.generate.stages import Span
+from rrtc.generate.store import Store
+from rrtc.generate.ways import FullDepth
+
+TRIAL = (8, 32)  # prompts, and tokens of each
+TRIAL_NEW = 64  # tokens of each answer
+
+
+class Listening(FullDepth):
+    """Full depth, at which the first exit is asked about each token that is said, too. right: for each request, with
+    which probability each draft of the exit would have been kept."""
+
+    def __init__(self, loops: int, chunk: int):
+        super().__init__(loops, chunk)
+        self.right: dict[Request, list[float]] = {}
+        self._drafted: dict[Request, Tensor] = {}  # the scores at the exit
+
+    def reads(self, request: Request, span: Span) -> slice | None:
+        return slice(0, 1) if request.said and span.loop == 0 else super().reads(request, span)
+
+    def after(self, request: Request, span: Span, states: Tensor, logits: Tensor, store: Store) -> None:
+        if request.said and span.loop in (0, self.last):
+            scores = request.drawing.scores(request.tokens, logits[0])
+            if span.loop == 0:
+                self._drafted[request] = scores
+            else:
+                self.right.setdefault(request, []).append(request.drawing.keeps(self._drafted[request], scores))
+        super().after(request, span, states, logits, store)
+
+
+def agreement(
+    model: PreTrainedModel, prompts: Tensor, new: int, settings: Mapping[str, Any],
+    advance: Callable[[], None] = lambda: None,
+) -> NDArray:  # fmt: skip
+    """The probability with which the first exit's draft of each token would be kept, (prompts, new), float32, where
+    `model`, whose loops tokens can go through one by one, goes on with `prompts`, (prompts, tokens) token ids.
+
+    settings: arguments of transformers' `generate` that say how tokens are drawn. advance is called prompts × (new + 1)
+    times. Raises RrtcError where the settings cannot be used.
+    """
+    rows, length = prompts.shape
+    engine = Engine(model, Listening, rows, length + new + 1)
+    settings = {**settings, "eos_token_id": None}  # what follows an end is the model's own text, too
+
+    def said(token: int) -> bool:
+        advance()
+        return False
+
+    requests = [engine.submit(ids, new + 1, seed, said, **settings) for seed, ids in enumerate(prompts.tolist())]
+    engine.run()
+    for request in requests:
+        if request.error is not None:
+            raise request.error
+    return numpy.array([engine.way.right[request] for request in requests], numpy.float32)
+
+
+def said_a_round(right: NDArray, drafts: int) -> float:
+    """How many tokens a round of so many drafts says in the mean, where drafts are kept with the probabilities `right`,
+    (answers, tokens). Drafts that are right come together, so that it is less than where each is right by itself."""
+    answers, tokens = right.shape
+    starts = numpy.zeros((answers, tokens + drafts + 1))  # the probability that a round starts there
+    starts[:, 0] = 1
+    for first in range(tokens):
+        going = starts[:, first].copy()
+        last = min(first + drafts, tokens)
+        for place in range(first, last):
+            starts[:, place + 1] += going * (1 - right[:, place])
+            going *= right[:, place]
+        starts[:, last + 1] += going
+    return answers * tokens / float(starts[:, :tokens].sum())

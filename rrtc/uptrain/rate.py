@@ -1,0 +1,35 @@
+"""The learning rate where a recipe leaves it open: the more a start has lost, and the more text a step has, the larger.
+
+Steps that are too large first undo what a good start has, and win it back only as the rate falls. Measured (see
+benchmarks/LOG.md): from 0.6 nats lost, in steps of 1,024 tokens, 5e-5 is better than 1e-4 and 2e-4; from 0.15 nats,
+1e-4 is too much; from the paper's start, which is close to noise, 4e-4 is not. Noise falls with the root of a batch,
+and so the rate of Adam may rise with it (Malladi et al. 2022, arXiv 2205.10287).
+"""
+
+from typing import Any
+
+RATE, LOST, TOKENS = 1e-4, 0.6, 4096  # the rate for a start that has lost so many nats, in steps of so many tokens
+MOST_TOKENS = 65_536  # of a step, beyond which noise is not what limits the rate
+LEAST, MOST = 1e-5, 4e-4
+TRANSFER = 0.01  # for feature maps alone (attention transfer)
+
+
+def default_rate(lost: float | None, tokens: int) -> float:
+    """The peak learning rate from a start that is `lost` nats a token from its dense model (None: not known), in steps
+    of so many tokens; two digits of it."""
+    scale = (min(tokens, MOST_TOKENS) / TOKENS) ** 0.5 * (LOST if lost is None else lost) / LOST
+    return float(f"{min(max(RATE * scale, LEAST), MOST):.1e}")
+
+
+def lost_by(provenance: dict[str, Any]) -> float | None:
+    """What the model of a folder has lost, in nats a token, as its rrtc.yaml says: by healing's last KL, or by init's
+    closing measurement; None where neither was measured."""
+    measured = provenance["measured"]
+    healed = measured.get("uptrain", {}).get("last_kl")
+    if isinstance(healed, int | float):
+        return float(healed)
+    loss = measured.get("init", {}).get("loss")
+    match loss:
+        case {"dense": float(dense), "after_init": float(after)}:
+            return max(after - dense, 0.0)
+    return None
