@@ -264,7 +264,8 @@ def _reading_on(plan: Plan) -> Plan:
         raise WrongUsage(
             "There is nothing for last_loop to read: no slot has a last loop that sees everything, and an earlier one "
             "that does not.",
-            "Tie layers in loops, and ask for a --kv-budget that lets all layers of the last loop see everything.",
+            "Tie layers in loops, by a pattern (--sharing), and ask for a --kv-budget that lets all layers of the last "
+            "loop see everything.",
         )
     return made
 
