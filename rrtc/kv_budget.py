@@ -10,10 +10,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+from rrtc.architecture import Architecture, Layer
 from rrtc.attention import SUM_BYTES, Attention, Landmark, Linear, in_sight
 from rrtc.errors import WrongUsage
 from rrtc.kv_owners import with_owners
-from rrtc.plan import Architecture, Layer, Plan
+from rrtc.plan import Plan
 from rrtc.recipe.init import WIDEST_WINDOW, InitRecipe
 
 Head = tuple[int, int]  # (layer, KV head)

@@ -29,9 +29,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rrtc.errors import RrtcError
 from rrtc.generate.store import Sighting, Store
-from rrtc.model.attention_rrt import MASKED_KERNELS, KernelConfig, Rule, added, attention_of, eager_kernel
+from rrtc.model.attention_rrt import Rule, added
+from rrtc.model.eyes_rrt import MASKED_KERNELS, KernelConfig, attention_of, eager_kernel
+from rrtc.model.graft_rrt import RelaxedLinear, Visit, rule_of
 from rrtc.model.linear_rrt import LinearRule
-from rrtc.model.modeling_rrt import RelaxedLinear, Visit, rule_of
 from rrtc.stock.architecture import decoder_layers, windows_of
 from rrtc.stock.parts import standing_in, states_of
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from rrtc.architecture import Matrix
 from rrtc.errors import RrtcError
 from rrtc.io.dense import DenseModel
 from rrtc.io.folder import copy_companions
@@ -23,12 +24,13 @@ from rrtc.io.shard_writer import ShardWriter
 from rrtc.io.source import read_config
 from rrtc.io.weights import Weights, row_blocks
 from rrtc.model import RrtConfig
-from rrtc.model.attention_rrt import Rule, attention_of
+from rrtc.model.attention_rrt import Rule
+from rrtc.model.eyes_rrt import attention_of
+from rrtc.model.graft_rrt import rule_of
 from rrtc.model.linear_rrt import NAME as LINEAR
 from rrtc.model.linear_rrt import LinearRule
-from rrtc.model.modeling_rrt import rule_of
 from rrtc.plain import read_json
-from rrtc.plan import Matrix, Plan, Visit
+from rrtc.plan import Plan, Visit
 from rrtc.stock.architecture import decoder_layers, layers_path, read_plan, stock_model
 from rrtc.tying.norms import Fold
 

@@ -14,7 +14,7 @@ from vllm.model_executor.models.transformers import TransformersForCausalLM
 
 from rrtc.errors import RrtcError
 from rrtc.model import RrtConfig
-from rrtc.model.modeling_rrt import RelaxedLinear, find_layers
+from rrtc.model.graft_rrt import RelaxedLinear, find_layers
 from rrtc.plan import read_visits
 
 SLIDING, FULL = "sliding_attention", "full_attention"  # transformers' names, by which vLLM knows a layer with a window

@@ -23,7 +23,7 @@ from windowed import see_windows
 from rrtc.errors import RrtcError
 from rrtc.export import stage
 from rrtc.model import RrtConfig, RrtForCausalLM, RrtModel
-from rrtc.model.modeling_rrt import RelaxedLinear
+from rrtc.model.graft_rrt import RelaxedLinear
 from rrtc.vllm import plugin as vllm_plugin
 
 VARIABLE = "RRTC_VLLM_PYTHON"
