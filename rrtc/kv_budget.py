@@ -261,7 +261,7 @@ def _linear(window: Attention, number: int, layer: Layer) -> Attention:
 def _reading_on(plan: Plan) -> Plan:
     """`plan`, in which heads with a window read behind it what the last loop of their slot keeps."""
     made = with_owners(plan, LAST_LOOP)
-    if not made.has_owners:
+    if "owner" not in made.features:
         raise WrongUsage(
             "There is nothing for last_loop to read: no slot has a last loop that sees everything, and an earlier one "
             "that does not.",

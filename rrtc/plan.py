@@ -8,7 +8,7 @@ Init, model, accounting, export and reports all read the plan; none of them work
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -83,6 +83,17 @@ def read_visits(values: Any) -> tuple[Visit, ...]:
     return visits
 
 
+def features_of(visits: Iterable[Visit]) -> set[str]:
+    """What the visits have, or any of them, by the names in rrtc/features.py."""
+    found: set[str] = set()
+    for visit in visits:
+        if visit.attention is not None:
+            found |= {name for name, value in visit.attention.fields().items() if value}
+            if visit.attention.owner is not None and visit.attention.owner.loop > visit.loop:
+                found.add("later")
+    return found
+
+
 @dataclass(frozen=True)
 class Plan:
     """All visits in the order they run, and the architecture they are about.
@@ -117,7 +128,7 @@ class Plan:
     def exits(self) -> tuple[int, ...]:
         """The places in `visits` after which the model can be left early: see `ends_of_loops`. None where visits read
         later ones, which run with them."""
-        return () if self.reads_later else ends_of_loops(self.visits)
+        return () if "later" in self.features else ends_of_loops(self.visits)
 
     @property
     def slots(self) -> list[list[Visit]]:
@@ -197,20 +208,9 @@ class Plan:
         return found
 
     @property
-    def is_local(self) -> bool:
-        """Whether any head of any visit sees less than its stock layer's."""
-        return any(visit.attention is not None for visit in self.visits)
-
-    @property
-    def has_owners(self) -> bool:
-        """Whether any head of a visit reads keys and values of another one."""
-        return any(visit.attention is not None and visit.attention.owner is not None for visit in self.visits)
-
-    @property
-    def reads_later(self) -> bool:
-        """Whether any reads those of a later loop."""
-        owners = ((visit, visit.attention.owner) for visit in self.visits if visit.attention is not None)
-        return any(owner is not None and owner.loop > visit.loop for visit, owner in owners)
+    def features(self) -> set[str]:
+        """As `features_of`; empty where every visit attends to what its stock layer does."""
+        return features_of(self.visits)
 
     @property
     def savings(self) -> str:

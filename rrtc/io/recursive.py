@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rrtc.architecture import Matrix
-from rrtc.errors import RrtcError
+from rrtc.features import check_carried
 from rrtc.io.dense import DenseModel
 from rrtc.io.folder import copy_companions
 from rrtc.io.provenance import PROVENANCE, check_not_quantized, read_provenance
@@ -168,12 +168,8 @@ def drawn_maps(plan: Plan, layers: nn.ModuleList, parent: str) -> dict[str, Tens
 def plan_by_layer(folder: Path) -> Plan:
     """The plan of the recursive model in `folder`. Raises RrtcError where it cannot be run layer by layer."""
     plan = read_plan(read_config(folder))
-    if plan.has_owners:
-        raise RrtcError(
-            f"In the model in {folder}, visits read keys and values of another loop (owner), which cannot be had layer "
-            "by layer.",
-            "Plan its KV cache anew from the folder that it was made from.",
-        )
+    hint = "Plan its KV cache anew from the folder that it was made from."
+    check_carried("Running layer by layer", plan.features, hint)
     return plan
 
 
