@@ -21,22 +21,18 @@ import statistics
 from pathlib import Path
 
 import torch
+from common import Results, add_runs, place_of, recipe_of_run, run
 from rich.console import Console
 from rich.table import Table
 from torch.nn.functional import cross_entropy, kl_div
 from transformers import AutoTokenizer
 
-from rrtc.io.folder import partial_of
 from rrtc.io.source import find_base, load_for_scoring
 from rrtc.recipe.schema import Recipe
-from rrtc.recipe.settings import parse_settings, with_settings
 from rrtc.stock.parts import Parts, states_of
 from rrtc.text.tokens import begin_and_end
-from rrtc.units import parse_count
 from rrtc.uptrain.bmi import CRITIC_DECAY, CRITIC_LR, Critic, codes, segment_length
-from rrtc.uptrain.checkpoints import whole_checkpoints
 from rrtc.uptrain.estimate import estimate
-from rrtc.uptrain.stage import CHECKPOINTS, uptrain
 
 SHORT, SCORED, BATCH = 64, 32, 32
 
@@ -45,30 +41,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("work", type=Path)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--data", nargs="+", required=True)
+    add_runs(parser)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--weights", nargs="+", type=float, default=[0.02])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--tokens", type=parse_count, default=200_000)
-    parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--gaps", nargs="+", type=int, default=[0, 2, 6], help="in segments")
     parser.add_argument("--windows", type=int, default=64, help="of the held-out text")
     parser.add_argument("--critic-steps", type=int, default=300)
-    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="of uptrain, for all runs")
     asked = parser.parse_args()
-    asked.work.mkdir(parents=True, exist_ok=True)
-    file = asked.work / "results.jsonl"
-    done = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    done = Results(asked.work)
     dense = find_base(asked.folder, None, "FOLDER").folder
     ids = held_out(asked)
 
     def measure(name: str, folder: Path, seconds: float | None, tokens: int | None) -> None:
-        if any(one["name"] == name for one in done):
-            return
-        found = {"name": name, "seconds": seconds, "tokens": tokens} | measured(asked, folder, dense, ids)
-        done.append(found)
-        with open(file, "a", encoding="utf8") as lines:
-            lines.write(json.dumps(found) + "\n")
+        row = {"seconds": seconds, "tokens": tokens}
+        done.measured({"name": name}, lambda: row | measured(asked, folder, dense, ids))
 
     measure("dense", dense, None, None)
     measure("start", asked.folder, None, None)
@@ -78,26 +64,23 @@ def main() -> None:
             target, seconds = trained(asked, name, weight, seed, asked.tokens)
             measure(name, target, seconds, asked.tokens)
             name = f"without, as long as bmi {weight:g}, seed {seed}"
-            tokens = next((one["tokens"] for one in done if one["name"] == name), None)
-            if tokens is None:
+            if (row := done.find({"name": name})) is not None:
+                tokens = row["tokens"]
+            else:
                 found = estimate(str(asked.folder), recipe_of(asked, 0.0, seed, asked.tokens))
                 tokens = max(1, round(seconds / found["seconds_per_step"])) * found["tokens_per_step"]
             measure(name, *trained(asked, name, 0.0, seed, tokens), tokens)
-    show(asked, done)
+    show(asked, done.rows)
 
 
 def recipe_of(asked: argparse.Namespace, weight: float, seed: int, tokens: int) -> Recipe:
-    values = {"data": asked.data, "tokens": tokens, "context": asked.context, "seed": seed}
-    recipe = Recipe.model_validate({"uptrain": values | {"regularizers": {"bmi": weight}}})
-    return with_settings(recipe, parse_settings(f"uptrain.{one}" for one in asked.set), "--set")
+    return recipe_of_run(asked, {"tokens": tokens, "seed": seed, "regularizers": {"bmi": weight}})
 
 
 def trained(asked: argparse.Namespace, name: str, weight: float, seed: int, tokens: int) -> tuple[Path, float]:
-    """(the folder of a run, the seconds of its steps). It goes on where it was left."""
-    target = asked.work / "".join(letter if letter.isalnum() or letter in "-." else "_" for letter in name)
-    if not target.exists():
-        left = bool(whole_checkpoints(partial_of(target) / CHECKPOINTS))
-        uptrain(str(asked.folder), str(target), recipe_of(asked, weight, seed, tokens), resume=left)
+    """(the folder of a run, the seconds of its steps)"""
+    target = place_of(asked.work, name)
+    run(asked.folder, target, recipe_of(asked, weight, seed, tokens))
     return target, sum(json.loads(line)["seconds"] for line in (target / "metrics.jsonl").read_text().splitlines())
 
 

@@ -117,7 +117,7 @@ def measure(args: argparse.Namespace, ways: list[tuple[str, Plan]]) -> None:
     maps = Maps(base, fit[: args.fit_tokens // 1024 * 1024].view(-1, 1024))
     probes = make_probes(tokenizer, args.passkey_length, 1, 0, 1 << 30) if args.passkey_length else []
     for name, plan in ways:
-        for how, mapped in ({"": None} | (MAPPED if plan.has_owners else {})).items():
+        for how, mapped in ({"": None} | (MAPPED if "owner" in plan.features else {})).items():
             model, found = with_plan(base, plan), []
             if mapped is not None:
                 maps.put_into(model, *mapped)

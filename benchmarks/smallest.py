@@ -9,29 +9,26 @@ embeddings with a scale for each row in 8 bits, and for each --group of it in fe
 something loads: they are models in memory, and their bytes are counted: numbers, scales in 16 bits, and all else in 16.
 
 --release: folders that rrtc wrote; their bytes are those of their weights files. Loss and bits per byte are those of
-all texts to score on together, each model computing in bfloat16. DIR keeps a line for each model, and what is there is
-not measured again.
+all texts to score on together, each model computing in bfloat16. DIR/results.jsonl has a line for each model, and what
+is there is not measured again.
 """
 
 import argparse
 import functools
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from quantize import CONTEXT, scored_windows
+from common import Results, add_texts, texts_of
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
 from rrtc.export.quantize import _matrices, _moments
-from rrtc.io.source import load_model, load_tokenizer, read_config
+from rrtc.io.source import load_model
 from rrtc.io.weights import Weights
 from rrtc.model.rows_rrt import tables_of
-from rrtc.recipe.export import ExportRecipe
 from rrtc.scoring import score
-from rrtc.text.calibration import calibration_windows
 from rrtc.tying.rounding import best_scales, gptq, round_to_nearest, widest_scales
 from rrtc.units import size
 
@@ -41,34 +38,21 @@ SCALE, PLAIN = 16, 16  # bits of a scale; of what is not rounded
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dense", type=Path)
-    parser.add_argument("--calibrate-on", required=True, nargs="+", metavar="TEXT")
-    parser.add_argument("--calibrate-tokens", type=int, default=16_384)
-    parser.add_argument("--score-on", required=True, nargs="+", metavar="TEXT")
-    parser.add_argument("--score-tokens", type=int, default=8192, help="of each text")
+    add_texts(parser, 8192)
     parser.add_argument("--release", nargs="*", default=[], type=Path)
     parser.add_argument("--bits", nargs="*", default=["4,8", "4,4", "3,8", "3,4", "2,4"])
     parser.add_argument("--group", type=int, default=64, help="inputs with a scale in common, at most")
-    parser.add_argument("--work", required=True, type=Path)
     args = parser.parse_args()
-    if set(args.score_on) & set(args.calibrate_on):
-        parser.error("a text to score on is also calibrated on")
-    tokenizer = load_tokenizer(args.dense)
-    vocabulary = read_config(args.dense).get_text_config().vocab_size
-    asked = ExportRecipe(calibrate_on=args.calibrate_on, calibrate_tokens=args.calibrate_tokens)
-    calibration = calibration_windows(asked, tokenizer, vocabulary, CONTEXT)
-    scored = scored_windows(args.score_on, tokenizer, vocabulary, args.score_tokens)
-
-    args.work.mkdir(parents=True, exist_ok=True)
-    file = args.work / "smallest.json"
-    rows = json.loads(file.read_text()) if file.exists() else {}
+    calibration, scored = texts_of(parser, args)
+    results = Results(args.work)
 
     def measure(name: str, made: Iterator[tuple[PreTrainedModel, int]]) -> None:
-        if name not in rows:
+        def measured() -> dict:
             model, count = next(made)
             found = score(model.bfloat16(), scored)
-            rows[name] = {"bytes": count, "loss": found.loss, "bits_per_byte": found.bits_per_byte}
-            file.write_text(json.dumps(rows, indent=2))
-            print(name, rows[name], flush=True)
+            return {"bytes": count, "loss": found.loss, "bits_per_byte": found.bits_per_byte}
+
+        results.measured({"model": name}, measured)
 
     moments = functools.cache(lambda: moments_of(args.dense, calibration))
     for asked_bits in args.bits:
@@ -78,8 +62,8 @@ def main() -> None:
     for folder in args.release:
         measure(str(folder), released(folder))
     table = Table("model", "size", "loss", "bits per byte")
-    for name, row in sorted(rows.items(), key=lambda item: item[1]["bytes"]):
-        table.add_row(name, size(row["bytes"]), f"{row['loss']:.4f}", f"{row['bits_per_byte']:.4f}")
+    for row in sorted(results.rows, key=lambda row: row["bytes"]):
+        table.add_row(row["model"], size(row["bytes"]), f"{row['loss']:.4f}", f"{row['bits_per_byte']:.4f}")
     Console(width=120).print(table)
 
 

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rrtc.model import speculate_rrt
-from rrtc.model.modeling_rrt import find_layers
+from rrtc.model.graft_rrt import find_layers
 from rrtc.stock.architecture import read_plan
 
 

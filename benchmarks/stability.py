@@ -28,17 +28,16 @@ import time
 from pathlib import Path
 
 import torch
+from common import Results, add_runs, place_of, recipe_of_run, run
 from rich.console import Console
 from rich.table import Table
 
 from rrtc.errors import RrtcError
+from rrtc.io.folder import partial_of
 from rrtc.recipe.schema import Recipe
-from rrtc.recipe.settings import parse_settings, with_settings
 from rrtc.stock.parts import Parts
-from rrtc.units import parse_count
 from rrtc.uptrain.curve import ENDS
 from rrtc.uptrain.job import prepare
-from rrtc.uptrain.stage import CHECKPOINTS, uptrain
 from rrtc.uptrain.trainer import DistillationTrainer
 
 WAYS = {
@@ -55,19 +54,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("work", type=Path)
     parser.add_argument("--start", action="append", required=True, metavar="NAME=FOLDER")
-    parser.add_argument("--data", nargs="+", required=True)
+    add_runs(parser)
     parser.add_argument("--only", nargs="+", choices=["change", "curves"], default=["change", "curves"])
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--rates", nargs="+", type=float, default=[1e-4, 3e-4, 1e-3, 3e-3])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--tokens", type=parse_count, default=200_000)
-    parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="of uptrain, for all runs")
     asked = parser.parse_args()
-    asked.work.mkdir(parents=True, exist_ok=True)
-    file = asked.work / "results.jsonl"
-    done = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    done, measure = Results(asked.work), {"change": change, "curves": curve}
     for start in asked.start:
         name, _, folder = start.partition("=")
         for way in asked.ways:
@@ -76,26 +69,16 @@ def main() -> None:
                     for rate in asked.rates[:1] if kind == "change" else sorted(asked.rates):
                         key = {"kind": kind, "start": name, "way": way, "seed": seed, "rate": rate}
                         key |= {"tokens": asked.tokens if kind == "curves" else asked.batch_size * asked.context}
-                        found = next((one for one in done if key.items() <= one.items()), None)
-                        if found is None:
-                            recipe = recipe_of(asked, way, seed, rate)
-                            found = key | {"change": change, "curves": curve}[kind](Path(folder), recipe, asked, key)
-                            done.append(found)
-                            with open(file, "a", encoding="utf8") as lines:
-                                lines.write(json.dumps(found) + "\n")
-                            Console(width=120).print(found)
+                        recipe = recipe_of(asked, way, seed, rate)
+                        found = done.measured(key, measure[kind], Path(folder), recipe, asked, key)
                         if found.get("diverged"):
                             break
-    show(done)
+    show(done.rows)
 
 
 def recipe_of(asked: argparse.Namespace, way: str, seed: int, rate: float) -> Recipe:
-    values = {
-        "data": asked.data, "tokens": asked.tokens, "context": asked.context, "batch_size": asked.batch_size,
-        "micro_batch": 1, "learning_rate": rate, "seed": seed,
-    }  # fmt: skip
-    recipe = Recipe.model_validate({"uptrain": values | WAYS[way]})
-    return with_settings(recipe, parse_settings(f"uptrain.{one}" for one in asked.set), "--set")
+    values = {"tokens": asked.tokens, "batch_size": asked.batch_size, "micro_batch": 1, "learning_rate": rate}
+    return recipe_of_run(asked, values | {"seed": seed} | WAYS[way])
 
 
 def change(folder: Path, recipe: Recipe, asked: argparse.Namespace, key: dict) -> dict:
@@ -130,19 +113,14 @@ def said(trainer: DistillationTrainer, ids: torch.Tensor) -> tuple[torch.Tensor,
 def curve(folder: Path, recipe: Recipe, asked: argparse.Namespace, key: dict) -> dict:
     """What a run comes to. It goes on from its last checkpoint, if it was interrupted."""
     name = "-".join(str(key[part]) for part in ("start", "way", "seed", "rate", "tokens"))
-    target = asked.work / "".join(letter if letter.isalnum() or letter in "-." else "_" for letter in name)
-    partial = target.with_name(target.name + ".partial")
-    sentence = ""
-    if not target.exists():
-        try:
-            uptrain(
-                str(folder), str(target), recipe, resume=any((partial / CHECKPOINTS).glob("checkpoint-*/rrtc-whole"))
-            )
-        except RrtcError as error:
-            if "diverged" not in str(error) and "became" not in str(error):
-                raise
-            sentence = str(error)
-    lines = (target if target.exists() else partial) / "metrics.jsonl"
+    target, sentence = place_of(asked.work, name), ""
+    try:
+        run(folder, target, recipe)
+    except RrtcError as error:
+        if "diverged" not in str(error) and "became" not in str(error):
+            raise
+        sentence = str(error)
+    lines = (target if target.exists() else partial_of(target)) / "metrics.jsonl"
     steps = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
     some = max(1, len(steps) // ENDS)
     norms = [step["grad_norm"] for step in steps]

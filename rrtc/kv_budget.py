@@ -10,10 +10,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+from rrtc.architecture import Architecture, Layer
 from rrtc.attention import SUM_BYTES, Attention, Landmark, Linear, in_sight
 from rrtc.errors import WrongUsage
 from rrtc.kv_owners import with_owners
-from rrtc.plan import Architecture, Layer, Plan
+from rrtc.plan import Plan
 from rrtc.recipe.init import WIDEST_WINDOW, InitRecipe
 
 Head = tuple[int, int]  # (layer, KV head)
@@ -260,11 +261,12 @@ def _linear(window: Attention, number: int, layer: Layer) -> Attention:
 def _reading_on(plan: Plan) -> Plan:
     """`plan`, in which heads with a window read behind it what the last loop of their slot keeps."""
     made = with_owners(plan, LAST_LOOP)
-    if not made.has_owners:
+    if "owner" not in made.features:
         raise WrongUsage(
             "There is nothing for last_loop to read: no slot has a last loop that sees everything, and an earlier one "
             "that does not.",
-            "Tie layers in loops, and ask for a --kv-budget that lets all layers of the last loop see everything.",
+            "Tie layers in loops, by a pattern (--sharing), and ask for a --kv-budget that lets all layers of the last "
+            "loop see everything.",
         )
     return made
 

@@ -2,8 +2,9 @@
 
 import bisect
 
+from rrtc.architecture import Architecture, Matrix
 from rrtc.errors import WrongUsage
-from rrtc.plan import Architecture, Matrix, Plan, Visit
+from rrtc.plan import Plan, Visit
 from rrtc.recipe.init import TARGETS, InitRecipe
 from rrtc.storage import Numbers
 from rrtc.target import target_of

@@ -11,11 +11,13 @@ from typing import Any, cast
 
 from rrtc.console import note, warn
 from rrtc.errors import RrtcError, WrongUsage
+from rrtc.features import check_carried
 from rrtc.init.dry_run import dry_run
 from rrtc.io.provenance import read_provenance
 from rrtc.io.report import read_report
 from rrtc.io.resumable import difference
 from rrtc.io.source import find_model
+from rrtc.kv_budget import LAST_LOOP
 from rrtc.recipe.schema import Recipe
 from rrtc.recipe.section import OWN_TEXT
 from rrtc.recipe.settings import SWEPT
@@ -23,7 +25,7 @@ from rrtc.results import Report, RunPlanResult
 from rrtc.storage import BITS
 from rrtc.text.sources import check_source
 from rrtc.units import parse_size
-from rrtc.uptrain.checks import check_owners, check_recipe
+from rrtc.uptrain.checks import check_features, check_recipe
 
 STAGES = ("init", "uptrain", "eval", "export")
 REPORT = "report"  # of a sweep, in its folder
@@ -162,7 +164,7 @@ def baselines(
     for number, bits in BITS.items():
         recipe = ExportRecipe(format="dense", quantize=number)
         try:
-            check_format(recipe, dense.config, parameters, windows=False)
+            check_format(recipe, dense.config, parameters)
         except RrtcError as error:
             missing.append({"task": f"dense in {number}", "why": error.sentence})
             continue
@@ -200,21 +202,19 @@ def check_run(recipe: Recipe) -> None:
 
 def _check_kinds(recipe: Recipe) -> None:
     """Raises what later stages would raise about the kinds of attention that init may choose."""
-    kinds = recipe.init.kv_kinds
-    for kind, what in (
-        ("linear", "linear attention"),
-        ("last_loop", "visits that read another loop's keys and values"),
+    init = recipe.init
+    features: set[str] = {"window", *init.kv_kinds} if init.kv_budget is not None and init.kv_budget < 1 else set()
+    if LAST_LOOP in features:
+        features |= {"owner", "later"}
+    for by, name, is_asked in (
+        (f"The {recipe.export.format} format", "export.format", True),
+        ("The engine for many requests", "eval.engine", recipe.eval.engine),
     ):
-        asked = [f"export.format {recipe.export.format}"] if recipe.export.format != "recursive" else []
-        asked += ["eval.engine"] if recipe.eval.engine else []
-        if kind in kinds and asked:
-            raise WrongUsage(
-                f"With init.kv_kinds {kind}, the model can have {what}, which {asked[0]} is not for.",
-                f"Leave {asked[0]} out, or {kind}.",
-            )
-    if "last_loop" in kinds:
-        check_owners(recipe.uptrain, reads_later=True)
-    if recipe.uptrain.transfers and "linear" not in kinds:
+        if is_asked:
+            hint = f"Change {name}, or what init may give the model (kv_budget, kv_kinds)."
+            check_carried(by, features, hint, WrongUsage)
+    check_features(recipe.uptrain, features)
+    if recipe.uptrain.transfers and "linear" not in features:
         raise WrongUsage(
             "The loss 'attention' is about linear attention, and init gives none to the model.",
             "Add linear to init.kv_kinds, or leave the loss out.",
@@ -282,8 +282,7 @@ def check_models(recipe: Recipe) -> None:
         find_model(recipe.uptrain.teacher)
     config = find_model(cast(str, recipe.model)).config()
     check_tokens(recipe.uptrain, longest_context(config, recipe.uptrain.context))
-    windows = recipe.init.kv_budget is not None and recipe.init.kv_budget < 1
-    check_format(recipe.export, config, read_architecture(config).parameters, windows)
+    check_format(recipe.export, config, read_architecture(config).parameters)
 
 
 def _check_same_recipe(stage: str, folder: Path, recipe: Recipe) -> None:

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rrtc.plan import Architecture, Plan
+from rrtc.architecture import Architecture
+from rrtc.plan import Plan
 from rrtc.units import size
 
 NUMBER_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}  # of the dtypes that init writes

@@ -3,8 +3,9 @@
 import math
 from dataclasses import dataclass
 
+from rrtc.architecture import Architecture
 from rrtc.errors import WrongUsage
-from rrtc.plan import Architecture, Plan
+from rrtc.plan import Plan
 from rrtc.recipe.init import InitRecipe
 from rrtc.storage import BITS, Numbers, header_bytes
 from rrtc.units import parse_extent, parse_size, size

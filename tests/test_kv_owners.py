@@ -26,7 +26,7 @@ from rrtc.recipe.init import InitRecipe
 from rrtc.recipe.schema import Recipe
 from rrtc.recipe.uptrain import UptrainRecipe
 from rrtc.stock.architecture import read_architecture
-from rrtc.uptrain.checks import check_owners
+from rrtc.uptrain.checks import check_features
 from rrtc.uptrain.stage import uptrain
 
 READER = {"window": 9, "sinks": 3, "heads": [], "owner": {"loop": 1}}
@@ -47,11 +47,13 @@ def test_a_plan_comes_back_from_its_config_and_takes_the_bytes_of_its_windows():
     plan = with_owners(local, "last_loop")
     assert read_visits([visit.fields() for visit in plan.visits]) == plan.visits
     assert [visit.attention and visit.attention.owner for visit in plan.visits] == [Owner(2)] * 4 + [None] * 2
-    assert plan.reads_later and plan.kv_bytes(1000, 2) == local.kv_bytes(1000, 2)
-    assert not local.has_owners and "owner" not in json.dumps([visit.fields() for visit in local.visits])
+    assert {"owner", "later"} < plan.features and plan.kv_bytes(1000, 2) == local.kv_bytes(1000, 2)
+    assert local.features == {"window", "sinks"} and "owner" not in json.dumps(
+        [visit.fields() for visit in local.visits]
+    )
     first = with_owners(local_but(made(loops=3), "first_loop", 9, 3), "first_loop")
     assert [visit.attention and visit.attention.owner for visit in first.visits] == [None] * 2 + [Owner(0)] * 4
-    assert first.has_owners and not first.reads_later
+    assert first.features == {"window", "sinks", "owner"}
     assert local_but(made(loops=1), "last_loop", 9, 3) == made(loops=1)  # nothing is tied
 
 
@@ -63,8 +65,8 @@ def test_heads_that_the_owner_does_not_store_get_none_and_a_plan_that_says_other
         visits[1], visits[4] = (replace(visits[n], attention=one) for n, one in ((1, first), (4, second)))
         return replace(plan, visits=tuple(visits))
 
-    assert seeing(Attention(9, owner=Owner(1)), None).reads_later
-    assert seeing(Attention(9, heads=(1,), owner=Owner(1)), Attention(9, heads=(0,))).reads_later
+    assert "later" in seeing(Attention(9, owner=Owner(1)), None).features
+    assert "later" in seeing(Attention(9, heads=(1,), owner=Owner(1)), Attention(9, heads=(0,))).features
     assert with_owners(seeing(Attention(9), Attention(9, heads=(1,))), "last_loop").visits[1].attention.owner is None
     with pytest.raises(WrongUsage, match="layer 1 has an owner in loop 2, and there is no other visit of its slot"):
         seeing(Attention(9, owner=Owner(2)), None)
@@ -76,36 +78,38 @@ def test_heads_that_the_owner_does_not_store_get_none_and_a_plan_that_says_other
 
 @pytest.mark.parametrize("form", ["dense", "gguf", "onnx"])
 def test_forms_that_cannot_say_so_are_refused(form, source, tmp_path):
-    with pytest.raises(RrtcError, match=f"The {form} format cannot say that visits read keys and values of another"):
+    with pytest.raises(
+        RrtcError, match=f"The {form} format is not for models with visits that read keys and values of another"
+    ):
         stage.export(str(source), str(tmp_path / "out"), recipe(format=form))
     assert not list(tmp_path.glob("out*"))
 
 
 def test_what_runs_layer_by_layer_or_loop_by_loop_is_refused(source):
-    with pytest.raises(RrtcError, match="cannot be had layer by layer"):
+    with pytest.raises(RrtcError, match="Running layer by layer is not for models with visits that read"):
         RecursiveModel(source)
-    with pytest.raises(RrtcError, match="The engine cannot run this model"):
+    with pytest.raises(RrtcError, match="The engine for many requests is not for models with visits that read"):
         Stages(AutoModelForCausalLM.from_pretrained(source))
 
 
 def test_eval_says_before_it_measures_that_the_engine_cannot_run_it(source, tmp_path, monkeypatch):
     monkeypatch.setattr(measured, "scoring_texts", None)
     dense = str(save_pico(tmp_path / "dense"))
-    with pytest.raises(RrtcError, match="The engine cannot run this model"):
+    with pytest.raises(RrtcError, match="The engine for many requests is not for models with visits that read"):
         measured.evaluate(str(source), Recipe(eval={"engine": True}), against=dense)
 
 
 def test_what_uptraining_would_ask_of_a_loop_that_has_not_run_is_refused():
     last = with_owners(local_but(made(), "last_loop", 9, 3), "last_loop")
     for asked, name in (
-        ({"exits": "after"}, "exits"), ({"losses": {"hidden": 1.0}}, "the loss 'hidden'"),
-        ({"compile": True}, "--compile"), ({"regularizers": {"bmi": 0.02}}, "the regularizer 'bmi'"),
+        ({"exits": "after"}, "--exits"), ({"losses": {"hidden": 1.0}}, "The loss 'hidden'"),
+        ({"compile": True}, "--compile"), ({"regularizers": {"bmi": 0.02}}, "The regularizer 'bmi'"),
         ({"stability": "admin"}, "--stability admin"), ({"fsdp": True}, "--fsdp"),
     ):  # fmt: skip
-        with pytest.raises(RrtcError, match=f"{name} is not for such a one"):
-            check_owners(UptrainRecipe(**asked), last.reads_later)
+        with pytest.raises(RrtcError, match=f"{name} is not for models with visits that read"):
+            check_features(UptrainRecipe(**asked), last.features)
     first = with_owners(local_but(made(), "first_loop", 9, 3), "first_loop")
-    check_owners(UptrainRecipe(exits="after", losses={"hidden": 1.0}, stability="admin"), first.reads_later)
+    check_features(UptrainRecipe(exits="after", losses={"hidden": 1.0}, stability="admin"), first.features)
 
 
 @pytest.mark.slow

@@ -7,13 +7,14 @@ import pytest
 import transformers
 from pico import ARCHITECTURES, COMMON, pico_config, pico_model
 
+from rrtc.architecture import Architecture, Layer, Matrix
 from rrtc.errors import RrtcError, WrongUsage
 from rrtc.init.memory import init_bytes
 from rrtc.init.slots import source_layers
 from rrtc.io.source import read_config
 from rrtc.model import RrtConfig, RrtForCausalLM
 from rrtc.patterns import make_plan
-from rrtc.plan import Architecture, Layer, Matrix, savings
+from rrtc.plan import savings
 from rrtc.recipe.init import InitRecipe
 from rrtc.recipe.schema import load_recipe
 from rrtc.stock.architecture import read_architecture

@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 from pico import pico_config
 
+from rrtc.architecture import Architecture, Layer, Matrix
 from rrtc.errors import WrongUsage
 from rrtc.init.alternatives import ways
 from rrtc.patterns import make_plan
-from rrtc.plan import Architecture, Layer, Matrix
 from rrtc.recipe.init import InitRecipe
 from rrtc.recipe.schema import Recipe, checked
 from rrtc.runs import check_run

@@ -29,6 +29,7 @@ from rrtc.io.remembered import Measurement, remembered
 from rrtc.io.source import load_for_scoring, read_config
 from rrtc.io.unchanged import Unchanged
 from rrtc.machine import share_of, spread
+from rrtc.plan import Plan
 from rrtc.recipe.eval import EvalRecipe
 from rrtc.stock.parts import Parts, states_of
 from rrtc.text.windows import Windows
@@ -158,7 +159,8 @@ class Examinee:
         visits read later ones, so that there are no states between them."""
         ours, theirs = (read_config(who.candidate.folder).get_text_config() for who in (self, self._dense))
         alike = (ours.num_hidden_layers, ours.hidden_size) == (theirs.num_hidden_layers, theirs.hidden_size)
-        if not alike or getattr(self.candidate.counted, "reads_later", False):
+        counted = self.candidate.counted
+        if not alike or (isinstance(counted, Plan) and "later" in counted.features):
             return [None] * ours.num_hidden_layers
         ids = torch.cat([windows.ids[:RESIDUAL_WINDOWS] for windows in self._questions.texts.values()])
 

@@ -257,7 +257,7 @@ def _speed(dense: Examinee, examinee: Examinee, questions: Questions) -> dict | 
     with progress("Timing both in turn", 1 + rounds) as advance:
         found = on_first_process(lambda: speed(*pair, rounds, advance))
     counted, context = examinee.candidate.counted, questions.recipe.speed_context
-    if isinstance(counted, Plan) and counted.is_local:
+    if isinstance(counted, Plan) and counted.features:
         with progress(f"Timing both at {context:,} tokens", 3 + rounds) as advance:
             after = on_first_process(lambda: speed_after(*pair, rounds, context, advance))
         found |= {} if after is None else {"long": after}

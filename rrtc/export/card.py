@@ -179,12 +179,12 @@ def _attention(config: RrtConfig, exported: dict) -> str:
             f"{found['windows']:.4f} (on {found['tokens']:,} tokens of held-out text, {found['context']:,} at a time). "
             f"Figures of an evaluation below are with the windows."
         )
-    elif plan.is_local:
+    elif plan.features:
         sees = _windows(plan)
     else:
         sees = "What it sees in the base model."
     cache = ", ".join(f"{size(made_as.kv_bytes(config, n, dtype))} at {n:,} tokens" for n in KV_CONTEXTS)
-    of_dense = _of_dense(plan, dtype.itemsize) if made_as.WINDOWS and plan.is_local else ""
+    of_dense = _of_dense(plan, dtype.itemsize) if made_as.WINDOWS and plan.features else ""
     return f"{sees}\n\nThe KV cache takes {cache}{of_dense}."
 
 

@@ -33,7 +33,7 @@ from rrtc.io.source import load_model
 from rrtc.io.weights import Weights, row_blocks
 from rrtc.machine import device
 from rrtc.model import RrtConfig
-from rrtc.model.modeling_rrt import RelaxedLinear, find_layers
+from rrtc.model.graft_rrt import RelaxedLinear, find_layers
 from rrtc.model.rows_rrt import BITS as TABLE_BITS
 from rrtc.model.rows_rrt import tables_of
 from rrtc.scoring import score

@@ -19,6 +19,7 @@ from rrtc.export.formats.recursive import recursive_config
 from rrtc.export.full_attention import TOKENS as COMPARED_TOKENS
 from rrtc.export.full_attention import context_to_measure, measure_full_attention
 from rrtc.export.verify import reference
+from rrtc.features import check_carried
 from rrtc.io.folder import check_space, check_target, whole_folder
 from rrtc.io.license import forbids_derivatives, license_of
 from rrtc.io.provenance import base_seen_from, next_history, read_provenance, write_provenance
@@ -29,6 +30,7 @@ from rrtc.io.unchanged import Unchanged
 from rrtc.io.weights import Weights
 from rrtc.machine import is_too_large, too_large
 from rrtc.model import RrtConfig
+from rrtc.plan import features_of, read_visits
 from rrtc.recipe.export import ExportRecipe
 from rrtc.recipe.schema import Recipe
 from rrtc.stock.architecture import read_plan
@@ -65,16 +67,11 @@ def _export(folder: str, output: str, recipe: Recipe, report: str | None, inputs
     made_as, quantized = FORMATS[recipe.export.format], recipe.export.quantize != "none"
     plan = read_plan(config)
     parameters = max(weights.parameters, plan.architecture.parameters)
-    if plan.has_owners and not made_as.WINDOWS:
-        raise RrtcError(
-            f"The {recipe.export.format} format cannot say that visits read keys and values of another loop (owner).",
-            "Export it with --format recursive.",
-        )
-    from_disk = check_format(recipe.export, config.base_config, parameters, plan.is_local, config)
+    from_disk = check_format(recipe.export, config.base_config, parameters, config)
     cast = made_as.number_format(recipe.export.dtype, weights.dtype)
     dtype = cast or getattr(torch, weights.dtype)  # of most of what is written
     shards = parse_size(recipe.export.max_shard_size)
-    widened = not made_as.WINDOWS and plan.is_local
+    widened = not made_as.WINDOWS and bool(plan.features)
     wanted = _with_text(recipe, provenance, source) if quantized or widened else recipe.export
     if quantized:
         context = longest_context(config.base_config, wanted.calibrate_context)
@@ -138,24 +135,16 @@ def _export(folder: str, output: str, recipe: Recipe, report: str | None, inputs
     return measured
 
 
-def check_format(
-    recipe: ExportRecipe, base: PreTrainedConfig, parameters: int, windows: bool, made: RrtConfig | None = None
-) -> bool:
+def check_format(recipe: ExportRecipe, base: PreTrainedConfig, parameters: int, made: RrtConfig | None = None) -> bool:
     """Whether a model of so many parameters does not fit into memory, so that it has to be made and checked from disk.
 
-    base: the config of the dense model. windows: whether visits see a window. made: the config of the recursive model,
-    where there is one already. Raises RrtcError where the format cannot be made of such a model, or not from disk, and
-    where what it takes is not installed.
+    base: the config of the dense model. made: that of the recursive model, where there is one already. Raises RrtcError
+    where the format cannot be made of such a model, or not from disk, and where what it takes is not installed.
     """
     made_as, quantized = FORMATS[recipe.format], recipe.quantize != "none"
-    if windows and made_as.NO_WINDOWS:
-        raise RrtcError(f"The {recipe.format} format {made_as.NO_WINDOWS}.", "Export it with --format recursive.")
-    if not made_as.WINDOWS and made is not None and any((v.get("attention") or {}).get("linear") for v in made.visits):
-        raise RrtcError(
-            f"The {recipe.format} format cannot say that KV heads keep sums of what has left their window, which is "
-            "linear attention.",
-            "Export it with --format recursive.",
-        )
+    if made is not None:
+        features = features_of(read_visits(made.visits))
+        check_carried(f"The {recipe.format} format", features, "Export it with --format recursive.")
     made_as.check(recipe, base, made)
     from_disk = is_too_large(made_as.TIMES_IN_MEMORY * parameters, torch.float32)
     if from_disk and (quantized or not made_as.FROM_DISK):

@@ -29,7 +29,7 @@ from transformers import GenerationConfig
 from rrtc.errors import RrtcError
 from rrtc.io.source import load_tokenizer, read_config
 from rrtc.model import RrtForCausalLM
-from rrtc.model.modeling_rrt import RelaxedLinear
+from rrtc.model.graft_rrt import RelaxedLinear
 from rrtc.plan import read_visits
 from rrtc.stock.architecture import attending_to_everything
 from rrtc.text.windows import longest_context

@@ -28,10 +28,12 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rrtc.errors import RrtcError
+from rrtc.features import check_carried
 from rrtc.generate.store import Sighting, Store
-from rrtc.model.attention_rrt import MASKED_KERNELS, KernelConfig, Rule, added, attention_of, eager_kernel
-from rrtc.model.linear_rrt import LinearRule
-from rrtc.model.modeling_rrt import RelaxedLinear, Visit, rule_of
+from rrtc.model.attention_rrt import Rule, added
+from rrtc.model.eyes_rrt import MASKED_KERNELS, KernelConfig, attention_of, eager_kernel
+from rrtc.model.graft_rrt import RelaxedLinear, Visit, rule_of
+from rrtc.plan import features_of, read_visits
 from rrtc.stock.architecture import decoder_layers, windows_of
 from rrtc.stock.parts import standing_in, states_of
 
@@ -333,23 +335,14 @@ def _shares(modules: list[nn.Module]) -> bool:
 
 def stage_rules(config: PreTrainedConfig) -> list[Rule | None]:
     """What the heads of each layer see; None where that is everything. Raises RrtcError where Stages cannot do it."""
+    visits = getattr(config, "visits", None) or []
+    hint = "Generate with transformers: load it with AutoModelForCausalLM, or use 'rrtc chat'."
+    check_carried("The engine for many requests", features_of(read_visits(visits)), hint)
     windows = windows_of(config)
-    visits = getattr(config, "visits", None) or [{}] * len(windows)
-    if any((visit.get("attention") or {}).get("owner") for visit in visits):
-        raise RrtcError(
-            "The engine cannot run this model, in which visits read keys and values of another loop (owner).",
-            "Generate with transformers: model.generate.",
-        )
-    rules = [
+    return [
         rule_of(visit) or (Rule(window, 0, ()) if window else None)
-        for visit, window in zip(visits, windows, strict=True)
+        for visit, window in zip(visits or [{}] * len(windows), windows, strict=True)
     ]
-    if any(isinstance(rule, LinearRule) for rule in rules):
-        raise RrtcError(
-            "This model has linear attention, whose sums the engine for many requests cannot keep.",
-            "Generate with transformers: load it with AutoModelForCausalLM, or use 'rrtc chat'.",
-        )
-    return rules
 
 
 def _order(model: PreTrainedModel) -> tuple[tuple[int, ...], tuple[int, ...], int] | None:

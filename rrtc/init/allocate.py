@@ -14,7 +14,8 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from rrtc.plan import Matrix, Visit
+from rrtc.architecture import Matrix
+from rrtc.plan import Visit
 from rrtc.storage import PLAIN, Numbers
 from rrtc.tying.joint import joint_costs
 from rrtc.tying.neurons import Neurons, Removal, align, narrowed, removal, reordered_seen

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from rrtc.architecture import Architecture
 from rrtc.console import progress
 from rrtc.errors import RrtcError
 from rrtc.init.slots import joint_slot
@@ -30,7 +31,7 @@ from rrtc.io.trust import text_of_folder
 from rrtc.io.weights import Weights
 from rrtc.machine import device
 from rrtc.model import RrtConfig
-from rrtc.plan import Architecture, Plan, Visit
+from rrtc.plan import Plan, Visit
 from rrtc.recipe.init import InitRecipe
 from rrtc.recipe.schema import checked
 from rrtc.stock.architecture import decoder_layers, layers_path, read_architecture, read_plan, stock_model

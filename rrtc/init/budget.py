@@ -10,6 +10,7 @@ from statistics import median
 
 import torch
 
+from rrtc.architecture import Layer
 from rrtc.console import progress
 from rrtc.init.allocate import (
     WIDTHS,
@@ -27,7 +28,7 @@ from rrtc.init.allocate import (
 from rrtc.init.calibrate import Calibration
 from rrtc.io.dense import DenseModel
 from rrtc.io.folder import whole_file
-from rrtc.plan import Layer, Plan
+from rrtc.plan import Plan
 from rrtc.storage import PLAIN, Numbers
 from rrtc.target import Target
 from rrtc.tying.neurons import Neurons

@@ -18,12 +18,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rrtc.architecture import Architecture
 from rrtc.errors import RrtcError
 from rrtc.io.dense import DenseModel
 from rrtc.io.folder import whole_file
 from rrtc.io.weights import all_finite
 from rrtc.model.attention_rrt import Rule
-from rrtc.plan import Architecture
 from rrtc.stock.heads import Losses
 from rrtc.stock.streamed import StreamedModel
 from rrtc.tying.moments import Gathering, Moment

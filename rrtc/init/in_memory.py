@@ -11,7 +11,7 @@ from rrtc.errors import RrtcError, WrongUsage
 from rrtc.init.slots import paper_slot, source_layers
 from rrtc.io.recursive import drawn_maps
 from rrtc.model import RrtConfig, RrtForCausalLM
-from rrtc.model.modeling_rrt import find_layers
+from rrtc.model.graft_rrt import find_layers
 from rrtc.plan import Plan
 from rrtc.recipe.init import InitRecipe
 from rrtc.stock.architecture import decoder_layers, read_architecture, transposed_matrices

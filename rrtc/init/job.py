@@ -171,8 +171,8 @@ def prepare(model: str, target: Path, recipe: Recipe) -> Job:
     budget = KvBudget(architecture, recipe.init) if recipe.init.kv_budget is not None else None
     if budget is not None:
         check_kinds(dense.config, budget.kinds)
-        if not budget.is_measured and (recipe.init.keeps_weights or not recipe.init.has_target):
-            budget.spend(plan, {}, {})  # raises where there is nothing to spend it on
+        if not budget.is_measured:
+            budget.spend(plan, {}, {})  # raises where its loops, which no size changes, have nothing to read
     far = 0 if budget is None else budget.calibration_context
     if recipe.init.measure_tokens:
         context = longest_context(dense.config, max(recipe.eval.context, far))

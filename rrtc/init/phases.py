@@ -5,10 +5,10 @@ products of large matrices was measured (benchmarks/LOG.md, one core of a proces
 goes by the speed of what is done.
 """
 
+from rrtc.architecture import Layer
 from rrtc.init.alternatives import MEASURED, ways
 from rrtc.init.job import Job
 from rrtc.init.windows import LOOKUP_WINDOWS
-from rrtc.plan import Layer
 
 OWN_TEXT = "Writing own text"
 CALIBRATING = "Calibrating"

@@ -9,8 +9,9 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor
 
+from rrtc.architecture import Matrix
 from rrtc.io.recursive import own_name, shared_name
-from rrtc.plan import Matrix, Plan, Visit
+from rrtc.plan import Plan, Visit
 from rrtc.recipe.init import InitRecipe
 from rrtc.tying.joint import joint
 from rrtc.tying.neurons import Neurons, align, narrowed, removal, reordered, reordered_seen

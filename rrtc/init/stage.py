@@ -86,7 +86,7 @@ def _init(model: str, target: Path, recipe: Recipe, resume: bool) -> dict:
             discard(partial)
             raise
         measured |= _write(job, plan, partial, shard_bytes)
-        if plan.has_owners:
+        if "owner" in plan.features:
             note("What that costs is not measured here, where one layer runs after the other: 'rrtc eval' measures it.")
         elif job.scoring is not None:
             measured["loss"] = _closing_measurement(job.dense, partial, job.scoring)

@@ -13,8 +13,8 @@ from rrtc.io.dense import DenseModel
 from rrtc.io.folder import whole_file
 from rrtc.kv_budget import Head, KindLosses, KvBudget
 from rrtc.model.attention_rrt import Rule
+from rrtc.model.graft_rrt import rule_of
 from rrtc.model.linear_rrt import LinearRule
-from rrtc.model.modeling_rrt import rule_of
 from rrtc.stock.heads import LookedUp
 from rrtc.stock.streamed import StreamedModel
 from rrtc.text.lookups import Lookups, make_lookups

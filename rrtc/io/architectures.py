@@ -15,16 +15,16 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 import rrtc
+from rrtc.architecture import Architecture
 from rrtc.console import quiet_libraries
 from rrtc.errors import RrtcError
 from rrtc.io.cache import cache_folder
 from rrtc.io.folder import whole_file
 from rrtc.io.source import Source
 from rrtc.io.weights import Weights
-from rrtc.plan import Architecture
 
 # Files of the package.
-READ_BY = ("io/dense.py", "model/attention_rrt.py", "model/modeling_rrt.py", "plan.py", "stock/architecture.py")
+READ_BY = ("architecture.py", "io/dense.py", "model/eyes_rrt.py", "model/graft_rrt.py", "stock/architecture.py")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rrtc.errors import RrtcError
+from rrtc.architecture import Matrix
+from rrtc.features import check_carried
 from rrtc.io.dense import DenseModel
 from rrtc.io.folder import copy_companions
 from rrtc.io.provenance import PROVENANCE, check_not_quantized, read_provenance
@@ -23,12 +24,13 @@ from rrtc.io.shard_writer import ShardWriter
 from rrtc.io.source import read_config
 from rrtc.io.weights import Weights, row_blocks
 from rrtc.model import RrtConfig
-from rrtc.model.attention_rrt import Rule, attention_of
+from rrtc.model.attention_rrt import Rule
+from rrtc.model.eyes_rrt import attention_of
+from rrtc.model.graft_rrt import rule_of
 from rrtc.model.linear_rrt import NAME as LINEAR
 from rrtc.model.linear_rrt import LinearRule
-from rrtc.model.modeling_rrt import rule_of
 from rrtc.plain import read_json
-from rrtc.plan import Matrix, Plan, Visit
+from rrtc.plan import Plan, Visit
 from rrtc.stock.architecture import decoder_layers, layers_path, read_plan, stock_model
 from rrtc.tying.norms import Fold
 
@@ -166,12 +168,8 @@ def drawn_maps(plan: Plan, layers: nn.ModuleList, parent: str) -> dict[str, Tens
 def plan_by_layer(folder: Path) -> Plan:
     """The plan of the recursive model in `folder`. Raises RrtcError where it cannot be run layer by layer."""
     plan = read_plan(read_config(folder))
-    if plan.has_owners:
-        raise RrtcError(
-            f"In the model in {folder}, visits read keys and values of another loop (owner), which cannot be had layer "
-            "by layer.",
-            "Plan its KV cache anew from the folder that it was made from.",
-        )
+    hint = "Plan its KV cache anew from the folder that it was made from."
+    check_carried("Running layer by layer", plan.features, hint)
     return plan
 
 

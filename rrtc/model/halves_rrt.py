@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from .modeling_rrt import find_layers
+from .graft_rrt import find_layers
 from .rows_rrt import RowsHead
 
 PART = 4  # guesses are made among the first 1/PART of the vocabulary and what stands in the text already

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-from .attention_rrt import KeptLayer, Part, Rule, Sight, added, attention_of, divided
+from .attention_rrt import KeptLayer, Part, Rule, Sight, added, divided
+from .eyes_rrt import attention_of
 
 BLOCK = 32  # queries that go together: for each of them and each key that leaves the window, all features are made
 NOTHING = torch.finfo(torch.float32).min  # the logarithm of a sum of nothing

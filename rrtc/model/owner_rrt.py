@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
-from .attention_rrt import Documents, Eyes, KeptLayer, Part, Rule, Sight, added, cache_in
+from .attention_rrt import KeptLayer, Part, Rule, Sight, added
+from .eyes_rrt import Documents, Eyes, cache_in
 
 LEFT = "A model whose visits read later ones cannot be left between them."
 

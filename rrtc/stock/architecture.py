@@ -15,11 +15,12 @@ from transformers import (
 from transformers.cache_utils import get_layer_types_and_kwargs
 from transformers.pytorch_utils import Conv1D
 
+from rrtc.architecture import Architecture, Layer, Matrix
 from rrtc.errors import RrtcError, short
-from rrtc.model.attention_rrt import attention_of
 from rrtc.model.configuration_rrt import RrtConfig
-from rrtc.model.modeling_rrt import find_layers, matrices_of, matrix_shape
-from rrtc.plan import Architecture, Layer, Matrix, Plan, read_visits
+from rrtc.model.eyes_rrt import attention_of
+from rrtc.model.graft_rrt import find_layers, matrices_of, matrix_shape
+from rrtc.plan import Plan, read_visits
 
 # The projections that one matrix of an attention block can hold, by a piece of its name; a fused one holds the queries
 # and then keys and values of equal width. What is in no row is "o", and what is in no attention block is "ffn".

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from rrtc.model.attention_rrt import Part, Sight, divided
+from rrtc.model.graft_rrt import Visit
 from rrtc.model.linear_rrt import LinearRule, Maps
-from rrtc.model.modeling_rrt import RrtForCausalLM, Visit
+from rrtc.model.modeling_rrt import RrtForCausalLM
 
 QUERIES = 128  # whose scores exist at once
 NONE = -50.0  # a log-gain that is as good as none, and can still learn

@@ -19,8 +19,9 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from rrtc.errors import RrtcError
-from rrtc.model.attention_rrt import Eyes, Rule, Sight
-from rrtc.model.modeling_rrt import matrices_of
+from rrtc.model.attention_rrt import Rule, Sight
+from rrtc.model.eyes_rrt import Eyes
+from rrtc.model.graft_rrt import matrices_of
 from rrtc.stock.architecture import decoder_layers, transposed_matrices
 
 

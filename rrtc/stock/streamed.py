@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig
 
 from rrtc.errors import RrtcError
 from rrtc.model.attention_rrt import Rule
-from rrtc.model.modeling_rrt import matrices_of
+from rrtc.model.graft_rrt import matrices_of
 from rrtc.stock.architecture import stock_model
 from rrtc.stock.parts import Parts, watching
 

@@ -10,8 +10,9 @@ from torch.func import functional_call
 from transformers import PreTrainedConfig
 
 from rrtc.errors import WrongUsage
-from rrtc.model.attention_rrt import Rule, Sight, attention_of
-from rrtc.model.modeling_rrt import matrices_of, matrix_shape
+from rrtc.model.attention_rrt import Rule, Sight
+from rrtc.model.eyes_rrt import attention_of
+from rrtc.model.graft_rrt import matrices_of, matrix_shape
 from rrtc.stock.architecture import stock_model, transposed_matrices
 from rrtc.stock.parts import Parts, watching
 from rrtc.tying.neurons import Neurons, reordered

@@ -1,8 +1,10 @@
 """What the recipe alone can have wrong about an uptraining. Nothing here waits for torch."""
 
 import os
+from collections.abc import Collection
 
-from rrtc.errors import RrtcError, WrongUsage
+from rrtc.errors import WrongUsage
+from rrtc.features import check_carried
 from rrtc.recipe.section import OWN_TEXT
 from rrtc.recipe.uptrain import UptrainRecipe
 
@@ -22,20 +24,16 @@ def check_recipe(recipe: UptrainRecipe) -> None:
         )
 
 
-def check_owners(recipe: UptrainRecipe, reads_later: bool) -> None:
-    """Raises RrtcError where `recipe` asks for what a model cannot do in which visits read another loop's keys.
-    reads_later: whether some read those of a later loop."""
-    wanted = {"--compile": recipe.compile, "--fsdp": recipe.fsdp}
-    if reads_later:  # what a loop returns is not there before the last one has run
-        wanted |= {
-            "exits": recipe.exits != "none",
-            "the loss 'hidden'": bool(recipe.losses.get("hidden")),
-            "the regularizer 'bmi'": bool(recipe.regularizers.get("bmi")),
-            "--stability admin": recipe.stability == "admin",
-        }
-    asked = [name for name, is_asked in wanted.items() if is_asked]
-    if asked:
-        raise RrtcError(
-            f"This model's visits read keys and values of another loop (owner), and {asked[0]} is not for such a one.",
-            "Leave it out.",
-        )
+def check_features(recipe: UptrainRecipe, features: Collection[str]) -> None:
+    """Raises RrtcError where `recipe` asks for what cannot be done with a model that has these `features`."""
+    wanted = {
+        "--compile": recipe.compile,
+        "--fsdp": recipe.fsdp,
+        "--exits": recipe.exits != "none",
+        "The loss 'hidden'": bool(recipe.losses.get("hidden")),
+        "The regularizer 'bmi'": bool(recipe.regularizers.get("bmi")),
+        "--stability admin": recipe.stability == "admin",
+    }
+    for name, is_asked in wanted.items():
+        if is_asked:
+            check_carried(name, features, "Leave it out.")

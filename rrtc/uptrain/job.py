@@ -27,7 +27,7 @@ from rrtc.recipe.uptrain import UptrainRecipe
 from rrtc.stock.architecture import read_architecture, read_plan
 from rrtc.stock.trial import Branch
 from rrtc.text.windows import longest_context
-from rrtc.uptrain.checks import check_owners, check_recipe
+from rrtc.uptrain.checks import check_features, check_recipe
 from rrtc.uptrain.data import ORDER, Mixture, Stream, training_text
 from rrtc.uptrain.rate import TRANSFER, default_rate, lost_by
 from rrtc.uptrain.stability import branches_of, with_gains
@@ -162,8 +162,7 @@ def prepare(folder: Path, recipe: UptrainRecipe, most_steps: int | None = None) 
         raise RrtcError(f"{folder} holds a dense '{config.model_type}' model.", "Compress it first, with 'rrtc init'.")
     check_not_quantized(folder, config)
     plan = read_plan(config)
-    if plan.has_owners:
-        check_owners(recipe, plan.reads_later)
+    check_features(recipe, plan.features)
     if recipe.exits != "none":
         _check_exits(folder, plan, provenance, recipe.exits)
     if recipe.transfers:

@@ -16,7 +16,7 @@ from collections import Counter
 
 import torch
 
-from rrtc.model.modeling_rrt import Reference, RelaxedLinear, Slot
+from rrtc.model.graft_rrt import Reference, RelaxedLinear, Slot
 from rrtc.recipe.uptrain import UptrainRecipe
 from rrtc.uptrain.bmi import CRITIC_DECAY, CRITIC_LR, Critic
 

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from rrtc.machine import is_first_process
-from rrtc.model.modeling_rrt import Slot
+from rrtc.model.graft_rrt import Slot
 
 
 def shard(student: nn.Module, device: torch.device, bfloat16: bool = False) -> None:

@@ -23,9 +23,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rrtc.architecture import Matrix
 from rrtc.errors import WrongUsage
-from rrtc.model.modeling_rrt import RelaxedLinear
-from rrtc.plan import Matrix, Plan, Visit
+from rrtc.model.graft_rrt import RelaxedLinear
+from rrtc.plan import Plan, Visit
 from rrtc.stock.architecture import decoder_layers
 from rrtc.stock.parts import watching
 from rrtc.stock.trial import Branch, find_branches

@@ -19,7 +19,7 @@ from rrtc.errors import RrtcError
 from rrtc.io.source import load_model
 from rrtc.io.weights import disk_error
 from rrtc.machine import device, process_group
-from rrtc.model.modeling_rrt import Slot
+from rrtc.model.graft_rrt import Slot
 from rrtc.recipe.uptrain import UptrainRecipe
 from rrtc.stock.architecture import quiet_warnings
 from rrtc.stock.linear import linear_maps, match_gains

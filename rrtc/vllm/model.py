@@ -13,9 +13,10 @@ from vllm.config import VllmConfig
 from vllm.model_executor.models.transformers import TransformersForCausalLM
 
 from rrtc.errors import RrtcError
+from rrtc.features import check_carried
 from rrtc.model import RrtConfig
-from rrtc.model.modeling_rrt import RelaxedLinear, find_layers
-from rrtc.plan import read_visits
+from rrtc.model.graft_rrt import RelaxedLinear, find_layers
+from rrtc.plan import features_of, read_visits
 
 SLIDING, FULL = "sliding_attention", "full_attention"  # transformers' names, by which vLLM knows a layer with a window
 
@@ -83,30 +84,14 @@ def windows_of(config: RrtConfig) -> dict[int, int]:
     """The window of each layer that has one, by its number, where visits see windows; empty where none does, and vLLM
     reads what there is off the dense model's config. Raises RrtcError for what vLLM has no word for."""
     visits, base = read_visits(config.visits), config.get_text_config()
-    if not any(visit.attention for visit in visits):
+    features = features_of(visits)
+    if not features:
         return {}
+    hint = "Run it in transformers, or plan its attention by whole visits and without sinks, as vLLM has it."
+    check_carried("vLLM", features, hint)
     kinds = getattr(base, "layer_types", None) or []
     windows = {number: base.sliding_window for number, kind in enumerate(kinds) if kind == SLIDING}
-    for number, visit in enumerate(visits):
-        if visit.attention is not None:
-            if visit.attention.owner is not None:
-                raise RrtcError(
-                    f"vLLM cannot run this model: layer {number} reads keys and values of another loop (owner).",
-                    "Run it in transformers.",
-                )
-            reasons = {
-                "blocks of tokens stay in sight beyond a window": visit.attention.landmark,
-                "linear attention stands behind a window": visit.attention.linear,
-                "only some KV heads see a window": visit.attention.heads,
-                "the first tokens stay in sight": visit.attention.sinks,
-            }
-            if finer := next((reason for reason, is_there in reasons.items() if is_there), None):
-                raise RrtcError(
-                    f"vLLM cannot run this model: in layer {number} {finer}, and it knows windows of whole layers, "
-                    "without sinks.",
-                    "Plan the attention by whole visits and without sinks, or run the model in transformers.",
-                )
-            windows[number] = visit.attention.window
+    windows |= {number: visit.attention.window for number, visit in enumerate(visits) if visit.attention is not None}
     if len(widths := sorted(set(windows.values()))) > 1:
         raise RrtcError(
             f"vLLM cannot run this model, whose layers have windows of {' and '.join(map(str, widths))} tokens: it "

@@ -16,7 +16,7 @@ from rrtc.generate.engine import Busy, Engine
 from rrtc.generate.sampling import Drawing
 from rrtc.generate.ways import FullDepth, Leave, Speculate
 from rrtc.model import RrtConfig, RrtForCausalLM
-from rrtc.model.modeling_rrt import find_layers
+from rrtc.model.graft_rrt import find_layers
 
 NEW, CONTEXT = 10, 64
 IDS = tokens(5, 40)

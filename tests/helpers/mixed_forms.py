@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 from pico import COMMON, pico_config, pico_tokenizer
 
+from rrtc.architecture import Matrix
 from rrtc.io.provenance import write_provenance
 from rrtc.model import RrtConfig, RrtForCausalLM
 from rrtc.patterns import make_plan
-from rrtc.plan import Matrix, Plan
+from rrtc.plan import Plan
 from rrtc.recipe.init import InitRecipe
 from rrtc.stock.architecture import read_architecture
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from rrtc.model import RrtConfig, RrtForCausalLM
-from rrtc.model.modeling_rrt import find_layers
+from rrtc.model.graft_rrt import find_layers
 from rrtc.patterns import make_plan
 from rrtc.recipe.init import InitRecipe
 from rrtc.stock.architecture import read_architecture

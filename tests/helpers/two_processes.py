@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from rrtc.machine import is_first_process, process_group
-from rrtc.model.modeling_rrt import Slot
+from rrtc.model.graft_rrt import Slot
 from rrtc.recipe.schema import Recipe
 from rrtc.recipe.uptrain import UptrainRecipe
 from rrtc.uptrain import losses

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from rrtc.model.attention_rrt import KeptLayer
-from rrtc.model.modeling_rrt import find_layers
+from rrtc.model.graft_rrt import find_layers
 
 WINDOW, SINKS = 9, 3
 # In turn: one KV head sees everything, none does, all do.

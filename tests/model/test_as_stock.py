@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from rrtc.model import RrtConfig, RrtForCausalLM, RrtForSequenceClassification, RrtForTokenClassification, RrtModel
-from rrtc.model.modeling_rrt import Slot
+from rrtc.model.graft_rrt import Slot
 
 
 def side_by_side(folder: Path, architecture: str) -> tuple[Path, Path]:

@@ -19,7 +19,7 @@ from rrtc.attention import Attention, Landmark
 from rrtc.export.formats.recursive import write_config
 from rrtc.model import RrtConfig, RrtForCausalLM, landmark_rrt
 from rrtc.model.attention_rrt import KeptLayer, Rule
-from rrtc.model.modeling_rrt import find_layers
+from rrtc.model.graft_rrt import find_layers
 from rrtc.patterns import make_plan
 from rrtc.plan import Plan, read_visits
 from rrtc.recipe.init import InitRecipe

@@ -20,7 +20,7 @@ from rrtc.errors import WrongUsage
 from rrtc.export import stage
 from rrtc.export.formats import FORMATS
 from rrtc.model import RrtConfig, RrtForCausalLM
-from rrtc.model.modeling_rrt import RelaxedLinear, find_layers, graft, matrices_of
+from rrtc.model.graft_rrt import RelaxedLinear, find_layers, graft, matrices_of
 from rrtc.patterns import make_plan
 from rrtc.plan import Plan
 from rrtc.recipe.init import InitRecipe

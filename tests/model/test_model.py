@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCac
 from transformers.pytorch_utils import Conv1D
 
 from rrtc.model import RrtConfig, RrtForCausalLM, RrtModel
-from rrtc.model.modeling_rrt import RelaxedLinear, find_layers, graft, matrices_of
+from rrtc.model.graft_rrt import RelaxedLinear, find_layers, graft, matrices_of
 from rrtc.patterns import make_plan
 from rrtc.recipe.init import InitRecipe
 from rrtc.stock.architecture import read_architecture

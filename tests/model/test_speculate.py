@@ -20,7 +20,7 @@ from transformers import (
 
 from rrtc.model import RrtForCausalLM, halves_rrt, speculate_rrt
 from rrtc.model.attention_rrt import KeptLayer
-from rrtc.model.modeling_rrt import find_layers
+from rrtc.model.graft_rrt import find_layers
 from rrtc.model.speculate_rrt import Worth, speculate
 from rrtc.plan import ends_of_loops, read_visits
 

@@ -13,7 +13,7 @@ from rrtc import scoring
 from rrtc.errors import RrtcError
 from rrtc.io.dense import DenseModel
 from rrtc.io.source import find_model
-from rrtc.model.modeling_rrt import matrices_of
+from rrtc.model.graft_rrt import matrices_of
 from rrtc.stock import streamed
 from rrtc.stock.architecture import decoder_layers
 from rrtc.stock.streamed import StreamedModel

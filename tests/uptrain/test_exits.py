@@ -23,7 +23,7 @@ from rrtc.export.stage import export
 from rrtc.init.stage import init
 from rrtc.io.provenance import read_provenance
 from rrtc.model import RrtConfig, RrtForCausalLM
-from rrtc.model.modeling_rrt import Visit, find_layers
+from rrtc.model.graft_rrt import Visit, find_layers
 from rrtc.patterns import make_plan
 from rrtc.recipe.export import ExportRecipe
 from rrtc.recipe.init import InitRecipe

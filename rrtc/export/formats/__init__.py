@@ -7,7 +7,6 @@
     MULTIPLIED_OUT     whether each W' + B·A is one matrix in it, and rounded as one
     GENERATES          whether the fresh process that checks it also generates text greedily
     WINDOWS            whether visits see in it the windows that they have; else it attends to everything
-    NO_WINDOWS         why it refuses a model whose visits see a window; empty where it does not
     check              raises RrtcError where what the format takes is not installed, or the model cannot have it
     number_format      the dtype its tensors are cast to
     bytes_written      about how many bytes will be written
@@ -24,7 +23,8 @@
     limits             for the card: what it does not do
     how_to_load        for the card: code that loads it
 
-The other modules ask for a format by its name here, and never by what the name is.
+What visits can have that a format does not carry is in rrtc/features.py. The other modules ask for a format by its name
+here, and never by what the name is.
 """
 
 from rrtc.export.formats import dense, gguf, onnx, recursive

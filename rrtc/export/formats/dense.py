@@ -35,7 +35,7 @@ LIBRARY, TAGS, QUANTIZED_TAGS = "transformers", (), ("compressed-tensors",)
 FROM_DISK, TIMES_IN_MEMORY = True, 1
 MULTIPLIED_OUT = True
 GENERATES = False
-WINDOWS, NO_WINDOWS = False, ""
+WINDOWS = False
 
 LIMITS = """- This format has the size of the original: what was saved is in the recursive format, not here.
 - It computes what the recursive format does: what tying cost is above, as far as it was measured."""

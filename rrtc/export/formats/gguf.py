@@ -48,7 +48,7 @@ LIBRARY, TAGS, QUANTIZED_TAGS = "llama.cpp", ("gguf",), ()
 FROM_DISK, TIMES_IN_MEMORY = False, 1
 MULTIPLIED_OUT = True
 GENERATES = True
-WINDOWS, NO_WINDOWS = False, ""
+WINDOWS = False
 
 VARIABLE, SCRIPT = "RRTC_LLAMA_CPP", "convert_hf_to_gguf.py"
 WHERE = (

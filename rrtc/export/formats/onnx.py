@@ -53,7 +53,6 @@ FROM_DISK, TIMES_IN_MEMORY = False, 2  # beside the model, its graph has it once
 MULTIPLIED_OUT = False
 GENERATES = True
 WINDOWS = False
-NO_WINDOWS = "has one length for the whole KV cache, and heads that see a window would each need an input of their own"
 
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
 # The graph's file by what it is quantized to, and what transformers.js calls that.

@@ -30,7 +30,7 @@ LIBRARY, TAGS, QUANTIZED_TAGS = "transformers", ("custom_code",), ("compressed-t
 FROM_DISK, TIMES_IN_MEMORY = True, 1
 MULTIPLIED_OUT = False
 GENERATES = False
-WINDOWS, NO_WINDOWS = True, ""
+WINDOWS = True
 
 # AutoModel is there for vLLM, which refuses remote code without it.
 AUTO_MAP = {
