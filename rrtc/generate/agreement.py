@@ -22,24 +22,24 @@ TRIAL_NEW = 64  # tokens of each answer
 
 
 class Listening(FullDepth):
-    """Full depth, at which the first exit is asked about each token that is said, too. right: for each request, with
-    which probability each draft of the exit would have been kept."""
+    """Full depth, at which the first exit is asked about each token that is said, too. right: for each request, whether
+    each draft of the exit would have been right."""
 
     def __init__(self, loops: int, chunk: int):
         super().__init__(loops, chunk)
-        self.right: dict[Request, list[float]] = {}
-        self._drafted: dict[Request, Tensor] = {}  # the scores at the exit
+        self.right: dict[Request, list[bool]] = {}
+        self._drafted: dict[Request, int] = {}
 
     def reads(self, request: Request, span: Span) -> slice | None:
         return slice(0, 1) if request.said and span.loop == 0 else super().reads(request, span)
 
     def after(self, request: Request, span: Span, states: Tensor, logits: Tensor, store: Store) -> None:
         if request.said and span.loop in (0, self.last):
-            scores = request.drawing.scores(request.tokens, logits[0])
+            token = request.drawing.pick(request.drawing.scores(request.tokens, logits[0]))
             if span.loop == 0:
-                self._drafted[request] = scores
+                self._drafted[request] = token
             else:
-                self.right.setdefault(request, []).append(request.drawing.keeps(self._drafted[request], scores))
+                self.right.setdefault(request, []).append(token == self._drafted[request])
         super().after(request, span, states, logits, store)
 
 
@@ -47,8 +47,8 @@ def agreement(
     model: PreTrainedModel, prompts: Tensor, new: int, settings: Mapping[str, Any],
     advance: Callable[[], None] = lambda: None,
 ) -> NDArray:  # fmt: skip
-    """The probability with which the first exit's draft of each token would be kept, (prompts, new), float32, where
-    `model`, whose loops tokens can go through one by one, goes on with `prompts`, (prompts, tokens) token ids.
+    """Whether the first exit's draft of each token would be right, (prompts, new), bool, where `model`, whose loops
+    tokens can go through one by one, goes on with `prompts`, (prompts, tokens) token ids.
 
     settings: arguments of transformers' `generate` that say how tokens are drawn. advance is called prompts × (new + 1)
     times. Raises RrtcError where the settings cannot be used.
@@ -66,20 +66,17 @@ def agreement(
     for request in requests:
         if request.error is not None:
             raise request.error
-    return numpy.array([engine.way.right[request] for request in requests], numpy.float32)
+    return numpy.array([engine.way.right[request] for request in requests])
 
 
 def said_a_round(right: NDArray, drafts: int) -> float:
-    """How many tokens a round of so many drafts says in the mean, where drafts are kept with the probabilities `right`,
-    (answers, tokens). Drafts that are right come together, so that it is less than where each is right by itself."""
-    answers, tokens = right.shape
-    starts = numpy.zeros((answers, tokens + drafts + 1))  # the probability that a round starts there
-    starts[:, 0] = 1
-    for first in range(tokens):
-        going = starts[:, first].copy()
-        last = min(first + drafts, tokens)
-        for place in range(first, last):
-            starts[:, place + 1] += going * (1 - right[:, place])
-            going *= right[:, place]
-        starts[:, last + 1] += going
-    return answers * tokens / float(starts[:, :tokens].sum())
+    """How many tokens a round of so many drafts says in the mean, where these drafts are `right`, (answers, tokens),
+    bool. Those that are come together, so that it is less than where each is right whatever the others are."""
+    rounds = 0
+    for answer in right:
+        first = 0
+        while first < len(answer):
+            tried = answer[first : first + drafts]
+            first += 1 + (len(tried) if tried.all() else int(tried.argmin()))
+            rounds += 1
+    return right.size / rounds

@@ -28,7 +28,7 @@ class Request:
     error: Exception | None = None  # with which it failed
     row: int = -1
     span: Span | None = None
-    drafts: list[tuple[int, Tensor]] = field(default_factory=list)  # tokens, and the scores that they are drawn from
+    drafts: list[int] = field(default_factory=list)  # tokens
     states: list[Tensor] = field(default_factory=list)  # of the tokens whose drafts these are, as they left the loop
     owed: dict[int, tuple] = field(default_factory=dict)  # by loop: (positions, states) of tokens that left after it
     entered: int = 0  # tokens of the prompt that have entered the first loop
@@ -52,6 +52,7 @@ class Request:
     def take(self, token: int) -> None:
         """Notes that this is said next."""
         self.said.append(token)
+        self.drawing.go_on()
         if self.say(token):
             self.ended = "stopped"
         elif token in self.drawing.ends:

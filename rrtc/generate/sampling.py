@@ -1,9 +1,11 @@
-"""Which token comes next: drawn by transformers' own rules, and by those of speculative decoding where it was drafted.
+"""Which token comes next: drawn by transformers' own rules, with random numbers that belong to its place in the answer.
 
-Speculation is Leviathan et al. 2023 (arXiv 2211.17192): a draft that was drawn from q is kept with probability
-min(1, p/q), and replaced by a draw from what p has more than q where it is not; so what is said is distributed as p.
+An exit's draft and the model's own choice for a place are drawn with the same numbers (Daliri et al., 2408.07978).
+A draft is right where both are one token. So what is said is what full depth says with this seed, however many drafts
+there were; and the better the exit, the more often they are right.
 """
 
+from collections import deque
 from collections.abc import Sequence
 
 import torch
@@ -34,6 +36,7 @@ class Drawing:
         self.ends = frozenset([] if ends is None else [ends] if isinstance(ends, int) else ends)
         self._generator = torch.Generator(model.device)
         self._generator.seed() if seed is None else self._generator.manual_seed(seed)
+        self._begins = deque([self._generator.get_state()])  # before the numbers of the next place, and of later ones
 
     def scores(self, said: Sequence[int], logits: Tensor) -> Tensor:
         """What processors make of `logits` (vocabulary,), float32. said: all tokens before this one."""
@@ -42,29 +45,21 @@ class Drawing:
             scores = self._processors(torch.tensor([list(said)], device=logits.device), scores)
         return scores[0]
 
-    def pick(self, scores: Tensor) -> int:
-        """A token, drawn from `scores` or the most probable one."""
+    def pick(self, scores: Tensor, ahead: int = 0) -> int:
+        """A token, drawn from `scores` or the most probable one, for the place so many places behind the one that is
+        said next, which is no further than one behind those that were drawn for. `go_on` says it."""
         if not self.draws:
             return int(scores.argmax())
-        return int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))
+        self._generator.set_state(self._begins[ahead])
+        token = int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))
+        if ahead + 1 == len(self._begins):
+            self._begins.append(self._generator.get_state())
+        return token
 
-    def keeps(self, drafted: Tensor, scores: Tensor) -> float:
-        """With which probability `judge` keeps what `pick` draws from `drafted`."""
-        if not self.draws:
-            return float(drafted.argmax() == scores.argmax())
-        return float(torch.minimum(drafted.softmax(-1), scores.softmax(-1)).sum())
-
-    def judge(self, draft: int, drafted: Tensor, scores: Tensor) -> tuple[int, bool]:
-        """(the token that is said where `draft` was drafted, whether it is the draft). drafted, scores: the scores
-        (vocabulary,) of the exit, from which the draft was drawn, and of the model itself."""
-        if not self.draws:
-            token = int(scores.argmax())
-            return token, token == draft
-        q, p = drafted.softmax(-1), scores.softmax(-1)
-        if torch.rand((), generator=self._generator, device=p.device) * q[draft] < p[draft]:
-            return draft, True
-        more = (p - q).clamp(min=0)
-        return int(torch.multinomial(more if more.any() else p, 1, generator=self._generator)), False
+    def go_on(self) -> None:
+        """The next place has its token now."""
+        if self.draws:
+            self._begins.popleft()
 
 
 def _asked(model, input_ids, logits_processor, generation_config, **others):

@@ -80,11 +80,11 @@ class Speculate(FullDepth):
         else:
             request.states.append(states)
             if len(logits):
-                said = request.tokens + [draft for draft, _ in request.drafts]
+                said = request.tokens + request.drafts
                 scores = request.drawing.scores(said, logits[0])
-                request.drafts.append((request.drawing.pick(scores), scores))
+                request.drafts.append(request.drawing.pick(scores, ahead=len(request.drafts)))
                 if not self.sure or scores.softmax(-1).max() >= self.sure:
-                    request.enter([request.drafts[-1][0]], len(said))
+                    request.enter(request.drafts[-1:], len(said))
                     return
             first, count = len(request.tokens) - 1, len(request.states)
             positions = torch.arange(first, first + count, device=states.device)
@@ -94,13 +94,11 @@ class Speculate(FullDepth):
         """Says the drafts that are right, and one token more."""
         request.since = 0 if request.drafts else request.since + 1
         for number in range(len(request.states)):
-            scores, right = request.drawing.scores(request.tokens, logits[number]), False
+            token, right = self._token(request, number, logits[number]), False
             if number < len(request.drafts):
-                token, right = request.drawing.judge(*request.drafts[number], scores)
+                right = token == request.drafts[number]
                 self.kept.append(right)
                 self.drafted, self.accepted = self.drafted + 1, self.accepted + right
-            else:
-                token = request.drawing.pick(scores)
             request.take(token)
             if request.ended or not right:
                 break
@@ -109,6 +107,10 @@ class Speculate(FullDepth):
             first = len(request.tokens) - 1
             store.back_to(request.row, first)
             request.enter(request.said[-1:], first)
+
+    def _token(self, request: Request, number: int, logits: Tensor) -> int:
+        """What full depth says at the place of that draft, or behind the last one."""
+        return request.drawing.pick(request.drawing.scores(request.tokens, logits))
 
     def _wanted(self, request: Request) -> int:
         """How many drafts this request makes before they are checked."""

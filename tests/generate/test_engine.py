@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from pico import pico_model
-from recursive_models import double, everywhere, idle_after_the_first_loop, randomize, rrt_config, tokens
+from recursive_models import double, everywhere, idle_after_the_first_loop, nearly_idle, randomize, rrt_config, tokens
 from scipy.stats import chisquare
 from transformers import PreTrainedModel
 
@@ -351,23 +351,37 @@ def test_greedy_repetition_penalties_hold_for_drafts_too():
     assert by_engine(engine, **settings) == [by_transformers(model, prompt, **settings) for prompt in PROMPTS]
 
 
-def test_what_is_said_where_a_draft_was_drawn_is_distributed_as_without():
+@pytest.mark.parametrize("drafts", [1, 3])
+def test_with_a_seed_it_draws_what_full_depth_does_however_many_drafts_there_are(drafts):
+    model, said, kept = nearly_idle(2), [], 0
+    for way in (FullDepth, partial(Speculate, drafts=drafts), partial(Speculate, drafts=3, worth=lambda kept, most: 2)):
+        engine = Engine(model, way, rows=3, context=CONTEXT)
+        requests = [engine.submit(p, 24, seed, do_sample=True, temperature=1.5) for seed, p in enumerate(PROMPTS)]
+        engine.run()
+        said.append([request.said for request in requests])
+        kept += getattr(engine.way, "accepted", 0)
+    assert said[0] == said[1] == said[2] and kept > 10
+
+
+def test_the_better_the_exit_the_more_of_its_draws_are_right():
+    scores, others = torch.tensor([0.0, 1.0, 1.5, -2.0, 0.3]), torch.tensor([2.0, 0.0, 1.0, -1.0, 0.5])
+    p, q = scores.double().softmax(-1), others.double().softmax(-1)
     drawing = Drawing(double("llama"), PROMPTS[0], NEW, 0, do_sample=True, top_k=0)
-    chance = torch.Generator().manual_seed(1)
-    exit_scores, scores = torch.tensor([2.0, 0.0, 1.0, -1.0, 0.5]), torch.tensor([0.0, 1.0, 1.5, -2.0, 0.3])
-    drafts = torch.multinomial(exit_scores.softmax(-1), 20_000, replacement=True, generator=chance)
-    said = [drawing.judge(int(draft), exit_scores, scores) for draft in drafts]
-    counts = torch.bincount(torch.tensor([token for token, _ in said]), minlength=5)
-    assert chisquare(counts.numpy(), (20_000 * scores.double().softmax(-1)).numpy()).pvalue > 0.01
-    kept = sum(same for _, same in said) / len(said)
-    assert kept == pytest.approx(torch.minimum(exit_scores.softmax(-1), scores.softmax(-1)).sum().item(), abs=0.015)
-    assert all(token == draft for (token, same), draft in zip(said, drafts.tolist(), strict=True) if same)
+    said, same = [], 0
+    for _ in range(4000):
+        same += drawing.pick(others) == (token := drawing.pick(scores))
+        said.append(token)
+        drawing.go_on()
+    counts = torch.bincount(torch.tensor(said), minlength=5)
+    assert chisquare(counts.numpy(), (4000 * p).numpy()).pvalue > 0.01
+    expected = sum(1 / torch.maximum(p / p[i], q / q[i]).sum() for i in range(5))  # Daliri et al., Theorem 1's proof
+    assert same / 4000 == pytest.approx(float(expected), abs=0.03)
 
 
 def test_one_whose_token_cannot_be_drawn_ends_and_the_others_go_on():
     engine = Engine(double("llama"), rows=3, context=CONTEXT)
     requests = [engine.submit(prompt, NEW, **GREEDY) for prompt in PROMPTS[:3]]
-    requests[1].drawing.pick = lambda scores: 1 / 0
+    requests[1].drawing.pick = lambda scores, ahead=0: 1 / 0
     engine.run()
     assert (requests[1].ended, requests[1].said, type(requests[1].error)) == ("failed", [], ZeroDivisionError)
     expected = [by_transformers(double("llama"), prompt) for prompt in PROMPTS[:3]]

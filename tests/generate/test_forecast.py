@@ -1,21 +1,17 @@
 """What exits would win, from times; and thresholds, from the loss of text that is scored as it would be generated."""
 
-import copy
-import functools
 from functools import partial
 
 import numpy
 import pytest
 import torch
-from recursive_models import double, idle_after_the_first_loop, recursive, tokens
+from recursive_models import double, idle_after_the_first_loop, nearly_idle, recursive, tokens
 
 from rrtc.generate.agreement import agreement, said_a_round
 from rrtc.generate.engine import Engine
 from rrtc.generate.forecast import Costs, measure_costs
 from rrtc.generate.quality import NEVER, PROMPT, Scored, find_threshold, passes
 from rrtc.generate.ways import Leave, Speculate
-from rrtc.model import RrtForCausalLM
-from rrtc.model.modeling_rrt import find_layers
 
 COSTS = Costs(loops=2, whole=2.2, first=1.0, head=0.2, rest=1.2, rest_more=0.0)
 WINDOWS = tokens(8, 40)
@@ -64,19 +60,6 @@ PROMPTS, NEW = tokens(3, 12), 24
 GREEDY = {"do_sample": False}
 
 
-@functools.cache
-def nearly_idle(loops: int) -> RrtForCausalLM:
-    """A recursive model whose later loops change little, so that many drafts are right."""
-    model = copy.deepcopy(idle_after_the_first_loop(loops))
-    parent, _ = find_layers(model.stock, len(model.config.visits))
-    with torch.no_grad():
-        for slot in parent.slots:
-            for loop in list(slot.loops)[1:]:
-                for path in ("self_attn.o_proj", "mlp.down_proj"):
-                    loop.get_submodule(path).A.mul_(0.8)
-    return model
-
-
 def test_an_exit_agrees_with_the_end_where_nothing_follows():
     advanced = []
     assert (agreement(idle_after_the_first_loop(), PROMPTS, NEW, GREEDY, lambda: advanced.append(1)) == 1).all()
@@ -114,11 +97,9 @@ def test_with_sampling_drafts_are_right_as_often_as_they_are_kept():
 
 def test_a_round_by_hand():
     # Three drafts at a time: 1 1 0* | 1 1 1 * | 0*, where * is the token that the round itself adds.
-    right = numpy.array([[1, 1, 0, 1, 1, 1, 0.5, 0]], numpy.float32)
-    assert said_a_round(right, 3) == pytest.approx(8 / 3)
-    # The first draft is kept half the time: the next round begins at the second token, or behind it.
-    assert said_a_round(numpy.array([[0.5, 0.0]], numpy.float32), 1) == pytest.approx(2 / 1.5)
-    assert said_a_round(numpy.array([[1.0, 0.0]], numpy.float32), 0) == 1.0
+    assert said_a_round(numpy.array([[1, 1, 0, 1, 1, 1, 0, 0]], bool), 3) == pytest.approx(8 / 3)
+    assert said_a_round(numpy.array([[1, 1, 1], [0, 1, 0]], bool), 1) == pytest.approx(6 / 4)
+    assert said_a_round(numpy.array([[1, 0]], bool), 0) == 1.0
 
 
 @pytest.mark.parametrize("recipe", [{"sharing": "middle_cycle"}, {"loops": 3}], ids=str)

@@ -41,6 +41,7 @@ def randomize(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 
 
 @functools.cache
+@torch.inference_mode(False)  # whoever asks first may be in it, and who comes later may want gradients
 def recursive(architecture: str, norms: str = "per_visit", **recipe) -> RrtForCausalLM:
     """A recursive pico model with random weights; shared by tests, which must not change it."""
     torch.manual_seed(sum(architecture.encode()))
@@ -88,6 +89,7 @@ def logits(model, **kwargs) -> torch.Tensor:
 
 
 @functools.cache
+@torch.inference_mode(False)
 def double(architecture: str, **recipe) -> RrtForCausalLM:
     """A recursive pico model in float64, in which there are no ties; not to be changed."""
     return copy.deepcopy(recursive(architecture, **recipe)).double()
@@ -109,4 +111,17 @@ def idle_after_the_first_loop(loops: int = 2) -> RrtForCausalLM:
                         torch.nn.Parameter(torch.eye(shared.weight.shape[0], dtype=torch.double)),
                     )
                     matrix.rank = shared.weight.shape[1]
+    return model
+
+
+@functools.cache
+def nearly_idle(loops: int) -> RrtForCausalLM:
+    """A recursive model whose later loops change little, so that many drafts are right."""
+    model = copy.deepcopy(idle_after_the_first_loop(loops))
+    parent, _ = find_layers(model.stock, len(model.config.visits))
+    with torch.no_grad():
+        for slot in parent.slots:
+            for loop in list(slot.loops)[1:]:
+                for path in ("self_attn.o_proj", "mlp.down_proj"):
+                    loop.get_submodule(path).A.mul_(0.8)
     return model
