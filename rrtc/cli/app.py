@@ -98,7 +98,7 @@ def uptrain_command(
     Example:
       rrtc uptrain small -o healed --data corpus.jsonl --tokens 10000000
     On several GPUs:
-      torchrun --nproc-per-node 8 -m rrtc uptrain small -o healed
+      torchrun --nproc-per-node 8 -m rrtc uptrain small -o healed --batch-size 64
     """
     if dry_run:
         result = api.estimate(folder, recipe, verbose=shown)

@@ -41,7 +41,7 @@ class UptrainRecipe(Section):
         False,
         description="Documents in a window do not attend to each other. Slower, and rarely how models are made.",
     )
-    batch_size: int = Field(8, ge=1, le=10**6, description="Windows in one optimizer step, over all processes.")
+    batch_size: int = Field(2, ge=1, le=10**6, description="Windows in one optimizer step, over all processes.")
     micro_batch: int = Field(2, ge=1, le=10**6, description="Windows in one forward pass of one process.")
     optimizer: Literal["adamw", "muon"] = Field(
         "adamw",
