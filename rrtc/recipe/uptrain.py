@@ -95,7 +95,8 @@ class UptrainRecipe(Section):
         gt=0,
         le=MOST_WEIGHT,
         description="Weight of the exits' losses: after, the mean over the exits of next_token and of forward_kl from "
-        "the model's own end; joint, forward_kl from the mean of the teacher and that end, later exits weighing more.",
+        "the model's own end; joint, forward_kl from the mean of the teacher and that end, later exits weighing more, "
+        "and none more than this times the model's own loss.",
     )
     teacher_cache: str | None = Field(
         None,

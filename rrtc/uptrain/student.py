@@ -100,10 +100,13 @@ class Student(RrtForCausalLM):
         joint = recipe.exits == "joint"
         learned = MeanLesson(lesson, own) if joint and lesson is not None else own
         shares = [loop if joint else 1 for loop in range(1, len(outputs) + 1)]
+        before = means["objective"].detach()
         for loop, output in enumerate(outputs, 1):
             found = compare(parts.after(input_ids, output, **kwargs), JOINT_LOSSES if joint else EXIT_LOSSES, learned)
-            weight = recipe.exit_weight * shares[loop - 1] / sum(shares)
-            means["objective"] = means["objective"] + weight * found.pop("objective")
+            weight, distance = recipe.exit_weight * shares[loop - 1] / sum(shares), found.pop("objective")
+            if joint:  # an untrained exit's distance is 20 times the model's own, which would hardly learn
+                weight = weight * (before / distance.detach()).clamp(max=1)
+            means["objective"] = means["objective"] + weight * distance
             means |= {f"exit_{loop}_{name}": mean for name, mean in found.items()}
         return means
 

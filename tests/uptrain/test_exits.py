@@ -189,7 +189,7 @@ def test_the_objective_is_its_definition(architecture, checkpointing, ids, monke
 def test_exits_that_learn_jointly_learn_from_the_teacher_and_from_the_end_and_later_ones_weigh_more(ids):
     student, model = recursive(Student, loops=3), recursive(RrtForCausalLM, loops=3)
     teacher, given, targets = recursive(RrtForCausalLM, loops=2), ids[:, :-1], ids[:, 1:]
-    recipe = UptrainRecipe(exits="joint", exit_weight=0.3, temperature=1.5)
+    recipe = UptrainRecipe(losses={"forward_kl": 0.2}, exits="joint", exit_weight=0.3, temperature=1.5)
     lesson = LiveLesson(Parts(teacher.stock), teacher.model(given, use_cache=False)[0], recipe.temperature)
     found = student(given, targets, recipe, lesson)
 
@@ -204,8 +204,10 @@ def test_exits_that_learn_jointly_learn_from_the_teacher_and_from_the_end_and_la
         setattr(*parent, layers)
     q = (teacher(given, use_cache=False).logits.detach().flatten(0, 1) / recipe.temperature).softmax(-1)
     own = (every[-1].detach() / recipe.temperature).softmax(-1)
-    first, second, end = kl((q + own) / 2, every[0]), kl((q + own) / 2, every[1]), kl(q, every[2])
-    objective = end + recipe.exit_weight * (first + 2 * second) / 3
+    first, second, end = kl((q + own) / 2, every[0]), kl((q + own) / 2, every[1]), 0.2 * kl(q, every[2])
+    caps = [(end / distance).detach().clamp(max=1) for distance in (first, second)]
+    assert max(caps) < 1
+    objective = end + recipe.exit_weight * (caps[0] * first + caps[1] * 2 * second) / 3
     torch.testing.assert_close(found["objective"], objective)
     torch.testing.assert_close(found["exit_2_kl"], second.detach() / recipe.temperature**2)
     found["objective"].backward()
