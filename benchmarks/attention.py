@@ -182,7 +182,7 @@ def main(args: argparse.Namespace) -> None:
             if name in linear.ROWS:
                 linear.ROWS[name][1](model, found.text, args.work / "maps.pt")
             row = measure(model, plan, reference, probes, args.context)
-            known = plan.is_local and name in PREDICTED
+            known = plan.features and name in PREDICTED
             done["rows"][name] = row | {"predicted": predicted(plan, found.losses) if known else None}
             with whole_file(file) as temporary:
                 temporary.write_text(json.dumps(done, indent=1))

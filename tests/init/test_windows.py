@@ -226,5 +226,5 @@ def test_a_replanned_model_can_be_uptrained_and_evaluated_where_its_parents_are_
     shutil.rmtree(first)
     api.uptrain(second, tmp_path / "healed", context=64, tokens=512, batch_size=4, micro_batch=2, data=["pydoc"])
     plans = [read_plan(read_config(place)) for place in (second, tmp_path / "healed")]
-    assert plans[0] == plans[1] and plans[0].is_local
+    assert plans[0] == plans[1] and plans[0].features
     api.evaluate(tmp_path / "healed", tmp_path / "report", tokens=512, context=64, passkey_trials=0, speed_rounds=0)

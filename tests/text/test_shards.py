@@ -1,6 +1,7 @@
 """Training text: tokenized once into shards, from which training reads its windows in an order of its own."""
 
 import copy
+import gc
 import json
 import random
 import shutil
@@ -147,6 +148,16 @@ def test_a_long_document_is_cut_into_several(tmp_path, monkeypatch):
     assert min(map(len, found[:-1])) >= 80 and max(map(len, found)) <= 100
 
 
+@pytest.fixture
+def usual_collection():
+    """Garbage is looked for as often as in a user's process, and not as seldom as conftest.py has it."""
+    seldom = gc.get_threshold()
+    gc.set_threshold(700, 10, 10)
+    yield
+    gc.set_threshold(*seldom)
+
+
+@pytest.mark.usefixtures("usual_collection")
 @pytest.mark.parametrize("suffix", ["jsonl", "txt", "csv", "jsonl.gz", "chat.jsonl.zst"])
 def test_memory_does_not_grow_with_the_text(tmp_path, monkeypatch, suffix):
     for module in (shards, files):
