@@ -34,13 +34,11 @@ class Listening(FullDepth):
         return slice(0, 1) if request.said and span.loop == 0 else super().reads(request, span)
 
     def after(self, request: Request, span: Span, states: Tensor, logits: Tensor, store: Store) -> None:
-        if request.said and span.loop in (0, self.last):
-            token = request.drawing.pick(request.drawing.scores(request.tokens, logits[0]))
-            if span.loop == 0:
-                self._drafted[request] = token
-            else:
-                self.right.setdefault(request, []).append(token == self._drafted[request])
+        if request.said and span.loop == 0:
+            self._drafted[request] = request.drawing.pick(request.drawing.scores(request.tokens, logits[0]))
         super().after(request, span, states, logits, store)
+        if request in self._drafted and span.loop == self.last:
+            self.right.setdefault(request, []).append(request.said[-1] == self._drafted.pop(request))
 
 
 def agreement(
