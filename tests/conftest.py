@@ -37,13 +37,13 @@ def cache_of_all_tests(tmp_path_factory):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def warm_processes():
-    """The fresh processes in which rrtc reloads its exports and measures memory start warm; with `cold`, as they do for
-    users."""
-    import warm
+def ready_processes():
+    """The fresh processes in which rrtc reloads its exports and measures memory start ready; with `cold`, as they do
+    for users."""
+    import ready
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(subprocess, "run", warm.run_isolated)
+        patched.setattr(subprocess, "run", ready.run_isolated)
         yield
 
 

@@ -6,6 +6,7 @@ import copy
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from rrtc.errors import RrtcError, WrongUsage
 from rrtc.init.slots import paper_slot, source_layers
@@ -47,7 +48,7 @@ def tie_in_memory(model: PreTrainedModel, plan: Plan) -> RrtForCausalLM:
     state |= {path: tensor.to(model.dtype) for path, tensor in drawn_maps(plan, layers, base).items()}
     config = RrtConfig.of(plan, model.config)
     config.dtype = model.dtype
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), no_init_weights():
         made = RrtForCausalLM(config)
     made.load_state_dict(state, assign=True)
     made.tie_weights()

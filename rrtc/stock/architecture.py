@@ -13,6 +13,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.cache_utils import get_layer_types_and_kwargs
+from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from rrtc.architecture import Architecture, Layer, Matrix
@@ -44,7 +45,7 @@ def stock_model(config: PreTrainedConfig) -> PreTrainedModel:
     if kind in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
         raise RrtcError(f"This '{config.model_type}' model is an encoder: it does not generate text.", advice)
     try:
-        with quiet_warnings():
+        with quiet_warnings(), no_init_weights():  # parameters without storage have no values to draw
             with init_empty_weights(include_buffers=True):
                 empty = MODEL_FOR_CAUSAL_LM_MAPPING[kind](config)
             taken = sum(buffer.numel() * buffer.itemsize for buffer in empty.buffers())

@@ -1,8 +1,8 @@
 """Fresh Python processes that start ready: forked from one that has imported what rrtc imports already.
 
-They are for what processes of rrtc do together, or leave behind when they are killed. How one starts, and what a
-stranger without rrtc sees, is for warm.py, and for a cold one. Here too each has its own program, arguments,
-environment, folder and end.
+They are for what processes of rrtc do together, or leave behind when they are killed, and for the processes that rrtc
+itself starts; nothing of rrtc is imported in them. How one starts is for a cold one, and where what transformers reads
+of the environment matters, for warm.py. Here too each has its own program, arguments, environment, folder and end.
 """
 
 import functools
@@ -93,6 +93,13 @@ def run(command: list, *, check: bool = False, **others) -> subprocess.Completed
     if check:
         done.check_returncode()
     return done
+
+
+def run_isolated(command: list, **kwargs) -> subprocess.CompletedProcess:
+    """In place of subprocess.run: what rrtc starts (with -P, or a converter's file) starts ready, all else as ever."""
+    if command[0] == sys.executable and (command[1] == "-P" or "convert_hf_to_gguf" in str(command[1])):
+        return run(command, **{name: value for name, value in kwargs.items() if name in ("cwd", "env", "check")})
+    return warm.cold_run(command, **kwargs)
 
 
 def run_two(command: list) -> subprocess.CompletedProcess:

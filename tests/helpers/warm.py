@@ -35,12 +35,6 @@ def plain_path() -> list[str]:
     return cold_run(command, env=without, capture_output=True, text=True, check=True).stdout.splitlines()
 
 
-def run_isolated(command: list[str], **kwargs) -> subprocess.CompletedProcess:
-    """In place of subprocess.run: what rrtc starts (with -P, or a converter's file) starts warm, all else as ever."""
-    warm = command[0] == sys.executable and (command[1] == "-P" or "convert_hf_to_gguf" in str(command[1]))
-    return (run if warm else cold_run)(command, **kwargs)
-
-
 def run(command: list[str], *, cwd=None, env=None, check=False, **others) -> subprocess.CompletedProcess:
     """subprocess.run for `[sys.executable, ("-P",) (FILE or "-m" MODULE or "-c" CODE), *arguments]`, whose output is
     text and captured, and whose input is empty."""
@@ -63,6 +57,8 @@ def program(arguments: list[str], cwd: str, env: dict[str, str], path: list[str]
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
+    if transformers := sys.modules.get("transformers.dynamic_module_utils"):  # it looked when it was imported
+        transformers.HF_MODULES_CACHE = env.get("HF_MODULES_CACHE", transformers.HF_MODULES_CACHE)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for number, file in enumerate(said, 1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
