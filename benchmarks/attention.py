@@ -22,6 +22,7 @@ from pathlib import Path
 
 import linear
 import torch
+from common import add_dtype
 from torch import Tensor
 from transformers import AutoTokenizer
 from windows import log_probabilities, recursive, texts, with_plan
@@ -196,6 +197,7 @@ PREDICTED = {"window, by head", "landmark", "linear, as drawn", "measured"}
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
+    add_dtype(parser)
     parser.add_argument("--calibrate-on", action="append", required=True, metavar="TEXT")
     parser.add_argument("--calibrate-tokens", type=int, default=8192, help="in windows as rrtc init has them")
     parser.add_argument("--text", action="append", required=True, metavar="TEXT")

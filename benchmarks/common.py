@@ -47,6 +47,11 @@ class Results:
         return found
 
 
+def add_dtype(parser: argparse.ArgumentParser) -> None:
+    """--dtype, of the weights and of the arithmetic: a processor without AMX is slow in bfloat16."""
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+
+
 def add_runs(parser: argparse.ArgumentParser) -> None:
     """The arguments of benchmarks that uptrain one start in several ways."""
     parser.add_argument("--data", nargs="+", required=True)

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from common import add_dtype
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from windows import log_probabilities, texts, with_plan
@@ -105,7 +106,7 @@ class Maps:
 
 
 def measure(args: argparse.Namespace, ways: list[tuple[str, Plan]]) -> None:
-    base = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).eval()
+    base = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype).eval()
     tokenizer, places = AutoTokenizer.from_pretrained(args.model), torch.arange(args.context // 4, args.context - 1, 4)
     windows = [(ids, ids[0, places + 1, None]) for ids in texts(args, tokenizer)]
     reference = [log_probabilities(base, ids, places) for ids, _ in windows]
@@ -156,6 +157,7 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
+    add_dtype(parser)
     parser.add_argument("--text", action="append", default=[], metavar="TEXT")
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--windows", type=int, default=1, help="of each text")

@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from common import add_dtype
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
@@ -156,10 +157,10 @@ def with_plan(model: RrtForCausalLM, plan: Plan) -> RrtForCausalLM:
 
 
 def recursive(args: argparse.Namespace, plan: Plan) -> tuple[RrtForCausalLM, torch.nn.Module]:
-    """(the dense model as a recursive one in which nothing is tied, the stock one), in bfloat16."""
+    """(the dense model as a recursive one in which nothing is tied, the stock one), in args.dtype."""
     from rrtc import api
 
-    stock = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).eval()
+    stock = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype).eval()
     return api.tie(stock, without_windows(plan)).eval(), stock
 
 
@@ -271,6 +272,7 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
+    add_dtype(parser)
     parser.add_argument("--calibrate-on", action="append", required=True, metavar="TEXT")
     parser.add_argument("--calibrate-tokens", type=int, default=16_384)
     parser.add_argument("--calibrate-context", type=int, default=512, help="more than that where a window asks for it")
