@@ -184,6 +184,12 @@ def arrivals(model: PreTrainedModel, tokenizer, given: argparse.Namespace) -> No
         print(f"  {name:<28}median {median(took):.2f}, most {max(took):.2f}; all done after {now:.1f} s", flush=True)
 
 
+def said_each(kept: float, drafts: int) -> float:
+    """Tokens that a round says where such a share of the drafts is right, each whatever the others are (Leviathan et
+    al. 2023, (1))."""
+    return sum(kept**number for number in range(drafts + 1))
+
+
 def main(given: argparse.Namespace) -> None:
     tokenizer = AutoTokenizer.from_pretrained(given.model)
     device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
@@ -200,7 +206,7 @@ def main(given: argparse.Namespace) -> None:
     for batch, cost in costs.items():
         if cost:
             here = ", ".join(f"{cost.speculating(said_a_round(right, n), n):.2f} by {n}" for n in given.drafts)
-            even = next((kept for kept in range(101) if cost.drafts(kept / 100, 8)), 101)
+            even = next((kept for kept in range(101) if cost.best(partial(said_each, kept / 100), 8)), 101)
             print(f"\nforecast with {batch} requests at once, over full depth: {here}; it pays from {even} % on")
         compare(model, tokenizer, batch, given)
     if "arrivals" in given.parts:

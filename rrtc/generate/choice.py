@@ -88,7 +88,7 @@ def choose(
     if forecast < WORTH_IT:
         why += f"{forecast:.2f} times as fast as full depth, which it therefore is."
         return Choice(FullDepth, "full depth", forecast, why)
-    way = partial(Speculate, drafts=most, worth=costs.drafts)
+    way = partial(Speculate, drafts=most, best=costs.best)
     return Choice(way, "speculation", forecast, f"{why}{forecast:.2f} times as fast as full depth.")
 
 

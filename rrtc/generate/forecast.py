@@ -45,11 +45,6 @@ class Costs:
         best = max(range(1, most + 1), key=lambda drafts: self.speculating(said(drafts), drafts), default=0)
         return best if best and self.speculating(said(best), best) >= 1 else 0
 
-    def drafts(self, kept: float, most: int) -> int:
-        """The same where such a share of the drafts is right, each whatever the others are: rounds say 1 + kept + … +
-        kept^drafts tokens (Leviathan et al. 2023, (1))."""
-        return self.best(lambda drafts: sum(kept**number for number in range(drafts + 1)), most)
-
     def leaving(self, shares: Sequence[float]) -> float:
         """How many times as fast as full depth it is where these shares of the tokens leave after each loop, the last
         one included."""

@@ -5,6 +5,8 @@ them do the same: every token goes through every loop.
 """
 
 from collections import deque
+from collections.abc import Callable
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -13,7 +15,9 @@ from rrtc.generate.request import Request
 from rrtc.generate.stages import Span
 from rrtc.generate.store import Store
 
-REMEMBERED = 256  # drafts from whose fate it is known how good drafts are
+REMEMBERED = 64  # rounds from which it is known how good drafts are
+KNOWN = 8  # rounds, before which it is not
+WEIGHT = 2  # rounds, of what is known of the draft before, in what is known of a draft
 TRIED_AGAIN = 64  # tokens without drafts after which one is tried
 MOST_OWED = 32  # tokens that have left, until they catch up
 
@@ -53,14 +57,19 @@ class Speculate(FullDepth):
     """The exit after the first loop drafts some tokens, and the other loops, which begin from the states that these
     have there, check them at once. What is said is what full depth says (lossless).
 
-    drafts: how many at most. worth(kept, most): how many drafts are best where such a share of them is kept.
+    drafts: how many at most. best(said, most): how many drafts are best, at most so many, where rounds of n drafts say
+    said(n) tokens; without it there are always as many as possible.
     """
 
-    def __init__(self, loops: int, chunk: int, drafts: int, worth=None, sure: float = 0.0):
+    def __init__(
+        self, loops: int, chunk: int, drafts: int, best: Callable[[Callable[[int], float], int], int] | None = None,
+        sure: float = 0.0,
+    ):  # fmt: skip
         """sure: drafting ends with one of which the exit is less sure than this."""
         super().__init__(loops, chunk)
-        self.drafts, self.most, self.sure, self._worth = drafts, drafts + 1, sure, worth
-        self.kept: deque[bool] = deque(maxlen=REMEMBERED)
+        self.drafts, self.most, self.sure, self._best = drafts, drafts + 1, sure, best
+        self._rounds: deque[tuple[int, int]] = deque(maxlen=REMEMBERED)  # drafts, and those before the first wrong one
+        self.wanted = drafts
         self.drafted = self.accepted = 0
 
     def reads(self, request: Request, span: Span) -> slice | None:
@@ -92,16 +101,16 @@ class Speculate(FullDepth):
 
     def _check(self, request: Request, logits: Tensor, store: Store) -> None:
         """Says the drafts that are right, and one token more."""
-        request.since = 0 if request.drafts else request.since + 1
+        request.since, checked, accepted = 0 if request.drafts else request.since + 1, 0, 0
         for number in range(len(request.states)):
             token, right = self._token(request, number, logits[number]), False
             if number < len(request.drafts):
                 right = token == request.drafts[number]
-                self.kept.append(right)
-                self.drafted, self.accepted = self.drafted + 1, self.accepted + right
+                checked, accepted = checked + 1, accepted + right
             request.take(token)
             if request.ended or not right:
                 break
+        self._learn(checked, accepted)
         request.drafts, request.states = [], []
         if request.ended is None:
             first = len(request.tokens) - 1
@@ -112,13 +121,31 @@ class Speculate(FullDepth):
         """What full depth says at the place of that draft, or behind the last one."""
         return request.drawing.pick(request.drawing.scores(request.tokens, logits))
 
+    def _learn(self, checked: int, accepted: int) -> None:
+        """From a round in which so many drafts were checked, and all right but perhaps the last of them."""
+        if not checked:
+            return
+        self.drafted, self.accepted = self.drafted + checked, self.accepted + accepted
+        self._rounds.append((checked, accepted))
+        if self._best is not None and len(self._rounds) >= KNOWN:
+            self.wanted = self._best(self._said().__getitem__, self.drafts)
+
+    def _said(self) -> list[float]:
+        """How many tokens a round says that has 0, 1, … drafts. Right drafts come together, so each is right as often
+        as those in its place were, once all before them were; where few rounds came to it, as those before it."""
+        rates, right = [], None
+        for place in range(self.drafts):
+            tried = sum(checked > place for checked, _ in self._rounds)
+            kept = sum(accepted > place for _, accepted in self._rounds)
+            right = kept / tried if right is None else (kept + WEIGHT * right) / (tried + WEIGHT)
+            rates.append(right)
+        reached = accumulate(rates, lambda share, rate: share * rate, initial=1.0)
+        return list(accumulate(reached))
+
     def _wanted(self, request: Request) -> int:
         """How many drafts this request makes before they are checked."""
         most = min(self.drafts, request.most - len(request.said) - 1)
-        if self._worth is None or len(self.kept) < self.kept.maxlen // 8:
-            return most
-        best = self._worth(sum(self.kept) / len(self.kept), self.drafts)
-        return min(most, best or (request.since >= TRIED_AGAIN))
+        return min(most, self.wanted or (request.since >= TRIED_AGAIN))
 
 
 class Leave(FullDepth):

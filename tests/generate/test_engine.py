@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from rrtc.errors import RrtcError, WrongUsage
 from rrtc.generate.engine import Busy, Engine
 from rrtc.generate.sampling import Drawing
-from rrtc.generate.ways import FullDepth, Leave, Speculate
+from rrtc.generate.ways import KNOWN, REMEMBERED, FullDepth, Leave, Speculate
 from rrtc.model import RrtConfig, RrtForCausalLM
 from rrtc.model.graft_rrt import find_layers
 
@@ -121,15 +121,27 @@ def test_wrong_drafts_cost_passes_and_change_nothing():
 
 
 def test_drafts_that_are_not_worth_it_are_not_made():
-    asked = []
-    way = partial(Speculate, drafts=4, worth=lambda kept, most: asked.append((kept, most)) or 0)
+    way = partial(Speculate, drafts=4, best=lambda said, most: 0)
     engine = Engine(double("llama"), way, rows=1, context=256)
     request = engine.submit(PROMPTS[1], 80, **GREEDY)
     engine.run()
-    assert asked[0] == (pytest.approx(sum(engine.way.kept) / len(engine.way.kept), abs=0.2), 4)
-    assert engine.way.drafted < 40  # until it is known, and one every so many tokens
+    assert KNOWN <= engine.way.drafted < 4 * (KNOWN + 2)  # until it is known, and one every so many tokens
     want = double("llama").generate(torch.tensor(PROMPTS[1:2]), max_new_tokens=80, **GREEDY)
     assert request.tokens == want[0].tolist()
+
+
+@pytest.mark.parametrize("rounds", [[3, 0], [0, 1, 2, 3], [3]], ids=str)
+def test_what_rounds_say_is_learned_from_rounds(rounds):
+    """Rounds of 3 drafts, of which so many were right: what a round of 3 drafts says is their mean, and one more."""
+    asked = []
+    way = Speculate(2, 8, drafts=3, best=lambda said, most: asked.append([said(n) for n in range(most + 1)]) or 2)
+    for _ in range(REMEMBERED):
+        for right in rounds:
+            assert way.wanted == (2 if asked else 3)
+            way._learn(min(right + 1, 3), right)
+    assert len(asked[-1]) == 4 and asked[-1][0] == 1
+    assert asked[-1][3] == pytest.approx(1 + sum(rounds) / len(rounds), abs=0.1)
+    assert asked[-1][1] == pytest.approx(1 + sum(right > 0 for right in rounds) / len(rounds), abs=0.05)
 
 
 def without_what_left(model: RrtForCausalLM, prompt: list[int], threshold: float) -> tuple[list[int], int]:
@@ -354,7 +366,7 @@ def test_greedy_repetition_penalties_hold_for_drafts_too():
 @pytest.mark.parametrize("drafts", [1, 3])
 def test_with_a_seed_it_draws_what_full_depth_does_however_many_drafts_there_are(drafts):
     model, said, kept = nearly_idle(2), [], 0
-    for way in (FullDepth, partial(Speculate, drafts=drafts), partial(Speculate, drafts=3, worth=lambda kept, most: 2)):
+    for way in (FullDepth, partial(Speculate, drafts=drafts), partial(Speculate, drafts=3, best=lambda said, most: 2)):
         engine = Engine(model, way, rows=3, context=CONTEXT)
         requests = [engine.submit(p, 24, seed, do_sample=True, temperature=1.5) for seed, p in enumerate(PROMPTS)]
         engine.run()

@@ -30,15 +30,15 @@ def test_speculation_by_hand(said, drafts, expected):
     assert COSTS.speculating(said, drafts) == pytest.approx(expected)
 
 
-def pays_at_four_in_five(drafts: int) -> float:
-    return COSTS.speculating((1 - 0.8 ** (drafts + 1)) / 0.2, drafts)
+def said_each(kept: float, drafts: int) -> float:
+    return sum(kept**number for number in range(drafts + 1))
 
 
 def test_the_best_number_of_drafts():
-    assert COSTS.drafts(0.1, 8) == 0
-    assert COSTS.drafts(0.8, 8) == max(range(1, 9), key=pays_at_four_in_five) > 0
-    assert COSTS.drafts(1.0, 8) == 8
-    assert COSTS.drafts(1.0, 0) == 0
+    best = {kept: COSTS.best(partial(said_each, kept), 8) for kept in (0.1, 0.8, 1.0)}
+    assert best == {0.1: 0, 0.8: 2, 1.0: 8}
+    assert max(range(1, 9), key=lambda drafts: COSTS.speculating(said_each(0.8, drafts), drafts)) == 2
+    assert COSTS.best(partial(said_each, 1.0), 0) == 0
 
 
 def test_leaving_by_hand():

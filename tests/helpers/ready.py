@@ -5,17 +5,19 @@ itself starts; nothing of rrtc is imported in them. How one starts is for a cold
 of the environment matters, for warm.py. Here too each has its own program, arguments, environment, folder and end.
 """
 
-import functools
+import atexit
 import gc
 import importlib
 import json
 import os
+import select
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import weakref
 from pathlib import Path
@@ -27,13 +29,22 @@ IMPORTED = [*warm.IMPORTED, "accelerate", "datasets", "matplotlib.figure", "pyda
             "transformers.trainer"]  # fmt: skip
 
 
-@functools.cache
-def server() -> subprocess.Popen:
-    """The process that forks the others; it ends with this one."""
-    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
-    command = [sys.executable, "-P", __file__]
-    given = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "env": os.environ | {"PYTHONPATH": path}}
-    return subprocess.Popen(command, text=True, **given)
+known: list[Path] = []  # where the server is told of jobs
+
+
+def orders() -> Path:
+    """Where folders of jobs are named to the process that forks the others. It is started when it is first asked for,
+    ends with this process, and is known in those that it forks, so that what they start starts ready, too."""
+    if not known:
+        made = Path(tempfile.mkdtemp(prefix="rrtc-ready-"), "orders")
+        os.mkfifo(made)
+        path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+        command = [sys.executable, "-P", __file__, made]
+        given = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "env": os.environ | {"PYTHONPATH": path}}
+        server = subprocess.Popen(command, **given)
+        atexit.register(lambda: (server.stdin.close(), shutil.rmtree(made.parent)))
+        known.append(made)
+    return known[0]
 
 
 class Ready:
@@ -46,8 +57,9 @@ class Ready:
         for name in "12":
             (self._folder / name).touch()
         own = [str(cwd or os.getcwd()), dict(env or os.environ), warm.plain_path()]
-        server().stdin.write(json.dumps([[str(word) for word in command[1:]], *own, str(self._folder)]) + "\n")
-        server().stdin.flush()
+        (self._folder / "job").write_text(json.dumps([[str(word) for word in command[1:]], *own]))
+        with open(orders(), "w") as named:
+            named.write(f"{self._folder}\n")  # in one piece, whoever else writes
         self.pid = self._told("pid", 300)
 
     def _told(self, name: str, timeout: float) -> int:
@@ -126,24 +138,39 @@ def run_two(command: list) -> subprocess.CompletedProcess:
 
 
 def serve() -> None:
-    """Forks a process for every line of the input."""
+    """Forks a process for every folder that is named in orders(), until the input ends."""
     for name in IMPORTED:
         importlib.import_module(name)
+    warm.plain_path()
     gc.freeze()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the keepers
-    for line in sys.stdin:
-        if not os.fork():
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            *job, folder = json.loads(line)
-            keep(job, Path(folder))
+    named, text = os.open(orders(), os.O_RDWR), b""  # somebody always has it open for writing, so that it never ends
+    while sys.stdin not in select.select([sys.stdin, named], [], [])[0]:
+        *folders, text = (text + os.read(named, 1 << 16)).split(b"\n")
+        for folder in folders:
+            if not os.fork():
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                keep(Path(folder.decode()))
 
 
-def keep(job: list, folder: Path) -> None:
-    """Runs the job in a process of its own, and writes down its number and how it ended. Returns in neither."""
+def keep(folder: Path) -> None:
+    """Runs the job in `folder` in a process of its own, and writes down its number and how it ended. Returns in
+    neither."""
     child = os.fork()
     if not child:
-        warm.program(*job, [folder / "1", folder / "2"])
-        sys.exit()
+        subprocess.run = run_isolated
+        try:
+            warm.program(*json.loads((folder / "job").read_text()), [folder / "1", folder / "2"])
+            code = 0
+        except SystemExit as end:
+            if not isinstance(end.code, int | None):
+                raise
+            code = end.code or 0
+        threading._shutdown()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # half a second earlier than after everything that was imported has been taken apart
     for name, value in (("pid", lambda: child), ("status", lambda: os.waitpid(child, 0)[1])):
         (folder / f"{name}.tmp").write_text(str(value()))
         (folder / f"{name}.tmp").rename(folder / name)
@@ -151,4 +178,5 @@ def keep(job: list, folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    known.append(Path(sys.argv[1]))
     serve()
