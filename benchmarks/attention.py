@@ -33,7 +33,7 @@ from rrtc.init import windows as choosing
 from rrtc.init.calibrate import calibrate
 from rrtc.init.job import prepare
 from rrtc.io.folder import whole_file
-from rrtc.kv_budget import Head, KindLosses, KvBudget, predicted
+from rrtc.kv_budget import Head, KindLosses, KvBudget, cheapest, predicted
 from rrtc.plan import Plan
 from rrtc.recipe.init import InitRecipe
 from rrtc.recipe.schema import Recipe
@@ -42,23 +42,35 @@ from rrtc.stock.streamed import StreamedModel
 
 @dataclass(frozen=True)
 class Found:
-    """What rows are made of. full: the plan in which all heads see everything. losses, lookups: what was measured."""
+    """What rows are made of. full: the plan in which all heads see everything. ways, lookups: what was measured."""
 
     full: Plan
     recipe: InitRecipe
-    losses: KindLosses
+    ways: list[tuple[KvBudget, KindLosses]]
     lookups: dict[Head, float]
     text: Tensor  # from which this was measured: ids, (windows, context)
 
     def planned(self, *kinds: str) -> Plan:
         """Under the budget, where heads that do not see everything may have these kinds, window first."""
-        budget = KvBudget(self.full.architecture, self.recipe.model_copy(update={"kv_kinds": list(kinds)}))
-        return budget.spend(self.full, {kind: self.losses[kind] for kind in kinds}, self.lookups)
+        recipe = self.recipe.model_copy(update={"kv_kinds": list(kinds)})
+        ways = KvBudget(self.full.architecture, recipe).ways
+        measured = [{kind: losses[kind] for kind in kinds} for _, losses in self.ways]
+        return cheapest(list(zip(ways, measured, strict=True)), self.full, self.lookups)[0]
+
+    def predicted(self, plan: Plan) -> float | None:
+        """What `plan` costs in nats a token; None where it has what was not measured."""
+        near = [(visit.layer, replace(visit.attention, heads=())) for visit in plan.visits if visit.attention]
+        for way, losses in self.ways:
+            if near and all(any(one == of[layer] for of in way.kinds.values()) for layer, one in near):
+                return predicted(plan, losses)
+        return None
 
     def all_of(self, kind: str, change: Callable[[Attention], Attention] = lambda near: near) -> Plan:
         """The windows of `planned("window")`, replaced by that kind everywhere, and each of these changed."""
-        kinds = KvBudget(self.full.architecture, self.recipe).kinds[kind]
-        return with_attention(self.planned("window"), lambda layer, old: change(replace(kinds[layer], heads=old.heads)))
+        windows = self.planned("window")
+        window = next(visit.attention.window for visit in windows.visits if visit.attention)
+        kinds = next(way.kinds[kind] for way, _ in self.ways if way.window.window == window)
+        return with_attention(windows, lambda layer, old: change(replace(kinds[layer], heads=old.heads)))
 
 
 def with_attention(plan: Plan, change: Callable[[int, Attention], Attention]) -> Plan:
@@ -121,7 +133,7 @@ def measured(args: argparse.Namespace) -> Found:
     )
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     able = choosing.lookups(budget, job.dense, model, tokenizer, job.calibration, 0, folder, device, lambda n: None)
-    return Found(job.plan, job.recipe.init, choosing.kind_losses(budget, calibration), able, job.calibration)
+    return Found(job.plan, job.recipe.init, choosing.measured_ways(budget, calibration), able, job.calibration)
 
 
 @torch.inference_mode()
@@ -183,16 +195,13 @@ def main(args: argparse.Namespace) -> None:
             if name in linear.ROWS:
                 linear.ROWS[name][1](model, found.text, args.work / "maps.pt")
             row = measure(model, plan, reference, probes, args.context)
-            known = plan.features and name in PREDICTED
-            done["rows"][name] = row | {"predicted": predicted(plan, found.losses) if known else None}
+            known = name not in linear.ROWS  # whose fit was not measured
+            done["rows"][name] = row | {"predicted": found.predicted(plan) if known else None}
             with whole_file(file) as temporary:
                 temporary.write_text(json.dumps(done, indent=1))
             print(name, done["rows"][name], flush=True)
     table(done["rows"])
 
-
-# Rows whose heads have nothing but what was measured of them.
-PREDICTED = {"window, by head", "landmark", "linear, as drawn", "measured"}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

@@ -98,7 +98,8 @@ def _measured(args: argparse.Namespace, job: Job, window: int) -> dict[str, dict
     Both.unweighted.clear()
     gathering.Losses = Both
     calibration = calibrate(dense, model, [], job.calibration, folder, device, lambda n: None, rules, moments=False)
-    found["weighted"] = choosing.kind_losses(job.kv_budget, calibration)["window"]
+    ((_, losses),) = choosing.measured_ways(job.kv_budget, calibration)
+    found["weighted"] = losses["window"]
     by_layer = dict(zip(sorted(rules, reverse=True), Both.unweighted, strict=True))
     found["unweighted"] = {layer: one.diag().tolist() for layer, one in by_layer.items()}
     tokenizer = AutoTokenizer.from_pretrained(args.model)

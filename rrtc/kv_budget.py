@@ -56,6 +56,7 @@ class KvBudget:
             for kind in recipe.kv_kinds
         }
         self._dense = architecture.kv_bytes(self.context, 1)
+        self._for_lookups: int | None = None  # heads, where it is not the share of those that have room here
         least = sum(layer.kv_numbers(self.context) for layer in architecture.layers)
         least -= sum(self._saved(layer) for layer, _ in self.heads)
         self._spare = recipe.kv_budget * self._dense - least  # for heads that see everything
@@ -68,9 +69,28 @@ class KvBudget:
             )
 
     @property
+    def ways(self) -> list["KvBudget"]:
+        """What the choice is made of: this budget, and where the recipe names no window, the same with windows that are
+        up to twice as long, beside which fewer heads see everything: those that may because they look up still can."""
+        if self._recipe.kv_window is not None or not self.is_measured:
+            return [self]
+        spare = self._spare - self._most_lookups() * max(self._saved(layer) for layer, _ in self.heads)
+        more = int(spare // sum(self._width(layer) for layer, _ in self.heads))  # tokens, for every head
+        window = min(2 * self.window.window, self.window.window + max(more, 0), self.context)
+        if window == self.window.window:
+            return [self]
+        longer = KvBudget(self._architecture, self._recipe.model_copy(update={"kv_window": window}))
+        longer._for_lookups = self._most_lookups()
+        return [self, longer]
+
+    def measured_as(self, kind: str) -> str:
+        """By what name calibration knows what `kind` costs with this window."""
+        return f"{kind}-{self.window.window}"
+
+    @property
     def calibration_context(self) -> int:
         """How long the windows of text are at least, in tokens, from which the choice is made."""
-        wanted = max(LEAST_CONTEXT, WINDOWS_IN_CONTEXT * self.window.window)
+        wanted = max(LEAST_CONTEXT, WINDOWS_IN_CONTEXT * max(way.window.window for way in self.ways))
         return min(wanted, self._architecture.context or wanted)
 
     @property
@@ -109,11 +129,16 @@ class KvBudget:
         if self._recipe.kv_grain == "visits":
             visits.sort(key=lambda visit: cost(visit, losses), reverse=True)
             return self._most(visits, _first)
-        room = len(self._most([[head] for head in self.heads], _first))
         able = sorted((head for head in self.heads if lookups.get(head, 0.0) >= LOOKS_UP), key=lambda h: -lookups[h])
-        first = able[: round(self._recipe.kv_lookups * room)]
+        first = able[: self._most_lookups()]
         ordered = [*first, *_dearest_first([[head for head in visit if head not in first] for visit in visits], losses)]
         return self._most([[head] for head in ordered], _first)
+
+    def _most_lookups(self) -> int:
+        """How many heads see everything because they look up, at most."""
+        if self._for_lookups is not None:
+            return self._for_lookups
+        return round(self._recipe.kv_lookups * len(self._most([[head] for head in self.heads], _first)))
 
     def seeing_everything(self, plan: Plan) -> int:
         """How many of the heads that can have a window see everything in `plan`."""
@@ -152,8 +177,12 @@ class KvBudget:
 
     def _saved(self, layer: int) -> int:
         """Numbers that a window saves for one head of a layer."""
+        return self._width(layer) * (self.context - self.window.kept(self.context))
+
+    def _width(self, layer: int) -> int:
+        """Numbers that one head of a layer keeps of a token."""
         heads = self._architecture.layers[layer]
-        return heads.kv_width // heads.kv_heads * (self.context - self.window.kept(self.context))
+        return heads.kv_width // heads.kv_heads
 
     def _most(self, units: list[list[Head]], some: Callable[[list, int], list]) -> set[Head]:
         """The heads of as many `units` as can see everything: some(units, count) of them."""
@@ -183,6 +212,28 @@ def _dearest_first(visits: Sequence[Sequence[Head]], losses: WindowLosses) -> li
         else:
             del left[place], next_of[place]
     return order
+
+
+def cheapest(
+    ways: Sequence[tuple[KvBudget, KindLosses]], plan: Plan, lookups: Mapping[Head, float]
+) -> tuple[Plan, float | None, str]:
+    """(`plan` with the budget spent in the way that is predicted to cost least, that cost in nats a token, None where
+    nothing was measured, and what was chosen, in sentences for the user).
+
+    ways: of one budget, each with what was measured of its kinds; lookups: as for `KvBudget.spend`.
+    """
+    spent = [(way, losses, way.spend(plan, losses, lookups)) for way, losses in ways]
+    costs = [predicted(made, losses) if losses else None for _, losses, made in spent]
+    best = min(range(len(spent)), key=lambda place: costs[place] or 0.0)
+    budget, losses, made = spent[best]
+    said = budget.explain(made, losses)
+    for (other, _, there), cost in zip(spent, costs, strict=True):
+        if other is not budget:
+            said += (
+                f" With windows of {other.window.window:,}, {other.seeing_everything(there)} would, for {cost:.3f} "
+                "nats a token."
+            )
+    return made, costs[best], said
 
 
 def without_windows(plan: Plan) -> Plan:

@@ -8,7 +8,7 @@ from pico import pico_config
 
 from rrtc.attention import Attention, Landmark, Linear
 from rrtc.errors import WrongUsage
-from rrtc.kv_budget import KvBudget, predicted
+from rrtc.kv_budget import KvBudget, cheapest, predicted
 from rrtc.patterns import make_plan
 from rrtc.plan import Plan
 from rrtc.recipe.init import InitRecipe
@@ -264,3 +264,40 @@ def test_a_recipe_that_contradicts_itself(values, sentence):
     with pytest.raises(WrongUsage) as error:
         checked(InitRecipe, values, "a test")
     assert re.search(sentence, f"{error.value} {error.value.hint}")
+
+
+def ways(**recipe) -> tuple[list[KvBudget], Plan]:
+    dense, asked = read_architecture(pico_config("llama")), InitRecipe(**({"rank": 2, "kv_budget": 0.4} | recipe))
+    return KvBudget(dense, asked).ways, make_plan(dense, asked)
+
+
+@pytest.mark.parametrize("cheaper", [32, 64])
+def test_the_window_that_is_predicted_to_cost_less_is_taken_and_the_other_one_named(cheaper):
+    both, plan = ways(kv_lookups=0)
+    assert [way.window.window for way in both] == [32, 64]  # half of 0.4 of 256 tokens are 51
+    each = {window: 0.01 if window == cheaper else 0.1 for window in (32, 64)}
+    heads = {(layer, head) for layer in range(6) for head in range(2)}
+    measured = [(way, {"window": alone(dict.fromkeys(heads, each[way.window.window]))}) for way in both]
+    made, cost, said = cheapest(measured, plan, {})
+    left = {way.window.window: 12 - way.seeing_everything(way.spend(plan, losses, {})) for way, losses in measured}
+    assert left[32] < left[64] < 12
+    assert {visit.attention.window for visit in made.visits if visit.attention} == {cheaper}
+    assert cost == pytest.approx(0.01 * left[cheaper])
+    other = 96 - cheaper
+    assert f"With windows of {other}, {12 - left[other]} would, for {0.1 * left[other]:.3f} nats a token." in said
+    assert made.kv_bytes(256, 1) <= 0.4 * made.architecture.kv_bytes(256, 1)
+
+
+def test_a_longer_window_leaves_as_many_heads_that_look_up():
+    both, plan = ways(kv_budget=0.5)
+    losses = {"window": alone({(layer, head): float(layer) for layer in range(6) for head in range(2)})}
+    lookups = {(layer, head): 0.5 for layer in (0, 1) for head in range(2)}
+    spent = [seeing(way.spend(plan, losses, lookups)) for way in both]
+    first, second = ({(n, h) for n, h in lookups if one[n] is None or h in one[n]} for one in spent)
+    assert first == second and len(first) == round(0.5 * both[0].seeing_everything(both[0].spend(plan, losses, {})))
+    assert both[1].window.window > both[0].window.window
+
+
+def test_there_is_one_window_where_it_is_named_or_nothing_is_measured():
+    for recipe in ({"kv_window": 16}, {"kv_choice": "even"}, {"kv_budget": 1.0, "kv_context": 1, "kv_sinks": 0}):
+        assert len(ways(**recipe)[0]) == 1

@@ -25,7 +25,7 @@ from rrtc.init.job import OWN_TEXT_FILE, Job, prepare, resumable
 from rrtc.init.memory import return_freed_memory
 from rrtc.init.prove import prove
 from rrtc.init.slots import joint_slot, paper_slot, source_layers
-from rrtc.init.windows import LOOKUP_WINDOWS, kind_losses, lookups, rules
+from rrtc.init.windows import LOOKUP_WINDOWS, lookups, measured_ways, rules
 from rrtc.io.dense import DenseModel
 from rrtc.io.folder import only_run, whole_file
 from rrtc.io.provenance import base_seen_from, next_history, read_provenance, write_provenance
@@ -33,7 +33,7 @@ from rrtc.io.recursive import RecursiveModel, copy_with_plan, write_recursive
 from rrtc.io.resumable import discard
 from rrtc.io.source import load_tokenizer
 from rrtc.io.weights import Weights
-from rrtc.kv_budget import predicted
+from rrtc.kv_budget import Head, KindLosses, KvBudget, cheapest
 from rrtc.plan import Plan, kv_bytes_at
 from rrtc.recipe.schema import Recipe
 from rrtc.recipe.section import BUILT_IN_TEXT
@@ -128,10 +128,8 @@ def _tie(job: Job) -> tuple[Plan, dict]:
         plan, measured = _tie_as_in_paper(job)
     if job.kv_budget is None:
         return plan, measured
-    losses, lookups = heads or ({}, {})
-    plan = job.kv_budget.spend(plan, losses, lookups)
-    cost = predicted(plan, losses) if losses else None
-    said = job.kv_budget.explain(plan, losses)
+    ways, lookups = heads or ([(job.kv_budget, {})], {})
+    plan, cost, said = cheapest(ways, plan, lookups)
     if cost is not None:
         text = f"windows of {job.calibration.shape[1]:,} tokens of the calibration text"
         said += f" On {text} that costs about {cost:.3f} nats a token, and more in longer ones."
@@ -139,9 +137,11 @@ def _tie(job: Job) -> tuple[Plan, dict]:
     return plan, measured | {"predicted_window_cost": cost and round(cost, 4)}
 
 
-def _calibrate(job: Job, neurons: list[Neurons]) -> tuple[Calibration, tuple[dict, dict] | None]:
-    """(what was gathered about the layers; what a window costs each KV head, and what each looks up, where a KV budget
-    goes by it)."""
+def _calibrate(
+    job: Job, neurons: list[Neurons]
+) -> tuple[Calibration, tuple[list[tuple[KvBudget, KindLosses]], dict[Head, float]] | None]:
+    """(what was gathered about the layers; the ways to spend a KV budget that goes by what was measured, with
+    what windows cost the KV heads there, and what each head looks up)."""
     dense, recipe, ids, device = job.dense, job.recipe.init, job.calibration, machine.device()
     if job.own_windows:
         ids = torch.cat([ids, _own_text(job)])
@@ -158,7 +158,7 @@ def _calibrate(job: Job, neurons: list[Neurons]) -> tuple[Calibration, tuple[dic
     tokenizer, count = load_tokenizer(job.source.folder), min(LOOKUP_WINDOWS, len(ids))
     with progress(phases.LOOKUPS, dense.depth * count) as advance:
         able = lookups(budget, dense, model, tokenizer, ids, recipe.seed, job.work, device, advance)
-    return calibration, (kind_losses(budget, calibration), able)
+    return calibration, (measured_ways(budget, calibration), able)
 
 
 def _tie_as_in_paper(job: Job) -> tuple[Plan, dict]:

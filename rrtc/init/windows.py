@@ -23,21 +23,29 @@ LOOKUP_WINDOWS = 8  # of text, at whose ends something is to be looked up
 
 
 def rules(budget: KvBudget, layers: Sequence[nn.Module]) -> dict[int, dict[str, Rule]]:
-    """By layer and kind, the rule by which no head sees everything. layers: of the stock model, with weights or
-    without."""
+    """By layer, and by the name of each kind in each of the budget's ways, the rule by which no head sees everything.
+    layers: of the stock model, with weights or without."""
 
-    def rule(kind: str, number: int) -> Rule:
-        made = rule_of({"attention": budget.kinds[kind][number].fields()})
+    def rule(way: KvBudget, kind: str, number: int) -> Rule:
+        made = rule_of({"attention": way.kinds[kind][number].fields()})
         return made.on(layers[number]) if isinstance(made, LinearRule) else made
 
-    return {number: {kind: rule(kind, number) for kind in budget.kinds} for number in dict(budget.heads)}
-
-
-def kind_losses(budget: KvBudget, calibration: Calibration) -> KindLosses:
-    """What each kind costs every two heads of a layer, in nats a token."""
     return {
-        kind: {layer: calibration.losses(layer, kind) for layer in of_kind} for kind, of_kind in budget.kinds.items()
+        number: {way.measured_as(kind): rule(way, kind, number) for way in budget.ways for kind in way.kinds}
+        for number in dict(budget.heads)
     }
+
+
+def measured_ways(budget: KvBudget, calibration: Calibration) -> list[tuple[KvBudget, KindLosses]]:
+    """Each way to spend the budget, with what each kind costs every two heads of a layer there, in nats a token."""
+
+    def losses(way: KvBudget) -> KindLosses:
+        return {
+            kind: {layer: calibration.losses(layer, way.measured_as(kind)) for layer in of_kind}
+            for kind, of_kind in way.kinds.items()
+        }
+
+    return [(way, losses(way)) for way in budget.ways]
 
 
 def lookups(
