@@ -153,7 +153,13 @@ class KvBudget:
             f"{self.seeing_everything(plan)} of {len(self.heads)} KV heads see everything, the others "
             f"{', or '.join(said)}: at {self.context:,} tokens the KV cache takes {share:.3f} of the dense model's."
             f"{self._explain_kinds(plan, losses) if len(self.kinds) > 1 else ''}{_explain_owners(plan)}"
+            f"{'' if losses else self._explain_ways()}"
         )
+
+    def _explain_ways(self) -> str:
+        """What else it may become once it is known what windows cost."""
+        others = (f"{way.window.window:,}" for way in self.ways if way is not self and way.window != self.window)
+        return "".join(f" Or {window} and fewer such heads, if that is measured to cost less." for window in others)
 
     def _explain_kinds(self, plan: Plan, losses: KindLosses) -> str:
         """Which kind won where, and by how much it is predicted to."""
