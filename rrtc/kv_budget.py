@@ -158,8 +158,8 @@ class KvBudget:
 
     def _explain_ways(self) -> str:
         """What else it may become once it is known what windows cost."""
-        others = (f"{way.window.window:,}" for way in self.ways if way is not self and way.window != self.window)
-        return "".join(f" Or {window} and fewer such heads, if that is measured to cost less." for window in others)
+        longer = [f"{way.window.window:,}" for way in self.ways[1:]]
+        return "".join(f" Or {window} and fewer such heads, if that is measured to cost less." for window in longer)
 
     def _explain_kinds(self, plan: Plan, losses: KindLosses) -> str:
         """Which kind won where, and by how much it is predicted to."""
@@ -234,7 +234,7 @@ def cheapest(
     budget, losses, made = spent[best]
     said = budget.explain(made, losses)
     for (other, _, there), cost in zip(spent, costs, strict=True):
-        if other is not budget:
+        if other is not budget and costs[best]:
             said += (
                 f" With windows of {other.window.window:,}, {other.seeing_everything(there)} would, for {cost:.3f} "
                 "nats a token."

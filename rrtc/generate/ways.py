@@ -68,7 +68,7 @@ class Speculate(FullDepth):
         """sure: drafting ends with one of which the exit is less sure than this."""
         super().__init__(loops, chunk)
         self.drafts, self.most, self.sure, self._best = drafts, drafts + 1, sure, best
-        self._rounds: deque[tuple[int, int]] = deque(maxlen=REMEMBERED)  # drafts, and those before the first wrong one
+        self._rounds: deque[tuple[int, int]] = deque(maxlen=REMEMBERED)  # drafts that were checked, and right
         self.wanted = drafts
         self.drafted = self.accepted = 0
 

@@ -141,7 +141,7 @@ def _calibrate(
     job: Job, neurons: list[Neurons]
 ) -> tuple[Calibration, tuple[list[tuple[KvBudget, KindLosses]], dict[Head, float]] | None]:
     """(what was gathered about the layers; the ways to spend a KV budget that goes by what was measured, with
-    what windows cost the KV heads there, and what each head looks up)."""
+    what windows cost the KV heads in each, and what each head looks up)."""
     dense, recipe, ids, device = job.dense, job.recipe.init, job.calibration, machine.device()
     if job.own_windows:
         ids = torch.cat([ids, _own_text(job)])
