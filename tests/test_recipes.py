@@ -78,9 +78,9 @@ def quickstart(tmp_path_factory) -> Path:
     """The quickstart's folder, made by the recipe's own command, but with fewer tokens and trials in every stage."""
     folder = tmp_path_factory.mktemp("quickstart") / "out"
     recipe = yaml.safe_load((ROOT / "recipes" / "quickstart.yaml").read_text())
-    recipe["init"] |= {"calibrate_tokens": 1024, "measure_tokens": 512}
+    recipe["init"] |= {"measure_tokens": 512}
     recipe["uptrain"] |= {"tokens": 2048}
-    recipe["eval"] |= {"tokens": 1280, "passkey_trials": 0, "speed_rounds": 0}
+    recipe["eval"] |= {"tokens": 2304, "passkey_trials": 0, "speed_rounds": 0}
     folder.with_name("recipe.yaml").write_text(yaml.safe_dump(recipe))
     rrtc("run", folder.with_name("recipe.yaml"), "-o", folder)
     return folder

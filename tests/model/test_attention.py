@@ -78,7 +78,7 @@ def masks_by_hand(model: RrtForCausalLM, stock: torch.nn.Module, length: int) ->
         if "attention" not in visit:
             continue
         heads = stock.config.num_attention_heads, layers[visit["layer"]].kv_heads
-        forward, mask = layer.forward, mask_of_each_head(visit["attention"], *heads, length)
+        forward, mask = layer.forward, mask_of_each_head(visit["attention"], *heads, length).to(stock.dtype)
 
         def with_mask(*args, forward=forward, mask=mask, **kwargs):
             if len(args) > 2:  # GPT-2 gives the cache and the mask by position
@@ -91,12 +91,12 @@ def masks_by_hand(model: RrtForCausalLM, stock: torch.nn.Module, length: int) ->
 @local_ones
 @torch.no_grad()
 def test_it_equals_stock_layers_with_a_mask_for_each_head(architecture):
-    model = local(architecture)
-    stock = written_out(model)
-    without = stock(ids()).logits
+    model = copy.deepcopy(local(architecture)).double()  # Granite's peaked scores lose too many digits in float32
+    stock = written_out(model).double()
+    found, without = model(ids(), use_cache=False).logits, stock(ids()).logits
     masks_by_hand(model, stock, LENGTH)
-    assert_equal(at_once(architecture), stock(ids(), use_cache=False).logits, 1e-3)
-    assert (without - at_once(architecture)).abs().max() > 0.1
+    assert_equal(found, stock(ids(), use_cache=False).logits, 1e-4)
+    assert (without - found).abs().max() > 0.1
 
 
 @local_ones
