@@ -9,6 +9,7 @@ the window, so that a visit simply gets the kind that costs its heads least.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 
 from rrtc.architecture import Architecture, Layer
 from rrtc.attention import SUM_BYTES, Attention, Landmark, Linear, in_sight
@@ -68,7 +69,7 @@ class KvBudget:
                 "Ask for more, give a smaller --kv-window, or count at a longer --kv-context.",
             )
 
-    @property
+    @cached_property
     def ways(self) -> list["KvBudget"]:
         """What the choice is made of: this budget, and where the recipe names no window, the same with windows that are
         up to twice as long, beside which fewer heads see everything: those that may because they look up still can."""

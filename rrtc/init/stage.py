@@ -132,7 +132,7 @@ def _tie(job: Job) -> tuple[Plan, dict]:
     plan, cost, said = cheapest(ways, plan, lookups)
     if cost is not None:
         text = f"windows of {job.calibration.shape[1]:,} tokens of the calibration text"
-        said += f" On {text} that costs about {cost:.3f} nats a token, and more in longer ones."
+        said += f" On {text} what was chosen costs about {cost:.3f} nats a token, and more in longer ones."
     note(said)
     return plan, measured | {"predicted_window_cost": cost and round(cost, 4)}
 

@@ -311,7 +311,7 @@ def test_yaml_tags_are_not_obeyed(models, trap, tmp_path):
 def test_yaml_that_does_not_end_is_refused(models, tmp_path):
     rrt = models[1]
     said = (rrt / "rrtc.yaml").read_text()
-    for bomb in ("measured: &m\n  zz: *m\n", "measured:\n  a: &a [x, x]\n  b: [*a, *a]\n", "measured: " + "[" * 500):
+    for bomb in ("measured: &m\n  zz: *m\n", "measured:\n  a: &a [x, x]\n  b: [*a, *a]\n", "measured: " + "[" * 3000):
         (rrt / "rrtc.yaml").write_text(said.replace("measured:", "before:") + bomb)
         for command in (["inspect"], ["eval"], ["export", "-o", tmp_path / "out"], ["uptrain", "-o", tmp_path / "out"]):
             fails(command[0], rrt, *command[1:], says="rrtc.yaml is damaged")
