@@ -59,6 +59,7 @@ class Architecture:
     rest: int  # what is left: the final norm
     context: int = 0  # tokens that the model can see; 0 where its config does not say
     table_rows: int = 0  # of all embedding tables, and of an output projection of its own
+    width: int = 0  # numbers in a hidden state
 
     @property
     def parameters(self) -> int:

@@ -33,6 +33,7 @@ class Visit:
     removed. It is the same for all tied visits of a slot.
     attention: None where the visit attends to what the stock layer does.
     gains: the tied matrices whose product the visit multiplies, output by output, by a gain of its own.
+    exit: whether what the visit returns goes through a linear map to the final norm, where the model is left after it.
     """
 
     layer: int
@@ -43,6 +44,7 @@ class Visit:
     shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
     attention: Attention | None = None
     gains: tuple[str, ...] = ()
+    exit: bool = False
     __pydantic_config__ = ConfigDict(strict=True, extra="forbid")  # for read_visits
 
     def __post_init__(self):
@@ -65,10 +67,10 @@ class Visit:
         return self.ranks[matrix.name] * sum(self.shape(matrix))
 
     def fields(self) -> dict[str, Any]:
-        """The visit as config.json has it: what attends to everything, or has no gains, does not say so."""
+        """The visit as config.json has it: what attends to everything, or has no gains or no exit, does not say so."""
         attention = self.attention and {"attention": self.attention.fields()}
         found = asdict(self) | (attention or {})
-        return {name: value for name, value in found.items() if value is not None and value != ()}
+        return {name: value for name, value in found.items() if not (value is None or value is False or value == ())}
 
 
 def read_visits(values: Any) -> tuple[Visit, ...]:
@@ -107,6 +109,7 @@ class Plan:
 
     def __post_init__(self):
         _check_numbers(self.visits, len(self.architecture.layers))
+        _check_exits(self.visits)
         for visits in self.slots:
             _check_alike(self.architecture, [visit.layer for visit in visits])
             for visit in visits:
@@ -141,7 +144,8 @@ class Plan:
     @property
     def parts(self) -> dict[str, int]:
         """Parameters by part: embeddings, head, shared matrices (that several visits use), own ones (that one visit
-        uses), LoRA, low_rank (factors without a W' to correct; no entry where all is tied), norms and biases."""
+        uses), LoRA, low_rank (factors without a W' to correct; no entry where all is tied), norms and biases, and
+        feature_maps and exits, where there are any."""
         parts: Counter[str] = Counter(embeddings=self.architecture.embedding, head=self.architecture.head, lora=0)
         for visits in self.slots:
             layer = self.architecture.layers[visits[0].layer]
@@ -164,6 +168,8 @@ class Plan:
         parts["norms_and_biases"] += self.architecture.rest
         if maps := self._linear_numbers(Linear.parameters):
             parts["feature_maps"] = maps
+        if exits := sum(visit.exit for visit in self.visits):
+            parts["exits"] = exits * self.architecture.width**2
         return dict(parts)
 
     @property
@@ -277,6 +283,14 @@ def _check_numbers(visits: Sequence[Visit], layers: int) -> None:
         raise WrongUsage(f"The visits do not stand for the {layers} layers of the dense model, one for each in order.")
     if (slots := {visit.slot for visit in visits}) != set(range(len(slots))):
         raise WrongUsage("The slots of the visits are not numbered from 0 up without a gap.")
+
+
+def _check_exits(visits: Sequence[Visit]) -> None:
+    """Raises WrongUsage where a visit has an exit that is not the last one of a loop which another one follows."""
+    ends = ends_of_loops(visits)
+    for place, visit in enumerate(visits):
+        if visit.exit and place not in ends:
+            raise WrongUsage(f"Layer {visit.layer} has an exit, and does not end a loop that another one follows.")
 
 
 def _check_visit(visit: Visit, matrices: tuple[Matrix, ...]) -> None:

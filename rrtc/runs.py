@@ -190,10 +190,10 @@ def check_run(recipe: Recipe) -> None:
             f"with quantize {written}.",
             f"Set export.quantize to {planned} and export.format to recursive, or leave init.quantize out.",
         )
-    if recipe.uptrain.exits == "after":
+    if recipe.uptrain.exits in ("frozen", "after"):
         raise WrongUsage(
             "Exits are trained after the model is healed, and a run only heals it.",
-            "Leave exits out, and train them afterwards: rrtc uptrain DIR/uptrain -o DIR/exits --exits after.",
+            "Leave exits out, and train them afterwards: rrtc uptrain DIR/uptrain -o DIR/exits --exits frozen.",
         )
     _check_kinds(recipe)
     check_sizes(recipe)

@@ -102,4 +102,4 @@ def _scored(logits: Tensor, targets: Tensor, reference_logits: Tensor | None) ->
 def _states(parts: Parts, ids: Tensor, exits: Sequence[int]) -> list[Tensor]:
     """What the head is given for `ids` (1, context), (context, width): in the end, and at each of `exits`."""
     final, outputs = parts.run(ids, exits)
-    return [final[0], *(parts.after(ids, output)[0] for output in outputs)]
+    return [final[0], *(parts.after(ids, place, output)[0] for place, output in zip(exits, outputs, strict=True))]

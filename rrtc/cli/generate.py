@@ -67,7 +67,7 @@ def generate_command(
     Example:
       rrtc generate healed "Once upon a time"
       rrtc generate healed --prompts questions.jsonl -o answers.jsonl
-    With a model whose exits were trained (rrtc uptrain --exits joint):
+    With a model whose exits were trained (rrtc uptrain --exits frozen):
       rrtc generate exits --prompts questions.jsonl --exit-quality 0.02
     """
     options = {

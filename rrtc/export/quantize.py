@@ -33,7 +33,7 @@ from rrtc.io.source import load_model
 from rrtc.io.weights import Weights, row_blocks
 from rrtc.machine import device
 from rrtc.model import RrtConfig
-from rrtc.model.graft_rrt import RelaxedLinear, find_layers
+from rrtc.model.graft_rrt import RelaxedLinear, Visit, find_layers
 from rrtc.model.rows_rrt import BITS as TABLE_BITS
 from rrtc.model.rows_rrt import tables_of
 from rrtc.scoring import score
@@ -168,10 +168,11 @@ def _matrices(model: PreTrainedModel) -> list[Matrix]:
     inside = [getattr(parent, name, None) for name in ("slots", layers)]
     prefixes = {module: name for name, module in model.named_modules() if module in inside}
     visits = [module for module in model.modules() if isinstance(module, RelaxedLinear) and module.shared is not None]
+    exits = [module.exit for module in model.modules() if isinstance(module, Visit)]  # which no pass over text runs
     found = []
     for container, prefix in prefixes.items():
         for name, module in container.named_modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear) and module not in exits:
                 readers = tuple(visit for visit in visits if visit.shared() is module)
                 found.append(Matrix(f"{prefix}.{name}", module, readers or (module,)))
     return found
@@ -282,15 +283,19 @@ def _packed(weight: Tensor, scale: Tensor, bits: int) -> dict[str, Tensor]:
     return stored | {"weight_scale": scale}
 
 
+def _anywhere(model: PreTrainedModel, name: str) -> str:
+    """The module of `model` at `name`, as compressed-tensors looks for it. AutoModel has the same modules without the
+    prefix of the model class, so a name may begin with anything."""
+    return rf"re:(.*\.)?{re.escape(name.removeprefix(f'{model.base_model_prefix}.'))}$"
+
+
 def _write_config(folder: Path, model: PreTrainedModel, matrices: list[Matrix], tables: bool, bits: int) -> None:
     """Adds to the config.json of `folder` what is quantized, and how. tables: whether embeddings are in rows."""
     quantized = {matrix.linear for matrix in matrices}
     names = {module: name for name, module in model.named_modules()}
     groups = {}
     for number, group in enumerate(sorted({matrix.group for matrix in matrices})):
-        # AutoModel has the same modules without the prefix of the model class, so a name may begin with anything.
-        inside = [m.name.removeprefix(f"{model.base_model_prefix}.") for m in matrices if m.group == group]
-        targets = [rf"re:(.*\.)?{re.escape(name)}$" for name in inside]
+        targets = [_anywhere(model, m.name) for m in matrices if m.group == group]
         groups[f"group_{number}"] = {"targets": targets, "weights": _scheme(bits, group)}
     if len(groups) == 1:
         groups["group_0"]["targets"] = ["Linear"]
@@ -300,7 +305,7 @@ def _write_config(folder: Path, model: PreTrainedModel, matrices: list[Matrix], 
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": sorted(names[m] for m in names if isinstance(m, nn.Linear) and m not in quantized),
+        "ignore": sorted(_anywhere(model, names[m]) for m in names if isinstance(m, nn.Linear) and m not in quantized),
     }
     if tables:
         config["table_bits"] = TABLE_BITS

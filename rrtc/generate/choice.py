@@ -66,7 +66,7 @@ def choose(
     if not has_exits:
         raise WrongUsage(
             "The model has no exits that were trained.",
-            "Train them: rrtc uptrain FOLDER -o NEW --exits after. It takes a cycle of loops.",
+            "Train them: rrtc uptrain FOLDER -o NEW --exits frozen. It takes a cycle of loops.",
         )
     stages = Stages(model)
     if stages.loops == 1:

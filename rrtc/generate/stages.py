@@ -32,7 +32,7 @@ from rrtc.features import check_carried
 from rrtc.generate.store import Sighting, Store
 from rrtc.model.attention_rrt import Rule, added
 from rrtc.model.eyes_rrt import MASKED_KERNELS, KernelConfig, attention_of, eager_kernel
-from rrtc.model.graft_rrt import RelaxedLinear, Visit, rule_of
+from rrtc.model.graft_rrt import RelaxedLinear, Visit, leave, rule_of
 from rrtc.plan import features_of, read_visits
 from rrtc.stock.architecture import decoder_layers, windows_of
 from rrtc.stock.parts import standing_in, states_of
@@ -226,8 +226,17 @@ class Stages:
 
     def _wanted(self, hidden: Tensor) -> Tensor:
         """The tokens that the head is asked about; one where that is none, which stock code does not expect."""
-        parts = [hidden[span.at][span.reads] for span in self.step.spans if span.reads is not None]
+        parts = []
+        for span in self.step.spans:
+            if span.reads is not None:
+                states = hidden[span.at][span.reads]
+                last = span.loop == self.loops - 1
+                parts.append(states if last else leave(self.layers[self._end_of(span.loop)], states))
         return torch.cat(parts) if parts else hidden[:1]
+
+    def _end_of(self, loop: int) -> int:
+        """The place of the layer that ends a loop."""
+        return self.body[-1] + loop * len(self.body)
 
     def _given(self, args: tuple, kwargs: dict) -> dict:
         """The arguments of a layer by name, beside hidden states, without caches and masks."""

@@ -42,7 +42,8 @@ class RrtConfig(PreTrainedConfig):
             between; `linear` (`features` and `seed`, of the maps as drawn), sums of what has left their window; or
             `owner` (its `loop`), whose keys and values in another visit of the slot they read on in.
             `gains`, where a visit has some: the paths of tied matrices whose product it multiplies, output by output,
-            by a gain of its own.
+            by a gain of its own. `exit` (true), where there is a linear map to the final norm for what the visit
+            returns, to leave the model there.
         norms: "per_visit", every visit has its own norms and biases; "shared", they are tied like the matrices (the
             bias of a matrix that is not tied stays the visit's own).
         table_bits: 8 where embeddings and output projection are int8 rows with a scale each (rows_rrt.py); None where

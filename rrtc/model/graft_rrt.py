@@ -7,6 +7,9 @@
                            RelaxedLinear: W'x + B(Ax) + b, with W' reached in slots[k].shared by name, or without W';
                            or plain nn.Linear, where the visit has a full matrix of its own. Where a visit has a gain
                            for what the matrix adds to the stream: g * (W'x + B(Ax)) + b
+      layers[v].exit       a linear map from what visit v returns to what the last one does, where the model may be left
+                           after v: so different are the two that the head makes nothing of the former (the "tuned
+                           lens", Belrose et al. 2023, arXiv 2303.08112). A whole forward pass does not use it.
 
 This file is shipped in every export beside modeling_rrt.py and imports nothing but torch and transformers.
 """
@@ -94,12 +97,12 @@ class Slot(nn.Module):
 
 
 class Visit(nn.Module):
-    """Stands in the stock list of layers where a dense layer stood: calls its slot, and owns no parameters."""
+    """Stands in the stock list of layers where a dense layer stood: calls its slot, and owns nothing but its exit."""
 
-    def __init__(self, slot: Reference, loop: int, eyes: Eyes | None = None):
-        """eyes: None where the visit attends to what the stock layer does."""
+    def __init__(self, slot: Reference, loop: int, eyes: Eyes | None = None, exit: nn.Linear | None = None):
+        """eyes: None where the visit attends to what the stock layer does. exit: None where there is no such map."""
         super().__init__()
-        self.slot, self.loop, self.eyes = slot, loop, eyes
+        self.slot, self.loop, self.eyes, self.exit = slot, loop, eyes, exit
 
     def forward(self, hidden_states, *args, **kwargs):
         if self.eyes is not None:
@@ -109,7 +112,7 @@ class Visit(nn.Module):
     def __getattr__(self, name):
         # Stock forwards read public attributes off their layers, such as attention_type. Nothing private goes through,
         # and not the checkpointing flag, which torch looks for on every module.
-        if name.startswith("_") or name in ("slot", "loop", "eyes", "gradient_checkpointing"):
+        if name.startswith("_") or name in ("slot", "loop", "eyes", "exit", "gradient_checkpointing"):
             return super().__getattr__(name)
         return getattr(self.slot().loops[self.loop], name)
 
@@ -167,7 +170,7 @@ def graft(model: nn.Module, visits: list[dict], norms: str = "per_visit") -> Non
     parent.slots = slots
     eyes = _eyes(parent, layers, rules)
     visits_list = nn.ModuleList(
-        Visit(Reference(slots, str(visit["slot"])), visit["loop"], eyes.get(place))
+        Visit(Reference(slots, str(visit["slot"])), visit["loop"], eyes.get(place), exit_of(model, visit))
         for place, visit in enumerate(visits)
     )
     setattr(parent, name, visits_list)
@@ -188,6 +191,21 @@ def _eyes(parent: nn.Module, layers: nn.ModuleList, rules: list[Rule | None]) ->
         for place, rule in enumerate(rules)
         if rule or place in loops.places
     }
+
+
+def exit_of(model: nn.Module, visit: dict) -> nn.Linear | None:
+    """The map of a visit's exit, not yet filled; None where it has none."""
+    width = model.config.get_text_config().hidden_size
+    return nn.Linear(width, width, bias=False) if visit.get("exit") else None
+
+
+def leave(layer: nn.Module, output):
+    """What the final norm is given where a model is left after `layer`, which returned `output`: hidden states, or a
+    tuple that begins with them."""
+    way_out = getattr(layer, "exit", None)
+    if way_out is None:
+        return output
+    return way_out(output) if isinstance(output, torch.Tensor) else (way_out(output[0]), *output[1:])
 
 
 def rule_of(visit: dict) -> Rule | None:

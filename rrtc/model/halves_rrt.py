@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from .graft_rrt import find_layers
+from .graft_rrt import find_layers, leave
 from .rows_rrt import RowsHead
 
 PART = 4  # guesses are made among the first 1/PART of the vocabulary and what stands in the text already
@@ -112,7 +112,8 @@ class Halves:
         table = whole.table if isinstance(whole, RowsHead) else whole.weight
         sizes, head = [_bytes(layer) for layer in layers], table.nbytes
         draft = head * self.head.first / self.head.vocabulary
-        self.costs = sum(sizes[: place + 1]), sum(sizes[place + 1 :]) + head, draft
+        way_out = sum(parameter.nbytes for parameter in exit_.parameters())
+        self.costs = sum(sizes[: place + 1]) + way_out, sum(sizes[place + 1 :]) + head, draft
 
     def early(self, token: int) -> Tensor:
         """What the exit says after `token`, which comes next in the cache: logits (columns of the draft head,)."""
@@ -128,11 +129,11 @@ class Halves:
         return run(self._late, self._ids.new_zeros(1, len(outputs)), self._later)[0]
 
     def _keeping(self, layer: nn.Module):
-        """A function that runs `layer` and keeps what it returns."""
+        """A function that runs `layer`, keeps what it returns, and leaves the model with it."""
 
         def keep(*args, **kwargs):
             self._outputs.append(layer(*args, **kwargs))
-            return self._outputs[-1]
+            return leave(layer, self._outputs[-1])
 
         return keep
 

@@ -21,7 +21,7 @@ from transformers.utils import can_return_tuple
 
 from .configuration_rrt import RrtConfig
 from .eyes_rrt import prepare
-from .graft_rrt import RelaxedLinear, Slot, graft, rule_of
+from .graft_rrt import RelaxedLinear, Slot, Visit, graft, rule_of
 from .linear_rrt import Maps
 from .rows_rrt import BITS, Rows, put_in_rows
 
@@ -104,6 +104,8 @@ class RrtPreTrainedModel(PreTrainedModel):
         for module in self.modules():
             if isinstance(module, Maps):
                 module.reset()
+            if isinstance(module, Visit) and module.exit is not None:
+                init.eye_(module.exit.weight)
             if isinstance(module, RelaxedLinear):
                 if module.rank:
                     init.normal_(module.A, std=module.in_features**-0.5)

@@ -85,18 +85,20 @@ class UptrainRecipe(Section):
     )
     temperature: float = Field(1.0, ge=0.01, le=100, description="Of both distributions, where they are compared.")
     teacher: str | None = Field(None, description="The model to learn from; by default the one that was compressed.")
-    exits: Literal["none", "after", "joint"] = Field(
+    exits: Literal["none", "frozen", "after", "joint"] = Field(
         "none",
-        description="Also train an exit after each loop but the last (cycle): of a model that is healed already "
-        "(after), or along with healing it (joint); then exits learn from the teacher, too.",
+        description="Also train an exit after each loop but the last (cycle). frozen: nothing else learns, so that the "
+        "model stays what it is; losses and teacher are not asked. after: of a model that is healed already, all of "
+        "which goes on learning, as in the paper. joint: along with healing, and from the teacher, too. With frozen "
+        "and joint, each exit gets a linear map, fitted before training.",
     )
     exit_weight: float = Field(
         0.1,
         gt=0,
         le=MOST_WEIGHT,
         description="Weight of the exits' losses: after, the mean over the exits of next_token and of forward_kl from "
-        "the model's own end; joint, forward_kl from the mean of the teacher and that end, later exits weighing more, "
-        "and none more than this times the model's own loss.",
+        "the model's own end (frozen: the same, and nothing else); joint, forward_kl from the mean of the teacher and "
+        "that end, later exits weighing more, and none more than this times the model's own loss.",
     )
     teacher_cache: str | None = Field(
         None,
@@ -125,7 +127,7 @@ class UptrainRecipe(Section):
         "none", description="Tracker that is sent every step's figures; tensorboard writes into the output folder."
     )
 
-    @field_validator("exits", mode="before", json_schema_input_type=Literal["none", "after", "joint"] | bool)
+    @field_validator("exits", mode="before", json_schema_input_type=Literal["none", "frozen", "after", "joint"] | bool)
     @classmethod
     def _exits_or_not(cls, value: Any) -> Any:
         """Folders of before say whether there are any."""
@@ -162,18 +164,28 @@ class UptrainRecipe(Section):
     @property
     def distills(self) -> bool:
         """Whether a teacher is needed."""
-        return any(weight for name, weight in self.losses.items() if name not in ("next_token", "attention"))
+        asked = (name for name, weight in self.losses.items() if weight and name not in ("next_token", "attention"))
+        return self.exits != "frozen" and any(asked)
 
     @property
     def transfers(self) -> bool:
         """Whether linear attention learns from full attention, and nothing else learns."""
         return bool(self.losses.get("attention"))
 
+    @property
+    def fits_exits(self) -> bool:
+        """Whether exits get maps of their own."""
+        return self.exits in ("frozen", "joint")
+
     @model_validator(mode="after")
-    def _attention_alone(self) -> "UptrainRecipe":
-        others = [name for name, weight in (self.losses | self.regularizers).items() if weight and name != "attention"]
-        others += [name for name in ("exits", "stability") if getattr(self, name) != "none"]
+    def _stages_of_their_own(self) -> "UptrainRecipe":
+        others = [name for name, weight in self.regularizers.items() if weight]
+        others += ["stability"] if self.stability != "none" else []
         others += ["fsdp"] if self.fsdp else []
+        if self.exits == "frozen" and others:
+            raise ValueError(f"exits 'frozen' are a stage of their own, and do not go with {others[0]}")
+        others += [name for name, weight in self.losses.items() if weight and name != "attention"]
+        others += ["exits"] if self.exits != "none" else []
         if self.transfers and others:
             raise ValueError(f"the loss 'attention' is a stage of its own, and does not go with {others[0]}")
         return self

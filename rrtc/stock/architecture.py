@@ -133,6 +133,7 @@ def read_architecture(config: PreTrainedConfig) -> Architecture:
         table_rows=sum(map(len, tables)) + (0 if tied else output.weight.shape[0]),
         rest=sum(p.numel() for p in model.parameters() if id(p) not in outside),
         context=getattr(text, "max_position_embeddings", None) or 0,
+        width=text.hidden_size,
     )
 
 

@@ -21,7 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from rrtc.errors import RrtcError
 from rrtc.model.attention_rrt import Rule, Sight
 from rrtc.model.eyes_rrt import Eyes
-from rrtc.model.graft_rrt import matrices_of
+from rrtc.model.graft_rrt import leave, matrices_of
 from rrtc.stock.architecture import decoder_layers, transposed_matrices
 
 
@@ -91,10 +91,11 @@ class Parts:
             hidden = self.model.base_model(ids, use_cache=False, **kwargs)[0]
         return hidden, outputs
 
-    def after(self, ids: Tensor, output, **kwargs) -> Tensor:
-        """What the head would be given for `ids` if the layer that returned `output` were the last one. ids and kwargs:
-        those that the layer ran on."""
-        with self._instead_of_layers(lambda *args, **others: output):
+    def after(self, ids: Tensor, index: int, output, **kwargs) -> Tensor:
+        """What the head is given for `ids` where the model is left after the layer at `index`, which returned `output`.
+        ids and kwargs: those that the layer ran on."""
+        left = leave(self.layers[index], output)
+        with self._instead_of_layers(lambda *args, **others: left):
             return self.model.base_model(ids, use_cache=False, **kwargs)[0]
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -113,7 +114,7 @@ class Parts:
 
         def remember(output):
             nonlocal last
-            last = output
+            last = leave(self.layers[index], output)
 
         behind = {layer: lambda *args, **kwargs: last for layer in self.layers[index + 1 :]}
         with watching(outputs={self.layers[index]: remember}), standing_in(behind):

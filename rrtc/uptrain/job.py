@@ -29,7 +29,8 @@ from rrtc.stock.trial import Branch
 from rrtc.text.windows import longest_context
 from rrtc.uptrain.checks import check_features, check_recipe
 from rrtc.uptrain.data import ORDER, Mixture, Stream, training_text
-from rrtc.uptrain.rate import TRANSFER, default_rate, lost_by
+from rrtc.uptrain.exits import with_exits
+from rrtc.uptrain.rate import EXITS, TRANSFER, default_rate, lost_by
 from rrtc.uptrain.stability import branches_of, with_gains
 from rrtc.uptrain.teacher_cache import TeacherCache
 
@@ -45,7 +46,8 @@ class Job:
     `taught_by` has the `uri` and the `sha256` of the dense model that is learned from; None where there is none.
     `teacher` is that model where it has to be run, and None where `cache` has all that it would say. `inputs` are the
     files of `folder`. `branches` are the residual branches that get gains (`stability`), for which `original` is to be
-    profiled, and which are in the `plan` already; none, and None, where there are to be no gains.
+    profiled, and which are in the `plan` already; none, and None, where there are to be no gains. `new_exits` are the
+    places of exits whose maps the `plan` has and the folder has not.
     """
 
     folder: Path
@@ -63,6 +65,7 @@ class Job:
     inputs: Unchanged
     branches: tuple[Branch, ...] = ()
     original: Source | None = None
+    new_exits: tuple[int, ...] = ()
 
     @property
     def context(self) -> int:
@@ -84,6 +87,8 @@ class Job:
             return self.recipe.learning_rate
         if self.recipe.transfers:
             return TRANSFER
+        if self.recipe.exits == "frozen":
+            return EXITS
         return default_rate(lost_by(self.provenance), self.tokens_per_step)
 
     @property
@@ -94,7 +99,8 @@ class Job:
         """Floating-point operations to train on one token, without attention over the context: forward, backward at
         twice its price, the forward pass repeated under activation checkpointing, the teacher's forward pass, and for
         each exit the head: forward, backward, and once more for what the model says in the end."""
-        passes = 1 if self.recipe.transfers else 4 if self.recipe.activation_checkpointing else 3
+        alone = self.recipe.transfers or self.recipe.exits == "frozen"
+        passes = 1 if alone else 4 if self.recipe.activation_checkpointing else 3
         teacher = read_architecture(self.teacher.config()).flops_per_token if self.teacher else 0
         exits = len(self.plan.exits) * 4 * 2 * self.plan.architecture.head_flops if self.recipe.exits != "none" else 0
         return passes * self.plan.flops_per_token + teacher + exits
@@ -113,7 +119,7 @@ class Job:
         self.inputs.check()
         if self.teacher is not None:
             self.teacher.files.check_mapped()
-        if self.branches:  # the model has other parameters than the one in `self.folder`
+        if self.branches or self.new_exits:  # the model has other parameters than the one in `self.folder`
             values = read_json(self.folder / "config.json") | {"visits": [visit.fields() for visit in self.plan.visits]}
             (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf8")
         else:
@@ -171,6 +177,10 @@ def prepare(folder: Path, recipe: UptrainRecipe, most_steps: int | None = None) 
     if recipe.stability == "admin":
         branches = tuple(branches_of(plan, config.base_config))
         plan = with_gains(plan, branches)
+    new_exits: tuple[int, ...] = ()
+    if recipe.fits_exits:
+        new_exits = tuple(place for place in plan.exits if not plan.visits[place].exit)
+        plan = with_exits(plan)
     dtype = Weights(folder).dtype
     tokenizer = load_tokenizer(folder)
     arithmetic = recipe.precision
@@ -226,6 +236,7 @@ def prepare(folder: Path, recipe: UptrainRecipe, most_steps: int | None = None) 
         inputs=inputs,
         branches=branches,
         original=writer if branches else None,
+        new_exits=new_exits,
     )
 
 
@@ -236,7 +247,7 @@ def _check_exits(folder: Path, plan: Plan, provenance: dict, when: str) -> None:
             f"The model in {folder} has no exits, because no loop over its tied layers ends before another begins.",
             "Exits need at least 2 loops and the sharing cycle or middle_cycle.",
         )
-    if when == "after" and "uptrain" not in [provenance["stage"], *(one["stage"] for one in provenance["history"])]:
+    if when != "joint" and "uptrain" not in [provenance["stage"], *(one["stage"] for one in provenance["history"])]:
         warn("This model was not healed yet. Heal it first, or train its exits along with it: --exits joint.")
 
 

@@ -5,6 +5,7 @@
     factors      A and B of a visit's LoRA or low-rank matrix            no           yes
     matrices     full matrices in the slots, shared or a visit's own     if asked     yes
     vectors      norms, biases and gains                                 no           no
+    exits        maps of exits, at a rate of their own                   no           no
     critic       of the regularizer bmi, at a rate of its own            no           its own
 
 A parameter that several visits use gets the sum of their gradients. AdamW and Muon ignore the scale of a gradient: the
@@ -16,9 +17,10 @@ from collections import Counter
 
 import torch
 
-from rrtc.model.graft_rrt import Reference, RelaxedLinear, Slot
+from rrtc.model.graft_rrt import Reference, RelaxedLinear, Slot, Visit
 from rrtc.recipe.uptrain import UptrainRecipe
 from rrtc.uptrain.bmi import CRITIC_DECAY, CRITIC_LR, Critic
+from rrtc.uptrain.rate import EXITS
 
 
 def make_optimizer(model: torch.nn.Module, recipe: UptrainRecipe, rate: float, adamw: dict) -> torch.optim.Optimizer:
@@ -44,7 +46,7 @@ def make_optimizer(model: torch.nn.Module, recipe: UptrainRecipe, rate: float, a
 def parameter_groups(model: torch.nn.Module, recipe: UptrainRecipe, rate: float) -> list[dict]:
     """The trained parameters of `model` as an optimizer takes them, each in one group: params, role, visits (that use
     each of these parameters), lr and weight_decay. The first group has the learning rate `rate` itself, which is the
-    one that the Trainer logs."""
+    one that the Trainer logs; so have exits, where nothing else learns."""
     modules = list(model.modules())
     references = (module.shared for module in modules if isinstance(getattr(module, "shared", None), Reference))
     uses = Counter(reference() for reference in references)
@@ -54,9 +56,10 @@ def parameter_groups(model: torch.nn.Module, recipe: UptrainRecipe, rate: float)
         p for module in modules if isinstance(module, RelaxedLinear) and module.rank for p in (module.A, module.B)
     }
     critic = [p for module in modules if isinstance(module, Critic) for p in module.parameters()]
-    learned_along = {"params": critic, "role": "critic", "visits": 1, "lr": CRITIC_LR, "weight_decay": CRITIC_DECAY}
+    exits = [m.exit.weight for m in modules if isinstance(m, Visit) and m.exit is not None]
+    exits = [parameter for parameter in exits if parameter.requires_grad]
     groups: dict[tuple[int, str], list] = {}
-    aside = set(critic)
+    aside = {*critic, *exits}
     for parameter in model.parameters():
         if not parameter.requires_grad or parameter in aside:
             continue
@@ -67,7 +70,7 @@ def parameter_groups(model: torch.nn.Module, recipe: UptrainRecipe, rate: float)
         else:
             role = "matrices" if parameter in in_slots else "embeddings"
         groups.setdefault((visits.get(parameter, 1), role), []).append(parameter)
-    return [
+    found = [
         {
             "params": parameters,
             "role": role,
@@ -76,7 +79,13 @@ def parameter_groups(model: torch.nn.Module, recipe: UptrainRecipe, rate: float)
             "weight_decay": 0.0 if role == "vectors" else recipe.weight_decay,
         }
         for (count, role), parameters in sorted(groups.items(), key=lambda item: item[0])
-    ] + ([learned_along] if critic else [])
+    ]
+    if exits:
+        lr = EXITS if found else rate
+        found.append({"params": exits, "role": "exits", "visits": 1, "lr": lr, "weight_decay": 0.0})
+    if critic:
+        found.append({"params": critic, "role": "critic", "visits": 1, "lr": CRITIC_LR, "weight_decay": CRITIC_DECAY})
+    return found
 
 
 def _scale(recipe: UptrainRecipe, visits: int) -> float:

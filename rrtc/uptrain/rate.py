@@ -12,6 +12,7 @@ RATE, LOST, TOKENS = 1e-4, 0.6, 4096  # the rate for a start that has lost so ma
 MOST_TOKENS = 65_536  # of a step, beyond which noise is not what limits the rate
 LEAST, MOST = 1e-5, 4e-4
 TRANSFER = 0.01  # for feature maps alone (attention transfer)
+EXITS = 1e-3  # for the maps of exits, whatever else learns
 
 
 def default_rate(lost: float | None, tokens: int) -> float:

@@ -24,6 +24,7 @@ from rrtc.uptrain.checkpoints import Checkpoints, last_sound, remove, whole_chec
 from rrtc.uptrain.curve import draw, steps_of, write_metrics
 from rrtc.uptrain.data import Stream
 from rrtc.uptrain.display import Display
+from rrtc.uptrain.exits import exits_of
 from rrtc.uptrain.guards import Course, LossGuard, Termination, reporters
 from rrtc.uptrain.job import Job, prepare
 from rrtc.uptrain.sharding import whole_state
@@ -116,6 +117,8 @@ def _train(job: Job, checkpoints: Path, checkpoint: Path | None) -> Distillation
                 trainer.set_gains()
             if job.recipe.transfers and checkpoint is None:
                 trainer.match_gains()
+            if job.new_exits and checkpoint is None:
+                trainer.fit_exits()
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             termination.check(job.steps)
     return trainer
@@ -136,9 +139,10 @@ def _write(
     max_bytes: int,
 ) -> None:
     """Writes the trained model, whose weights are `state`, into `folder`, which will become `target`: the tensors that
-    the input folder has, under the same names and in the same dtype, and gains."""
+    the input folder has, under the same names and in the same dtype, gains and maps of exits."""
     writer, given = ShardWriter(folder, max_bytes), list(Weights(job.folder))
-    for name in [*given, *(gain for gain in gains_of(trainer.model) if gain not in given)]:
+    added = [name for name in (*gains_of(trainer.model), *exits_of(trainer.model)) if name not in given]
+    for name in [*given, *added]:
         writer.add(name, state[name].to("cpu", getattr(torch, job.dtype)))
     writer.finish()
     steps = steps_of(trainer.state.log_history)

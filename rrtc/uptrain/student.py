@@ -81,6 +81,28 @@ class Student(RrtForCausalLM):
                 lesson,
             )
 
+        def at_exits(outputs: list, end: Tensor, before: Tensor) -> dict[str, Tensor]:
+            """The objective with what the exits say beside the model that says `end` (windows, context, width), and
+            what that is made of. outputs: of the layers with an exit. before: the objective without them."""
+            own, joint = LiveLesson(parts, end, recipe.temperature), recipe.exits == "joint"
+            learned = MeanLesson(lesson, own) if joint and lesson is not None else own
+            shares = [loop if joint else 1 for loop in range(1, len(outputs) + 1)]
+            means = {"objective": before}
+            for loop, (place, output) in enumerate(zip(self.loop_ends[:-1], outputs, strict=True), 1):
+                left = parts.after(input_ids, place, output, **kwargs)
+                found = compare(left, JOINT_LOSSES if joint else EXIT_LOSSES, learned)
+                weight, distance = recipe.exit_weight * shares[loop - 1] / sum(shares), found.pop("objective")
+                if joint:  # an exit's distance is many times the model's own at first, which would hardly learn
+                    weight = weight * (before.detach() / distance.detach()).clamp(max=1)
+                means["objective"] = means["objective"] + weight * distance
+                means |= {f"exit_{loop}_{name}": mean for name, mean in found.items()}
+            return means
+
+        if recipe.exits == "frozen":
+            with torch.no_grad():
+                hidden, outputs = parts.run(input_ids, self.loop_ends[:-1], **kwargs)
+            return at_exits(outputs, hidden, torch.zeros((), device=input_ids.device))
+
         matches, regularizes = bool(recipe.losses.get("hidden")), bool(recipe.regularizers.get("bmi"))
         loop_ends = self.loop_ends
         exits = loop_ends[:-1] if recipe.exits != "none" else ()
@@ -96,19 +118,7 @@ class Student(RrtForCausalLM):
             states = [states_of(output) for output in outputs]
             means |= self._regularize(means["objective"], states, input_ids, recipe, progress)
             outputs = outputs[: len(exits)]
-        own = LiveLesson(parts, hidden, recipe.temperature)  # what it says in the end
-        joint = recipe.exits == "joint"
-        learned = MeanLesson(lesson, own) if joint and lesson is not None else own
-        shares = [loop if joint else 1 for loop in range(1, len(outputs) + 1)]
-        before = means["objective"].detach()
-        for loop, output in enumerate(outputs, 1):
-            found = compare(parts.after(input_ids, output, **kwargs), JOINT_LOSSES if joint else EXIT_LOSSES, learned)
-            weight, distance = recipe.exit_weight * shares[loop - 1] / sum(shares), found.pop("objective")
-            if joint:  # an untrained exit's distance is 20 times the model's own, which would hardly learn
-                weight = weight * (before / distance.detach()).clamp(max=1)
-            means["objective"] = means["objective"] + weight * distance
-            means |= {f"exit_{loop}_{name}": mean for name, mean in found.items()}
-        return means
+        return means | at_exits(outputs, hidden, means["objective"]) if exits else means
 
     def _regularize(
         self, objective: Tensor, states: list[Tensor], ids: Tensor, recipe: UptrainRecipe, progress: float

@@ -26,6 +26,7 @@ from rrtc.stock.linear import linear_maps, match_gains
 from rrtc.uptrain.checkpoints import WHOLE, mark_whole, remove, whole_checkpoints
 from rrtc.uptrain.curve import steps_of, summary
 from rrtc.uptrain.data import Stream, given
+from rrtc.uptrain.exits import TOKENS_PER_INPUT, add_exits, exits_of, fit_exits
 from rrtc.uptrain.job import Job
 from rrtc.uptrain.optimizer import make_optimizer
 from rrtc.uptrain.sharding import save_whole, shard, whole_state
@@ -61,10 +62,14 @@ class DistillationTrainer(Trainer):
             add_gains(model, job.plan)
         if job.recipe.regularizers.get("bmi"):
             model.add_critic(job.recipe.seed)
-        if job.recipe.transfers:
+        if job.recipe.fits_exits:
+            add_exits(model, job.plan)
+        if job.recipe.transfers or job.recipe.exits == "frozen":
             model.requires_grad_(False)
-            for maps in linear_maps(model):
-                maps.requires_grad_(True)
+        for maps in linear_maps(model) if job.recipe.transfers else ():
+            maps.requires_grad_(True)
+        for exit_ in exits_of(model).values():  # which, where they are not trained, have no gradient
+            exit_.requires_grad_(job.recipe.exits != "none")
         model.generation_config = GenerationConfig()  # a base model's own can be one that transformers will not save
         if job.recipe.activation_checkpointing:
             # The second is the name in older versions of transformers. Both are non-reentrant by default, which shared
@@ -128,9 +133,15 @@ class DistillationTrainer(Trainer):
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.job.bfloat16):
             return theirs, match(self.model, self.job.plan, branches, theirs, ids)
 
-    def profiled(self) -> Tensor:
-        """The first windows of the run, (windows, context - 1), on which models are profiled."""
-        windows = max(1, min(PROFILED // self.job.context, len(self.train_dataset)))
+    def fit_exits(self) -> None:
+        """Sets the maps of new exits as they are before the first step. All processes do the same."""
+        ids = self.profiled(TOKENS_PER_INPUT * self.job.plan.architecture.width)
+        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.job.bfloat16):
+            fit_exits(self.model, self.job.new_exits, ids)
+
+    def profiled(self, tokens: int = PROFILED) -> Tensor:
+        """The first windows of the run, (windows, context - 1), so many `tokens` or a little less."""
+        windows = max(1, min(tokens // self.job.context, len(self.train_dataset)))
         return torch.stack([given(self.train_dataset[number])["input_ids"] for number in range(windows)])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -59,7 +59,7 @@ def test_the_parts_of_a_model_have_its_windows(folder, model, ids, tmp_path):
     parts = Parts(model)
     hidden, outputs = parts.run(ids, range(len(parts.layers)))
     assert torch.equal(parts.head(hidden[0]), model(ids).logits[0])
-    assert torch.equal(parts.after(ids, outputs[-1]), hidden)
+    assert torch.equal(parts.after(ids, len(outputs) - 1, outputs[-1]), hidden)
     states = model(ids, output_hidden_states=True).hidden_states[1:-1]
     for output, state in zip(outputs, states, strict=False):
         assert torch.equal(states_of(output), state)
@@ -68,7 +68,7 @@ def test_the_parts_of_a_model_have_its_windows(folder, model, ids, tmp_path):
         left = model(ids, use_cache=False).logits
         said = model.generate(ids[:1, :100], max_new_tokens=6, do_sample=False, pad_token_id=2)
         again = model.generate(ids[:1, :100], max_new_tokens=6, do_sample=False, pad_token_id=2, use_cache=False)
-    assert torch.equal(left[0], parts.head(parts.after(ids, outputs[place])[0]))
+    assert torch.equal(left[0], parts.head(parts.after(ids, place, outputs[place])[0]))
     assert torch.equal(said, again)
     assert_equal(model(ids).logits, expected, 1e-4)  # nothing stands in any more
 

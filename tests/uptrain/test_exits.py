@@ -108,7 +108,7 @@ def test_an_exit_says_what_the_model_cut_off_there_says(architecture, ids):
         _, outputs = parts.run(ids, (1, 3))
         for place, output in zip((1, 3), outputs, strict=True):
             expected = cut_off(model, place)(ids, use_cache=False).logits
-            found = torch.stack([parts.head(row) for row in parts.after(ids, output)])
+            found = torch.stack([parts.head(row) for row in parts.after(ids, place, output)])
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
             assert (found - final).abs().max() > 0.1
         torch.testing.assert_close(model(ids, use_cache=False).logits, final, rtol=0, atol=0)  # nothing stays behind
