@@ -13,7 +13,7 @@ from rrtc.units import count, size
 TEMPLATE = Path(__file__).with_name("page.html")
 PARTS = {
     "embeddings": "embeddings", "head": "head", "shared": "shared", "own": "own", "lora": "LoRA",
-    "low_rank": "low rank", "norms_and_biases": "norms, biases",
+    "low_rank": "low rank", "norms_and_biases": "norms, biases", "feature_maps": "feature maps", "exits": "exits",
 }  # fmt: skip
 LOOPS = "Using layers several times saves memory and disk."
 

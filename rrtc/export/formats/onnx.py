@@ -85,7 +85,12 @@ def number_format(asked: str, stored: str) -> torch.dtype:
 
 def bytes_written(weights: Weights, config: RrtConfig, dtype: torch.dtype) -> int:
     """About how many bytes of weights `write` will write."""
-    return weights.parameters * dtype.itemsize
+    return _parameters(weights, config) * dtype.itemsize
+
+
+def _parameters(weights: Weights, config: RrtConfig) -> int:
+    """Those that a whole forward pass computes with, shared ones once: the graph has no maps of exits."""
+    return weights.parameters - read_plan(config).parts.get("exits", 0)
 
 
 def write(source: Path, folder: Path, dtype: torch.dtype, shard_bytes: int) -> int:
@@ -107,7 +112,7 @@ def write(source: Path, folder: Path, dtype: torch.dtype, shard_bytes: int) -> i
     if dtype != torch.float32:
         _halve(graph, dtype)
     _write_folder(graph, source, folder, model.config, dtype, shard_bytes, "none")
-    return weights.parameters
+    return _parameters(weights, model.config)
 
 
 def write_quantized(
@@ -116,7 +121,7 @@ def write_quantized(
     """The same with its matrices in fewer bits, those of the quantized recursive format; see rrtc.export.formats."""
     with tempfile.TemporaryDirectory(dir=folder, prefix="recursive-") as scratch:
         between = Path(scratch)
-        parameters = recursive.write(source, between, dtype, shard_bytes)
+        recursive.write(source, between, dtype, shard_bytes)
         expected, found = round_written(between, number, texts, shard_bytes, expected)
         model, rounded = loaded(source, {}), onnx_blocks.read_rounded(between, BITS[number])
         onnx_blocks.fill(model, between, rounded)
@@ -129,7 +134,7 @@ def write_quantized(
         _halve(graph, dtype)
     parts = onnx_blocks.parts_of(graph, rounded, dtype)
     _write_folder(graph, source, folder, model.config, dtype, shard_bytes, number)
-    return parameters, expected, found | {"parts": parts}
+    return _parameters(Weights(source), model.config), expected, found | {"parts": parts}
 
 
 def _write_folder(
