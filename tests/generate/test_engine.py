@@ -42,13 +42,13 @@ WAYS = {
 
 
 @everywhere
-@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("recipe", [{"sharing": "middle_cycle"}, {"loops": 3}], ids=["middle_cycle", "3 loops"])
-def test_it_says_what_generate_says_alone_in_company_and_in_chunks(architecture, recipe, way):
+def test_it_says_what_generate_says_alone_in_company_and_in_chunks(architecture, recipe):
     model = double(architecture, **recipe)
     expected = [by_transformers(model, prompt) for prompt in PROMPTS]
-    assert by_engine(Engine(model, WAYS[way], rows=5, context=CONTEXT)) == expected
-    assert by_engine(Engine(model, WAYS[way], rows=2, context=CONTEXT, chunk=5)) == expected  # more than there are rows
+    for name, way in WAYS.items():
+        assert by_engine(Engine(model, way, rows=5, context=CONTEXT)) == expected, name
+        assert by_engine(Engine(model, way, rows=2, context=CONTEXT, chunk=5)) == expected, name  # fewer than requests
 
 
 @everywhere
