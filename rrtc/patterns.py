@@ -71,9 +71,12 @@ def _plan_of_pattern(architecture: Architecture, recipe: InitRecipe) -> Plan:
     if tied % loops:
         valid = [str(n) for n in range(2, tied + 1) if tied % n == 0]
         kept = f" less {2 * keep} kept ones" if keep else ""
+        others = [n for n in range(depth // 2) if depth - 2 * n >= loops and (depth - 2 * n) % loops == 0]
+        nearest_keep = min(others, key=lambda n: (abs(n - keep), n), default=None)
+        instead = "" if nearest_keep is None else f"; for {loops}, --sharing {recipe.order} --keep {nearest_keep}"
         raise WrongUsage(
             f"{depth} layers{kept} cannot be divided into {loops} loops.",
-            f"With keep {keep}, loops can be {', '.join(valid)}; or choose another keep.",
+            f"With keep {keep}, loops can be {', '.join(valid)}{instead}.",
         )
     per_loop = tied // loops
     visits = []
