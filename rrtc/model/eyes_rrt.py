@@ -33,7 +33,9 @@ class Documents:
         self.start: Tensor | None = None  # (rows or 1, tokens or 1), columns; None: all of them at 0
 
     def note(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
-        """To be registered as a hook before the forward pass of that model, with keyword arguments."""
+        """To be registered as a hook before the forward pass of that model, with keyword arguments. Raises ValueError
+        where the model is to run a kernel that its visits cannot do with, before one of them has."""
+        kernel_of(model.config)
         given = dict(zip(self._names, args, strict=False)) | kwargs
         tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
         positions, mask = given.get("position_ids"), given.get("attention_mask")
@@ -54,12 +56,18 @@ class Documents:
         self.start = None if start is None or not start.any() else start
 
 
-def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, **kwargs):
-    """The attention function of visits that do not attend to everything."""
-    chosen = module.config.stock._attn_implementation
+def kernel_of(config) -> str:
+    """The attention kernel that a stock config names. Raises ValueError for one that takes no masks."""
+    chosen = config._attn_implementation
     if chosen not in MASKED_KERNELS:
         named = " or ".join(MASKED_KERNELS)
         raise ValueError(f"A model with visits that see a window needs the kernel {named}, and not {chosen}.")
+    return chosen
+
+
+def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, **kwargs):
+    """The attention function of visits that do not attend to everything."""
+    chosen = kernel_of(module.config.stock)
     run = ALL_ATTENTION_FUNCTIONS.get_interface(chosen, eager_kernel(module))
     if not isinstance(attention_mask, Sight):
         raise TypeError("a visit with a rule of attention was called without its Sight")
