@@ -119,8 +119,8 @@ class UptrainResult(TypedDict):
     learning_rate: float  # at its peak
     arithmetic: str  # float32 or bfloat16
     teacher: str | None  # URI; None where there was none
-    first_loss: float | None  # on the training text, the mean over the first twentieth of the steps; None where the
-    last_loss: float | None  # loss 'attention' alone was minimized
+    first_loss: float | None  # on the training text, the mean over the first twentieth of the steps; None where only
+    last_loss: float | None  # linear attention or exits learned
     first_kl: float | None  # from the teacher; None where there was none
     last_kl: float | None
     teacher_cache: NotRequired[CacheResult]

@@ -278,13 +278,15 @@ def profile(rows: list[dict]) -> Group:
 def uptrain(result: dict, folder: str) -> Group:
     """What `uptrain` made."""
     trained = f"{count(result['tokens'])} tokens in {duration(result['seconds'])}"
-    if result["first_loss"] is None:
+    if "first_attention" in result:
         what = "what heads with linear attention find, from full attention"
         row = [what, f"{result['first_attention']:.3f}", f"{result['last_attention']:.3f}"]
         columns = ["on the training text, squared, relative", "first", "last"]
         said = f"Curves: {folder}/loss.png. Next: rrtc eval {folder} -o REPORT"
         return Group(table(f"Wrote {folder}: {trained}", columns, [row]), plain(said))
-    rows = [["loss", f"{result['first_loss']:.3f}", f"{result['last_loss']:.3f}"]]
+    rows = []
+    if result["first_loss"] is not None:
+        rows.append(["loss", f"{result['first_loss']:.3f}", f"{result['last_loss']:.3f}"])
     if result.get("first_kl") is not None:
         rows.append(["KL to the teacher", f"{result['first_kl']:.3f}", f"{result['last_kl']:.3f}"])
     for name in (key.removeprefix("first_") for key in result if key.startswith("first_exit_")):

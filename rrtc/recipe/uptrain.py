@@ -88,8 +88,8 @@ class UptrainRecipe(Section):
     exits: Literal["none", "frozen", "after", "joint"] = Field(
         "none",
         description="Also train an exit after each loop but the last (cycle). frozen: nothing else learns, so that the "
-        "model stays what it is; losses and teacher are not asked. after: of a model that is healed already, all of "
-        "which goes on learning, as in the paper. joint: along with healing, and from the teacher, too. With frozen "
+        "model stays what it is; losses, exit_weight and teacher are not asked. after: of a model that is healed "
+        "already, all of which goes on learning, as in the paper. joint: along with healing, and from the teacher, too. With frozen "
         "and joint, each exit gets a linear map, fitted before training.",
     )
     exit_weight: float = Field(
@@ -97,7 +97,7 @@ class UptrainRecipe(Section):
         gt=0,
         le=MOST_WEIGHT,
         description="Weight of the exits' losses: after, the mean over the exits of next_token and of forward_kl from "
-        "the model's own end (frozen: the same, and nothing else); joint, forward_kl from the mean of the teacher and "
+        "the model's own end; joint, forward_kl from the mean of the teacher and "
         "that end, later exits weighing more, and none more than this times the model's own loss.",
     )
     teacher_cache: str | None = Field(

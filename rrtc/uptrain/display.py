@@ -57,8 +57,9 @@ class Display(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "objective" not in logs:
             return
-        self.losses.append(logs.get("loss", logs["objective"]))
-        self.kls.append(logs.get("kl"))
+        first = "" if "loss" in logs else "exit_1_"  # where exits learn alone
+        self.losses.append(logs.get(f"{first}loss", logs["objective"]))
+        self.kls.append(logs.get(f"{first}kl"))
         step = state.global_step
         seconds = (time.monotonic() - self.began) / (step - self.first_step)  # a step
         rate = self.tokens / self.steps / seconds

@@ -24,6 +24,7 @@ from rrtc.machine import is_first_process, process_group
 from rrtc.uptrain.checkpoints import remove, step_number, whole_checkpoints
 from rrtc.uptrain.curve import draw, line, step_of, steps_of, write_metrics
 from rrtc.uptrain.job import Job
+from rrtc.uptrain.student import EXIT_LOSSES
 
 # The loss has diverged where the mean objective of the last WINDOW steps is more than both of these. Twenty steps are
 # more than an odd batch or the bump at the end of a warm-up. The first step is the model as it was given: who is far
@@ -64,7 +65,8 @@ class LossGuard(TrainerCallback):
 
     def __init__(self, job: Job):
         self.job = job
-        self.margin = ABOVE_FIRST * sum(job.recipe.losses.values())
+        weights = EXIT_LOSSES if job.recipe.exits == "frozen" else job.recipe.losses
+        self.margin = ABOVE_FIRST * sum(weights.values())
         self.last: deque[float] = deque(maxlen=WINDOW)
         self.first = self.best = math.inf  # of the first step, and the lowest mean of WINDOW steps
         self.sound = 0  # the last step whose objective was as it should be

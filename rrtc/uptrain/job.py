@@ -15,6 +15,7 @@ from rrtc.console import note, warn
 from rrtc.errors import RrtcError, WrongUsage
 from rrtc.io.folder import copy_companions
 from rrtc.io.provenance import base_seen_from, check_not_quantized, next_history, read_provenance, write_provenance
+from rrtc.io.recursive import trained_exits
 from rrtc.io.source import Source, content_hash, find_base, find_model, load_tokenizer, read_config
 from rrtc.io.unchanged import Unchanged
 from rrtc.io.weights import Weights
@@ -46,8 +47,8 @@ class Job:
     `taught_by` has the `uri` and the `sha256` of the dense model that is learned from; None where there is none.
     `teacher` is that model where it has to be run, and None where `cache` has all that it would say. `inputs` are the
     files of `folder`. `branches` are the residual branches that get gains (`stability`), for which `original` is to be
-    profiled, and which are in the `plan` already; none, and None, where there are to be no gains. `new_exits` are the
-    places of exits whose maps the `plan` has and the folder has not.
+    profiled, and which are in the `plan` already; none, and None, where there are to be no gains. `fitted_exits` are
+    the places of exits whose maps are fitted before training: all in the `plan`, unless they were trained already.
     """
 
     folder: Path
@@ -65,7 +66,7 @@ class Job:
     inputs: Unchanged
     branches: tuple[Branch, ...] = ()
     original: Source | None = None
-    new_exits: tuple[int, ...] = ()
+    fitted_exits: tuple[int, ...] = ()
 
     @property
     def context(self) -> int:
@@ -119,7 +120,7 @@ class Job:
         self.inputs.check()
         if self.teacher is not None:
             self.teacher.files.check_mapped()
-        if self.branches or self.new_exits:  # the model has other parameters than the one in `self.folder`
+        if self.branches or self.recipe.fits_exits:  # the model may have other parameters than the one in `self.folder`
             values = read_json(self.folder / "config.json") | {"visits": [visit.fields() for visit in self.plan.visits]}
             (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf8")
         else:
@@ -177,10 +178,12 @@ def prepare(folder: Path, recipe: UptrainRecipe, most_steps: int | None = None) 
     if recipe.stability == "admin":
         branches = tuple(branches_of(plan, config.base_config))
         plan = with_gains(plan, branches)
-    new_exits: tuple[int, ...] = ()
+    fitted_exits: tuple[int, ...] = ()
     if recipe.fits_exits:
-        new_exits = tuple(place for place in plan.exits if not plan.visits[place].exit)
         plan = with_exits(plan)
+        # Maps of a model that was healed or planned anew since then say little of it now.
+        trained = provenance["stage"] == "uptrain" and trained_exits(folder)
+        fitted_exits = () if trained else plan.exits
     dtype = Weights(folder).dtype
     tokenizer = load_tokenizer(folder)
     arithmetic = recipe.precision
@@ -236,7 +239,7 @@ def prepare(folder: Path, recipe: UptrainRecipe, most_steps: int | None = None) 
         inputs=inputs,
         branches=branches,
         original=writer if branches else None,
-        new_exits=new_exits,
+        fitted_exits=fitted_exits,
     )
 
 

@@ -33,9 +33,9 @@ def make_optimizer(model: torch.nn.Module, recipe: UptrainRecipe, rate: float, a
     factor of B·A it says nothing of the product, and lets the smallest directions of an SVD move as far as its largest.
     """
     groups = parameter_groups(model, recipe, rate)
-    if recipe.optimizer == "adamw":
-        return torch.optim.AdamW(groups, **adamw)
     muon = [group for group in groups if group["role"] == "matrices"]
+    if recipe.optimizer == "adamw" or not muon:  # as where exits learn alone
+        return torch.optim.AdamW(groups, **adamw)
     rest = [group for group in groups if group["role"] != "matrices"]
     return Together(
         torch.optim.AdamW(rest, **adamw),

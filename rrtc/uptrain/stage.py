@@ -117,7 +117,8 @@ def _train(job: Job, checkpoints: Path, checkpoint: Path | None) -> Distillation
                 trainer.set_gains()
             if job.recipe.transfers and checkpoint is None:
                 trainer.match_gains()
-            if job.new_exits and checkpoint is None:
+            if job.fitted_exits and checkpoint is None:
+                note("Fitting the maps of the exits")
                 trainer.fit_exits()
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             termination.check(job.steps)

@@ -87,11 +87,11 @@ class Student(RrtForCausalLM):
             own, joint = LiveLesson(parts, end, recipe.temperature), recipe.exits == "joint"
             learned = MeanLesson(lesson, own) if joint and lesson is not None else own
             shares = [loop if joint else 1 for loop in range(1, len(outputs) + 1)]
-            means = {"objective": before}
+            whole, means = 1.0 if recipe.exits == "frozen" else recipe.exit_weight, {"objective": before}
             for loop, (place, output) in enumerate(zip(self.loop_ends[:-1], outputs, strict=True), 1):
                 left = parts.after(input_ids, place, output, **kwargs)
                 found = compare(left, JOINT_LOSSES if joint else EXIT_LOSSES, learned)
-                weight, distance = recipe.exit_weight * shares[loop - 1] / sum(shares), found.pop("objective")
+                weight, distance = whole * shares[loop - 1] / sum(shares), found.pop("objective")
                 if joint:  # an exit's distance is many times the model's own at first, which would hardly learn
                     weight = weight * (before.detach() / distance.detach()).clamp(max=1)
                 means["objective"] = means["objective"] + weight * distance

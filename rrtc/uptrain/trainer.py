@@ -134,10 +134,10 @@ class DistillationTrainer(Trainer):
             return theirs, match(self.model, self.job.plan, branches, theirs, ids)
 
     def fit_exits(self) -> None:
-        """Sets the maps of new exits as they are before the first step. All processes do the same."""
+        """Sets the maps of exits as they are before the first step. All processes do the same."""
         ids = self.profiled(TOKENS_PER_INPUT * self.job.plan.architecture.width)
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.job.bfloat16):
-            fit_exits(self.model, self.job.new_exits, ids)
+            fit_exits(self.model, self.job.fitted_exits, ids)
 
     def profiled(self, tokens: int = PROFILED) -> Tensor:
         """The first windows of the run, (windows, context - 1), so many `tokens` or a little less."""

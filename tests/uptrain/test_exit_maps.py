@@ -3,23 +3,27 @@ else changes by it."""
 
 import copy
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from pico import EVERY_ARCHITECTURE, pico_config, save_pico
 from pydantic import ValidationError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache
+from typer.testing import CliRunner
 
 from rrtc import scoring
-from rrtc.errors import WrongUsage
+from rrtc.cli.app import app
+from rrtc.errors import RrtcError, WrongUsage
 from rrtc.export.stage import export
 from rrtc.generate.quality import Scored
 from rrtc.init.stage import init
 from rrtc.io.provenance import read_provenance
 from rrtc.io.recursive import trained_exits
+from rrtc.io.source import load_model
 from rrtc.model import RrtConfig, RrtForCausalLM
 from rrtc.model.graft_rrt import find_layers
 from rrtc.model.halves_rrt import Halves, run
@@ -33,6 +37,7 @@ from rrtc.stock.architecture import decoder_layers, read_architecture, read_plan
 from rrtc.stock.parts import Parts, states_of
 from rrtc.text.windows import Windows
 from rrtc.uptrain.exits import RIDGE, add_exits, exits_of, fit_exits, with_exits
+from rrtc.uptrain.job import prepare
 from rrtc.uptrain.optimizer import parameter_groups
 from rrtc.uptrain.rate import EXITS
 from rrtc.uptrain.stage import uptrain
@@ -198,14 +203,36 @@ def test_a_frozen_model_stays_what_it_is_and_its_exit_learns(stages):
     ours, before = (load_file(stages / name / "model.safetensors") for name in ("exits", "tied"))
     assert ours.keys() - before.keys() == {"model.layers.2.exit.weight"}
     assert all(torch.equal(ours[name], tensor) for name, tensor in before.items())
+    way_out = ours["model.layers.2.exit.weight"]
+    assert (way_out - torch.eye(len(way_out))).abs().max() > 0.1  # it was fitted: 8 steps do not go so far
     steps = metrics(stages / "exits")
     assert steps[0]["loss"] is steps[0]["kl"] is None  # of the model itself, which does not learn
     assert steps[-1]["objective"] < steps[0]["objective"]
     for step in steps:
-        assert step["objective"] == pytest.approx(0.1 * (step["exit_1_loss"] + step["exit_1_kl"]), rel=1e-5)
+        assert step["objective"] == pytest.approx(step["exit_1_loss"] + step["exit_1_kl"], rel=1e-5)
     measured = read_provenance(stages / "exits")["measured"]["uptrain"]
     assert measured["learning_rate"] == EXITS and measured["teacher"] is None
     assert trained_exits(stages / "exits") == (2,) and trained_exits(stages / "tied") == ()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_command_shows_what_the_exits_learned(stages, tmp_path, optimizer):
+    asked = ["--data", str(stages / "text.txt"), "--context", "32", "--tokens", "256", "--optimizer", optimizer]
+    command = ["uptrain", str(stages / "tied"), "-o", str(tmp_path / "out"), "--exits", "frozen", *asked]
+    done = CliRunner().invoke(app, command, env={"COLUMNS": "160"})
+    assert done.exit_code == 0, done.output
+    assert "exit after loop 1, loss" in done.stdout and "exit after loop 1, KL to the model's own end" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_map_that_the_weights_lack_is_missed(stages, tmp_path):
+    folder = shutil.copytree(stages / "exits", tmp_path / "exits")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.2.exit.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(RrtcError, match="have no model.layers.2.exit.weight, which the model's config.json asks for"):
+        load_model(folder)
 
 
 @pytest.mark.slow
@@ -261,6 +288,8 @@ def test_healing_again_leaves_maps_as_they_are(stages, tmp_path):
     same = {name for name in before if torch.equal(ours[name], before[name])}
     assert "model.layers.2.exit.weight" in same and len(same) < len(before) / 2
     assert trained_exits(tmp_path / "healed") == ()  # they are of a model that was
+    for folder, fitted in ((stages / "exits", ()), (tmp_path / "healed", (2,)), (stages / "tied", (2,))):
+        assert prepare(folder, recipe(stages, exits="frozen").uptrain).fitted_exits == fitted
 
 
 @pytest.mark.slow

@@ -218,6 +218,7 @@ def _adapting(config: RrtConfig) -> str:
     if not tied:
         return ""
     names = "|".join(re.escape(name) for name in tied)
+    exits = r', exclude_modules=r".*\.exit"' if any(visit.get("exit") for visit in config.visits) else ""
     return f"""
 
 With PEFT, adapt the shared matrices; each adapter then works in all layers that share the matrix:
@@ -226,4 +227,4 @@ With PEFT, adapt the shared matrices; each adapter then works in all layers that
 LoraConfig(r=16, target_modules=r".*\\.shared\\.({names})", task_type="CAUSAL_LM")
 ```
 
-`target_modules="all-linear"` does the same for all matrices."""
+`target_modules="all-linear"{exits}` does the same for all matrices."""
