@@ -89,8 +89,8 @@ class UptrainRecipe(Section):
         "none",
         description="Also train an exit after each loop but the last (cycle). frozen: nothing else learns, so that the "
         "model stays what it is; losses, exit_weight and teacher are not asked. after: of a model that is healed "
-        "already, all of which goes on learning, as in the paper. joint: along with healing, and from the teacher, too. With frozen "
-        "and joint, each exit gets a linear map, fitted before training.",
+        "already, all of which goes on learning, as in the paper. joint: along with healing, from the teacher, too. "
+        "With frozen and joint, each exit gets a linear map, fitted before training.",
     )
     exit_weight: float = Field(
         0.1,
