@@ -2,7 +2,6 @@
 else changes by it."""
 
 import copy
-import json
 import shutil
 from pathlib import Path
 
@@ -10,10 +9,11 @@ import pytest
 import torch
 from pico import EVERY_ARCHITECTURE, pico_config, save_pico
 from pydantic import ValidationError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache
 from typer.testing import CliRunner
+from uptraining import interrupt_at, metrics, weights
 
 from rrtc import scoring
 from rrtc.cli.app import app
@@ -42,7 +42,6 @@ from rrtc.uptrain.optimizer import parameter_groups
 from rrtc.uptrain.rate import EXITS
 from rrtc.uptrain.stage import uptrain
 from rrtc.uptrain.student import Student
-from rrtc.uptrain.trainer import DistillationTrainer
 
 ENDS = (1, 3)  # of the first loops of three, each of two layers
 
@@ -194,13 +193,9 @@ def stages(tmp_path_factory) -> Path:
     return root
 
 
-def metrics(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 @pytest.mark.slow
 def test_a_frozen_model_stays_what_it_is_and_its_exit_learns(stages):
-    ours, before = (load_file(stages / name / "model.safetensors") for name in ("exits", "tied"))
+    ours, before = (weights(stages / name) for name in ("exits", "tied"))
     assert ours.keys() - before.keys() == {"model.layers.2.exit.weight"}
     assert all(torch.equal(ours[name], tensor) for name, tensor in before.items())
     way_out = ours["model.layers.2.exit.weight"]
@@ -228,7 +223,7 @@ def test_the_command_shows_what_the_exits_learned(stages, tmp_path, optimizer):
 @pytest.mark.slow
 def test_a_map_that_the_weights_lack_is_missed(stages, tmp_path):
     folder = shutil.copytree(stages / "exits", tmp_path / "exits")
-    tensors = load_file(folder / "model.safetensors")
+    tensors = weights(folder)
     del tensors["model.layers.2.exit.weight"]
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(RrtcError, match="have no model.layers.2.exit.weight, which the model's config.json asks for"):
@@ -237,16 +232,9 @@ def test_a_map_that_the_weights_lack_is_missed(stages, tmp_path):
 
 @pytest.mark.slow
 def test_an_interrupted_run_goes_on_from_the_map_that_it_has(stages, tmp_path, monkeypatch):
-    asked, original, calls = recipe(stages, exits="frozen"), DistillationTrainer.compute_loss, []
-
-    def interrupted(self, *args, **kwargs):
-        calls.append(0)
-        if len(calls) == 11:  # in the sixth step, of two micro-batches each
-            raise KeyboardInterrupt
-        return original(self, *args, **kwargs)
-
+    asked = recipe(stages, exits="frozen")
     with monkeypatch.context() as patched:
-        patched.setattr(DistillationTrainer, "compute_loss", interrupted)
+        interrupt_at(patched, 11)  # in the sixth step, of two micro-batches each
         with pytest.raises(KeyboardInterrupt):
             uptrain(str(stages / "tied"), str(tmp_path / "out"), asked)
     uptrain(str(stages / "tied"), str(tmp_path / "out"), asked, resume=True)
@@ -257,7 +245,7 @@ def test_an_interrupted_run_goes_on_from_the_map_that_it_has(stages, tmp_path, m
 @pytest.mark.slow
 def test_maps_go_where_the_model_goes_and_guess_there(stages, tmp_path, ids):
     export(str(stages / "exits"), str(tmp_path / "out"), recipe(stages))
-    ours, before = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", stages / "exits"))
+    ours, before = (weights(folder) for folder in (tmp_path / "out", stages / "exits"))
     assert ours.keys() == before.keys() and all(torch.equal(ours[name], before[name]) for name in ours)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert model.generation_config.speculate == {"exit": 2}
@@ -266,7 +254,7 @@ def test_maps_go_where_the_model_goes_and_guess_there(stages, tmp_path, ids):
     assert torch.equal(model.generate(ids[:1], **settings), plain)
     as_dense = recipe(stages).model_copy(update={"export": ExportRecipe(format="dense")})
     export(str(stages / "exits"), str(tmp_path / "dense"), as_dense)
-    assert not any("exit" in name for name in load_file(tmp_path / "dense" / "model.safetensors"))
+    assert not any("exit" in name for name in weights(tmp_path / "dense"))
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "dense").generate(ids[:1], **settings), plain)
 
 
@@ -276,7 +264,7 @@ def test_a_map_is_not_among_what_is_rounded(stages, tmp_path):
         update={"export": ExportRecipe(quantize="int8", calibrate_tokens=256, calibrate_context=32)}
     )
     export(str(stages / "exits"), str(tmp_path / "out"), as_int8)
-    ours, before = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", stages / "exits"))
+    ours, before = (weights(folder) for folder in (tmp_path / "out", stages / "exits"))
     name = "model.layers.2.exit.weight"
     assert torch.equal(ours[name], before[name])
 
@@ -284,7 +272,7 @@ def test_a_map_is_not_among_what_is_rounded(stages, tmp_path):
 @pytest.mark.slow
 def test_healing_again_leaves_maps_as_they_are(stages, tmp_path):
     uptrain(str(stages / "exits"), str(tmp_path / "healed"), recipe(stages, learning_rate=1e-3))
-    ours, before = (load_file(folder / "model.safetensors") for folder in (tmp_path / "healed", stages / "exits"))
+    ours, before = (weights(folder) for folder in (tmp_path / "healed", stages / "exits"))
     same = {name for name in before if torch.equal(ours[name], before[name])}
     assert "model.layers.2.exit.weight" in same and len(same) < len(before) / 2
     assert trained_exits(tmp_path / "healed") == ()  # they are of a model that was
@@ -297,7 +285,7 @@ def test_exits_that_learn_jointly_have_maps_at_a_rate_of_their_own(stages, tmp_p
     asked = recipe(stages, exits="joint", learning_rate=1e-4, tokens=32 * 4 * 3)
     uptrain(str(stages / "tied"), str(tmp_path / "out"), asked)
     assert {"loss", "kl", "exit_1_kl"} < metrics(tmp_path / "out")[0].keys()
-    ours, before = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", stages / "tied"))
+    ours, before = (weights(folder) for folder in (tmp_path / "out", stages / "tied"))
     assert ours.keys() - before.keys() == {"model.layers.2.exit.weight"}
     model = Student.from_pretrained(tmp_path / "out")
     groups = {group["role"]: group for group in parameter_groups(model, asked.uptrain, 1e-4)}

@@ -1,7 +1,6 @@
 """Early exits: which layers have one, what it says, how it learns, and what eval reports of it."""
 
 import copy
-import json
 import math
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn.functional import cross_entropy, kl_div
 from transformers import AutoModelForCausalLM
+from uptraining import interrupt_at, metrics
 
 from rrtc import scoring
 from rrtc.api import run
@@ -37,7 +37,6 @@ from rrtc.uptrain.job import prepare
 from rrtc.uptrain.stage import uptrain
 from rrtc.uptrain.student import Student
 from rrtc.uptrain.teacher import LiveLesson
-from rrtc.uptrain.trainer import DistillationTrainer
 
 CONTEXT = 32
 
@@ -266,10 +265,6 @@ def stages(tmp_path_factory) -> Path:
     return root
 
 
-def metrics(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 @pytest.mark.slow
 def test_the_exit_learns_and_the_end_does_not_suffer(stages):
     steps = metrics(stages / "exits")
@@ -309,16 +304,8 @@ def test_a_step_with_exits_counts_their_heads(stages):
 def test_a_resumed_run_with_exits_equals_a_straight_one(stages, tmp_path, monkeypatch):
     asked = recipe(stages, exits=True, tokens=CONTEXT * 4 * 8)
     uptrain(str(stages / "healed"), str(tmp_path / "straight"), asked)
-    original, calls = DistillationTrainer.compute_loss, []
-
-    def interrupted(self, *args, **kwargs):
-        calls.append(0)
-        if len(calls) == 11:  # in the sixth step, of two micro-batches each
-            raise KeyboardInterrupt
-        return original(self, *args, **kwargs)
-
     with monkeypatch.context() as patched:
-        patched.setattr(DistillationTrainer, "compute_loss", interrupted)
+        interrupt_at(patched, 11)  # in the sixth step, of two micro-batches each
         with pytest.raises(KeyboardInterrupt):
             uptrain(str(stages / "healed"), str(tmp_path / "out"), asked)
     for changes in ({"exits": False}, {"exit_weight": 0.2}):
