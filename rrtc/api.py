@@ -301,14 +301,14 @@ def load(model: Place, dtype: Any = "auto", device: Any = "cpu") -> "tuple[PreTr
 
     dtype: a torch.dtype or its name; "auto": as it is stored. The model is in eval mode. No code from the folder is
     run. To load an unexported folder with transformers alone, `import rrtc.model` first, which registers its classes.
-    Raises RrtcError where there is no such model, or where it has no tokenizer.
+    Raises RrtcError where there is no such model, where its files lack a tensor, or where it has no tokenizer.
     """
     with _work(False, ""):
         folder = find_model(_home(model)).folder
         Weights(folder)  # refuses what it holds besides safetensors, and paths in its index
         from transformers import AutoModelForCausalLM
 
-        from rrtc.io.source import load_tokenizer
+        from rrtc.io.source import load_tokenizer, with_all_tensors
         from rrtc.model import RrtConfig  # and with it the recursive model is registered
         from rrtc.stock.architecture import read_plan
 
@@ -316,7 +316,7 @@ def load(model: Place, dtype: Any = "auto", device: Any = "cpu") -> "tuple[PreTr
         if isinstance(config, RrtConfig):
             read_plan(config)  # raises for visits that cannot be
         safe = {"use_safetensors": True, "trust_remote_code": False}
-        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **safe)
+        loaded = with_all_tensors(AutoModelForCausalLM, folder, dtype=dtype, **safe)
         return loaded.to(device).eval(), load_tokenizer(folder)
 
 

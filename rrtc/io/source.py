@@ -348,24 +348,29 @@ def load_for_scoring(folder):
     return load_model(folder, dtype=scoring_dtype()).to(device())
 
 
-def load_model(folder, **others):
-    """The causal language model in `folder`, in eval mode, as transformers loads it: from safetensors alone, and by no
-    code of the folder's own. others: of from_pretrained, such as the dtype. Raises RrtcError where the files lack a
-    tensor that the config asks for, which transformers makes up."""
-    from transformers import AutoModelForCausalLM
-
-    import rrtc.model  # noqa: F401 - registers the recursive model
-
-    # return_dict: how its makers liked outputs says nothing about the model.
-    safe = {"use_safetensors": True, "trust_remote_code": False, "return_dict": True}
-    model, found = AutoModelForCausalLM.from_pretrained(folder, **safe, **others, output_loading_info=True)
+def with_all_tensors(kind: Any, folder, **others) -> Any:
+    """What `kind`, a model class, loads from `folder`. others: of from_pretrained. Raises RrtcError where a tensor
+    is not there that the config asks for, which transformers makes up."""
+    model, found = kind.from_pretrained(folder, **others, output_loading_info=True)
     if missing := sorted(found["missing_keys"]):
         more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
         raise RrtcError(
             f"The weights files in {folder} have no {missing[0]}{more}, which the model's config.json asks for.",
             "Copy the folder again from where it is whole.",
         )
-    model.eval()
+    return model
+
+
+def load_model(folder, **others):
+    """The causal language model in `folder`, in eval mode, as transformers loads it: from safetensors alone, and by no
+    code of the folder's own. others: of from_pretrained, such as the dtype. Raises RrtcError as `with_all_tensors`."""
+    from transformers import AutoModelForCausalLM
+
+    import rrtc.model  # noqa: F401 - registers the recursive model
+
+    # return_dict: how its makers liked outputs says nothing about the model.
+    safe = {"use_safetensors": True, "trust_remote_code": False, "return_dict": True}
+    model = with_all_tensors(AutoModelForCausalLM, folder, **safe, **others).eval()
     if hasattr(model, "ct_decompress_hook"):
         # compressed-tensors unpacks a model in its first forward pass; but not where a part of it is run alone.
         model.hf_quantizer.compressor.decompress_model(model)

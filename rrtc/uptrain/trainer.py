@@ -16,7 +16,7 @@ from transformers import GenerationConfig, PrinterCallback, Trainer, TrainingArg
 
 from rrtc.console import note
 from rrtc.errors import RrtcError
-from rrtc.io.source import load_model
+from rrtc.io.source import load_model, with_all_tensors
 from rrtc.io.weights import disk_error
 from rrtc.machine import device, process_group
 from rrtc.model.graft_rrt import Slot
@@ -57,7 +57,7 @@ class DistillationTrainer(Trainer):
     def __init__(self, job: Job, steps: int, output: Path, save: bool, callbacks: list):
         """steps: how many to take, of those the job has. save: whether to write checkpoints into `output`."""
         self.job = job
-        model = Student.from_pretrained(job.folder, dtype=torch.float32, use_safetensors=True)
+        model = with_all_tensors(Student, job.folder, dtype=torch.float32, use_safetensors=True)
         if job.branches:
             add_gains(model, job.plan)
         if job.recipe.regularizers.get("bmi"):

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from typer.testing import CliRunner
 from uptraining import interrupt_at, metrics, weights
 
-from rrtc import scoring
+from rrtc import api, scoring
 from rrtc.cli.app import app
 from rrtc.errors import RrtcError, WrongUsage
 from rrtc.export.stage import export
@@ -226,8 +226,11 @@ def test_a_map_that_the_weights_lack_is_missed(stages, tmp_path):
     tensors = weights(folder)
     del tensors["model.layers.2.exit.weight"]
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(RrtcError, match="have no model.layers.2.exit.weight, which the model's config.json asks for"):
-        load_model(folder)
+    lacks = "have no model.layers.2.exit.weight, which the model's config.json asks for"
+    for use in (load_model, api.load, lambda where: uptrain(str(where), str(tmp_path / "out"), recipe(stages))):
+        with pytest.raises(RrtcError, match=lacks):
+            use(folder)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
