@@ -255,11 +255,15 @@ def test_looping_saves_neither_arithmetic_nor_kv_cache_and_lora_adds_arithmetic(
 @pytest.mark.parametrize(
     ("recipe", "sentence", "hint"),
     [
-        ({"loops": 4}, "6 layers cannot be divided into 4 loops", "can be 2, 3, 6; for 4, --sharing cycle --keep 1."),
+        (
+            {"loops": 4},
+            "6 layers cannot be divided into 4 loops",
+            "loops can be 2, 3, 6; for 4, --sharing cycle --keep 1",
+        ),
         (
             {"loops": 3, "keep": 1},
             "6 layers less 2 kept ones cannot be divided into 3 loops",
-            "for 3, --sharing cycle --keep 0.",
+            "loops can be 2, 4; for 3, --sharing cycle --keep 0.",
         ),
         ({"loops": 7}, "only 6 of the model's 6 layers are left to tie, too few for 7 loops", "Lower keep or loops"),
         ({"keep": 3}, "only 0 of the model's 6 layers are left", "Lower keep or loops"),
