@@ -33,7 +33,7 @@ from rrtc.io.source import load_model
 from rrtc.io.weights import Weights, row_blocks
 from rrtc.machine import device
 from rrtc.model import RrtConfig
-from rrtc.model.graft_rrt import RelaxedLinear, Visit, find_layers
+from rrtc.model.graft_rrt import RelaxedLinear, find_layers
 from rrtc.model.rows_rrt import BITS as TABLE_BITS
 from rrtc.model.rows_rrt import tables_of
 from rrtc.scoring import score
@@ -165,16 +165,14 @@ def _compare_with_dense(config: RrtConfig, written: int, bits: int, dtype: torch
 def _matrices(model: PreTrainedModel) -> list[Matrix]:
     """The linear layers inside the decoder layers of `model`, recursive or stock, slot by slot."""
     parent, layers = find_layers(model, model.config.get_text_config().num_hidden_layers)
-    inside = [getattr(parent, name, None) for name in ("slots", layers)]
-    prefixes = {module: name for name, module in model.named_modules() if module in inside}
+    container = getattr(parent, "slots", getattr(parent, layers))  # visits have only maps of exits beside their slots
+    prefix = next(name for name, module in model.named_modules() if module is container)
     visits = [module for module in model.modules() if isinstance(module, RelaxedLinear) and module.shared is not None]
-    exits = [module.exit for module in model.modules() if isinstance(module, Visit)]  # which no pass over text runs
     found = []
-    for container, prefix in prefixes.items():
-        for name, module in container.named_modules():
-            if isinstance(module, nn.Linear) and module not in exits:
-                readers = tuple(visit for visit in visits if visit.shared() is module)
-                found.append(Matrix(f"{prefix}.{name}", module, readers or (module,)))
+    for name, module in container.named_modules():
+        if isinstance(module, nn.Linear):
+            readers = tuple(visit for visit in visits if visit.shared() is module)
+            found.append(Matrix(f"{prefix}.{name}", module, readers or (module,)))
     return found
 
 

@@ -229,14 +229,9 @@ class Stages:
         parts = []
         for span in self.step.spans:
             if span.reads is not None:
-                states = hidden[span.at][span.reads]
-                last = span.loop == self.loops - 1
-                parts.append(states if last else leave(self.layers[self._end_of(span.loop)], states))
+                end = self.layers[self.body[-1] + span.loop * len(self.body)]  # of its loop
+                parts.append(leave(end, hidden[span.at][span.reads]))
         return torch.cat(parts) if parts else hidden[:1]
-
-    def _end_of(self, loop: int) -> int:
-        """The place of the layer that ends a loop."""
-        return self.body[-1] + loop * len(self.body)
 
     def _given(self, args: tuple, kwargs: dict) -> dict:
         """The arguments of a layer by name, beside hidden states, without caches and masks."""

@@ -196,8 +196,10 @@ def _eyes(parent: nn.Module, layers: nn.ModuleList, rules: list[Rule | None]) ->
 def exit_of(model: nn.Module, visit: dict) -> nn.Linear | None:
     """The map of a visit's exit, not yet filled; None where it has none. It is not trained by whoever trains the model,
     whose passes do not use it."""
+    if not visit.get("exit"):
+        return None
     width = model.config.get_text_config().hidden_size
-    return nn.Linear(width, width, bias=False).requires_grad_(False) if visit.get("exit") else None
+    return nn.Linear(width, width, bias=False).requires_grad_(False)
 
 
 def leave(layer: nn.Module, output):

@@ -97,8 +97,8 @@ class UptrainRecipe(Section):
         gt=0,
         le=MOST_WEIGHT,
         description="Weight of the exits' losses: after, the mean over the exits of next_token and of forward_kl from "
-        "the model's own end; joint, forward_kl from the mean of the teacher and "
-        "that end, later exits weighing more, and none more than this times the model's own loss.",
+        "the model's own end; joint, forward_kl from the mean of the teacher and that end, later exits weighing more, "
+        "and none more than this times the model's own loss.",
     )
     teacher_cache: str | None = Field(
         None,
@@ -171,6 +171,11 @@ class UptrainRecipe(Section):
     def transfers(self) -> bool:
         """Whether linear attention learns from full attention, and nothing else learns."""
         return bool(self.losses.get("attention"))
+
+    @property
+    def freezes(self) -> bool:
+        """Whether the model stays as it is, and only maps beside it learn."""
+        return self.transfers or self.exits == "frozen"
 
     @property
     def fits_exits(self) -> bool:

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from rrtc.model.graft_rrt import exit_of
+from rrtc.model.graft_rrt import Visit, exit_of
 from rrtc.model.modeling_rrt import RrtForCausalLM
 from rrtc.plan import Plan
 from rrtc.stock.architecture import decoder_layers
@@ -38,8 +38,8 @@ def add_exits(model: RrtForCausalLM, plan: Plan) -> None:
 
 def exits_of(model: nn.Module) -> dict[str, nn.Parameter]:
     """The maps of all exits among the parameters of `model`, by their names."""
-    maps = [layer.exit.weight for layer in decoder_layers(model) if layer.exit is not None]
-    return {name: parameter for name, parameter in model.named_parameters() if any(parameter is one for one in maps)}
+    visits = [(name, module) for name, module in model.named_modules() if isinstance(module, Visit)]
+    return {f"{name}.exit.weight": visit.exit.weight for name, visit in visits if visit.exit is not None}
 
 
 @torch.no_grad()

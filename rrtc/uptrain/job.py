@@ -100,8 +100,7 @@ class Job:
         """Floating-point operations to train on one token, without attention over the context: forward, backward at
         twice its price, the forward pass repeated under activation checkpointing, the teacher's forward pass, and for
         each exit the head: forward, backward, and once more for what the model says in the end."""
-        alone = self.recipe.transfers or self.recipe.exits == "frozen"
-        passes = 1 if alone else 4 if self.recipe.activation_checkpointing else 3
+        passes = 1 if self.recipe.freezes else 4 if self.recipe.activation_checkpointing else 3
         teacher = read_architecture(self.teacher.config()).flops_per_token if self.teacher else 0
         exits = len(self.plan.exits) * 4 * 2 * self.plan.architecture.head_flops if self.recipe.exits != "none" else 0
         return passes * self.plan.flops_per_token + teacher + exits

@@ -17,9 +17,10 @@ from collections import Counter
 
 import torch
 
-from rrtc.model.graft_rrt import Reference, RelaxedLinear, Slot, Visit
+from rrtc.model.graft_rrt import Reference, RelaxedLinear, Slot
 from rrtc.recipe.uptrain import UptrainRecipe
 from rrtc.uptrain.bmi import CRITIC_DECAY, CRITIC_LR, Critic
+from rrtc.uptrain.exits import exits_of
 from rrtc.uptrain.rate import EXITS
 
 
@@ -56,8 +57,7 @@ def parameter_groups(model: torch.nn.Module, recipe: UptrainRecipe, rate: float)
         p for module in modules if isinstance(module, RelaxedLinear) and module.rank for p in (module.A, module.B)
     }
     critic = [p for module in modules if isinstance(module, Critic) for p in module.parameters()]
-    exits = [m.exit.weight for m in modules if isinstance(m, Visit) and m.exit is not None]
-    exits = [parameter for parameter in exits if parameter.requires_grad]
+    exits = [parameter for parameter in exits_of(model).values() if parameter.requires_grad]
     groups: dict[tuple[int, str], list] = {}
     aside = {*critic, *exits}
     for parameter in model.parameters():

@@ -64,7 +64,7 @@ class DistillationTrainer(Trainer):
             model.add_critic(job.recipe.seed)
         if job.recipe.fits_exits:
             add_exits(model, job.plan)
-        if job.recipe.transfers or job.recipe.exits == "frozen":
+        if job.recipe.freezes:
             model.requires_grad_(False)
         for maps in linear_maps(model) if job.recipe.transfers else ():
             maps.requires_grad_(True)
