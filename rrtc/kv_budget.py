@@ -36,12 +36,16 @@ class KvBudget:
     """The KV budget of `recipe` for models of one architecture.
 
     context: the tokens at which it counts. heads: those that can be given a window, because their layer has none of its
-    own. window: what those see that do not see everything. kinds: by its name and by layer, what they may have in its
-    place, of the same bytes. Raises WrongUsage where there are no such heads, where the model cannot see so many
+    own. window: what those see at least that do not see everything. kinds: by its name and by layer, what they may have
+    in its place, of the same bytes. Raises WrongUsage where there are no such heads, where the model cannot see so many
     tokens, where the budget cannot be met, and where a kind does not fit into the window.
     """
 
-    def __init__(self, architecture: Architecture, recipe: InitRecipe):
+    def __init__(
+        self, architecture: Architecture, recipe: InitRecipe, window: int | None = None, lookups: int | None = None
+    ):
+        """window, and lookups, how many heads may see everything because they look up: in place of what follows from
+        the recipe."""
         assert recipe.kv_budget is not None
         self._architecture, self._recipe = architecture, recipe
         self.context = _counted_context(architecture, recipe)
@@ -51,13 +55,13 @@ class KvBudget:
             reason = "has a window of its own" if own else "cannot be told what to see"
             raise WrongUsage(f"There are no KV heads to choose from: every layer of this model {reason}.")
         self.heads: list[Head] = [(number, head) for number, layer in free for head in range(layer.kv_heads)]
-        self.window = Attention(_window(recipe, self.context), recipe.kv_sinks)
+        self.window = Attention(window or _window(recipe, self.context), recipe.kv_sinks)
         self.kinds = {
             kind: {number: KINDS[kind](self.window, number, layer) for number, layer in free}
             for kind in recipe.kv_kinds
         }
         self._dense = architecture.kv_bytes(self.context, 1)
-        self._for_lookups: int | None = None  # heads, where it is not the share of those that have room here
+        self._for_lookups = lookups
         least = sum(layer.kv_numbers(self.context) for layer in architecture.layers)
         least -= sum(self._saved(layer) for layer, _ in self.heads)
         self._spare = recipe.kv_budget * self._dense - least  # for heads that see everything
@@ -80,9 +84,7 @@ class KvBudget:
         window = min(2 * self.window.window, self.window.window + max(more, 0), self.context)
         if window == self.window.window:
             return [self]
-        longer = KvBudget(self._architecture, self._recipe.model_copy(update={"kv_window": window}))
-        longer._for_lookups = self._most_lookups()
-        return [self, longer]
+        return [self, KvBudget(self._architecture, self._recipe, window, self._most_lookups())]
 
     def measured_as(self, kind: str) -> str:
         """By what name calibration knows what `kind` costs with this window."""
@@ -101,7 +103,8 @@ class KvBudget:
 
     def spend(self, plan: Plan, losses: KindLosses, lookups: Mapping[Head, float]) -> Plan:
         """`plan` with as many heads that see everything as the budget allows: one after the other that which costs most
-        with a window, beside those that have one still. What the others of a visit have is what costs them least.
+        with a window, beside those that have one still. What the others of a visit have is what costs them least, and
+        windows get what bytes are left over.
 
         losses: of every kind; heads are sorted by the first. lookups: how much of its attention each head gives to what
         it is to look up; heads that do come first, up to their share. Both may be empty: then it is known how many they
@@ -109,6 +112,7 @@ class KvBudget:
         """
         everything = self._seeing_most(losses.get(next(iter(self.kinds)), {}), lookups)
         visits, free = [], {layer for layer, _ in self.heads}
+        more = self.lengthened(everything) - self.window.window
         for visit in plan.visits:
             count = self._architecture.layers[visit.layer].kv_heads if visit.layer in free else 0
             heads = tuple(head for head in range(count) if (visit.layer, head) in everything)
@@ -117,10 +121,20 @@ class KvBudget:
                 near = [(visit.layer, head) for head in range(count) if head not in heads]
                 costs = {kind: cost(near, losses.get(kind, {})) for kind in self.kinds}
                 kind = min(self.kinds, key=costs.__getitem__)  # the first of several
-                attention = replace(self.kinds[kind][visit.layer], heads=heads)
+                asked = self.kinds[kind][visit.layer]
+                attention = replace(asked, heads=heads, window=asked.window + more)
             visits.append(replace(visit, attention=attention))
         made = replace(plan, visits=tuple(visits))
         return _reading_on(made) if LAST_LOOP in self.kinds else made
+
+    def lengthened(self, everything: set[Head]) -> int:
+        """The tokens in a window where these heads see everything: `window`, and what their bytes leave over, unless
+        the recipe names the window."""
+        taken = sum(self._saved(layer) for layer, _ in everything)
+        each = sum(self._width(layer) for layer, head in self.heads if (layer, head) not in everything)
+        if self._recipe.kv_window is not None or not each:
+            return self.window.window
+        return self.window.window + min(int((self._spare - taken) // each), self.context - self.window.most)
 
     def _seeing_most(self, losses: WindowLosses, lookups: Mapping[Head, float]) -> set[Head]:
         """The heads that are to see everything, as many as the budget allows."""
@@ -141,17 +155,20 @@ class KvBudget:
             return self._for_lookups
         return round(self._recipe.kv_lookups * len(self._most([[head] for head in self.heads], _first)))
 
-    def seeing_everything(self, plan: Plan) -> int:
-        """How many of the heads that can have a window see everything in `plan`."""
+    def seeing_everything(self, plan: Plan) -> set[Head]:
+        """Those of the heads that can have a window which see everything in `plan`."""
         windows = {visit.layer: visit.attention for visit in plan.visits if visit.attention is not None}
-        return sum(layer not in windows or head in windows[layer].heads for layer, head in self.heads)
+        return {(layer, head) for layer, head in self.heads if layer not in windows or head in windows[layer].heads}
 
     def explain(self, plan: Plan, losses: KindLosses) -> str:
         """What `plan` has made of the budget, in sentences for the user. losses: as for `spend`."""
         share = plan.kv_bytes(self.context, NUMBER_BYTES) / (NUMBER_BYTES * self._dense)
-        said = [in_sight(next(iter(of_kind.values())).fields()) for of_kind in self.kinds.values()]
+        everything = self.seeing_everything(plan)
+        one_each = [next(iter(of_kind.values())) for of_kind in self.kinds.values()]
+        more = self.lengthened(everything) - self.window.window
+        said = [in_sight(replace(one, window=one.window + more).fields()) for one in one_each]
         return (
-            f"{self.seeing_everything(plan)} of {len(self.heads)} KV heads see everything, the others "
+            f"{len(everything)} of {len(self.heads)} KV heads see everything, the others "
             f"{', or '.join(said)}: at {self.context:,} tokens the KV cache takes {share:.3f} of the dense model's."
             f"{self._explain_kinds(plan, losses) if len(self.kinds) > 1 else ''}{_explain_owners(plan)}"
             f"{'' if losses else self._explain_ways()}"
@@ -159,7 +176,7 @@ class KvBudget:
 
     def _explain_ways(self) -> str:
         """What else it may become once it is known what windows cost."""
-        longer = [f"{way.window.window:,}" for way in self.ways[1:]]
+        longer = [f"{way.lengthened(way._seeing_most({}, {})):,}" for way in self.ways[1:]]
         return "".join(f" Or {window} and fewer such heads, if that is measured to cost less." for window in longer)
 
     def _explain_kinds(self, plan: Plan, losses: KindLosses) -> str:
@@ -236,10 +253,9 @@ def cheapest(
     said = budget.explain(made, losses)
     for (other, _, there), cost in zip(spent, costs, strict=True):
         if other is not budget and costs[best]:
-            said += (
-                f" With windows of {other.window.window:,}, {other.seeing_everything(there)} would, for {cost:.3f} "
-                "nats a token."
-            )
+            everything = other.seeing_everything(there)
+            window = f"{other.lengthened(everything):,}"
+            said += f" With windows of {window}, {len(everything)} would, for {cost:.3f} nats a token."
     return made, costs[best], said
 
 

@@ -120,17 +120,42 @@ def test_attention_that_no_layer_has_is_refused(attention, sentence):
         Plan(plan.architecture, (with_window(plan, 0, **attention), *plan.visits[1:]), plan.norms)
 
 
-def test_the_window_is_as_large_as_half_of_the_budget_allows():
+def test_a_window_is_at_least_as_large_as_half_of_the_budget_allows():
     def window(budget: float, context: int) -> int:
-        changes = {"max_position_embeddings": context}
-        return next(
-            visit.attention.window for visit in made(kv_budget=budget, changes=changes).visits if visit.attention
-        )
+        dense = read_architecture(pico_config("llama", max_position_embeddings=context))
+        return KvBudget(dense, InitRecipe(kv_budget=budget)).window.window
 
     assert window(0.5, 256) == 64
     assert window(0.2, 256) == 16
     assert window(0.2, 8192) == 512
     assert window(0.5, 32768) == 512
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3"])
+@pytest.mark.parametrize("kinds", ["window", "landmark", "linear"])
+@pytest.mark.parametrize("grain", ["heads", "visits"])
+@pytest.mark.parametrize("budget", [0.3, 0.45, 0.6])
+def test_what_is_left_of_the_budget_makes_windows_longer(architecture, kinds, grain, budget):
+    changes = {"max_position_embeddings": 2048}
+    recipe = {"kv_budget": budget, "kv_grain": grain, "kv_kinds": kinds}
+    plan = made(architecture, changes, **recipe)
+    dense, limit = plan.architecture, budget * plan.architecture.kv_bytes(2048, 2)
+    shortest = KvBudget(dense, InitRecipe(**recipe)).kinds[kinds]
+    near = [visit for visit in plan.visits if visit.attention]
+    assert near and all(visit.attention.window >= shortest[visit.layer].window for visit in near)
+    assert plan.kv_bytes(2048, 2) <= limit
+    too_long = 2 if kinds == "linear" else 1  # the bytes of sums are rounded up to whole tokens
+    longer = {
+        visit.layer: replace(visit, attention=replace(visit.attention, window=visit.attention.window + too_long))
+        for visit in near
+    }
+    visits = tuple(longer.get(visit.layer, visit) for visit in plan.visits)
+    assert replace(plan, visits=visits).kv_bytes(2048, 2) > limit
+
+
+def test_a_window_that_is_named_is_kept():
+    plan = made(kv_window=10, kv_budget=0.5)
+    assert {visit.attention.window for visit in plan.visits if visit.attention} == {10}
 
 
 @pytest.mark.parametrize(
@@ -279,12 +304,16 @@ def test_the_window_that_is_predicted_to_cost_less_is_taken_and_the_other_one_na
     heads = {(layer, head) for layer in range(6) for head in range(2)}
     measured = [(way, {"window": alone(dict.fromkeys(heads, each[way.window.window]))}) for way in both]
     made, cost, said = cheapest(measured, plan, {})
-    left = {way.window.window: 12 - way.seeing_everything(way.spend(plan, losses, {})) for way, losses in measured}
+    seen = {way.window.window: way.seeing_everything(way.spend(plan, losses, {})) for way, losses in measured}
+    left = {window: 12 - len(everything) for window, everything in seen.items()}
     assert left[32] < left[64] < 12
-    assert {visit.attention.window for visit in made.visits if visit.attention} == {cheaper}
+    in_all = {way.window.window: way.lengthened(seen[way.window.window]) for way in both}  # with what bytes are over
+    assert in_all == {32: 48, 64: 68}
+    assert {visit.attention.window for visit in made.visits if visit.attention} == {in_all[cheaper]}
     assert cost == pytest.approx(0.01 * left[cheaper])
     other = 96 - cheaper
-    assert f"With windows of {other}, {12 - left[other]} would, for {0.1 * left[other]:.3f} nats a token." in said
+    expected = f"With windows of {in_all[other]}, {12 - left[other]} would, for {0.1 * left[other]:.3f} nats a token."
+    assert expected in said and f"the others the last {in_all[cheaper]} tokens" in said
     assert made.kv_bytes(256, 1) <= 0.4 * made.architecture.kv_bytes(256, 1)
 
 
@@ -294,7 +323,8 @@ def test_a_longer_window_leaves_as_many_heads_that_look_up():
     lookups = {(layer, head): 0.5 for layer in (0, 1) for head in range(2)}
     spent = [seeing(way.spend(plan, losses, lookups)) for way in both]
     first, second = ({(n, h) for n, h in lookups if one[n] is None or h in one[n]} for one in spent)
-    assert first == second and len(first) == round(0.5 * both[0].seeing_everything(both[0].spend(plan, losses, {})))
+    assert first == second
+    assert len(first) == round(0.5 * len(both[0].seeing_everything(both[0].spend(plan, losses, {}))))
     assert both[1].window.window > both[0].window.window
 
 

@@ -107,7 +107,8 @@ def test_without_a_named_window_the_one_of_two_is_taken_that_is_measured_to_cost
         windows = {visit.attention.window for visit in plan.visits if visit.attention}
         costs[window] = (result["predicted_window_cost"], *windows)
     assert costs[32][1:] == (32,) and costs[64][1:] == (64,) and costs[32][0] != costs[64][0]
-    assert costs[None] == min(costs[32], costs[64])
+    cheaper = min(costs[32], costs[64])
+    assert costs[None] == (cheaper[0], {32: 48, 64: 68}[cheaper[1]])  # which gets what bytes are left over
 
 
 def test_weights_and_cache_are_planned_together(dense, tmp_path):
