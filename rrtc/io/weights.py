@@ -5,9 +5,9 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, TypeAdapter
 
@@ -251,3 +251,10 @@ def disk_error(path: Path, error: Exception) -> RrtcError:
         hint = "Free some space, or have RRTC_CACHE name a folder on another disk."
         return RrtcError(f"Writing {path} failed: {reason}.", hint)
     return RrtcError(f"Writing {path.name} failed: {reason}.", "Free some space, or write to another disk.")
+
+
+def missing_tensors(found: Mapping[str, Any]) -> str:
+    """The tensors that were not there, for people: the first, and how many more. found: what transformers says of how
+    it loaded a model."""
+    first, *others = sorted(found["missing_keys"]) or [""]
+    return first + (f" and {len(others)} more tensors" if others else "")

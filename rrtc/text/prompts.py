@@ -4,9 +4,9 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rrtc.errors import RrtcError
 from rrtc.io.folder import only_run, partial_of, whole_file
@@ -14,6 +14,7 @@ from rrtc.plain import from_json
 from rrtc.results import GeneratedResult
 
 FIELDS = ("prompt", "messages")
+ANSWERED = ("text", "tokens", "ended")  # what an answer adds to a row
 
 Prompt = str | list[dict[str, str]]
 
@@ -21,7 +22,8 @@ Prompt = str | list[dict[str, str]]
 def read_prompts(file: Path) -> list[dict[str, Any]]:
     """The rows of a .jsonl file, each with a `prompt` or `messages`, and whatever else there is in it.
 
-    Raises RrtcError, which names the line, where a row has neither, or has not what these are.
+    Raises RrtcError, which names the line, where a row has neither, or has not what these are, or has a field of its
+    own that the answer would take the place of.
     """
     try:
         lines = file.read_text(encoding="utf-8-sig").split("\n")
@@ -46,6 +48,8 @@ def _row(line: str, where: str) -> dict[str, Any]:
         raise RrtcError(f"{where} is not JSON.", hint) from error
     if not isinstance(row, dict) or not any(field in row for field in FIELDS):
         raise RrtcError(f"{where} has neither a prompt nor messages.", hint)
+    if own := [field for field in ANSWERED if field in row]:
+        raise RrtcError(f"{where} has a field '{own[0]}', which is where the answer goes.", "Rename that field.")
     check_prompt_value(prompt_of(row), where, hint)
     return row
 
@@ -65,7 +69,7 @@ def check_prompt_value(prompt: Any, where: str, hint: str = "") -> None:
 
 class AnswersFile:
     """`target`, with a line for every one of `rows`: the row, and in it `text`, `tokens` and `ended`. Until all are
-    there, they are in `target`.partial, in the order in which they were made.
+    there, they are in `target`.partial, in the order in which they were made; it begins with the first of them.
 
     fingerprint: what the answers depend on beside the rows.
     """
@@ -75,6 +79,7 @@ class AnswersFile:
         made_for = json.dumps([rows, fingerprint], sort_keys=True)
         self._head = {"made_for": hashlib.sha256(made_for.encode()).hexdigest()}
         self.done: dict[int, GeneratedResult] = {}
+        self._stream: TextIO | None = None
 
     def check(self, resume: bool) -> None:
         """Raises RrtcError where the file cannot be written, or begun anew, or gone on with. Reads what is done."""
@@ -103,8 +108,7 @@ class AnswersFile:
     def writing(self) -> Iterator["AnswersFile"]:
         """Takes answers by `add` in the block; where that ends with all of them there, the file is whole."""
         with only_run(self.target):
-            with open(self._partial, "w", encoding="utf8") as self._stream:
-                self._write(self._head, *([number, answer] for number, answer in self.done.items()))
+            with ExitStack() as self._open:
                 yield self
             with whole_file(self.target) as temporary:
                 rows = [row | self.done[number] for number, row in enumerate(self._rows)]
@@ -113,9 +117,16 @@ class AnswersFile:
                 self._partial.unlink()
 
     def add(self, number: int, answer: GeneratedResult) -> None:
+        if (
+            self._stream is None
+        ):  # anew, because the last line may have been cut off; and in one go, so that none is lost
+            with whole_file(self._partial) as temporary:
+                temporary.write_text(_lines(self._head, *map(list, self.done.items())), encoding="utf8")
+            self._stream = self._open.enter_context(self._partial.open("a", encoding="utf8"))
         self.done[number] = answer
-        self._write([number, answer])
-
-    def _write(self, *values: Any) -> None:
-        self._stream.write("".join(json.dumps(value) + "\n" for value in values))
+        self._stream.write(_lines([number, answer]))
         self._stream.flush()
+
+
+def _lines(*values: Any) -> str:
+    return "".join(json.dumps(value) + "\n" for value in values)

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from rrtc import api
 from rrtc.cli.app import app
 from rrtc.errors import RrtcError, WrongUsage
+from rrtc.text.prompts import AnswersFile
 
 PROMPTS = ["Why is the sky blue?", "Once upon a time", "The end of the story is"]
 FEW = ["--max-tokens", "12", "--temperature", "0"]
@@ -63,10 +64,7 @@ def test_a_file_of_prompts_becomes_a_file_of_answers(rrt, questions, tmp_path):
     assert [json.loads(line) for line in shown[:3]] == rows
 
 
-def test_what_an_interrupted_run_has_answered_is_not_answered_again(rrt, questions, tmp_path, monkeypatch):
-    output, given = tmp_path / "answers.jsonl", {"max_tokens": 12, "temperature": 0, "batch": 1}
-    from rrtc.text.prompts import AnswersFile
-
+def interrupted_after_two(model: Path, prompts: Path, output: Path, **given) -> None:
     add = AnswersFile.add
 
     def interrupted(self, number, answer):
@@ -74,11 +72,19 @@ def test_what_an_interrupted_run_has_answered_is_not_answered_again(rrt, questio
         if number == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(AnswersFile, "add", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        api.generate_file(rrt, questions, output, **given)
-    monkeypatch.undo()
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(AnswersFile, "add", interrupted)
+        api.generate_file(model, prompts, output, **given)
     assert not output.exists()
+
+
+def answers_in(file: Path) -> list[str]:
+    return [json.loads(line)["text"] for line in file.read_text().splitlines()]
+
+
+def test_what_an_interrupted_run_has_answered_is_not_answered_again(rrt, questions, tmp_path):
+    output, given = tmp_path / "answers.jsonl", {"max_tokens": 12, "temperature": 0, "batch": 1}
+    interrupted_after_two(rrt, questions, output, **given)
     with open(tmp_path / "answers.jsonl.partial", "a") as stream:
         stream.write('[2, {"text": "cut o')
     with pytest.raises(RrtcError, match="holds the answers of an interrupted run"):
@@ -87,12 +93,61 @@ def test_what_an_interrupted_run_has_answered_is_not_answered_again(rrt, questio
         api.generate_file(rrt, questions, output, **given | {"max_tokens": 13}, resume=True)
     result = api.generate_file(rrt, questions, output, **given, resume=True)
     assert len(result["answers"]) == 1
-    assert [json.loads(line)["text"] for line in output.read_text().splitlines()] == [greedy(rrt, p) for p in PROMPTS]
+    assert answers_in(output) == [greedy(rrt, prompt) for prompt in PROMPTS]
     assert not (tmp_path / "answers.jsonl.partial").exists()
     with pytest.raises(RrtcError, match="is there already"):
         api.generate_file(rrt, questions, output, **given, resume=True)
     with pytest.raises(RrtcError, match="There is nothing to resume"):
         api.generate_file(rrt, questions, tmp_path / "other.jsonl", **given, resume=True)
+
+
+def test_a_run_that_goes_on_draws_what_the_whole_one_would(rrt, tmp_path):
+    same = written(tmp_path / "same.jsonl", [{"prompt": PROMPTS[0]}] * 4)
+    given = {"max_tokens": 12, "temperature": 1.0, "seed": 5, "batch": 1}
+    api.generate_file(rrt, same, tmp_path / "whole.jsonl", **given)
+    interrupted_after_two(rrt, same, tmp_path / "cut.jsonl", **given)
+    api.generate_file(rrt, same, tmp_path / "cut.jsonl", **given, resume=True)
+    assert answers_in(tmp_path / "cut.jsonl") == answers_in(tmp_path / "whole.jsonl")
+    assert len(set(answers_in(tmp_path / "whole.jsonl"))) == 4
+
+
+@pytest.mark.parametrize(
+    ("file", "content"), [("generation_config.json", '{"repetition_penalty": 3.0}'), ("chat_template.jinja", "{{ 1 }}")]
+)
+def test_a_run_does_not_go_on_with_a_model_that_answers_otherwise(rrt, questions, tmp_path, file, content):
+    model = shutil.copytree(rrt, tmp_path / "model")
+    given = {"max_tokens": 12, "batch": 1}
+    interrupted_after_two(model, questions, tmp_path / "out.jsonl", **given)
+    (model / file).write_text(content)
+    with pytest.raises(RrtcError, match="was made of other prompts, another model or other settings"):
+        api.generate_file(model, questions, tmp_path / "out.jsonl", **given, resume=True)
+
+
+def test_a_run_that_stops_while_it_begins_to_go_on_keeps_what_was_answered(rrt, questions, tmp_path, monkeypatch):
+    given, partial = {"max_tokens": 12, "temperature": 0, "batch": 1}, tmp_path / "out.jsonl.partial"
+    interrupted_after_two(rrt, questions, tmp_path / "out.jsonl", **given)
+    before = partial.read_text()
+    assert len(before.splitlines()) == 3
+
+    def stopped(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "rename", stopped)  # by which what is written anew takes the place of what was there
+    with pytest.raises(KeyboardInterrupt):
+        api.generate_file(rrt, questions, tmp_path / "out.jsonl", **given, resume=True)
+    assert partial.read_text() == before
+
+
+def test_a_run_that_is_refused_leaves_nothing_that_stands_in_the_way_of_the_next(rrt, questions, tmp_path):
+    written(tmp_path / "long.jsonl", [{"prompt": "a b c d " * 200}])
+    for prompts, given, says in (
+        (tmp_path / "long.jsonl", {}, "and .* can see 256"),
+        (questions, {"speculate": 3}, "exits"),
+    ):
+        with pytest.raises(WrongUsage, match=says):
+            api.generate_file(rrt, prompts, tmp_path / "out.jsonl", max_tokens=4, **given)
+        assert not (tmp_path / "out.jsonl.partial").exists()
+    api.generate_file(rrt, questions, tmp_path / "out.jsonl", max_tokens=4)
 
 
 @pytest.mark.parametrize(
@@ -101,6 +156,8 @@ def test_what_an_interrupted_run_has_answered_is_not_answered_again(rrt, questio
         ('{"prompt": "a"', "Line 2 of {file} is not JSON."),
         ('["a"]', "Line 2 of {file} has neither a prompt nor messages."),
         ('{"text": "a"}', "Line 2 of {file} has neither a prompt nor messages."),
+        ('{"prompt": "a", "text": "b"}', "Line 2 of {file} has a field 'text', which is where the answer goes."),
+        ('{"messages": [], "ended": 1}', "Line 2 of {file} has a field 'ended', which is where the answer goes."),
         ('{"prompt": "  "}', "Line 2 of {file} has an empty prompt."),
         ('{"prompt": 3}', "Line 2 of {file} has a prompt that is neither text nor messages."),
         ('{"messages": []}', "Line 2 of {file} has a prompt that is neither text nor messages."),

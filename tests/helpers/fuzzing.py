@@ -30,11 +30,12 @@ from rrtc.cli.description import description
 from rrtc.errors import RrtcError
 from rrtc.eval.stage import _curve
 from rrtc.export.card import _eval_results, _measured
+from rrtc.io.gguf import _gguf_parameters
 from rrtc.io.license import find_license
 from rrtc.io.provenance import base_seen_from, earlier_stages, next_history, read_provenance, without_places
 from rrtc.io.report import read_report
 from rrtc.io.resumable import Resumable
-from rrtc.io.source import _gguf_parameters, find_model, load_tokenizer, read_config
+from rrtc.io.source import find_model, load_tokenizer, read_config
 from rrtc.io.trust import check_folder
 from rrtc.io.weights import Weights
 from rrtc.plain import to_yaml

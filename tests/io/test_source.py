@@ -1,9 +1,11 @@
 """Where dense models come from: folders, packages, GGUF files; and how a moved base model is found or asked for."""
 
 import json
+import re
 import shutil
 import sys
 
+import gguf
 import pytest
 import torch
 from gguf_file import write_gguf
@@ -202,6 +204,43 @@ def test_a_broken_gguf_is_refused_and_leaves_nothing_in_the_cache(tmp_path, cach
         file.write_bytes(broken)
         assert f"The GGUF file {file} cannot be read" in refused(file).sentence
         assert not list(cache.glob("gguf/*"))
+
+
+@pytest.mark.parametrize(
+    ("lacks", "says"),
+    [
+        ("blk.3.attn_k.weight", "has no model.layers.3.self_attn.k_proj.weight, which its metadata ask for"),
+        (
+            r"blk.[345].*",
+            "has no model.layers.3.input_layernorm.weight and 27 more tensors, which its metadata ask for",
+        ),
+    ],
+)
+def test_a_gguf_that_lacks_tensors_is_refused_and_not_made_up(tmp_path, cache, monkeypatch, lacks, says):
+    add = gguf.GGUFWriter.add_tensor
+
+    def add_some(self, name, *args, **kwargs):
+        if not re.fullmatch(lacks, name):
+            add(self, name, *args, **kwargs)
+
+    monkeypatch.setattr(gguf.GGUFWriter, "add_tensor", add_some)
+    write_gguf(tmp_path / "part.gguf")
+    assert says in refused(tmp_path / "part.gguf").sentence
+    assert not list(cache.glob("gguf/*"))
+
+
+def test_one_of_several_parts_of_a_gguf_is_refused(tmp_path, cache, monkeypatch):
+    add = gguf.GGUFWriter.add_vocab_size
+
+    def add_split(self, size):
+        add(self, size)
+        self.add_uint16("split.count", 2)
+
+    monkeypatch.setattr(gguf.GGUFWriter, "add_vocab_size", add_split)
+    write_gguf(tmp_path / "m-00001-of-00002.gguf")
+    found = refused(tmp_path / "m-00001-of-00002.gguf")
+    assert "is one of 2 parts of a model" in found.sentence and "llama-gguf-split --merge" in found.hint
+    assert not list(cache.glob("gguf/*"))
 
 
 def test_what_killed_processes_left_of_dequantizing_is_removed_by_the_next(tmp_path, cache):

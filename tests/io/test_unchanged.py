@@ -191,7 +191,7 @@ def test_a_gguf_file_that_changes_while_it_is_dequantized_is_not_kept(dense, tmp
     monkeypatch.setenv("RRTC_CACHE", str(tmp_path / "cache"))
     file = tmp_path / "model.gguf"
     write_gguf(file)
-    at_the(1, monkeypatch, sources, "_dequantize", lambda: os.utime(file))
+    at_the(1, monkeypatch, sources, "dequantize", lambda: os.utime(file))
     with pytest.raises(RrtcError, match="model.gguf was changed while it was in use"):
         find_model(str(file))
     assert find_model(str(file)).folder.name == content_hash(file)
