@@ -27,11 +27,11 @@ def dequantize(file: Path, folder: Path) -> None:
         if is_too_large(parameters, torch.float32):
             raise too_large("To be dequantized", parameters, torch.float32, "Name the model's safetensors instead.")
         check_space(folder, 4 * parameters)
-        loaded: Any
+        kind: Any = AutoModelForCausalLM  # for what is returned with output_loading_info, it has no types
         try:
             with tempfile.TemporaryDirectory() as alone:  # whatever else lies beside the file has no say
                 Path(alone, "model.gguf").symlink_to(file.resolve())
-                loaded, found = AutoModelForCausalLM.from_pretrained(
+                loaded, found = kind.from_pretrained(
                     alone, gguf_file="model.gguf", dtype=torch.float32, output_loading_info=True
                 )
                 tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file="model.gguf")
