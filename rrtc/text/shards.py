@@ -30,7 +30,7 @@ from rrtc.io.folder import file_hash, partial_of, whole_folder
 from rrtc.io.source import Source, content_hash
 from rrtc.io.unchanged import Unchanged
 from rrtc.text.own import AT_ONCE, own_text
-from rrtc.text.sources import FEW, HELD_OUT_OF, cut, documents, source_files, source_fingerprint, training_documents
+from rrtc.text.sources import RULE, cut, documents, source_files, source_fingerprint, training_documents
 from rrtc.text.tokens import begin_and_end, encoded, tokenizer_fingerprint
 from rrtc.units import count
 
@@ -86,7 +86,7 @@ def text_shard(source: str, text_field: str, tokenizer, vocabulary: int, tokens:
         "text_field": text_field,
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "vocabulary": vocabulary,
-        "held out": [HELD_OUT_OF, FEW],
+        "held out": RULE,
         "longest": LONGEST,
     }
     whole = training_documents(documents(source, text_field, tokenizer))

@@ -18,7 +18,12 @@ from rrtc.text.rows import Conversation, row_text, written_out
 
 HELD_OUT_OF = 10  # a document, or a character, of so many is held out
 FEW = 100  # documents: of fewer, a part of each is held out
+RULE = [HELD_OUT_OF, FEW, "whole conversations"]  # what is held out follows from: other text where it changes
 CHARACTERS_PER_TOKEN = 32  # more than any tokenizer puts into one on average
+
+
+class WrittenOut(str):
+    """A conversation as a chat template writes it out. Half of one is none: who answers last would have no end."""
 
 
 def documents(source: str, text_field: str, tokenizer) -> Iterator[str]:
@@ -29,9 +34,10 @@ def documents(source: str, text_field: str, tokenizer) -> Iterator[str]:
     that the tokenizer has no template for.
     """
     for found in _found(source, text_field):
-        text = found if isinstance(found, str) else written_out(found, tokenizer, source)
-        # JSON can spell half a surrogate pair, which is no text.
-        yield text.encode("utf8", "replace").decode()
+        plain = isinstance(found, str)
+        text = found if plain else written_out(found, tokenizer, source)
+        text = text.encode("utf8", "replace").decode()  # JSON can spell half a surrogate pair, which is no text
+        yield text if plain else WrittenOut(text)
 
 
 def check_source(source: str, text_field: str) -> None:
@@ -133,15 +139,21 @@ def split(found: list[str]) -> tuple[list[str], list[str]]:
     """(training documents, held-out documents): a tenth is held out.
 
     It is chosen by hash, so that the same document is always on the same side, wherever it stands. Of fewer than FEW
-    documents, where a hash could choose none, the last tenth of each is held out.
+    documents, where a hash could choose none, the last tenth of each is held out; of conversations, those with the
+    lowest hashes.
     """
-    if len(found) < FEW:
-        cuts = [len(document) - len(document) // HELD_OUT_OF for document in found]
-        training = [document[:cut] for document, cut in zip(found, cuts, strict=True)]
-        held_out = [document[cut:] for document, cut in zip(found, cuts, strict=True) if document[cut:]]
-    else:
+    if len(found) >= FEW:
         training = [document for document in found if not _is_held_out(document)]
-        held_out = [document for document in found if _is_held_out(document)]
+        return training, [document for document in found if _is_held_out(document)]
+    whole = sorted({document for document in found if isinstance(document, WrittenOut)}, key=_hash)
+    unseen = set(whole[: max(1, round(len(whole) / HELD_OUT_OF))])
+    training, held_out = [], []
+    for document in found:
+        end = len(document) - len(document) // HELD_OUT_OF
+        if len(whole) > 1 and isinstance(document, WrittenOut):
+            end = 0 if document in unseen else len(document)
+        training += [document[:end]] if end else []
+        held_out += [document[end:]] if document[end:] else []
     return training, held_out
 
 
@@ -167,4 +179,8 @@ def cut(document: str, characters: int) -> Iterator[str]:
 
 
 def _is_held_out(document: str) -> bool:
-    return int.from_bytes(hashlib.sha256(document.encode()).digest()[:8]) % HELD_OUT_OF == 0
+    return _hash(document) % HELD_OUT_OF == 0
+
+
+def _hash(document: str) -> int:
+    return int.from_bytes(hashlib.sha256(document.encode()).digest()[:8])

@@ -35,6 +35,11 @@ def pack(texts: Iterable[str], tokenizer, vocabulary: int, context: int, limit: 
     with it. limit: stop after so many tokens, rounded up to whole windows. vocabulary: how many tokens the model has
     embeddings of. Raises RrtcError where the text does not fill a window, and as `encoded` does.
     """
+    return _packed([texts], tokenizer, vocabulary, context, limit)
+
+
+def _packed(sources: Sequence[Iterable[str]], tokenizer, vocabulary: int, context: int, limit: int | None) -> Windows:
+    """As `pack`, for the documents of several sources: with a limit, as many tokens of each, or all that it has."""
     import torch
 
     beginning_token, _ = begin_and_end(tokenizer)
@@ -42,15 +47,18 @@ def pack(texts: Iterable[str], tokenizer, vocabulary: int, context: int, limit: 
     wanted = math.inf if limit is None else max(1, -(-limit // context)) * width
     ids: list[int] = []
     sizes: list[float] = []  # UTF-8 bytes of each token
-    for text in texts:
-        if wanted < math.inf:
-            text = text[: CHARACTERS_PER_TOKEN * (wanted - len(ids))]  # no more of a long document than will be used
-        for tokens, lengths in encoded([text], tokenizer, vocabulary, sizes=True):
-            ids += tokens
-            sizes += lengths
-        if len(ids) >= wanted:
-            break
-    windows = min(len(ids), wanted) // width
+    for place, texts in enumerate(sources):
+        end = len(ids) + (wanted - len(ids)) / (len(sources) - place)  # what one lacks, those behind it make up for
+        for text in texts:
+            if end < math.inf:
+                text = text[: CHARACTERS_PER_TOKEN * math.ceil(end - len(ids))]  # no more of a long one than is used
+            for tokens, lengths in encoded([text], tokenizer, vocabulary, sizes=True):
+                ids += tokens
+                sizes += lengths
+            if len(ids) >= end:
+                del ids[math.ceil(end) :], sizes[math.ceil(end) :]
+                break
+    windows = len(ids) // width
     if windows == 0:
         raise RrtcError(
             f"The text has only {len(ids)} tokens, fewer than one context of {context}.",
@@ -95,8 +103,6 @@ def readable(sources: Sequence[str]) -> list[str]:
 def held_out_windows(
     sources: Sequence[str], text_field: str, tokenizer, vocabulary: int, context: int, limit: int
 ) -> Windows:
-    """`limit` tokens at most of what is held out of the `readable` ones of `sources`."""
-    held_out = []
-    for source in readable(sources):
-        held_out += split(beginning(source, text_field, tokenizer, HELD_OUT_OF * limit))[1]
-    return pack(held_out, tokenizer, vocabulary, context, limit)
+    """`limit` tokens at most of what is held out of the `readable` ones of `sources`, as many of each."""
+    held_out = [split(beginning(source, text_field, tokenizer, HELD_OUT_OF * limit))[1] for source in readable(sources)]
+    return _packed(held_out, tokenizer, vocabulary, context, limit)

@@ -17,8 +17,8 @@ from rrtc.errors import RrtcError
 from rrtc.recipe.eval import EvalRecipe
 from rrtc.recipe.schema import Recipe
 from rrtc.recipe.uptrain import UptrainRecipe
-from rrtc.text.sources import FEW, HELD_OUT_OF, beginning, documents, split
-from rrtc.text.windows import longest_context, pack, scoring_texts
+from rrtc.text.sources import FEW, HELD_OUT_OF, beginning, documents, split, training_documents
+from rrtc.text.windows import held_out_windows, longest_context, pack, scoring_texts
 
 
 def in_rows(file: Path, rows: list[dict]) -> Path:
@@ -182,6 +182,23 @@ def test_of_few_documents_the_end_of_each_is_held_out():
     assert split(found) == (["a" * 90, "b" * 45, "short"], ["z" * 10, "y" * 5])
 
 
+@pytest.mark.parametrize("count", [2, 9, 30, FEW - 1])
+def test_of_few_conversations_some_are_held_out_whole(tmp_path, count):
+    turns = [
+        [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"It is {n}."}] for n in range(count)
+    ]
+    file = tmp_path / "chats.jsonl"
+    file.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in turns))
+    tokenizer = pico_tokenizer()
+    tokenizer.chat_template = "{% for turn in messages %}{{ turn.role }}: {{ turn.content }}</s>{% endfor %}"
+    found = list(documents(str(file), "text", tokenizer))
+    assert len(set(found)) == count
+    training, held_out = split(found)
+    assert sorted([*training, *held_out]) == sorted(found) and len(held_out) == max(1, round(count / 10))
+    assert sorted(training_documents(iter(found))) == sorted(training)
+    assert set(split(found[::-1])[1]) == set(held_out)
+
+
 def test_a_document_stays_on_its_side_wherever_it_stands():
     found = numbered(300)
     held_out = set(split(found)[1])
@@ -319,6 +336,28 @@ def test_scoring_texts_are_the_named_ones_whole_or_else_what_training_holds_out(
     assert list(held_out) == ["held out"]
     assert torch.equal(held_out["held out"].ids, pack(ends, tokenizer, VOCABULARY, 16).ids)
     assert sum(map(len, ends)) < sum(len(text) for source in sources for text in read(source)) / (HELD_OUT_OF - 1)
+
+
+def test_as_much_is_scored_of_each_text_that_training_had(tmp_path):
+    short = in_rows(tmp_path / "a.jsonl", [{"text": f"a {n}"} for n in range(1000)])
+    long = in_rows(tmp_path / "b.jsonl", [{"text": "b b " * 99 + str(n)} for n in range(1000)])
+    tokenizer = pico_tokenizer()
+
+    def scored(*files: Path, limit: int) -> list[int]:
+        found = held_out_windows(list(map(str, files)), "text", tokenizer, VOCABULARY, 16, limit)
+        return found.ids.flatten().tolist()
+
+    for limit in (64, 640):
+        half = limit // 2
+        assert scored(short, long, limit=limit) == scored(short, limit=half) + scored(long, limit=half)
+    most = scored(short, limit=4000)
+    assert len(most) < 2000  # that is all of it, and the other makes up for it
+    both = scored(short, long, limit=4000)
+    assert len(both) == 4000 and both[: len(most)] == most
+    assert set(tokenizer.decode(both[len(most) + 16 :], skip_special_tokens=True).replace("b", " b ").split()) <= {
+        "b",
+        *map(str, range(1000)),
+    }
 
 
 def test_scoring_texts_of_the_same_file_name_are_all_scored(tmp_path):
