@@ -56,6 +56,14 @@ class _Loader(yaml.SafeLoader):
             raise yaml.composer.ComposerError(None, None, "aliases are not read", self.peek_event().start_mark)
         return super().compose_node(parent, index)
 
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            if (key.tag, str(key.value)) in seen:  # the first would be lost
+                raise yaml.constructor.ConstructorError(None, None, f"'{key.value}' is there twice", key.start_mark)
+            seen.add((key.tag, str(key.value)))
+        return super().construct_mapping(node, deep)
+
     def construct_scalar(self, node):
         number = node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
         return _short(super().construct_scalar(node)) if number else super().construct_scalar(node)

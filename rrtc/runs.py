@@ -28,6 +28,11 @@ from rrtc.units import parse_size
 from rrtc.uptrain.checks import check_features, check_recipe
 
 STAGES = ("init", "uptrain", "eval", "export")
+MADE_FROM = {
+    "uptrain": ("init",),
+    "eval": ("uptrain",),
+    "export": ("uptrain", "eval"),
+}  # whose card has scores
 REPORT = "report"  # of a sweep, in its folder
 SHARED = "init"  # of a sweep over what comes after it
 
@@ -120,6 +125,7 @@ def _run_stages(recipe: Recipe, folders: Mapping[str, Path]) -> dict[str, Any]:
         "eval": lambda: measure([place["uptrain"]], recipe, None, place["eval"]),
         "export": lambda: exporting.export(place["uptrain"], place["export"], recipe, place["eval"]),
     }
+    _check_made_from_each_other(folders)
     results = {}
     for number, (stage, folder) in enumerate(folders.items(), 1):
         if folder.exists():
@@ -130,6 +136,24 @@ def _run_stages(recipe: Recipe, folders: Mapping[str, Path]) -> dict[str, Any]:
             note(f"{number}/{len(folders)} {stage} → {folder}")
             results[stage] = steps[stage]()
     return results
+
+
+def _check_made_from_each_other(folders: Mapping[str, Path]) -> None:
+    """Raises RrtcError where a stage is done and one that it was made from is not there, or was done anew: its result
+    would be of another model than the run's."""
+    for stage, folder in folders.items():
+        if not folder.exists():
+            continue
+        made_from = {entry["stage"]: entry["made"] for entry in read_provenance(folder)["history"]}
+        for source in MADE_FROM.get(stage, ()):
+            before = folders.get(source)
+            if before is None:  # of a sweep, which has it elsewhere
+                continue
+            if not before.exists() or made_from.get(source) not in (None, read_provenance(before)["made"]):
+                raise RrtcError(
+                    f"{folder} was made from another {source} than there is in {before} now.",
+                    f"Delete {folder}, so that it is made anew.",
+                )
 
 
 def measure(folders: Sequence[str], recipe: Recipe, against: str | None, output: str | None) -> Report:

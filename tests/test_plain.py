@@ -23,6 +23,8 @@ BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for 
         ("a: !!python/object/apply:os.getcwd []", "python"),
         ("? [a]\n: 1", "unhashable"),
         ("a: b: c", "mapping"),
+        ("a: 1\nb: {c: 1, d: 2, c: 3}", "'c' is there twice"),
+        ("init: {rank: 1}\n'init': {rank: 2}", "'init' is there twice"),
         ("\x00", "unacceptable"),
     ],
 )

@@ -9,6 +9,7 @@ from rich.console import Group
 from rrtc.cli import scores, tables
 from rrtc.console import plain, table
 from rrtc.recipe.schema import Recipe
+from rrtc.storage import NUMBER_BYTES
 from rrtc.units import count, duration, size
 
 SHOWN_ABOVE = ("params_total", "params_non_embedding", "bytes", "bytes_on_disk", "flops_per_token", "kv_bytes")
@@ -43,16 +44,23 @@ def _sizes(result: dict) -> list[list[str]]:
     made = made if isinstance(made, dict) else {}
     if "bytes_on_disk" in result:
         weights = f"{size(result['bytes_on_disk'])} in {result['dtype']}"
-        dense = made.get("dense_bytes")
+        dense, parameters = made.get("dense_bytes"), made.get("dense_params_total")
+        if _is_number(parameters) and result["dtype"] in NUMBER_BYTES:  # which an export may have changed
+            dense = NUMBER_BYTES[result["dtype"]] * parameters
         if _is_number(dense) and dense > 0:
             weights += f", {result['bytes_on_disk'] / dense:.3f} of the dense model's {size(dense)}"
         rows.append(["weights", weights])
-    for title, key in (
-        ("parameters", "params_total"), ("without embeddings", "params_non_embedding"),
-        ("FLOPs a token", "flops_per_token"),
-    ):  # fmt: skip
-        if _is_number(ours := made.get(key)):
-            rows.append([title, count(ours) + _share(ours, made.get(f"dense_{key}"))])
+    exported = result["measured"].get("export") if result["stage"] == "export" else None
+    if isinstance(exported, dict) and exported.get("format") != "recursive":  # multiplied out: init counted another
+        if _is_number(ours := exported.get("parameters")):
+            rows.append(["parameters", count(ours) + _share(ours, made.get("dense_params_total"))])
+    else:
+        for title, key in (
+            ("parameters", "params_total"), ("without embeddings", "params_non_embedding"),
+            ("FLOPs a token", "flops_per_token"),
+        ):  # fmt: skip
+            if _is_number(ours := made.get(key)):
+                rows.append([title, count(ours) + _share(ours, made.get(f"dense_{key}"))])
     if kv := result.get("kv_bytes"):
         dense = result["dense_kv_bytes"]
         shown = (f"{size(n)} at {context:,} tokens{_share(n, dense[context])}" for context, n in kv.items())

@@ -36,6 +36,7 @@ from rrtc.plain import from_json
 from rrtc.plan import Plan, kv_bytes_at
 from rrtc.recipe.eval import EvalRecipe
 from rrtc.recipe.schema import Recipe
+from rrtc.text.sources import source_fingerprint, text_hash
 from rrtc.text.windows import Windows, longest_context, scoring_texts
 
 CURVE_POINTS = 400  # of a training curve, in the report
@@ -99,7 +100,9 @@ def evaluate(
             made, missing = on_first_process(lambda: make_baselines(paths[0], Path(work), against))
             not_run += missing
             candidates += [Candidate(name, "baseline", folder) for name, folder in made.items()]
-        rows, last, samples = _measure(dense_candidate(dense), candidates, questions, stored_dtype(paths[-1]))
+        # Of folders in several dtypes the narrowest, so that none looks smaller beside the dense model than it is.
+        dtype = min(map(stored_dtype, paths), key=lambda one: one.itemsize)
+        rows, last, samples = _measure(dense_candidate(dense), candidates, questions, dtype)
     report = {
         "schema": SCHEMA,
         "of": {key: provenances[0][key] for key in ("stage", "made")} if len(paths) == 1 else None,
@@ -143,8 +146,8 @@ def _check_vocabulary(dense: Source, config, folder: Path) -> None:
 
 def _held_out_of_their_training(recipe: Recipe, folders: Sequence[Path], provenances: Sequence[dict]) -> Recipe:
     """`recipe` with the data that the folders were trained on, so that what is scored is what that training held out.
-    Raises WrongUsage where they were trained on different data and no text is named, and as
-    `text_of_folder` does."""
+    Raises WrongUsage where they were trained on different data and no text is named, and as `text_of_folder` and
+    `_check_same_text` do."""
     trained = [provenance["recipe"].get("uptrain") for provenance in provenances]
     used = [data and {key: data[key] for key in ("data", "text_field")} for data in trained]
     for folder, data in zip(folders, used, strict=True):
@@ -157,7 +160,21 @@ def _held_out_of_their_training(recipe: Recipe, folders: Sequence[Path], provena
         return recipe
     if not recipe.eval.text:
         text_of_folder(folders[0], used[0]["data"], recipe.uptrain.data, "--text")
+        for folder, provenance in zip(folders, provenances, strict=True):
+            _check_same_text(folder, provenance)
     return recipe.model_copy(update={"uptrain": recipe.uptrain.model_copy(update=used[0])})
+
+
+def _check_same_text(folder: Path, provenance: dict) -> None:
+    """Raises RrtcError where a text is not what the model in `folder` was trained on any more: who knows what training
+    held out of it then. An rrtc before 0.2 did not write it down."""
+    for source, sha256 in provenance["measured"]["uptrain"].get("text_sha256", {}).items():
+        if text_hash(source_fingerprint(source)) != sha256:
+            raise RrtcError(
+                f"{source} is not the text any more that {folder} was trained on, so what training held out of it is "
+                "not known.",
+                "Name what to score on: --text FILE.",
+            )
 
 
 def _probes(recipe: EvalRecipe, tokenizer, config) -> tuple[list[Probe], list[dict]]:

@@ -12,6 +12,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 
 from rrtc.errors import RrtcError, WrongUsage
+from rrtc.io.folder import file_hash
 from rrtc.recipe.eval import EvalRecipe
 from rrtc.text.tokens import begin_and_end
 
@@ -33,14 +35,14 @@ PAPER = {
     "arc_easy": "acc_norm", "arc_challenge": "acc_norm", "openbookqa": "acc_norm",
 }  # fmt: skip
 METRICS = ("acc_norm", "acc", "exact_match", "f1")  # of another task: the first that it has, or else its own first
-DATA = "{data}"  # in a task file: the folder given as tasks_data
+DATA = re.compile(r"(?<!\{)\{data\}(?!\})")  # in a task file: the folder given as tasks_data; {{data}} is a field
 SECONDS_TO_FIND_THE_HUB = 3
 
 
 @dataclass(frozen=True)
 class Task:
     """A task that can be run. metric: what its score is; items: how many are scored; fewshot: solved examples before
-    each; loaded: the harness's own task, with its data."""
+    each; loaded: the harness's own task, with its data; code: a hash of the user's Python that it may run."""
 
     name: str
     metric: str
@@ -48,6 +50,7 @@ class Task:
     fewshot: int
     seed: int
     loaded: Any
+    code: str | None
 
     @functools.cached_property
     def fingerprint(self) -> dict:
@@ -65,6 +68,7 @@ class Task:
             "task": self.name,
             "metric": self.metric,
             "harness": lm_eval.__version__,
+            **({"code": self.code} if self.code else {}),
             "config": config,
             "items": self.items,
             "sha256": hashlib.sha256(content.encode()).hexdigest(),
@@ -103,8 +107,10 @@ def find_tasks(recipe: EvalRecipe) -> tuple[list[Task], list[dict]]:
                         raise RrtcError(sentence) from error
                     not_run.append({"task": name, "why": _why_not_loaded(error, reachable)})
                     continue
+                own = recipe.tasks_dir if _is_local(name, manager, folder) else None
+                code = _hash_of_code(Path(own)) if own else None
                 for one in loaded.values():
-                    found = _ready(one, recipe)
+                    found = _ready(one, recipe, code)
                     if isinstance(found, Task):
                         tasks[found.name] = found
                     else:
@@ -298,7 +304,7 @@ def _write_with_data(tasks: Path, data: str | None, target: Path) -> None:
                     _TaskFile.model_validate(said)
             except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
                 raise RrtcError(f"The task file {file} cannot be read: {' '.join(str(error).split())}") from error
-            place.write_text(text if data is None else text.replace(DATA, str(Path(data).absolute())), encoding="utf8")
+            place.write_text(text if data is None else DATA.sub(lambda _: str(Path(data).absolute()), text), "utf8")
         else:
             place.parent.mkdir(parents=True, exist_ok=True)
             place.symlink_to(file.absolute())
@@ -333,13 +339,19 @@ def _check_data(name: str, config: dict) -> None:
     files = (config.get("dataset_kwargs") or {}).get("data_files")
     files = list(files.values()) if isinstance(files, dict) else [files]
     for file in itertools.chain.from_iterable([f] if isinstance(f, str) else f or [] for f in files):
-        if DATA in file:
-            raise WrongUsage(f"The task {name} reads {file}, and no folder stands for {DATA}.", "Give tasks_data.")
+        if DATA.search(file):
+            raise WrongUsage(f"The task {name} reads {file}, and no folder stands for {{data}}.", "Give tasks_data.")
         if "://" not in file and not any(sign in file for sign in "*?[") and not Path(file).is_file():
             raise RrtcError(f"The task {name} reads {file}, and there is no such file.")
 
 
-def _ready(loaded, recipe: EvalRecipe) -> Task | str:
+def _hash_of_code(folder: Path) -> str:
+    """Of all Python files in the folder: a task may call any of them by way of another."""
+    files = {str(file.relative_to(folder)): file_hash(file) for file in sorted(folder.rglob("*.py")) if file.is_file()}
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
+
+
+def _ready(loaded, recipe: EvalRecipe, code: str | None) -> Task | str:
     """The harness's task as one of ours, or why it cannot be."""
     if getattr(loaded, "UNSAFE_CODE", False):
         return "It runs code that the model writes, which rrtc does not."
@@ -356,7 +368,7 @@ def _ready(loaded, recipe: EvalRecipe) -> Task | str:
     if fewshot and len(loaded.fewshot_docs()) < fewshot + one_more:
         return f"It has too few solved examples to choose {fewshot} from."
     items = min(len(loaded.eval_docs), recipe.task_items or len(loaded.eval_docs))
-    return Task(loaded.task_name, (preferred or metrics)[0], items, fewshot, recipe.seed, loaded)
+    return Task(loaded.task_name, (preferred or metrics)[0], items, fewshot, recipe.seed, loaded, code)
 
 
 def _mean_metrics(loaded) -> list[str]:

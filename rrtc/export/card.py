@@ -95,7 +95,9 @@ def _metadata(
     tags = ["rrtc", "recursive-transformer", "compression", config.base_config.model_type, "arxiv:2410.20672"]
     # Of the hub's relations (adapter, merge, quantized, finetune), the one for weights that were changed by training.
     relation = {"base_model": base_id, "base_model_relation": "finetune"} if base_id else {}
-    results = _eval_results(report) if report is not None else []
+    # The report is about what was exported: with other numbers, or other attention, it scores otherwise.
+    same = not exported.keys() & {"quantize", "full_attention"}
+    results = _eval_results(report) if report is not None and same else []
     measured = {"model_name": name, "eval_results": results} if results else {}
     return ModelCardData(
         library_name=made_as.LIBRARY,

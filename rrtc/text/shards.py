@@ -30,7 +30,7 @@ from rrtc.io.folder import file_hash, partial_of, whole_folder
 from rrtc.io.source import Source, content_hash
 from rrtc.io.unchanged import Unchanged
 from rrtc.text.own import AT_ONCE, own_text
-from rrtc.text.sources import RULE, cut, documents, source_files, source_fingerprint, training_documents
+from rrtc.text.sources import RULE, cut, documents, source_files, source_fingerprint, text_hash, training_documents
 from rrtc.text.tokens import begin_and_end, encoded, tokenizer_fingerprint
 from rrtc.units import count
 
@@ -43,9 +43,11 @@ VERSION = 2  # of the files, and of how documents become tokens
 @dataclass(frozen=True)
 class Shard:
     """Documents as token ids. ids: (tokens,), uint16 or uint32; offsets: (documents + 1,), int64: document d has the
-    tokens from offsets[d] to offsets[d + 1]. Both are memory-mapped. complete: whether the source has no more."""
+    tokens from offsets[d] to offsets[d + 1]. Both are memory-mapped. complete: whether the source has no more. text:
+    the `text_hash` of the source; None of text that a model wrote."""
 
     fingerprint: str
+    text: str | None
     ids: numpy.ndarray
     offsets: numpy.ndarray
     complete: bool
@@ -220,7 +222,8 @@ def _hashes(folder: Path) -> dict[str, str]:
 
 def _opened(folder: Path, about: dict) -> Shard:
     ids, offsets = _mapped(folder / "ids.bin", about["dtype"]), _mapped(folder / "offsets.bin", "int64")
-    return Shard(folder.name, ids, offsets, about["complete"])
+    read = about["made_from"].get("text")
+    return Shard(folder.name, read and text_hash(read), ids, offsets, about["complete"])
 
 
 def _mapped(file: Path, dtype: str) -> numpy.ndarray:

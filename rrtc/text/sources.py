@@ -6,6 +6,7 @@ the `datasets` library can load. Files are read by rrtc/text/files.py, rows of d
 
 import hashlib
 import itertools
+import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -79,6 +80,11 @@ def source_fingerprint(source: str) -> list:
     for file in files_in(path):
         found.append([*kind(file), file_hash(file)])
     return found
+
+
+def text_hash(fingerprint: list) -> str:
+    """SHA-256 of what `source_fingerprint` returned."""
+    return hashlib.sha256(json.dumps(fingerprint).encode()).hexdigest()
 
 
 def source_files(source: str) -> list[Path]:

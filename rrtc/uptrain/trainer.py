@@ -238,6 +238,7 @@ class DistillationTrainer(Trainer):
             "tokens_per_second": round(tokens / seconds, 1),
             "processes": process_group().num_processes,
             "learning_rate": self.job.learning_rate,
+            "text_sha256": {source.name: source.shard.text for source in self.job.text.sources if source.shard.text},
             "device": self.args.device.type,
             "arithmetic": self.job.arithmetic,
             "teacher": self.job.taught_by["uri"] if self.job.taught_by else None,

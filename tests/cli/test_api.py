@@ -1,6 +1,9 @@
 """rrtc.api: the same work as the commands, in Python; its results are as rrtc/results.py describes them."""
 
+import io
 import json
+import re
+import shutil
 import typing
 import warnings
 
@@ -8,15 +11,18 @@ import pytest
 import torch
 import yaml
 from pico import ARCHITECTURES, pico_model, save_pico
+from rich.console import Console
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from rrtc import api, console, results
 from rrtc.cli.app import app
+from rrtc.cli.description import description
 from rrtc.errors import RrtcError, WrongUsage
 from rrtc.patterns import make_plan
 from rrtc.recipe.init import InitRecipe
 from rrtc.recipe.schema import Recipe
+from rrtc.runs import STAGES
 from rrtc.stock.architecture import read_architecture
 
 pytestmark = pytest.mark.slow
@@ -110,6 +116,47 @@ def test_a_run_returns_what_its_stages_return(folders, tmp_path):
         api.run(recipe, tmp_path / "run", resume=True)
     with pytest.raises(WrongUsage, match="does not name a model"):
         api.run({}, tmp_path / "other")
+
+
+def test_an_export_that_is_multiplied_out_is_described_by_its_own_figures(folders, tmp_path):
+    export = api.export(folders[0] / "healed", tmp_path / "dense", format="dense", dtype="bfloat16")
+    init = api.inspect(folders[0] / "healed")["measured"]["init"]
+    assert export["parameters"] != init["params_total"] and init["dense_bytes"] == 4 * init["dense_params_total"]
+    shown = Console(width=200, file=io.StringIO())
+    shown.print(description(api.inspect(tmp_path / "dense")))
+    rows = dict(re.findall(r"^ *(weights|parameters|FLOPs a token) +(.*?) *$", shown.file.getvalue(), re.M))
+    share = f"{export['parameters'] / init['dense_params_total']:.3f} of the dense model's"
+    assert rows.keys() == {"weights", "parameters"} and share in rows["parameters"]
+    of_dense = export["bytes"] / (2 * init["dense_params_total"])
+    assert f"in bfloat16, {of_dense:.3f} of the dense model's" in rows["weights"]
+
+
+def test_a_run_whose_stages_are_of_different_models_does_not_go_on(folders, tmp_path):
+    recipe = {
+        "model": str(folders[0] / "dense"), "init": {"rank": 4, "measure_tokens": 0},
+        "uptrain": TRAINING | {"tokens": 64}, "eval": SCORING,
+    }  # fmt: skip
+    run = tmp_path / "run"
+
+    def refused(stage: str, source: str) -> None:
+        sentence = f"{run / stage} was made from another {source} than there is in {run / source} now"
+        with pytest.raises(RrtcError, match=re.escape(sentence)):
+            api.run(recipe, run, resume=True)
+
+    with warnings.catch_warnings(action="ignore", category=console.RrtcWarning):
+        api.run(recipe, run)
+        made = (run / "uptrain" / "rrtc.yaml").read_text()
+        shutil.move(run / "uptrain", tmp_path / "aside")
+        refused("eval", "uptrain")
+        shutil.move(tmp_path / "aside", run / "uptrain")
+        (run / "uptrain" / "rrtc.yaml").write_text(re.sub("^made: .*", "made: '2020-01-01'", made, flags=re.M))
+        refused("eval", "uptrain")  # it was trained anew
+        shutil.rmtree(run / "eval")
+        refused("export", "uptrain")
+        (run / "uptrain" / "rrtc.yaml").write_text(made)
+        refused("export", "eval")
+        shutil.rmtree(run / "export")
+        assert api.run(recipe, run, resume=True).keys() == set(STAGES)
 
 
 def test_the_commands_write_what_the_functions_return(folders):

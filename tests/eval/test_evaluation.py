@@ -266,6 +266,30 @@ def test_several_folders_are_compared_in_one_table(models, tmp_path):
     assert report["models"][2]["layers"] == alone["layers"]
 
 
+def test_the_dense_model_counts_in_the_narrowest_numbers_of_those_that_are_compared(models, tmp_path):
+    asked = {"rank": 2, "measure_tokens": 0, "dtype": "bfloat16"}
+    init(str(models / "dense"), str(tmp_path / "narrow"), Recipe.model_validate({"init": asked}))
+    few = recipe(passkey_trials=0, sample_tokens=0, **text_of(models))
+    for folders in ([models / "small", tmp_path / "narrow"], [tmp_path / "narrow", models / "small"]):
+        rows = {row["model"]: row for row in evaluate(list(map(str, folders)), few)["models"]}
+        assert rows["dense"]["bytes"] == 2 * rows["dense"]["params_total"]
+        assert rows["narrow"]["bytes"] < rows["dense"]["bytes"] < rows["small"]["bytes"]
+
+
+@pytest.mark.parametrize("changed", ["longer", "shorter", "another"])
+def test_text_that_is_not_what_was_trained_on_any_more_holds_nothing_out(models, tmp_path, changed):
+    text, healed = tmp_path / "text.txt", shutil.copytree(models / "exits", tmp_path / "healed")
+    said = (healed / "rrtc.yaml").read_text().replace(str(models / "text.txt"), str(text))
+    (healed / "rrtc.yaml").write_text(said)
+    text.write_text(TEXT)
+    few = {"passkey_trials": 0, "sample_tokens": 0}
+    assert evaluate(str(healed), recipe(**few))["tokens"].keys() == {"held out"}
+    text.write_text({"longer": TEXT + "More.", "shorter": TEXT[:-9], "another": TEXT[::-1]}[changed])
+    with pytest.raises(RrtcError, match="text.txt is not the text any more that .*healed was trained on"):
+        evaluate(str(healed), recipe(**few))
+    evaluate(str(healed), recipe(**few, text=[str(text)]))
+
+
 def test_what_cannot_be_compared_is_refused(models, tmp_path):
     small, exits = str(models / "small"), str(models / "exits")
     with pytest.raises(WrongUsage, match="named twice"):

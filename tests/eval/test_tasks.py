@@ -278,6 +278,31 @@ def test_a_fingerprint_tells_other_items_and_other_ways_to_ask(data, tmp_path):
     assert same not in others
 
 
+def test_a_fingerprint_tells_other_code_however_a_task_comes_to_it(tmp_path):
+    """A function of a task file that calls another: only the first is known to the harness."""
+    write_task(
+        tmp_path, "own", [{"text": words(4, 8), "gold": 0}] * 3, output_type="multiple_choice", doc_to_text="{{text}}",
+        doc_to_target="gold", doc_to_choice=["a", "b"],
+    )  # fmt: skip
+    found = []
+    for scale in (1.0, 0.0, 1.0):
+        (tmp_path / "utils.py").write_text(f"def scaled(value):\n    return value * {scale}\n")
+        (task,), _ = find_tasks(own(tmp_path, "own"))
+        found.append(json.loads(json.dumps(task.fingerprint)))
+    assert found[0] != found[1] and found[0] == found[2]
+
+
+def test_a_field_called_data_is_a_field(tmp_path, model):
+    rows = [{"data": f"Said {number}", "gold": 0} for number in range(3)]
+    write_task(
+        tmp_path, "own", rows, output_type="multiple_choice", doc_to_text="{{data}}", doc_to_target="gold",
+        doc_to_choice=["a", "b"],
+    )  # fmt: skip
+    (task,), _ = find_tasks(own(tmp_path, "own"))
+    Harness(model, pico_tokenizer(), own(tmp_path, "own")).run(task)
+    assert [request.args[0] for request in task.loaded.instances][::2] == [row["data"] for row in rows]
+
+
 def test_what_has_no_score_of_single_items_is_told(tmp_path):
     rows = [{"text": words(4, 8)} for _ in range(3)]
     metric = {"metric": "word_perplexity", "aggregation": "weighted_perplexity", "higher_is_better": False}

@@ -178,6 +178,8 @@ def test_recursive_export_with_report_and_license(tmp_path):
         ("piqa", "acc_norm", 0.6125),
     ]  # fmt: skip
     assert card.data.eval_results[-1].metric_name == "acc_norm of 500 items"
+    stage.export(str(source), str(tmp_path / "int8"), recipe(quantize="int8"), str(tmp_path / "report"))
+    assert ModelCard.load(tmp_path / "int8" / "README.md").data.eval_results is None  # these weights were not scored
     rows = [line for line in card.text.splitlines() if line.startswith("| ")]
     assert rows[2:] == [
         "| dense | 999 | 999 | 4 kB | 0.8765 | 2.5000 | – | – |",
