@@ -117,6 +117,7 @@ class UptrainResult(TypedDict):
     processes: int
     device: str  # cpu, cuda …
     learning_rate: float  # at its peak
+    text_sha256: dict[str, str]  # of each text that was read, by its name in the recipe
     arithmetic: str  # float32 or bfloat16
     teacher: str | None  # URI; None where there was none
     first_loss: float | None  # on the training text, the mean over the first twentieth of the steps; None where only
