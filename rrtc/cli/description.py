@@ -92,7 +92,11 @@ def _measured(figures: Any) -> str:
         return _plainly(figures)
     said = []
     for name, value in figures.items():
-        hidden = name in SHOWN_ABOVE or str(name).removeprefix("dense_") in SHOWN_ABOVE or name == "alternatives"
+        hidden = (
+            name in SHOWN_ABOVE
+            or str(name).removeprefix("dense_") in SHOWN_ABOVE
+            or name in ("alternatives", "text_sha256")
+        )
         if value is None or hidden:
             continue
         title = {"seconds": "took"}.get(name, str(name).replace("_", " "))
