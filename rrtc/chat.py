@@ -12,6 +12,7 @@ from rrtc.console import quiet_libraries
 from rrtc.errors import RrtcError, WrongUsage, short
 from rrtc.generate.engine import UNBOUNDED, Engine
 from rrtc.generate.words import Show, Turns, Words, prompt_ids
+from rrtc.model.configuration_rrt import turns_at
 from rrtc.recipe.chat import ChatOptions, check_prompt
 from rrtc.results import AnswerResult, ChatResult
 from rrtc.text.windows import longest_context
@@ -86,9 +87,11 @@ class Speaker:
         engine, self._engine = self._engine, None  # one that is interrupted is not used again
         if engine is None or engine.context < len(ids) + most:
             try:
-                room = min(self._longest, TWICE * (len(ids) + most))
+                # No more than the engine can do, as long as that is enough.
+                least, limit = len(ids) + most, turns_at(self.model.config) or UNBOUNDED
+                room = max(least, min(self._longest, limit, TWICE * least))
                 engine = None if self._by_transformers else Engine(self.model, rows=1, context=room, keeps=True)
-            except RrtcError:  # its attention cannot be told which keys to see, or keeps what no row has
+            except RrtcError:  # its attention cannot be told which keys to see, or keeps what no row has; or it is long
                 self._by_transformers = True
         if self._by_transformers:
             return self._generate(ids, most, add)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 REQUESTS = (1, 8)  # at once
 FEWEST = 4  # prompts: of one alone, all may hang on how it is gone on with
 PROMPT, NEW = 64, 32  # tokens
+LONGEST = max(PROMPT + NEW, TRIAL[1] + TRIAL_NEW + 1, QUALITY[1])  # tokens of a text that the engine reads here
 LIMITS = (0.01, 0.05)  # nats a token that early exits may cost
 MOST_DRAFTS = 4
 SETTINGS = {"do_sample": False, "repetition_penalty": 1.0}

@@ -17,14 +17,14 @@ from rrtc.console import note, progress, warn
 from rrtc.errors import RrtcError, WrongUsage
 from rrtc.eval.candidates import Candidate, candidates_of, check_holds_model, dense_candidate, stored_dtype
 from rrtc.eval.cost import peak_memory, speed, speed_after
-from rrtc.eval.engine import engine_passes, measure_engine
+from rrtc.eval.engine import LONGEST, engine_passes, measure_engine
 from rrtc.eval.measurements import Examinee, Questions
 from rrtc.eval.page import write_page
 from rrtc.eval.passkey import Probe, make_probes
 from rrtc.eval.statistics import FEWEST, RESAMPLES
 from rrtc.eval.summary import scores_of
 from rrtc.eval.tasks import Task, find_tasks
-from rrtc.generate.stages import stage_rules
+from rrtc.generate.stages import check_context, stage_rules
 from rrtc.io.folder import check_target, whole_folder
 from rrtc.io.provenance import base_seen_from, next_history, read_provenance, write_provenance
 from rrtc.io.recursive import trained_exits
@@ -82,6 +82,7 @@ def evaluate(
     config = read_config(paths[0])
     if recipe.eval.engine and len(paths) == 1:
         stage_rules(config)  # raises where the engine cannot run it
+        check_context(config, LONGEST)
     context = longest_context(config, recipe.eval.context)
     held_out = _held_out_of_their_training(recipe, paths, provenances)
     texts = scoring_texts(held_out, tokenizer, config.get_text_config().vocab_size, context, recipe.eval.tokens)

@@ -31,6 +31,7 @@ from rrtc.errors import RrtcError
 from rrtc.features import check_carried
 from rrtc.generate.store import Sighting, Store
 from rrtc.model.attention_rrt import Rule, added
+from rrtc.model.configuration_rrt import turns_at
 from rrtc.model.eyes_rrt import MASKED_KERNELS, KernelConfig, attention_of, eager_kernel
 from rrtc.model.graft_rrt import RelaxedLinear, Visit, leave, rule_of
 from rrtc.plan import features_of, read_visits
@@ -38,6 +39,7 @@ from rrtc.stock.architecture import decoder_layers, windows_of
 from rrtc.stock.parts import standing_in, states_of
 
 KERNEL = "rrt_rows"  # the name of `attend` among transformers' attention functions
+INSTEAD = "Generate with transformers: load it with AutoModelForCausalLM, or use 'rrtc chat'."
 
 
 @dataclass(eq=False)
@@ -156,6 +158,8 @@ class Stages:
         self._forwards = {layer: partial(self._run, place) for place, layer in enumerate(self.layers)}
 
     def new_store(self, rows: int, context: int, most: int) -> Store:
+        """Room for requests; see `Store`. Raises RrtcError as `check_context` does."""
+        check_context(self.model.config, context)
         return Store(self.rules, self.depths, rows, context, most, self.model.device)
 
     @torch.no_grad()
@@ -340,13 +344,24 @@ def _shares(modules: list[nn.Module]) -> bool:
 def stage_rules(config: PreTrainedConfig) -> list[Rule | None]:
     """What the heads of each layer see; None where that is everything. Raises RrtcError where Stages cannot do it."""
     visits = getattr(config, "visits", None) or []
-    hint = "Generate with transformers: load it with AutoModelForCausalLM, or use 'rrtc chat'."
-    check_carried("The engine for many requests", features_of(read_visits(visits)), hint)
+    check_carried("The engine for many requests", features_of(read_visits(visits)), INSTEAD)
     windows = windows_of(config)
     return [
         rule_of(visit) or (Rule(window, 0, ()) if window else None)
         for visit, window in zip(visits or [{}] * len(windows), windows, strict=True)
     ]
+
+
+def check_context(config: PreTrainedConfig, context: int) -> None:
+    """Raises RrtcError where a text of so many tokens has other positions than the beginning of it had: requests of all
+    lengths share passes here, and no token is read twice."""
+    limit = turns_at(config)
+    if limit is not None and context > limit:
+        raise RrtcError(
+            f"The engine for many requests runs this model up to {limit:,} tokens, beyond which it encodes positions "
+            f"by the length of the text; a prompt and its answer may have {context:,} here.",
+            f"Keep them within {limit:,} tokens. Or else: {INSTEAD}",
+        )
 
 
 def _order(model: PreTrainedModel) -> tuple[tuple[int, ...], tuple[int, ...], int] | None:

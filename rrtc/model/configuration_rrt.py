@@ -25,6 +25,22 @@ def is_setting(name: str) -> bool:
     return name in PRIVATE_SETTINGS or not (name in OWN or name.startswith("_"))
 
 
+def turns_at(config: PreTrainedConfig) -> int | None:
+    """The longest text, in tokens, whose positions are encoded as those of every shorter one; None where all texts are
+    alike. Beyond it, RoPE of the kinds that transformers calls longrope and dynamic goes by the length of the text: it
+    encodes other positions, those before included."""
+    text = config.get_text_config()
+    given = getattr(text, "rope_parameters", None) or {}
+    limits = []
+    for rope in (given, *given.values()):  # of all layers, or of each kind of layer its own
+        kind = (rope.get("rope_type") or "") if isinstance(rope, dict) else ""
+        if kind == "longrope" and rope.get("short_factor") != rope.get("long_factor"):
+            limits.append(rope["original_max_position_embeddings"])
+        elif "dynamic" in kind:
+            limits.append(text.max_position_embeddings)
+    return min(limits, default=None)
+
+
 class RrtConfig(PreTrainedConfig):
     """Configuration of `RrtForCausalLM` and `RrtModel`.
 

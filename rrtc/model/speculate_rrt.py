@@ -24,6 +24,7 @@ from transformers.generation import GenerationMode, logits_process
 from transformers.generation.utils import GENERATION_MODES_MAPPING
 
 from .attention_rrt import KeptLayer
+from .configuration_rrt import turns_at
 from .halves_rrt import DraftHead, Halves, run
 from .modeling_rrt import RrtForCausalLM
 
@@ -59,13 +60,15 @@ def speculate(model, input_ids, logits_processor, stopping_criteria, generation_
     generation_config.speculate: {"exit": the place in the list of visits after which the model is left to guess}.
     Returns (1, tokens), int64, prompt included: what the stock method returns, but where two tokens are equally good up
     to rounding. Where guesses could not be checked, the stock method runs: with beams or several rows, for scores and
-    other outputs, with padding, and with caches and logits processors that are not known here. Raises ValueError for an
+    other outputs, with padding, with caches and logits processors that are not known here, and where the text may grow
+    so long that the model encodes all its positions anew. Raises ValueError for an
     exit that cannot be.
     """
     place = _place(model, generation_config)
     if place is None or not (
         _can_be_asked(input_ids, logits_processor, generation_config, synced_gpus)
         and _can_be_halved(model, input_ids)
+        and generation_config.max_length <= (turns_at(model.config) or generation_config.max_length)
         and _can_take_back(input_ids, model_kwargs)
     ):
         stock = getattr(GenerationMixin, GENERATION_MODES_MAPPING[generation_config.get_generation_mode()])

@@ -17,7 +17,9 @@ from rrtc.console import note, warn
 from rrtc.errors import RrtcError, WrongUsage
 from rrtc.generate.choice import Way, choose
 from rrtc.generate.engine import UNBOUNDED, Engine
+from rrtc.generate.stages import check_context
 from rrtc.machine import free_memory
+from rrtc.model.configuration_rrt import turns_at
 from rrtc.recipe.generate import CONTEXT, ServeOptions
 from rrtc.results import ServeResult
 from rrtc.serve.app import Stopping, make_app
@@ -42,7 +44,7 @@ def serve(
     fingerprint: for `choose`.
 
     Raises WrongUsage for a context that the model cannot see; RrtcError where the keys and values of so many requests
-    do not fit into the memory, or the model cannot generate; and as `choose` does.
+    do not fit into the memory, or the model cannot generate; and as `check_context` and `choose` do.
     """
     name = source if not Path(source).exists() and "://" not in source else Path(source).absolute().name
     engine = _engine(name, model, tokenizer, options, has_exits, fingerprint)
@@ -75,7 +77,8 @@ def _engine(name: str, model, tokenizer, options: ServeOptions, has_exits: bool,
     sees = longest_context(model.config, UNBOUNDED)
     if (options.context or 0) > sees:
         raise WrongUsage(f"{name} can see {sees:,} tokens.", f"Give --context {sees} or less, or leave it out.")
-    context = options.context or min(CONTEXT, sees)
+    context = options.context or min(CONTEXT, sees, turns_at(model.config) or CONTEXT)
+    check_context(model.config, context)
     choice = choose(model, tokenizer, options, has_exits, options.batch, fingerprint)
     choice.tell(options)
     taken, free = _memory(model, choice.way, options.batch, context), free_memory(model.device)
