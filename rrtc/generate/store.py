@@ -45,11 +45,12 @@ class Shelf:
 
 class Arrivals:
     """Which tokens of one request have come to a loop: `positions`, (tokens,), int64, in the order of their arrival,
-    which is that of their positions."""
+    which is that of their positions. written: how many columns were ever written to since there was none; those behind
+    the last arrival have what was taken back."""
 
     def __init__(self, context: int, device: torch.device):
         self._room = torch.empty(context, dtype=torch.long, device=device)
-        self.count = 0
+        self.count = self.written = 0
 
     @property
     def positions(self) -> Tensor:
@@ -58,10 +59,12 @@ class Arrivals:
     def add(self, positions: Tensor) -> None:
         self._room[self.count : self.count + len(positions)] = positions
         self.count += len(positions)
+        self.written = max(self.written, self.count)
 
     def back_to(self, position: int) -> None:
         """Forgets the tokens from `position` on."""
         self.count = int((self.positions < position).sum())
+        self.written = self.written if self.count else 0
 
 
 class Sighting:
@@ -140,8 +143,7 @@ class Store:
 
     def forget(self, row: int) -> None:
         """Empties a row."""
-        for arrivals in self.arrivals[row]:
-            arrivals.count = 0
+        self.back_to(row, 0)
 
     def back_to(self, row: int, position: int) -> None:
         """Takes back what a row has from that position on, in every loop."""
@@ -152,7 +154,8 @@ class Store:
         """`position` where the row can be taken back to it and lacks nothing of what later tokens see; else 0."""
         for arrivals in self.arrivals[row]:
             before = int((arrivals.positions < position).sum())
-            gone = arrivals.count - before > self._most and any(self._goes_round(rule) for rule in self._rules)
+            # What was taken back before has stood in the place of something, too.
+            gone = arrivals.written - before > self._most and any(self._goes_round(rule) for rule in self._rules)
             if before < position or gone:
                 return 0
         return position

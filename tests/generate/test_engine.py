@@ -3,6 +3,7 @@
 import copy
 import functools
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -267,6 +268,19 @@ def test_what_a_row_keeps_is_not_read_again(way, model, read):
         assert by_engine(engine, [prompt]) == [by_transformers(model, prompt)]
         passes.append(engine.passes - before - (NEW - 1))
     assert read is None or passes == read
+
+
+@pytest.mark.parametrize("model", [lambda: windowed("cycle"), lambda: double("mistral")], ids=["windows", "mistral"])
+def test_what_later_tokens_have_overwritten_is_read_again_however_often_a_row_was_taken_back(model):
+    model, prompts = model(), [PROMPTS[2], PROMPTS[2][:35] + [5], PROMPTS[2][:30] + [6], PROMPTS[2][:25] + [7]]
+    engine, passes = Engine(model, rows=1, context=CONTEXT, chunk=6, keeps=True), [0]
+    for prompt in prompts:
+        request = engine.submit(prompt, 1, **GREEDY)  # so short that what was taken back is not written anew
+        engine.run()
+        assert request.said == by_transformers(model, prompt)[:1]
+        passes.append(engine.passes)
+    # Of what the first has written, the second lacks 5 tokens, and the third 10: there, only 6 can be taken back.
+    assert [after - before for before, after in pairwise(passes)] == [40, 1, 31, 1]
 
 
 def test_one_that_waits_can_be_cancelled():
