@@ -1,5 +1,6 @@
 """From text to token ids and back: prompts as a model wants them, and what it says in pieces, as they come."""
 
+import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 UNFINISHED = "\ufffd"  # what a tokenizer makes of the first bytes of a character
-LONGEST_CHARACTER = 4  # tokens that one character takes at most: UTF-8 has no longer ones
+BYTE = re.compile("<0x[0-9A-F]{2}>")  # what tokenizers of the SentencePiece kind call the bytes of rare characters
 
 Show = Callable[[str], None]
 Turns = list[dict[str, str]]  # messages as chat templates take them
@@ -48,46 +49,50 @@ class Words:
     ):
         self._tokenizer, self._show, self._stops = tokenizer, show, stops
         self._ids: list[int] = []
-        self._read = self._known = 0  # tokens before those that are decoded together; those whose text is known
-        self._text = ""  # of all tokens that are known
+        self._text, self._known = "", 0  # what no later token can change, and of how many tokens it is the text
+        # The first token of a text can lose its space. So the next ones are decoded with those that came before them,
+        # from `_read` on, whose text has so many characters by itself.
+        self._read = self._again = 0
+        self._decoded = ""
         self._shown = 0  # characters
 
     def add(self, token: int) -> bool:
         """Takes in the next token. Returns whether the text has come to one of the stops."""
         self._ids.append(token)
-        before = self._decoded(self._ids[self._read : self._known])
-        both = self._decoded(self._ids[self._read :])
-        if both.endswith(UNFINISHED) and len(self._ids) - self._known < LONGEST_CHARACTER:
-            return False
-        self._text += both[len(before) :]
-        self._read, self._known = self._known, len(self._ids)
-        if self._stop() is not None:
+        before, self._decoded = self._decoded, self._decode()
+        text = self._text + self._decoded[self._again :]
+        if self._stop(text.rstrip(UNFINISHED)) is not None:
             return True
-        held = max((length for stop in self._stops for length in range(1, len(stop)) if self._ends_with(stop[:length])),
+        # A special token says nothing, so that it is nothing to decode others with, and ends no character.
+        if self._decoded == before or self._decoded.endswith(UNFINISHED) or self._is_byte(token):
+            return False
+        self._text, self._read, self._known = text, self._known, len(self._ids)
+        self._decoded = self._decode()
+        self._again = len(self._decoded)
+        held = max((length for stop in self._stops for length in range(1, len(stop)) if text.endswith(stop[:length])),
                    default=0)  # fmt: skip
-        self._show_until(len(self._text) - held)
+        self._show_until(text, len(text) - held)
         return False
 
     def finish(self) -> str:
         """The whole text, all of which has been shown then."""
-        rest = self._decoded(self._ids[self._read :])
-        self._text += rest[len(self._decoded(self._ids[self._read : self._known])) :]
-        stop = self._stop()
-        self._text = self._text if stop is None else self._text[:stop]
-        self._show_until(len(self._text))
-        return self._text
+        text = self._text + self._decoded[self._again :]
+        text = text[: self._stop(text)]
+        self._show_until(text, len(text))
+        return text
 
-    def _stop(self) -> int | None:
-        """Where the first of the stops begins."""
-        return min((at for stop in self._stops if (at := self._text.find(stop)) >= 0), default=None)
+    def _decode(self) -> str:
+        return self._tokenizer.decode(self._ids[self._read :], skip_special_tokens=True)
 
-    def _ends_with(self, beginning: str) -> bool:
-        return self._text.endswith(beginning)
+    def _is_byte(self, token: int) -> bool:
+        """Whether it is one byte, of which others may make another character, or none."""
+        return BYTE.fullmatch(self._tokenizer.convert_ids_to_tokens(token) or "") is not None
 
-    def _show_until(self, end: int) -> None:
+    def _stop(self, text: str) -> int | None:
+        """Where the first of the stops begins in `text`."""
+        return min((at for stop in self._stops if (at := text.find(stop)) >= 0), default=None)
+
+    def _show_until(self, text: str, end: int) -> None:
         if end > self._shown:
-            self._show(self._text[self._shown : end])
+            self._show(text[self._shown : end])
             self._shown = end
-
-    def _decoded(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True)

@@ -1,7 +1,13 @@
 """Text at both ends of the engine: prompts, pieces as they come, and texts that end an answer."""
 
+import json
+import random
+from pydoc_data.topics import topics
+
 import pytest
 from pico import VOCABULARY, pico_tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from rrtc.errors import RrtcError, WrongUsage
 from rrtc.generate.words import Words, prompt_ids
@@ -51,6 +57,65 @@ def test_special_tokens_are_not_shown():
     for token in [0, *pico_tokenizer()("hello")["input_ids"], 1]:
         words.add(token)
     assert words.finish() == "hello"
+
+
+def spaced_tokenizer(decoder: decoders.Decoder) -> PreTrainedTokenizerFast:
+    """A tokenizer as Llama 2 has it: spaces are a part of the word behind them, and characters that it does not know
+    are bytes."""
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer, special = pre_tokenizers.Metaspace(prepend_scheme="first"), ["<s>", "</s>", "<unk>"]
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=special, show_progress=False)
+    made.train_from_iterator(sorted(topics.values())[:20], trainer)
+    values = json.loads(made.to_str())
+    model, known = values["model"], len(values["model"]["vocab"])
+    model["vocab"] |= {f"<0x{byte:02X}>": known + byte for byte in range(256)}
+    made = Tokenizer.from_str(json.dumps(values | {"model": model | {"byte_fallback": True, "unk_token": "<unk>"}}))
+    made.decoder = decoder
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+SPACED = {
+    "strip": decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    ),
+    "metaspace": decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="first")]),
+}
+TOKENIZERS = {"bytes": pico_tokenizer} | {
+    name: lambda made=made: spaced_tokenizer(made) for name, made in SPACED.items()
+}
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_whatever_tokens_come_the_text_is_what_the_tokenizer_makes_of_all_of_them(name):
+    tokenizer, draw = TOKENIZERS[name](), random.Random(0)
+    spaces = [token for token in range(len(tokenizer)) if set(tokenizer.convert_ids_to_tokens(token)) <= {"▁", "Ġ"}]
+    for _ in range(300):
+        ids = [
+            draw.choice([0, 1, *spaces, draw.randrange(len(tokenizer)), draw.randrange(VOCABULARY)]) for _ in range(20)
+        ]
+        shown: list[str] = []
+        words = Words(tokenizer, shown.append)
+        assert not any(words.add(token) for token in ids)
+        assert words.finish() == "".join(shown) == tokenizer.decode(ids, skip_special_tokens=True), ids
+
+
+def test_a_word_behind_a_special_token_keeps_its_space():
+    tokenizer = TOKENIZERS["strip"]()
+    ids = tokenizer("a in")["input_ids"]
+    shown: list[str] = []
+    words = Words(tokenizer, shown.append)
+    for token in [*ids, 0, 0, *ids, 1, *ids]:
+        words.add(token)
+    assert words.finish() == "".join(shown) == "a in a in a in"
+
+
+def test_a_byte_that_is_a_stop_ends_the_answer_at_once():
+    tokenizer = TOKENIZERS["strip"]()
+    shown: list[str] = []
+    words = Words(tokenizer, shown.append, ["\n"])
+    ids = [*tokenizer("a in")["input_ids"], tokenizer.convert_tokens_to_ids("<0x0A>")]
+    assert [words.add(token) for token in ids] == [False] * (len(ids) - 1) + [True]
+    assert words.finish() == "".join(shown) == "a in"
 
 
 def test_prompts_are_text_or_go_through_the_chat_template():
