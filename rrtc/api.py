@@ -384,12 +384,15 @@ def _generate(
         source.weights()
         check_tokenizer(source.folder)
         from rrtc.generate.answers import answer_all
+        from rrtc.generate.words import stops_of
         from rrtc.io.recursive import trained_exits
         from rrtc.machine import device
 
+        loaded, tokenizer = load(source.folder, device=device())
+        options = options.model_copy(update={"stop": stops_of(options.stop, loaded.generation_config)})
         return answer_all(
-            name, *load(source.folder, device=device()), prompts, options, bool(trained_exits(source.folder)),
-            answers_hash(source.folder), show, done, numbers,
+            name, loaded, tokenizer, prompts, options, bool(trained_exits(source.folder)), answers_hash(source.folder),
+            show, done, numbers,
         )  # fmt: skip
 
 

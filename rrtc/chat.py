@@ -11,6 +11,7 @@ from transformers.generation.streamers import BaseStreamer
 from rrtc.console import quiet_libraries
 from rrtc.errors import RrtcError, WrongUsage, short
 from rrtc.generate.engine import UNBOUNDED, Engine
+from rrtc.generate.sampling import beyond_tokens
 from rrtc.generate.words import Show, Turns, Words, prompt_ids
 from rrtc.model.configuration_rrt import turns_at
 from rrtc.recipe.chat import ChatOptions, check_prompt
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ROOM = 4  # a fourth of the context at least is for the answer, as long as there are older turns to forget
-THEIRS = ("speculate", "stop_strings", "max_time")  # in a model's generation defaults, what transformers alone can do
+THEIRS = ("speculate", "stop_strings")  # in a model's generation defaults, what transformers does in a way of its own
 TWICE = 2  # as much room as a prompt and its answer take: the conversation goes on
 
 
@@ -32,7 +33,8 @@ class Speaker:
         self.name, self.model, self.tokenizer, self.options = name, model, tokenizer, options
         self.turns: Turns = []
         self._engine: Engine | None = None  # which has the keys and values of what was said
-        self._by_transformers = any(getattr(model.generation_config, name, None) for name in THEIRS)
+        defaults = model.generation_config
+        self._by_transformers = any(getattr(defaults, name, None) for name in THEIRS) or bool(beyond_tokens(defaults))
 
     @property
     def has_template(self) -> bool:
@@ -107,19 +109,22 @@ class Speaker:
         seed, tokenizer = self.options.seed, self.tokenizer
         padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         prompt = torch.tensor([ids], device=self.model.device)
+        beams = (self.model.generation_config.num_beams or 1) > 1  # of which none is the answer until all have ended
         with torch.inference_mode(), torch.random.fork_rng() if seed is not None else nullcontext():
             if seed is not None:
                 torch.manual_seed(seed)
             try:
                 said = self.model.generate(
-                    prompt, attention_mask=torch.ones_like(prompt), streamer=_Streamer(add), max_new_tokens=most,
-                    pad_token_id=padding, tokenizer=tokenizer, num_beams=1, num_return_sequences=1,
+                    prompt, attention_mask=torch.ones_like(prompt), streamer=None if beams else _Streamer(add),
+                    max_new_tokens=most, pad_token_id=padding, tokenizer=tokenizer, num_return_sequences=1,
                     return_dict_in_generate=False, **self.options.of_generate(),
                 )  # fmt: skip
             except ValueError as error:  # what its generation_config.json asks for cannot be done
                 raise RrtcError(f"{self.name} cannot generate: {short(error)}") from error
-        tokens = said.shape[1] - len(ids)
-        return tokens, tokens < most
+        new = said[0, len(ids) :].tolist()
+        for token in new if beams else ():
+            add(token)
+        return len(new), len(new) < most
 
     def _that_fit(self, turns: Turns) -> tuple[Turns, list[int]]:
         """The latest of the turns and their token ids: all but the oldest that would leave no room for an answer."""

@@ -27,7 +27,7 @@ PROMPT, NEW = 64, 32  # tokens
 LONGEST = max(PROMPT + NEW, TRIAL[1] + TRIAL_NEW + 1, QUALITY[1])  # tokens of a text that the engine reads here
 LIMITS = (0.01, 0.05)  # nats a token that early exits may cost
 MOST_DRAFTS = 4
-SETTINGS = {"do_sample": False, "repetition_penalty": 1.0}
+SETTINGS = {"do_sample": False, "repetition_penalty": 1.0, "num_beams": 1, "max_time": None}
 
 Way = Callable[[int, int], FullDepth]
 

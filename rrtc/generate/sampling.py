@@ -10,27 +10,39 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation import GenerationMode
 
 from rrtc.errors import RrtcError, short
+from rrtc.generate.stages import INSTEAD
+
+# One token after the other; the last one says what the others do, with guesses.
+ONE_BY_ONE = {GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.ASSISTED_GENERATION}
 
 
 class Drawing:
     """How the tokens of one request are chosen: `settings` are arguments of `model.generate`, and mean what they mean
-    there, the model's own generation defaults included. most: tokens of its answer at most.
+    there, the model's own generation defaults included, but for stop strings: what ends an answer by its text is a
+    matter of who has the text (`stops_of` in words.py). most: tokens of its answer at most.
 
-    Raises RrtcError where these cannot be used.
+    Raises RrtcError where these cannot be used, or ask for what is not done here.
     """
 
     def __init__(self, model: PreTrainedModel, prompt: Sequence[int], most: int, seed: int | None, **settings):
         ids = torch.tensor([list(prompt)], device=model.device)
-        single = {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False, "max_new_tokens": most}
+        single = {"num_return_sequences": 1, "return_dict_in_generate": False, "stop_strings": None}
         try:
             self._processors, config = model.generate(
-                ids, attention_mask=torch.ones_like(ids), custom_generate=_asked, **single, **settings
-            )
+                ids, attention_mask=torch.ones_like(ids), custom_generate=_asked, max_new_tokens=most,
+                **single, **settings,
+            )  # fmt: skip
         except ValueError as error:
             raise RrtcError(f"The model cannot generate: {short(error)}") from error
+        if beyond := beyond_tokens(config):
+            raise RrtcError(
+                f"The model's generation defaults ask for {beyond}, which the engine for many requests does not do.",
+                f"Take it out of generation_config.json. Or else: {INSTEAD}",
+            )
         self.draws, self.device = bool(config.do_sample), model.device
         ends = config.eos_token_id
         self.ends = frozenset([] if ends is None else [ends] if isinstance(ends, int) else ends)
@@ -60,6 +72,17 @@ class Drawing:
         """The next place has its token now."""
         if self.draws:
             self._begins.popleft()
+
+
+def beyond_tokens(config: GenerationConfig) -> str | None:
+    """What `generate` does, asked in this way, beside saying one token after the other by their scores; None where that
+    is nothing."""
+    if (config.num_beams or 1) > 1:
+        return f"num_beams={config.num_beams}"
+    if config.max_time is not None:
+        return f"max_time={config.max_time}"
+    mode = config.get_generation_mode()
+    return None if mode in ONE_BY_ONE else mode.value.replace("_", " ")
 
 
 def _asked(model, input_ids, logits_processor, generation_config, **others):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rrtc.errors import RrtcError, WrongUsage, short
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 UNFINISHED = "\ufffd"  # what a tokenizer makes of the first bytes of a character
 BYTE = re.compile("<0x[0-9A-F]{2}>")  # what tokenizers of the SentencePiece kind call the bytes of rare characters
@@ -38,6 +38,13 @@ def prompt_ids(prompt: str | Turns, tokenizer: "PreTrainedTokenizerBase", vocabu
     if max(ids) >= vocabulary:
         raise RrtcError(f"The tokenizer of {name} has tokens that the model does not know.")
     return list(ids)
+
+
+def stops_of(asked: Sequence[str], config: "GenerationConfig") -> list[str]:
+    """The texts before which an answer ends: those that are asked for, or else those of the model's own generation
+    defaults."""
+    own = config.stop_strings or []
+    return list(asked) or [stop for stop in ([own] if isinstance(own, str) else own) if stop]
 
 
 class Words:

@@ -43,7 +43,8 @@ class ChatOptions(Section):
         if self.temperature == 0:
             return {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}  # its own, which it warns of not
         given = {name: getattr(self, name) for name in ("temperature", "top_p") if getattr(self, name) is not None}
-        return given | {"do_sample": True} if given else {}
+        # To draw from all tokens is how it would be without: it does not ask for drawing.
+        return given | {"do_sample": True} if given and given != {"top_p": 1} else given
 
 
 def check_prompt(prompt: str) -> None:

@@ -44,7 +44,9 @@ class AnswerOptions(ChatOptions):
 
     def of_generate(self) -> dict[str, Any]:
         given = super().of_generate()
-        more: dict[str, Any] = {} if self.top_k is None else {"do_sample": True, "top_k": self.top_k}
+        more: dict[str, Any] = {} if self.top_k is None else {"top_k": self.top_k}
+        if self.top_k:  # from all is how it would be without
+            more["do_sample"] = True
         if self.repetition_penalty is not None:
             more["repetition_penalty"] = self.repetition_penalty
         return given | more

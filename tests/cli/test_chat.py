@@ -174,6 +174,21 @@ def test_an_answer_ends_where_the_models_own_defaults_say(tmp_path, dense):
     assert greedy(dense("llama"), PROMPT, 24).startswith(answer["text"])
 
 
+@pytest.mark.parametrize("asked", [{"num_beams": 3}, {"max_time": 1000.0}], ids=str)
+def test_what_the_engine_does_not_do_is_done_by_transformers(tmp_path, dense, asked):
+    folder = with_defaults(tmp_path / "asks", **asked)
+    (answer,) = api.chat(folder, max_tokens=12).answer(PROMPT)["answers"]
+    model, tokenizer = api.load(folder)
+    said = model.generate(**tokenizer(PROMPT, return_tensors="pt"), max_new_tokens=12)
+    assert answer["text"] == tokenizer.decode(said[0, len(tokenizer(PROMPT)["input_ids"]) :], skip_special_tokens=True)
+    assert (answer["text"] == greedy(dense("llama"), PROMPT, 12)) == ("num_beams" not in asked)
+
+
+def test_drawing_from_everything_does_not_ask_for_drawing(dense):
+    (answer,) = api.chat(dense("llama"), max_tokens=16, top_p=1).answer(PROMPT)["answers"]
+    assert answer["text"] == greedy(dense("llama"), PROMPT, 16)
+
+
 def test_the_oldest_turns_are_forgotten_where_there_is_no_room(templated):
     chat = api.chat(templated, max_tokens=8)
     (speaker,) = chat.speakers

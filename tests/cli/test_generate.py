@@ -176,6 +176,36 @@ def test_messages_go_through_the_chat_template_or_are_gone_on_with(rrt):
     assert [answer["text"] for answer in found["answers"]] == [greedy(rrt, PROMPTS[0])]
 
 
+def with_defaults(folder: Path, **defaults) -> Path:
+    """A pico model with generation defaults of its own."""
+    file = save_pico(folder) / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | defaults))
+    return folder
+
+
+def test_stop_strings_of_the_model_end_an_answer_unless_others_are_asked_for(tmp_path):
+    whole = greedy(save_pico(tmp_path / "plain"), PROMPTS[0], 24)
+    own, other = re.search("[ -~]{2}", whole[3:])[0], re.search("[ -~]", whole)[0]
+    for number, stops in enumerate((own, ["no such text", own])):
+        folder = with_defaults(tmp_path / str(number), stop_strings=stops)
+        (answer,) = api.generate(folder, PROMPTS[0], max_tokens=24, temperature=0)["answers"]
+        assert answer["text"] == whole[: whole.index(own)] and answer["ended"] == "stopped"
+    (answer,) = api.generate(folder, PROMPTS[0], max_tokens=24, temperature=0, stop=[other])["answers"]
+    assert answer["text"] == whole[: whole.index(other)]
+
+
+@pytest.mark.parametrize(
+    "asked, says",
+    [
+        ({"num_beams": 4}, "num_beams=4"), ({"max_time": 9.5}, "max_time=9.5"),
+        ({"penalty_alpha": 0.6, "top_k": 4}, "contrastive search"), ({"dola_layers": "low"}, "dola generation"),
+    ],
+)  # fmt: skip
+def test_what_the_models_defaults_ask_for_and_would_not_get_is_refused(tmp_path, asked, says):
+    says = f"The model's generation defaults ask for {says}, which the engine for many requests does not do."
+    fails(with_defaults(tmp_path / "asks", **asked), PROMPTS[0], says=says)
+
+
 def test_bad_input_is_one_sentence_before_any_work(dense, rrt, questions, tmp_path):
     fails(rrt, says="There has to be one kind of prompts.", code=2)
     fails(rrt, "a", "--prompts", questions, says="There has to be one kind of prompts.", code=2)
