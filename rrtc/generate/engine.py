@@ -40,6 +40,7 @@ class Engine:
         self.stages = Stages(model, by_depth=way is not FullDepth)
         self.way = (way if self.stages.loops > 1 else FullDepth)(self.stages.loops, chunk)
         self.store = self.stages.new_store(rows, context, max(self.way.most, chunk))
+        self.most = rows + waiting  # requests that it can have at once
         self._free = list(range(rows))
         self._kept: list[list[int]] = [[] for _ in self._free]  # the tokens that each row has
         self.queue: deque[Request] = deque()

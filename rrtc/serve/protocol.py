@@ -34,6 +34,7 @@ REFUSED: dict[str, tuple] = {
     "function_call": ("none", "auto"), "modalities": (["text"],), "audio": (), "prediction": (),
     "reasoning_effort": ("none",), "verbosity": (), "web_search_options": (), "moderation": (),
 }  # fmt: skip
+REFUSED_OF_STREAMS: dict[str, tuple] = {"include_obfuscation": (False,)}
 # What chat templates call them: they know no developers.
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 IN_MESSAGES = {"role", "content", "name"}
@@ -71,7 +72,7 @@ def read_call(body: bytes, chat: bool, served: str) -> Call:
         raise WrongUsage("The request is JSON, but no object with fields.")
     given = {name: value for name, value in values.items() if value is not None}
     own = {"messages", "max_completion_tokens"} if chat else {"prompt"}
-    _check_fields(given, READ | own)
+    _check_fields(given, READ | own | BOOKED, REFUSED)
     if given.get("model", served) != served:
         raise UnknownModel(f"The model {json.dumps(given['model'])} is not served here.", f"It is '{served}'.")
     prompts: list[Prompt] = [_turns(given.get("messages"))] if chat else _prompts(given.get("prompt"))
@@ -79,17 +80,19 @@ def read_call(body: bytes, chat: bool, served: str) -> Call:
     if "stream_options" in given:
         if not stream or not isinstance(given["stream_options"], dict):
             raise WrongUsage("'stream_options' is an object, for requests with 'stream'.")
-        usage = _flag(given["stream_options"], "include_usage")
+        more = {name: value for name, value in given["stream_options"].items() if value is not None}
+        _check_fields(more, {"include_usage"}, REFUSED_OF_STREAMS)
+        usage = _flag(more, "include_usage")
     return Call(prompts, _options(given, UNBOUNDED if chat else FEW), stream, usage)
 
 
-def _check_fields(given: dict[str, Any], read: set[str]) -> None:
+def _check_fields(given: dict[str, Any], read: set[str], refused: dict[str, tuple]) -> None:
     for name, value in given.items():
-        if name in REFUSED:
-            if not any(value == idle and isinstance(value, bool) == isinstance(idle, bool) for idle in REFUSED[name]):
+        if name in refused:
+            if not any(value == idle and isinstance(value, bool) == isinstance(idle, bool) for idle in refused[name]):
                 raise WrongUsage(f"'{name}' is not supported by this server.", "Leave it out.")
-        elif name not in read | BOOKED:
-            raise WrongUsage(f"There is no field '{name}' in such a request.", nearest(name, sorted(read)))
+        elif name not in read:
+            raise WrongUsage(f"There is no field '{name}' in such a request.", nearest(name, sorted(read - BOOKED)))
 
 
 def _options(given: dict[str, Any], most: int) -> AnswerOptions:
@@ -143,6 +146,9 @@ def _turn(message: Any, which: str) -> dict[str, str]:
     if isinstance(content, list):
         are_text = all(isinstance(part, dict) and part.get("type") == "text" for part in content)
         parts = [part.get("text") for part in content] if are_text else [None]
+        beside = {name for part in content for name in part if part[name] is not None} if are_text else set()
+        if more := beside - {"type", "text"}:
+            raise WrongUsage(f"{which} has '{min(more)}', which is not supported by this server.", "Leave it out.")
         content = "\n".join(parts) if all(isinstance(part, str) for part in parts) else None
     if not isinstance(content, str) or not isinstance(given.get("name", ""), str):
         raise WrongUsage(f"{which} has content that is no text.")

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from rrtc.errors import RrtcError, WrongUsage, short
 from rrtc.generate.engine import Engine
 from rrtc.generate.request import Request
-from rrtc.generate.words import Turns, Words, prompt_ids
+from rrtc.generate.words import Turns, Words, prompt_ids, stops_of
 from rrtc.recipe.generate import AnswerOptions
 
 if TYPE_CHECKING:
@@ -94,8 +94,8 @@ class Worker:
     async def submit(self, prompts: Sequence[Prompt], options: AnswerOptions) -> Answers:
         """Has the engine answer all prompts, or none of them.
 
-        Raises as `prompt_ids` and `Engine.submit` do, WrongUsage for token ids that the model does not know, and Failed
-        where the thread has ended.
+        Raises as `prompt_ids` and `Engine.submit` do, WrongUsage for token ids that the model does not know and more
+        prompts than can ever wait, and Failed where the thread has ended.
         """
         if not self.alive:
             raise Failed("The engine has stopped.")
@@ -165,9 +165,13 @@ class Worker:
                 answers.put(number, End(len(request.said), request.ended or ""))
 
     def _enter(self, answers: Answers, prompts: Sequence[Prompt], options: AnswerOptions) -> None:
+        if len(prompts) > self.engine.most:
+            sentence = f"The request has {len(prompts):,} prompts, and this server takes {self.engine.most:,} at once."
+            raise WrongUsage(sentence, "Send them in several requests.")
+        stops = stops_of(options.stop, self.engine.model.generation_config)
         for number, prompt in enumerate(prompts):
             ids = self._ids(prompt)
-            words = Words(self._tokenizer, partial(answers.put, number), options.stop)
+            words = Words(self._tokenizer, partial(answers.put, number), stops)
             seed = None if options.seed is None else (options.seed + number) % 2**32
             request = self.engine.submit(ids, options.max_tokens, seed, words.add, **options.of_generate())
             answers.requests.append(request)

@@ -155,6 +155,15 @@ def test_answers_are_drawn_and_ended_as_by_generate(client, rrt):
     assert client.completions.create(model="pico", prompt=PROMPTS[0]).usage.completion_tokens <= 16
 
 
+def test_stop_strings_of_the_model_end_an_answer_unless_others_are_asked_for(worker, client, rrt):
+    whole = greedy(rrt, PROMPTS[0])
+    own, other = whole[6:8], whole[4:6]
+    worker.engine.model.generation_config.stop_strings = [own]
+    for asked, stop in (({}, own), ({"stop": other}, other)):
+        found = client.completions.create(model="pico", prompt=PROMPTS[0], **GREEDY, **asked).choices[0]
+        assert (found.text, found.finish_reason) == (whole[: whole.index(stop)], "stop")
+
+
 def test_exits_change_nothing_where_they_are_checked_or_never_sure(rrt):
     for way in (partial(Speculate, drafts=3), partial(Leave, threshold=1.0)):
         with serving(rrt, way=way) as (worker, app):
@@ -180,6 +189,17 @@ def test_requests_share_the_steps(worker, rrt):
     assert asyncio.run(all_of_them()) == [greedy(rrt, p, 10 + 5 * n) for n, p in enumerate(PROMPTS)]
     assert worker.engine.steps == 25  # of the longest; one after the other they are 70
     assert (worker.answered, worker.tokens) == (4, 70) and is_empty(worker)
+
+
+def test_a_call_has_as_many_prompts_as_can_go_on_and_wait(rrt):
+    with serving(rrt, rows=2, waiting=3) as (worker, app):
+        http = TestClient(app)
+        for _ in range(2):
+            found = http.post("/v1/completions", json={"prompt": ["a"] * 5, "max_tokens": 3, "temperature": 0})
+            assert [choice["text"] for choice in found.json()["choices"]] == [greedy(rrt, "a", 3)] * 5
+        found = http.post("/v1/completions", json={"prompt": ["a"] * 6})
+        assert found.status_code == 400 and "6 prompts, and this server takes 5 at once." in found.text
+        assert is_empty(worker)
 
 
 # ---- what cannot be answered ----
@@ -216,6 +236,10 @@ REFUSED = [
     ({"prompt": "a", "stop": ["x", ""]}, "In the request, 'stop' is wrong"),
     ({"prompt": "a", "stream": "yes"}, "'stream' is true or false."),
     ({"prompt": "a", "stream_options": {}}, "'stream_options' is an object, for requests with 'stream'."),
+    ({"prompt": "a", "stream": True, "stream_options": {"usage": True}}, "There is no field 'usage' in such"),
+    ({"prompt": "a", "stream": True, "stream_options": {"include_obfuscation": True}}, "'include_obfuscation' is not"),
+    ({"prompt": "a", "stream": True, "stream_options": {"user": "me"}}, "There is no field 'user' in such a request."),
+    ({"prompt": ["a"] * 15}, "The request has 15 prompts, and this server takes 14 at once."),
     ({"messages": []}, "The request has no 'messages'."),
     ({"messages": ["a"]}, "Message 1 is no object with a role and content."),
     ({"messages": [{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}]}, "Message 2 has no role that"),
@@ -223,6 +247,7 @@ REFUSED = [
     ({"messages": [{"role": "user"}]}, "Message 1 has content that is no text."),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "Message 1 has content that is no text."),
     ({"messages": [{"role": "user", "content": "a", "tool_calls": [1]}]}, "Message 1 has 'tool_calls', which is not"),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "x": 1}]}]}, "Message 1 has 'x', which"),
     ({"messages": [{"role": "user", "content": "a"}], "tools": [{}]}, "'tools' is not supported"),
     ({"messages": [{"role": "user", "content": "a"}], "max_tokens": 3, "max_completion_tokens": 4}, "different things"),
     ({"messages": [{"role": "user", "content": ""}]}, "There is nothing in the prompt"),
@@ -254,6 +279,11 @@ def test_what_asks_for_nothing_is_no_matter(http):
     }  # fmt: skip
     plain = http.post("/v1/completions", json={"prompt": "a", "temperature": 0}).json()
     assert http.post("/v1/completions", json={"prompt": "a", **idle}).json()["choices"] == plain["choices"]
+    plain = http.post("/v1/completions", json={"prompt": "a"}).json()  # the model is greedy, unless something is asked
+    for idle in ({"top_p": 1}, {"top_p": 1.0, "top_k": 0, "repetition_penalty": 1, "seed": 3}):
+        assert http.post("/v1/completions", json={"prompt": "a", **idle}).json()["choices"] == plain["choices"]
+    idle = {"stream": True, "stream_options": {"include_usage": False, "include_obfuscation": False, "more": None}}
+    assert http.post("/v1/completions", json={"prompt": "a", **idle}).status_code == 200
     idle = {
         "tools": [], "tool_choice": "auto", "response_format": {"type": "text"}, "parallel_tool_calls": True,
         "modalities": ["text"], "metadata": {"a": "b"}, "store": False, "max_completion_tokens": 3,
