@@ -187,7 +187,7 @@ def export(
         from rrtc.export.stage import export
 
         if push_to_hub is not None:
-            check_push(push_to_hub)
+            check_push(push_to_hub, private)
         made = export(source, target, asked, None if report is None else _home(report))
         if push_to_hub is not None:
             made = made | {"pushed_to": push(Path(target), push_to_hub, private)}

@@ -117,6 +117,9 @@ class UptrainResult(TypedDict):
     processes: int
     device: str  # cpu, cuda …
     learning_rate: float  # at its peak
+    temperature: float  # at which the KL figures are
+    exits: str  # how they were trained, or none
+    lost_before: float | None  # nats a token that the model had lost before this run; None where that is not known
     text_sha256: dict[str, str]  # of each text that was read, by its name in the recipe
     arithmetic: str  # float32 or bfloat16
     teacher: str | None  # URI; None where there was none

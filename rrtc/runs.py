@@ -219,6 +219,11 @@ def check_run(recipe: Recipe) -> None:
             "Exits are trained after the model is healed, and a run only heals it.",
             "Leave exits out, and train them afterwards: rrtc uptrain DIR/uptrain -o DIR/exits --exits frozen.",
         )
+    if recipe.uptrain.exits == "joint" and (recipe.init.pattern.endswith("sequence") or recipe.init.loops == 1):
+        raise WrongUsage(
+            "There is nowhere to leave early: exits are at the ends of loops, and init makes none.",
+            "Leave uptrain.exits out, or let init.sharing be a cycle of two loops or more.",
+        )
     _check_kinds(recipe)
     check_sizes(recipe)
     parse_size(recipe.export.max_shard_size)

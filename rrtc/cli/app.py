@@ -14,13 +14,12 @@ import typer
 from rrtc import __version__, api, console
 from rrtc.cli import scores, tables
 from rrtc.cli.chat import chat_command
-from rrtc.cli.command import Resume, command, explained, needs_output
+from rrtc.cli.command import Resume, command, explained, needs_output, not_both
 from rrtc.cli.description import description
 from rrtc.cli.generate import generate_command
 from rrtc.cli.help import Command, Group
 from rrtc.cli.run import run_command
 from rrtc.cli.serve import serve_command
-from rrtc.errors import WrongUsage
 from rrtc.recipe.commented import commented_recipe, recipe_schema
 from rrtc.recipe.schema import Recipe
 
@@ -70,8 +69,7 @@ def init_command(
     """
     if model is None and recipe.model is None:
         raise typer.BadParameter("name the dense model, here or in the recipe", param_hint="MODEL")
-    if dry_run and resume:
-        raise WrongUsage("A dry run does no work that could be resumed.", "Leave out --dry-run or --resume.")
+    not_both(dry_run, resume)
     if dry_run:
         result = api.plan(model, recipe, verbose=shown)
         return result, tables.plan(result)
@@ -100,6 +98,7 @@ def uptrain_command(
     On several GPUs:
       torchrun --nproc-per-node 8 -m rrtc uptrain small -o healed --batch-size 64
     """
+    not_both(dry_run, resume)
     if dry_run:
         result = api.estimate(folder, recipe, verbose=shown)
         return result, tables.estimate(result)

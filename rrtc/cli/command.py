@@ -14,7 +14,7 @@ import typer
 
 from rrtc import console
 from rrtc.cli.flags import with_fields
-from rrtc.errors import RrtcError
+from rrtc.errors import RrtcError, WrongUsage
 from rrtc.io.cache import cache_folder
 from rrtc.recipe.schema import Recipe
 
@@ -121,6 +121,12 @@ def _warnings_are_notes() -> Iterator[None]:
 
         warnings.showwarning = show
         yield
+
+
+def not_both(dry_run: bool, resume: bool) -> None:
+    """Raises WrongUsage where a dry run is to go on with something."""
+    if dry_run and resume:
+        raise WrongUsage("A dry run does no work that could be resumed.", "Leave out --dry-run or --resume.")
 
 
 def needs_output(output: str | None) -> str:

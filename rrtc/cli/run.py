@@ -7,8 +7,7 @@ import typer
 
 from rrtc import api, console
 from rrtc.cli import scores, tables
-from rrtc.cli.command import Resume, needs_output
-from rrtc.errors import WrongUsage
+from rrtc.cli.command import Resume, needs_output, not_both
 from rrtc.recipe.settings import parse_settings, parse_sweep
 
 SETTING = "Another value for a field of the recipe, as in init.rank=64. Can be given several times."
@@ -61,8 +60,7 @@ def run_command(
         "settings": parse_settings(settings or []),
         "verbose": shown,
     }
-    if dry_run and resume:
-        raise WrongUsage("A dry run does no work that could be resumed.", "Leave out --dry-run or --resume.")
+    not_both(dry_run, resume)
     if dry_run:
         planned = api.plan_run(recipe, over, **given)
         return planned if over else planned["run"], tables.planned(planned)

@@ -288,10 +288,15 @@ def uptrain(result: dict, folder: str) -> Group:
     if result["first_loss"] is not None:
         rows.append(["loss", f"{result['first_loss']:.3f}", f"{result['last_loss']:.3f}"])
     if result.get("first_kl") is not None:
-        rows.append(["KL to the teacher", f"{result['first_kl']:.3f}", f"{result['last_kl']:.3f}"])
+        hot = result["temperature"]
+        at = "" if hot == 1 else f" at temperature {hot:g}"
+        rows.append([f"KL to the teacher{at}", f"{result['first_kl']:.3f}", f"{result['last_kl']:.3f}"])
     for name in (key.removeprefix("first_") for key in result if key.startswith("first_exit_")):
         _, loop, what = name.split("_")
-        shown = {"loss": "loss", "kl": "KL to the model's own end"}[what]
+        # A joint exit learns from both, where there is a teacher.
+        both = result["exits"] == "joint" and result.get("first_kl") is not None
+        end = "the mean of the teacher and the model's own end" if both else "the model's own end"
+        shown = {"loss": "loss", "kl": f"KL to {end}"}[what]
         rows.append(
             [f"exit after loop {loop}, {shown}", f"{result[f'first_{name}']:.3f}", f"{result[f'last_{name}']:.3f}"]
         )

@@ -18,9 +18,10 @@ from rrtc.io.provenance import PROVENANCE, read_provenance, without_places
 MADE_WITH_THE_REPOSITORY = {".gitattributes", "README.md"}
 
 
-def check_push(repo_id: str) -> None:
+def check_push(repo_id: str, private: bool) -> None:
     """Raises WrongUsage where `repo_id` is no name of a repository, and RrtcError where the hub cannot be reached or
-    does not take this user's token, or where there are files in that repository already."""
+    does not take this user's token, where there are files in that repository already, or where others see it although
+    it is to be `private`."""
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
     from huggingface_hub.utils import validate_repo_id
@@ -40,6 +41,7 @@ def check_push(repo_id: str) -> None:
     full_name = repo_id if "/" in repo_id else f"{owner}/{repo_id}"
     try:
         there = set(api.list_repo_files(full_name)) - MADE_WITH_THE_REPOSITORY
+        is_public = not api.repo_info(full_name).private
     except RepositoryNotFoundError:
         return
     except Exception as error:
@@ -48,6 +50,10 @@ def check_push(repo_id: str) -> None:
         raise RrtcError(
             f"There are files in {full_name} on the hub already, such as {min(there)}.",
             "Name a new repository: rrtc overwrites nothing.",
+        )
+    if private and is_public:
+        raise RrtcError(
+            f"{full_name} is on the hub already, where everybody sees it.", "Make it private there, or name a new one."
         )
 
 
@@ -69,7 +75,8 @@ def push(folder: Path, repo_id: str, private: bool) -> str:
     except Exception as error:  # as above
         raise RrtcError(
             f"The export in {folder} is whole, but was not pushed to {repo_id}: {_reason(error)}.",
-            f"Push it with: hf upload {repo_id} {folder} --exclude {PROVENANCE} (which says where things are here).",
+            f"Push it with: hf upload {repo_id} {folder}{' --private' if private else ''} --exclude {PROVENANCE} "
+            "(which says where things are here).",
         ) from error
     return str(url)
 

@@ -5,7 +5,7 @@ from typing import Any, Literal
 from pydantic import AliasChoices, Field, ValidationInfo, field_validator, model_validator
 
 from rrtc.errors import nearest
-from rrtc.recipe.section import BUILT_IN_TEXT, Section
+from rrtc.recipe.section import BUILT_IN_TEXT, OWN_TEXT, Section
 
 DISTILLATIONS = ("forward_kl", "reverse_kl", "jensen_shannon", "total_variation")  # paper appendix I
 MOST_WEIGHT = 1_000_000
@@ -140,6 +140,9 @@ class UptrainRecipe(Section):
         what, known = WEIGHTED[info.field_name or ""]
         if isinstance(value, list):
             pairs = [str(item).partition("=") for item in value]
+            names = [name.strip() for name, _, _ in pairs]
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise ValueError(f"{twice[0]} is there twice")
             value = {name.strip(): weight.strip() for name, _, weight in pairs}
         for name in value if isinstance(value, dict) else ():
             if name not in known:
@@ -193,6 +196,20 @@ class UptrainRecipe(Section):
         others += ["exits"] if self.exits != "none" else []
         if self.transfers and others:
             raise ValueError(f"the loss 'attention' is a stage of its own, and does not go with {others[0]}")
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_is_idle(self) -> "UptrainRecipe":
+        """What was asked for, and would say nothing: it was meant to."""
+        asks = self.distills or self.exits == "frozen"
+        if self.teacher_cache is not None and not asks:
+            raise ValueError("a teacher_cache keeps what a teacher says, and these losses ask none")
+        if self.teacher is not None and not asks and OWN_TEXT not in self.data:
+            raise ValueError("a teacher is named, and these losses ask none")
+        for name, says in (("exit_weight", self.exits != "none"), ("decay", self.schedule != "cosine")):
+            if not says and getattr(self, name) != type(self).model_fields[name].default:
+                needed = "exits" if name == "exit_weight" else "schedule warmup_stable_decay"
+                raise ValueError(f"{name} says nothing without {needed}")
         return self
 
     @model_validator(mode="after")

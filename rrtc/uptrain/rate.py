@@ -23,12 +23,14 @@ def default_rate(lost: float | None, tokens: int) -> float:
 
 
 def lost_by(provenance: dict[str, Any]) -> float | None:
-    """What the model of a folder has lost, in nats a token, as its rrtc.yaml says: by healing's last KL, or by init's
-    closing measurement; None where neither was measured."""
+    """What the model of a folder has lost, in nats a token, as its rrtc.yaml says: by healing's last KL, where that is
+    at temperature 1, or by what was known before; else by init's closing measurement. None where none was measured."""
     measured = provenance["measured"]
-    healed = measured.get("uptrain", {}).get("last_kl")
-    if isinstance(healed, int | float):
-        return float(healed)
+    healed = measured.get("uptrain", {})
+    known = healed.get("last_kl") if healed.get("temperature", 1) == 1 else None
+    found = healed.get("lost_before") if known is None else known
+    if isinstance(found, int | float):
+        return float(found)
     loss = measured.get("init", {}).get("loss")
     match loss:
         case {"dense": float(dense), "after_init": float(after)}:

@@ -29,6 +29,7 @@ from rrtc.uptrain.data import Stream, given
 from rrtc.uptrain.exits import TOKENS_PER_INPUT, add_exits, exits_of, fit_exits
 from rrtc.uptrain.job import Job
 from rrtc.uptrain.optimizer import make_optimizer
+from rrtc.uptrain.rate import lost_by
 from rrtc.uptrain.sharding import save_whole, shard, whole_state
 from rrtc.uptrain.stability import PROFILED, Variances, add_gains, match, profile
 from rrtc.uptrain.student import Student
@@ -238,6 +239,9 @@ class DistillationTrainer(Trainer):
             "tokens_per_second": round(tokens / seconds, 1),
             "processes": process_group().num_processes,
             "learning_rate": self.job.learning_rate,
+            "temperature": self.job.recipe.temperature,
+            "exits": self.job.recipe.exits,
+            "lost_before": lost_by(self.job.provenance),
             "text_sha256": {source.name: source.shard.text for source in self.job.text.sources if source.shard.text},
             "device": self.args.device.type,
             "arithmetic": self.job.arithmetic,
@@ -259,7 +263,8 @@ def arguments(job: Job, steps: int, output: Path, save: bool) -> TrainingArgumen
         learning_rate=job.learning_rate,
         lr_scheduler_type=recipe.schedule,
         lr_scheduler_kwargs=_decay(recipe, steps),
-        warmup_steps=recipe.warmup,  # below 1: a share of the steps
+        # Below 1 a share of the steps. The rate rises from 0, so that a run of one step would learn nothing.
+        warmup_steps=recipe.warmup if steps > 1 else 0,
         max_grad_norm=recipe.max_grad_norm,
         seed=recipe.seed,
         save_strategy="steps" if save else "no",

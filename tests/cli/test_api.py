@@ -12,6 +12,7 @@ import torch
 import yaml
 from pico import ARCHITECTURES, pico_model, save_pico
 from rich.console import Console
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -116,6 +117,23 @@ def test_a_run_returns_what_its_stages_return(folders, tmp_path):
         api.run(recipe, tmp_path / "run", resume=True)
     with pytest.raises(WrongUsage, match="does not name a model"):
         api.run({}, tmp_path / "other")
+
+
+def test_a_run_of_one_step_learns_something(folders, tmp_path):
+    given = TRAINING | {"tokens": 64}
+    with warnings.catch_warnings(action="ignore", category=console.RrtcWarning):
+        made = api.uptrain(folders[0] / "small", tmp_path / "healed", **given)
+    assert made["steps"] == 1
+    before, after = (load_file(folder / "model.safetensors") for folder in (folders[0] / "small", tmp_path / "healed"))
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_run_whose_loops_have_no_ends_to_leave_at_is_refused_before_it_begins(folders, tmp_path):
+    recipe = {"model": str(folders[0] / "dense"), "uptrain": {"exits": "joint"}}
+    for init in ({"sharing": "sequence"}, {"sharing": "middle_sequence", "keep": 1}, {"loops": 1, "budget": 0.9}):
+        with pytest.raises(WrongUsage, match="nowhere to leave early: exits are at the ends of loops"):
+            api.run(recipe | {"init": init}, tmp_path / "run")
+        assert not (tmp_path / "run").exists()
 
 
 def test_an_export_that_is_multiplied_out_is_described_by_its_own_figures(folders, tmp_path):

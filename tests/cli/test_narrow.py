@@ -42,7 +42,7 @@ INSPECTED = {
 }  # fmt: skip
 UPTRAINED = {
     "tokens": 24_576, "seconds": 300.0, "first_loss": 4.1, "last_loss": 3.2, "first_kl": 0.7, "last_kl": 0.5,
-    "first_exit_1_loss": 5.0, "last_exit_1_loss": 4.5,
+    "first_exit_1_loss": 5.0, "last_exit_1_loss": 4.5, "temperature": 1.0, "exits": "joint",
 }  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from rrtc.errors import RrtcError
 from rrtc.export.push import check_push
 for name in sys.argv[1:]:
     try:
-        check_push(name)
+        check_push(name.removesuffix(" (private)"), name.endswith(" (private)"))
         print("fine")
     except RrtcError as error:
         print(error.exit_code, error.sentence, "|", error.hint)
@@ -44,6 +44,7 @@ class Hub(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Answer)
         self.there = {"me/full": [".gitattributes", "model.safetensors"], "me/empty": [".gitattributes", "README.md"]}
+        self.hidden: set[str] = set()  # that nobody else sees
         self.asked: list[str] = []
         self.made: list[dict] = []
         self.files: dict[str, bytes] = {}
@@ -114,6 +115,8 @@ class Answer(BaseHTTPRequestHandler):
             return self.send(200, {"success": True, "commitUrl": f"{self.server.url}/c/1", "commitOid": "1"})
         name = "/".join(what[3:5])
         if path.startswith("/api/models/") and name in self.server.there:
+            if len(what) == 5:
+                return self.send(200, {"id": name, "private": name in self.server.hidden})
             files = self.server.there[name]
             return self.send(200, [{"type": "file", "path": file, "size": 1, "oid": "0"} for file in files])
         return self.send(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
@@ -186,7 +189,9 @@ def test_a_push_that_fails_leaves_the_export_and_says_how_to_go_on(rrt, hub, tmp
 
 @pytest.mark.slow
 def test_what_is_checked_before_the_work(hub, tmp_path):
+    hub.there["me/hidden"], hub.hidden = hub.there["me/empty"], {"me/hidden"}
     names = ("me/new", "new", "me/empty", "me/full", "full", "a/b/c", "not a name")
+    names += ("me/empty (private)", "me/hidden (private)", "me/hidden", "me/new (private)")
     done = python(CHECKS, *names, env=hub.environment(tmp_path))
     full = (
         "1 There are files in me/full on the hub already, such as model.safetensors. | "
@@ -196,6 +201,8 @@ def test_what_is_checked_before_the_work(hub, tmp_path):
         "fine", "fine", "fine", full, full,
         "2 'a/b/c' is no name of a repository. | Write it as user/name.",
         "2 'not a name' is no name of a repository. | Write it as user/name.",
+        "1 me/empty is on the hub already, where everybody sees it. | Make it private there, or name a new one.",
+        "fine", "fine", "fine",
     ]  # fmt: skip
     login = "Run 'hf auth login', or set HF_TOKEN, to a token that may write."
     done = python(CHECKS, "me/new", env=hub.environment(tmp_path, token=None))

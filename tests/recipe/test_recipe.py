@@ -8,7 +8,7 @@ from rrtc.errors import WrongUsage, nearest
 from rrtc.recipe.eval import EvalRecipe
 from rrtc.recipe.export import ExportRecipe
 from rrtc.recipe.init import MATRIX_GROUPS, InitRecipe
-from rrtc.recipe.schema import Recipe, load_recipe, with_flags
+from rrtc.recipe.schema import Recipe, checked, load_recipe, with_flags
 from rrtc.recipe.uptrain import UptrainRecipe
 from rrtc.units import parse_count, parse_size
 
@@ -40,6 +40,31 @@ def test_values_in_a_file_replace_the_defaults_and_only_those(tmp_path):
     assert recipe == Recipe(
         model="some/where", init=InitRecipe(loops=3), uptrain=UptrainRecipe(tokens=60 * 10**9, data=["a.txt"])
     )
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"losses": {"next_token": 1}, "teacher_cache": "x"}, "a teacher_cache keeps what a teacher says"),
+        ({"losses": {"next_token": 1}, "teacher": "x"}, "a teacher is named, and these losses ask none"),
+        ({"exit_weight": 0.3}, "exit_weight says nothing without exits"),
+        ({"decay": 0.5}, "decay says nothing without schedule warmup_stable_decay"),
+        ({"losses": ["forward_kl=1", "forward_kl=2"]}, "forward_kl is there twice"),
+    ],
+)
+def test_what_would_say_nothing_is_refused(fields, says):
+    with pytest.raises(WrongUsage, match=says):
+        checked(UptrainRecipe, fields, "a test")
+
+
+def test_what_says_something_is_not(tmp_path):
+    for fields in (
+        {"losses": {"next_token": 1}, "teacher": "x", "data": ["self"]},
+        {"losses": {"next_token": 1}, "exits": "frozen", "teacher": "x", "teacher_cache": "y"},
+        {"exits": "joint", "exit_weight": 0.3},
+        {"schedule": "warmup_stable_decay", "decay": 0.5},
+    ):
+        checked(UptrainRecipe, fields, "a test")
 
 
 def test_a_number_may_have_an_exponent(tmp_path):

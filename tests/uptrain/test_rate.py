@@ -32,6 +32,8 @@ def test_what_was_lost_is_the_last_that_was_measured():
     assert lost_by({"measured": {"init": init}}) == 0.5
     assert lost_by({"measured": {"init": init, "uptrain": {"last_kl": 0.25}}}) == 0.25
     assert lost_by({"measured": {"init": init, "uptrain": {"last_kl": None}}}) == 0.5
+    for healed in ({"last_kl": None}, {"last_kl": 0.02, "temperature": 4.0}):  # of exits alone, and of softened ones
+        assert lost_by({"measured": {"init": init, "uptrain": healed | {"lost_before": 0.3}}}) == 0.3
     assert lost_by({"measured": {"init": {}}}) is None
 
 
