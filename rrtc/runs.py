@@ -16,7 +16,7 @@ from rrtc.init.dry_run import dry_run
 from rrtc.io.provenance import read_provenance
 from rrtc.io.report import read_report
 from rrtc.io.resumable import difference
-from rrtc.io.source import find_model
+from rrtc.io.source import find_model, read_config
 from rrtc.kv_budget import LAST_LOOP
 from rrtc.recipe.schema import Recipe
 from rrtc.recipe.section import OWN_TEXT
@@ -25,7 +25,7 @@ from rrtc.results import Report, RunPlanResult
 from rrtc.storage import BITS
 from rrtc.text.sources import check_source
 from rrtc.units import parse_size
-from rrtc.uptrain.checks import check_features, check_recipe
+from rrtc.uptrain.checks import check_features, check_recipe, training_flops
 
 STAGES = ("init", "uptrain", "eval", "export")
 MADE_FROM = {
@@ -88,13 +88,19 @@ def sweep_recipes(recipes: Mapping[str, Recipe], output: Path) -> dict[str, Any]
 def plan_run(recipe: Recipe) -> RunPlanResult:
     """What a run would do, without doing it: the recipe with what its defaults stand for, init's plan, and the steps
     of the training. Raises what would stop the run, as far as recipe, config and headers show it."""
+    from rrtc.stock.architecture import read_architecture
+    from rrtc.text.windows import longest_context
+
     check_run(recipe)
     plan, training = dry_run(cast(str, recipe.model), recipe), recipe.uptrain
-    steps = -(-training.tokens // (training.batch_size * training.context))
-    tokens, flops = steps * training.batch_size * training.context, plan["flops_per_token"]
+    config = read_config(find_model(cast(str, recipe.model), config_only=True).folder)
+    a_step = training.batch_size * longest_context(config, training.context)
+    steps = -(-training.tokens // a_step)
+    tokens, flops = steps * a_step, plan["flops_per_token"]
     if flops is not None:
-        flops = (4 if training.activation_checkpointing else 3) * flops
-        flops += plan["dense_flops_per_token"] if training.distills else 0
+        teacher = plan["dense_flops_per_token"] if training.distills else 0
+        exits = recipe.init.loops - 1 if training.exits != "none" else 0
+        flops = training_flops(training, flops, teacher, exits, read_architecture(config).head_flops)
     resolved = {"model": recipe.model} | {stage: getattr(recipe, stage).resolved() for stage in STAGES}
     of_training = {"steps": steps, "tokens": tokens, "flops_total": None if flops is None else flops * tokens}
     return cast(RunPlanResult, {"recipe": resolved, "plan": plan, "uptrain": of_training})

@@ -24,6 +24,18 @@ def check_recipe(recipe: UptrainRecipe) -> None:
         )
 
 
+def training_flops(recipe: UptrainRecipe, model: int, teacher: int, exits: int, head: int) -> int:
+    """Floating-point operations to train on one token, without attention over the context: forward, backward at twice
+    its price, the forward pass repeated under activation checkpointing, the teacher's forward pass, and for each exit
+    the head: forward, backward, and once more for what the model says in the end.
+
+    model, teacher: of a forward pass over a token, 0 where there is no teacher. head: multiply-adds of a pass
+    through the head. exits: how many are trained.
+    """
+    passes = 1 if recipe.freezes else 4 if recipe.activation_checkpointing else 3
+    return passes * model + teacher + exits * 4 * 2 * head
+
+
 def check_features(recipe: UptrainRecipe, features: Collection[str]) -> None:
     """Raises RrtcError where `recipe` asks for what cannot be done with a model that has these `features`."""
     wanted = {

@@ -28,7 +28,7 @@ from rrtc.recipe.uptrain import UptrainRecipe
 from rrtc.stock.architecture import read_architecture, read_plan
 from rrtc.stock.trial import Branch
 from rrtc.text.windows import longest_context
-from rrtc.uptrain.checks import check_features, check_recipe
+from rrtc.uptrain.checks import check_features, check_recipe, training_flops
 from rrtc.uptrain.data import ORDER, Mixture, Stream, training_text
 from rrtc.uptrain.exits import with_exits
 from rrtc.uptrain.rate import EXITS, TRANSFER, default_rate, lost_by
@@ -97,13 +97,12 @@ class Job:
         return self.arithmetic == "bfloat16"
 
     def flops_per_token(self) -> int:
-        """Floating-point operations to train on one token, without attention over the context: forward, backward at
-        twice its price, the forward pass repeated under activation checkpointing, the teacher's forward pass, and for
-        each exit the head: forward, backward, and once more for what the model says in the end."""
-        passes = 1 if self.recipe.freezes else 4 if self.recipe.activation_checkpointing else 3
+        """As `training_flops` counts them."""
         teacher = read_architecture(self.teacher.config()).flops_per_token if self.teacher else 0
-        exits = len(self.plan.exits) * 4 * 2 * self.plan.architecture.head_flops if self.recipe.exits != "none" else 0
-        return passes * self.plan.flops_per_token + teacher + exits
+        exits = len(self.plan.exits) if self.recipe.exits != "none" else 0
+        return training_flops(
+            self.recipe, self.plan.flops_per_token, teacher, exits, self.plan.architecture.head_flops
+        )  # fmt: skip
 
     def checkpoint_bytes(self) -> int:
         """Disk space that the run's checkpoints take at most: weights and two moments in float32, the two last ones

@@ -128,6 +128,17 @@ def test_a_run_of_one_step_learns_something(folders, tmp_path):
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.parametrize("asked", [{"exits": "joint"}, {"losses": {"next_token": 1.0}}, {"context": 512}])
+def test_the_dry_run_of_a_run_counts_as_that_of_its_training(folders, asked):
+    """A context of 512 is more than the model can see."""
+    training = TRAINING | {"batch_size": 1, "micro_batch": 1} | asked
+    with warnings.catch_warnings(action="ignore", category=console.RrtcWarning):
+        estimate = api.estimate(folders[0] / "small", **training)
+        recipe = {"model": str(folders[0] / "dense"), "init": {"loops": 3, "rank": 4}, "uptrain": training}
+        planned = api.plan_run(recipe)["run"]["uptrain"]
+    assert planned == {name: estimate[name] for name in ("steps", "tokens", "flops_total")}
+
+
 def test_a_run_whose_loops_have_no_ends_to_leave_at_is_refused_before_it_begins(folders, tmp_path):
     recipe = {"model": str(folders[0] / "dense"), "uptrain": {"exits": "joint"}}
     for init in ({"sharing": "sequence"}, {"sharing": "middle_sequence", "keep": 1}, {"loops": 1, "budget": 0.9}):
