@@ -1,5 +1,6 @@
 """Text: what is read from which source, what is held out, and how it becomes windows of tokens."""
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -189,7 +190,7 @@ def test_of_few_conversations_some_are_held_out_whole(tmp_path, count):
     ]
     file = tmp_path / "chats.jsonl"
     file.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in turns))
-    tokenizer = pico_tokenizer()
+    tokenizer = copy.deepcopy(pico_tokenizer())  # which all tests share
     tokenizer.chat_template = "{% for turn in messages %}{{ turn.role }}: {{ turn.content }}</s>{% endfor %}"
     found = list(documents(str(file), "text", tokenizer))
     assert len(set(found)) == count

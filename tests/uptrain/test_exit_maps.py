@@ -96,6 +96,8 @@ def left_after(model: RrtForCausalLM, place: int, ids: Tensor) -> Tensor:
 def test_whoever_leaves_the_model_goes_through_the_map(architecture, ids):
     plain = looped(architecture)
     model = with_maps(plain)
+    # Gemma 2 computes softmax in float32: a token by itself may differ from one in its text by so much.
+    near = {"atol": 1e-6, "rtol": 1e-5} if architecture == "gemma2" else {"atol": 1e-7, "rtol": 1e-7}
     assert torch.equal(model(ids).logits, plain(ids).logits)  # whose whole passes know nothing of it
     parts = Parts(model)
     _, outputs = parts.run(ids, ENDS)
@@ -109,8 +111,10 @@ def test_whoever_leaves_the_model_goes_through_the_map(architecture, ids):
         halves = Halves(model, place, cache, ids[:1, :-1])
         guessed = halves.head.over_all(halves.early(int(ids[0, -1])))[0]
         said = guessed > -torch.inf
-        torch.testing.assert_close(guessed[said], expected[0, -1][said])
-        torch.testing.assert_close(halves.late()[0], plain(ids[:1]).logits[0, -1])  # from states without the map
+        torch.testing.assert_close(guessed[said], expected[0, -1][said], **near)
+        torch.testing.assert_close(
+            halves.late()[0], plain(ids[:1]).logits[0, -1], **near
+        )  # from states without the map
     assert (expected - parts.head(outputs[1][0] if isinstance(outputs[1], tuple) else outputs[1][0])).abs().max() > 0.01
 
 
