@@ -377,8 +377,10 @@ def generate(
 def _generate(
     name: str, prompts: "list[Prompt]", options: WayOptions, verbose: bool, show: "Show | None" = None,
     done: "Callable[[int, GeneratedResult], None] | None" = None, numbers: Sequence[int] | None = None,
+    fingerprint: str | None = None,
 ) -> GenerateResult:  # fmt: skip
-    """`generate`, of checked arguments. numbers: as for rrtc.generate.answers.answer_all."""
+    """`generate`, of checked arguments. numbers: as for rrtc.generate.answers.answer_all. fingerprint: the model's
+    `answers_hash`, where it is known already: all weights are read for it."""
     with _work(verbose, f"Reading {name}"):
         source = find_model(name)
         source.weights()
@@ -391,8 +393,8 @@ def _generate(
         loaded, tokenizer = load(source.folder, device=device())
         options = options.model_copy(update={"stop": stops_of(options.stop, loaded.generation_config)})
         return answer_all(
-            name, loaded, tokenizer, prompts, options, bool(trained_exits(source.folder)), answers_hash(source.folder),
-            show, done, numbers,
+            name, loaded, tokenizer, prompts, options, bool(trained_exits(source.folder)),
+            fingerprint or answers_hash(source.folder), show, done, numbers,
         )  # fmt: skip
 
 
@@ -404,8 +406,8 @@ def generate_file(
     run has answered already. What is returned is about the prompts that were answered now; None where all had been."""
     asked, name = with_flags(WayOptions(), options, "the call"), _home(model)
     rows = read_prompts(Path(_home(prompts)))
-    made_by = asked.model_dump(mode="json") | {"model": answers_hash(find_model(name).folder)}
-    file = AnswersFile(Path(_home(output)), rows, made_by)
+    fingerprint = answers_hash(find_model(name).folder)
+    file = AnswersFile(Path(_home(output)), rows, asked.model_dump(mode="json") | {"model": fingerprint})
     file.check(resume)
     left = [number for number in range(len(rows)) if number not in file.done]
     with file.writing():
@@ -413,7 +415,7 @@ def generate_file(
             return None
         return _generate(
             name, [prompt_of(rows[number]) for number in left], asked, verbose,
-            done=lambda number, answer: file.add(left[number], answer), numbers=left,
+            done=lambda number, answer: file.add(left[number], answer), numbers=left, fingerprint=fingerprint,
         )  # fmt: skip
 
 

@@ -100,9 +100,8 @@ class Job:
         """As `training_flops` counts them."""
         teacher = read_architecture(self.teacher.config()).flops_per_token if self.teacher else 0
         exits = len(self.plan.exits) if self.recipe.exits != "none" else 0
-        return training_flops(
-            self.recipe, self.plan.flops_per_token, teacher, exits, self.plan.architecture.head_flops
-        )  # fmt: skip
+        head = self.plan.architecture.head_flops
+        return training_flops(self.recipe, self.plan.flops_per_token, teacher, exits, head)
 
     def checkpoint_bytes(self) -> int:
         """Disk space that the run's checkpoints take at most: weights and two moments in float32, the two last ones
