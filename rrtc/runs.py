@@ -28,11 +28,8 @@ from rrtc.units import parse_size
 from rrtc.uptrain.checks import check_features, check_recipe, training_flops
 
 STAGES = ("init", "uptrain", "eval", "export")
-MADE_FROM = {
-    "uptrain": ("init",),
-    "eval": ("uptrain",),
-    "export": ("uptrain", "eval"),
-}  # whose card has scores
+# What each stage was made from; the card of an export has the scores of eval.
+MADE_FROM = {"uptrain": ("init",), "eval": ("uptrain",), "export": ("uptrain", "eval")}
 REPORT = "report"  # of a sweep, in its folder
 SHARED = "init"  # of a sweep over what comes after it
 

@@ -117,9 +117,8 @@ class AnswersFile:
                 self._partial.unlink()
 
     def add(self, number: int, answer: GeneratedResult) -> None:
-        if (
-            self._stream is None
-        ):  # anew, because the last line may have been cut off; and in one go, so that none is lost
+        if self._stream is None:
+            # Anew, because the last line may have been cut off; and in one go, so that none is lost.
             with whole_file(self._partial) as temporary:
                 temporary.write_text(_lines(self._head, *map(list, self.done.items())), encoding="utf8")
             self._stream = self._open.enter_context(self._partial.open("a", encoding="utf8"))
