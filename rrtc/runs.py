@@ -9,14 +9,16 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from rrtc.architecture import Architecture
 from rrtc.console import note, warn
 from rrtc.errors import RrtcError, WrongUsage
 from rrtc.features import check_carried
 from rrtc.init.dry_run import dry_run
+from rrtc.io.architectures import dense_of
 from rrtc.io.provenance import read_provenance
 from rrtc.io.report import read_report
 from rrtc.io.resumable import difference
-from rrtc.io.source import find_model, read_config
+from rrtc.io.source import Source, find_model
 from rrtc.kv_budget import LAST_LOOP
 from rrtc.recipe.schema import Recipe
 from rrtc.recipe.section import OWN_TEXT
@@ -85,22 +87,28 @@ def sweep_recipes(recipes: Mapping[str, Recipe], output: Path) -> dict[str, Any]
 def plan_run(recipe: Recipe) -> RunPlanResult:
     """What a run would do, without doing it: the recipe with what its defaults stand for, init's plan, and the steps
     of the training. Raises what would stop the run, as far as recipe, config and headers show it."""
-    from rrtc.stock.architecture import read_architecture
-    from rrtc.text.windows import longest_context
-
     check_run(recipe)
     plan, training = dry_run(cast(str, recipe.model), recipe), recipe.uptrain
-    config = read_config(find_model(cast(str, recipe.model), config_only=True).folder)
-    a_step = training.batch_size * longest_context(config, training.context)
+    architecture = _architecture(find_model(cast(str, recipe.model), config_only=True))
+    a_step = training.batch_size * min(training.context, architecture.context or training.context)
     steps = -(-training.tokens // a_step)
     tokens, flops = steps * a_step, plan["flops_per_token"]
     if flops is not None:
         teacher = plan["dense_flops_per_token"] if training.distills else 0
         exits = recipe.init.loops - 1 if training.exits != "none" else 0
-        flops = training_flops(training, flops, teacher, exits, read_architecture(config).head_flops)
+        flops = training_flops(training, flops, teacher, exits, architecture.head_flops)
     resolved = {"model": recipe.model} | {stage: getattr(recipe, stage).resolved() for stage in STAGES}
     of_training = {"steps": steps, "tokens": tokens, "flops_total": None if flops is None else flops * tokens}
     return cast(RunPlanResult, {"recipe": resolved, "plan": plan, "uptrain": of_training})
+
+
+def _architecture(source: Source) -> Architecture:
+    """What the dense model is made of that `source` is, or was made from."""
+    if not source.is_recursive:
+        return dense_of(source).architecture
+    from rrtc.io.recursive import plan_by_layer
+
+    return plan_by_layer(source.folder).architecture
 
 
 def _is_interruption(error: Exception) -> bool:
