@@ -9,16 +9,15 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from rrtc.architecture import Architecture
 from rrtc.console import note, warn
 from rrtc.errors import RrtcError, WrongUsage
 from rrtc.features import check_carried
 from rrtc.init.dry_run import dry_run
-from rrtc.io.architectures import dense_of
+from rrtc.init.first_plan import first_plan
 from rrtc.io.provenance import read_provenance
 from rrtc.io.report import read_report
 from rrtc.io.resumable import difference
-from rrtc.io.source import Source, find_model
+from rrtc.io.source import Source, find_model, load_tokenizer, read_config
 from rrtc.kv_budget import LAST_LOOP
 from rrtc.recipe.schema import Recipe
 from rrtc.recipe.section import OWN_TEXT
@@ -89,7 +88,13 @@ def plan_run(recipe: Recipe) -> RunPlanResult:
     of the training. Raises what would stop the run, as far as recipe, config and headers show it."""
     check_run(recipe)
     plan, training = dry_run(cast(str, recipe.model), recipe), recipe.uptrain
-    architecture = _architecture(find_model(cast(str, recipe.model), config_only=True))
+    source = find_model(cast(str, recipe.model), config_only=True)
+    first = first_plan(source, recipe.init)[0]
+    if training.stability == "admin":
+        from rrtc.uptrain.stability import branches_of
+
+        branches_of(first, _dense_config(source))
+    architecture = first.architecture
     a_step = training.batch_size * min(training.context, architecture.context or training.context)
     steps = -(-training.tokens // a_step)
     tokens, flops = steps * a_step, plan["flops_per_token"]
@@ -100,15 +105,6 @@ def plan_run(recipe: Recipe) -> RunPlanResult:
     resolved = {"model": recipe.model} | {stage: getattr(recipe, stage).resolved() for stage in STAGES}
     of_training = {"steps": steps, "tokens": tokens, "flops_total": None if flops is None else flops * tokens}
     return cast(RunPlanResult, {"recipe": resolved, "plan": plan, "uptrain": of_training})
-
-
-def _architecture(source: Source) -> Architecture:
-    """What the dense model is made of that `source` is, or was made from."""
-    if not source.is_recursive:
-        return dense_of(source).architecture
-    from rrtc.io.recursive import plan_by_layer
-
-    return plan_by_layer(source.folder).architecture
 
 
 def _is_interruption(error: Exception) -> bool:
@@ -313,16 +309,24 @@ def check_models(recipe: Recipe) -> None:
     """Raises what the later stages of a run would raise about the models and packages that they need, before the first
     one spends its time: all but what takes the compressed model to tell."""
     from rrtc.export.stage import check_format
-    from rrtc.stock.architecture import read_architecture
     from rrtc.text.windows import longest_context
-    from rrtc.uptrain.job import check_reporter, check_tokens
+    from rrtc.uptrain.job import check_reporter, check_teacher, check_tokens
+    from rrtc.uptrain.stability import branches_of
 
-    check_reporter(recipe.uptrain.report_to)
-    if recipe.uptrain.teacher is not None:
-        find_model(recipe.uptrain.teacher)
-    config = find_model(cast(str, recipe.model)).config()
-    check_tokens(recipe.uptrain, longest_context(config, recipe.uptrain.context))
-    check_format(recipe.export, config, read_architecture(config).parameters)
+    training, source = recipe.uptrain, find_model(cast(str, recipe.model))
+    check_reporter(training.report_to)
+    plan, config = first_plan(source, recipe.init)[0], _dense_config(source)
+    if training.teacher is not None:
+        check_teacher(find_model(training.teacher), training, config, load_tokenizer(source.folder))
+    if training.stability == "admin":
+        branches_of(plan, config)
+    check_tokens(training, longest_context(config, training.context))
+    check_format(recipe.export, config, plan.architecture.parameters)
+
+
+def _dense_config(source: Source):
+    """The transformers config of the dense model that `source` is, or was made from."""
+    return read_config(source.folder).base_config if source.is_recursive else source.config()
 
 
 def _check_same_recipe(stage: str, folder: Path, recipe: Recipe) -> None:

@@ -157,12 +157,27 @@ def test_a_run_whose_text_is_missing_stops_before_the_first_stage(tmp_path):
         ("gpt2", {"export": {"format": "dense", "quantize": "int4"}}, "keeps its matrices transposed"),
         ("llama", {"export": {"quantize": "int4", "calibrate_on": ["nowhere.txt"]}}, "There is no text at nowhere.txt"),
         ("llama", {"export": {"max_shard_size": "much"}}, "'much' is not a size"),
+        (
+            *("gemma3", {"init": {"norms": "shared"}, "uptrain": {"context": 32, "stability": "admin"}}),
+            "its visits share them, so that stability admin has no gain",
+        ),
+        ("llama", {"uptrain": {"context": 32, "teacher": "larger"}}, "so it cannot teach it token by token"),
+        (
+            *("llama", {"uptrain": {"context": 32, "teacher": "deeper", "losses": {"hidden": 1}}}),
+            "The loss 'hidden' compares layer by layer",
+        ),
     ],
 )
-def test_a_run_whose_end_is_impossible_stops_before_the_first_stage(architecture, changes, says, tmp_path, monkeypatch):
+def test_a_run_whose_end_is_impossible_stops_before_the_first_stage(
+    architecture, changes, says, tmp_path, tmp_path_factory, monkeypatch
+):
     monkeypatch.delenv("RRTC_LLAMA_CPP", raising=False)
     recipe = {"model": str(save_pico(tmp_path / "dense", architecture)), "uptrain": {"context": 32}} | changes
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    others = {"larger": {"vocab_size": 600}, "deeper": {"num_hidden_layers": 8}}
+    if (teacher := recipe["uptrain"].get("teacher")) in others:
+        monkeypatch.chdir(tmp_path_factory.mktemp("teachers"))
+        save_pico(Path(teacher), **others[teacher])
     result = CliRunner().invoke(app, ["run", str(tmp_path / "recipe.yaml"), "-o", str(tmp_path / "out")])
     assert result.exit_code in (1, 2) and says in result.stderr, result.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "recipe.yaml"]

@@ -102,6 +102,24 @@ def test_what_cannot_be_is_said_before_the_first_run(recipe, tmp_path, monkeypat
     rrtc(recipe, code=2)  # and an output is needed
 
 
+def test_a_dry_run_refuses_gains_that_cannot_be(tmp_path):
+    save_pico(tmp_path / "gemma", "gemma3")
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump({"model": str(tmp_path / "gemma")} | SMALL))
+    asked = ["--set", "init.norms=shared", "--set", "uptrain.stability=admin", "--dry-run"]
+    assert "stability admin has no gain" in rrtc(file, *asked, code=2).stderr
+
+
+def test_a_run_may_begin_with_a_model_whose_cache_it_plans_anew(recipe, tmp_path):
+    first, file = tmp_path / "recursive", tmp_path / "again.yaml"
+    api.init(recipe.with_name("dense"), first, loops=2, rank=4, measure_tokens=0)
+    file.write_text(yaml.safe_dump({"model": str(first)} | SMALL | {"init": {"kv_budget": 0.6, "kv_context": 64}}))
+    assert "at 64 tokens the KV cache takes 0.5" in rrtc(file, "--dry-run").output
+    runs.check_models(load_recipe(str(file)))  # raises nothing
+    budgets = ["--set", "uptrain.tokens=32"]
+    assert "less than one batch" in rrtc(file, "-o", tmp_path / "out", *budgets, code=2).stderr
+
+
 # ---- the work ----
 
 

@@ -4,12 +4,10 @@ Torch and transformers are needed to look at a model for the first time, and not
 """
 
 from rrtc import machine
-from rrtc.init.dtypes import propose_16_bits, stored_dtype
+from rrtc.init.first_plan import first_plan, propose_16_bits
 from rrtc.init.memory import PROGRAM_BYTES, init_bytes
-from rrtc.io.architectures import dense_of, has_weights
 from rrtc.io.source import find_model, read_config
-from rrtc.kv_budget import KvBudget, check_replan, without_windows
-from rrtc.patterns import make_plan
+from rrtc.kv_budget import KvBudget
 from rrtc.plan import kv_bytes_at
 from rrtc.recipe.schema import Recipe
 from rrtc.recipe.section import OWN_TEXT
@@ -25,18 +23,9 @@ def dry_run(model: str, recipe: Recipe) -> dict:
     """
     parse_size(recipe.init.max_shard_size)  # raises for what is none
     source = find_model(model, config_only=True)
-    if source.is_recursive:
-        from rrtc.io.recursive import plan_by_layer
-
-        check_replan(source.uri, recipe.init)
-        plan, dtype = without_windows(plan_by_layer(source.folder)), stored_dtype(source, "auto")
-        architecture = plan.architecture
-    else:
-        dense = dense_of(source)
-        architecture, named = dense.architecture, None if has_weights(source) else dense.dtype or "bfloat16"
-        dtype = stored_dtype(source, recipe.init.dtype, named)
-        propose_16_bits(recipe.init.dtype, dtype)
-        plan = make_plan(architecture, recipe.init, dtype)
+    plan, dtype = first_plan(source, recipe.init)
+    propose_16_bits(source, recipe.init.dtype, dtype)
+    architecture = plan.architecture
     counted, windows, context = plan, None, 0
     if recipe.init.kv_budget is not None:
         budget = KvBudget(architecture, recipe.init)

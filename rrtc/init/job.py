@@ -27,7 +27,7 @@ from torch import Tensor
 from rrtc import machine
 from rrtc.console import note
 from rrtc.init.calibrate import bytes_on_disk
-from rrtc.init.dtypes import propose_16_bits, stored_dtype
+from rrtc.init.first_plan import first_plan, propose_16_bits
 from rrtc.io.dense import DenseModel
 from rrtc.io.folder import check_target, file_hash, partial_of, whole_file
 from rrtc.io.recursive import RecursiveModel, in_slot
@@ -35,11 +35,9 @@ from rrtc.io.resumable import STARTED, Resumable, discard
 from rrtc.io.shard_writer import ShardWriter
 from rrtc.io.source import Source, find_model, load_tokenizer
 from rrtc.io.weights import Weights
-from rrtc.kv_budget import KvBudget, check_replan, without_windows
-from rrtc.patterns import make_plan
+from rrtc.kv_budget import KvBudget
 from rrtc.plan import Plan
 from rrtc.recipe.schema import Recipe
-from rrtc.stock.architecture import read_architecture
 from rrtc.stock.trial import check_kinds, find_folds
 from rrtc.storage import Numbers
 from rrtc.target import Target, numbers_of, target_of
@@ -152,19 +150,11 @@ def prepare(model: str, target: Path, recipe: Recipe) -> Job:
     weights. Raises RrtcError or WrongUsage for everything that would stop the run."""
     source = find_model(model)
     check_target(target, source.folder)
-    dense: DenseModel | RecursiveModel
-    if source.is_recursive:
-        check_replan(source.uri, recipe.init)
-        dense = RecursiveModel(source.folder)
-        plan = without_windows(dense.plan)
-        dtype = stored_dtype(source, "auto")
-    else:
-        architecture = read_architecture(source.config())  # raises for what cannot be tied
-        dense = DenseModel(source, _folds(source, recipe))
-        dtype = stored_dtype(source, recipe.init.dtype)
-        propose_16_bits(recipe.init.dtype, dtype)
-        plan = make_plan(architecture, recipe.init, dtype)
+    plan, dtype = first_plan(source, recipe.init)
+    propose_16_bits(source, recipe.init.dtype, dtype)
     architecture = plan.architecture
+    dense: DenseModel | RecursiveModel
+    dense = RecursiveModel(source.folder) if source.is_recursive else DenseModel(source, _folds(source, recipe))
     tokenizer = load_tokenizer(source.folder)
     calibration = scoring = None
     vocabulary = dense.config.get_text_config().vocab_size

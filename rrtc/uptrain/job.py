@@ -301,9 +301,16 @@ def _cache(recipe: UptrainRecipe, teacher: str, config: RrtConfig, arithmetic: s
 def _teacher(folder: Path, recipe: UptrainRecipe, config: RrtConfig, tokenizer) -> Source:
     """The model to learn from. Raises RrtcError where it does not speak in the same tokens."""
     teacher = find_base(folder, recipe.teacher, "--teacher")
+    check_teacher(teacher, recipe, config, tokenizer)
+    return teacher
+
+
+def check_teacher(teacher: Source, recipe: UptrainRecipe, config, tokenizer) -> None:
+    """Raises RrtcError where `teacher` cannot teach a model of that transformers config and tokenizer what `recipe`
+    asks for."""
     teacher.weights()  # headers only: a missing or truncated file shows here
     hint = "Name a teacher with the same tokenizer, or train without one (--losses next_token=1)."
-    ours, theirs = config.vocab_size, teacher.config().get_text_config().vocab_size
+    ours, theirs = (one.get_text_config().vocab_size for one in (config, teacher.config()))
     if ours != theirs:
         raise RrtcError(
             f"The teacher {teacher.uri} has a vocabulary of {theirs} tokens and the model one of {ours}, so it cannot "
@@ -323,4 +330,3 @@ def _teacher(folder: Path, recipe: UptrainRecipe, config: RrtConfig, tokenizer) 
                 f"{their_width} where the model has {depth} of width {width}.",
                 "Leave that out, or learn from the model's own original.",
             )
-    return teacher

@@ -1,0 +1,41 @@
+"""The plan of a compression before anything is measured, and the dtype that it writes: from config and headers."""
+
+from rrtc.console import note
+from rrtc.io.architectures import dense_of, has_weights
+from rrtc.io.source import Source
+from rrtc.kv_budget import check_replan, without_windows
+from rrtc.patterns import make_plan
+from rrtc.plan import Plan
+from rrtc.recipe.init import InitRecipe
+from rrtc.storage import NUMBER_BYTES
+
+
+def first_plan(source: Source, recipe: InitRecipe) -> tuple[Plan, str]:
+    """(plan, dtype) of what `recipe` makes of `source`: for a recursive one its own plan, with the attention of its
+    dense original. Imports neither torch nor transformers where a dense `source` was read before. Raises RrtcError or
+    WrongUsage for what cannot be tied, or planned anew, as asked."""
+    if source.is_recursive:
+        from rrtc.io.recursive import plan_by_layer
+
+        check_replan(source.uri, recipe)
+        return without_windows(plan_by_layer(source.folder)), _stored_dtype(source, "auto")
+    dense = dense_of(source)
+    dtype = _stored_dtype(source, recipe.dtype, None if has_weights(source) else dense.dtype or "bfloat16")
+    return make_plan(dense.architecture, recipe, dtype), dtype
+
+
+def _stored_dtype(source: Source, asked: str, named: str | None = None) -> str:
+    """What was `asked` for, or for "auto" the source's own, or bfloat16 for a GGUF, which had fewer bits than that
+    before it was dequantized. named: the source's own, for a source without weights; by default that of its weights."""
+    if asked != "auto":
+        return asked
+    if source.is_gguf:
+        return "bfloat16"
+    dtype = named or source.weights().dtype
+    return dtype if dtype in NUMBER_BYTES else "float32"
+
+
+def propose_16_bits(source: Source, asked: str, dtype: str) -> None:
+    """A note where float32 is written because the dense `source` has it, and nobody asked for it."""
+    if asked == "auto" and dtype == "float32" and not source.is_recursive:
+        note("The model is stored in float32, and so will this one be. --dtype bfloat16 makes it half as large.")
