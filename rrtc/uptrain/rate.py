@@ -24,15 +24,27 @@ def default_rate(lost: float | None, tokens: int) -> float:
 
 def lost_by(provenance: dict[str, Any]) -> float | None:
     """What the model of a folder has lost, in nats a token, as its rrtc.yaml says: by healing's last KL, where that is
-    at temperature 1, or by what was known before; else by init's closing measurement. None where none was measured."""
+    at temperature 1, or by what was known before; else by init's closing measurement; and what planning its KV cache
+    anew has cost since. None where none was measured."""
     measured = provenance["measured"]
+    lost = _lost_before_windows(measured)
+    if lost is None or provenance["stage"] != "init":
+        return lost
+    return lost + (_difference(measured.get("windows", {}).get("loss"), "given") or 0.0)
+
+
+def _lost_before_windows(measured: dict[str, Any]) -> float | None:
     healed = measured.get("uptrain", {})
     known = healed.get("last_kl") if healed.get("temperature", 1) == 1 else None
     found = healed.get("lost_before") if known is None else known
     if isinstance(found, int | float):
         return float(found)
-    loss = measured.get("init", {}).get("loss")
+    return _difference(measured.get("init", {}).get("loss"), "dense")
+
+
+def _difference(loss: Any, first: str) -> float | None:
+    """What a closing measurement has found to be lost, in nats a token; None where there is none."""
     match loss:
-        case {"dense": float(dense), "after_init": float(after)}:
-            return max(after - dense, 0.0)
+        case {"after_init": float(after), **others} if isinstance(before := others.get(first), float):
+            return max(after - before, 0.0)
     return None

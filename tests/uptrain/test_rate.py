@@ -28,13 +28,21 @@ def test_it_rises_with_what_was_lost_and_with_the_root_of_a_steps_tokens(lost, t
 
 
 def test_what_was_lost_is_the_last_that_was_measured():
+    def lost(provenance: dict, stage: str = "uptrain") -> float | None:
+        return lost_by({"stage": stage} | provenance)
+
     init = {"loss": {"tokens": 9, "dense": 3.0, "after_init": 3.5}}
-    assert lost_by({"measured": {"init": init}}) == 0.5
-    assert lost_by({"measured": {"init": init, "uptrain": {"last_kl": 0.25}}}) == 0.25
-    assert lost_by({"measured": {"init": init, "uptrain": {"last_kl": None}}}) == 0.5
+    assert lost({"measured": {"init": init}}) == 0.5
+    assert lost({"measured": {"init": init, "uptrain": {"last_kl": 0.25}}}) == 0.25
+    assert lost({"measured": {"init": init, "uptrain": {"last_kl": None}}}) == 0.5
     for healed in ({"last_kl": None}, {"last_kl": 0.02, "temperature": 4.0}):  # of exits alone, and of softened ones
-        assert lost_by({"measured": {"init": init, "uptrain": healed | {"lost_before": 0.3}}}) == 0.3
-    assert lost_by({"measured": {"init": {}}}) is None
+        assert lost({"measured": {"init": init, "uptrain": healed | {"lost_before": 0.3}}}) == 0.3
+    assert lost({"measured": {"init": {}}}) is None
+    windows = {"loss": {"tokens": 9, "given": 3.25, "after_init": 3.5}}
+    healed = {"init": init, "uptrain": {"last_kl": 0.25}, "windows": windows}
+    assert lost({"measured": healed}, "init") == 0.5  # planned anew after it was healed
+    assert lost({"measured": healed}) == 0.25  # and healed again
+    assert lost({"measured": {"init": init, "windows": {}}}, "init") == 0.5
 
 
 def test_a_run_takes_it_and_says_so(rrt, tmp_path, capsys):
