@@ -1,4 +1,4 @@
-"""What the functions of rrtc/api.py return, and the commands write with --json: plain dictionaries, key by key.
+"""What the functions of rrtc/api return, and the commands write with --json: plain dictionaries, key by key.
 
 Sizes are in bytes, losses in nats per token, times in seconds. A share is a number from 0 to 1.
 """

@@ -102,12 +102,12 @@ def test_the_first_word_comes_before_torch(dense, tmp_path):
     code = f"""
 import sys, rrtc.api
 from rrtc.cli.app import main
-before = rrtc.api.note
+before = rrtc.api.call.note
 def note(text):
     before(text)
     {REPORT}
     raise SystemExit(0)
-rrtc.api.note = note
+rrtc.api.call.note = note
 main()
 """
     for arguments in (["init", dense("llama"), "--dry-run"], ["init", dense("llama"), "-o", tmp_path / "out"]):
