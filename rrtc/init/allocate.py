@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from rrtc.architecture import Matrix
+from rrtc.init.lineup import Lineup, line_up
 from rrtc.plan import Visit
 from rrtc.storage import PLAIN, Numbers
 from rrtc.tying.joint import joint_costs
-from rrtc.tying.neurons import Neurons, Removal, align, narrowed, removal, reordered_seen
+from rrtc.tying.neurons import Neurons, Removal, narrowed
 from rrtc.tying.whiten import Seen, costs_by_rank
 
 WIDTHS = (1.0, 0.75, 0.5)  # of an FFN, at which there are curves over the ranks of its matrices
@@ -61,10 +62,12 @@ class Way:
 
 @dataclass(frozen=True)
 class Group:
-    """Layers that share a slot, or one alone. Each of `parts` is a matrix or an FFN: the ways there are to store it."""
+    """Layers that share a slot, or one alone. Each of `parts` is a matrix or an FFN: the ways there are to store it.
+    lineups: of the FFNs of these very layers, where they were looked at."""
 
     layers: tuple[int, ...]
     parts: tuple[tuple[Way, ...], ...]
+    lineups: tuple[Lineup, ...] = ()
 
     def of(self, layers: tuple[int, ...]) -> "Group":
         """The same choices for other layers, as many, which are taken to be like these."""
@@ -106,9 +109,11 @@ def alone(layer: int, seen: Mapping[str, Seen], neurons: list[Neurons], stored: 
     in."""
     in_ffn = {name for inner in neurons for name in inner.matrices}
     parts = [(Way((_low_rank(layer, name, seen[name], stored),)),) for name in seen if name not in in_ffn]
+    lineups = []
     for inner in neurons:
         ffn = {name: seen[name] for name in inner.matrices}
-        gone = removal([ffn[inner.reader]])
+        lineups.append(line_up((layer,), [ffn], inner, removes=True))
+        gone = lineups[-1].gone
         widths = [inner.width - count for count in gone.removed]
         sizes = [_ffn_size(ffn, inner, width, stored) for width in widths]
         numbers = torch.tensor(sizes, dtype=torch.float64)
@@ -119,7 +124,7 @@ def alone(layer: int, seen: Mapping[str, Seen], neurons: list[Neurons], stored: 
             )
             ways.append(Way(curves, (((layer,), inner.reader, width),), cost))
         parts.append(tuple(ways))
-    return Group((layer,), tuple(parts))
+    return Group((layer,), tuple(parts), tuple(lineups))
 
 
 def together(
@@ -133,25 +138,21 @@ def together(
     widths: of a shared FFN, as parts of the dense one."""
     in_ffn = {name for inner in neurons for name in inner.matrices}
     parts = [(Way((_tied(layers, name, [s[name] for s in seen], stored),)),) for name in seen[0] if name not in in_ffn]
+    lineups = []
     for inner in neurons:
         ffns = [{name: one[name] for name in inner.matrices} for one in seen]
-        orders = [align(ffns[0], other, inner) for other in ffns[1:]]
-
-        def lined_up(name: str, ffns=ffns, orders=orders, inner=inner) -> list[Seen]:
-            first, *others = [ffn[name] for ffn in ffns]
-            turned = [reordered_seen(name, o, inner, *order) for o, order in zip(others, orders, strict=True)]
-            return [first, *turned]
-
-        gone = removal(lined_up(inner.reader)) if min(widths) < 1 else Removal.none(inner.width)
+        lineup = line_up(layers, ffns, inner, removes=min(widths) < 1)
+        lineups.append(lineup)
         ways = []
-        for width, cost, kept in _grid(inner, gone, widths):
+        for width, cost, kept in _grid(inner, lineup.gone, widths):
+            turned = ((name, lineup.turned(name, [ffn[name] for ffn in ffns], inner)) for name in inner.matrices)
             curves = tuple(
-                _tied(layers, name, [narrowed(name, one, inner, kept) for one in lined_up(name)], stored)
-                for name in inner.matrices
+                _tied(layers, name, [narrowed(name, one, inner, kept) for one in group], stored)
+                for name, group in turned
             )
             ways.append(Way(curves, ((layers, inner.reader, width),), cost))
         parts.append(tuple(ways))
-    return Group(layers, tuple(parts))
+    return Group(layers, tuple(parts), tuple(lineups))
 
 
 def or_apart(group: Group, singles: list[Group]) -> Group:
@@ -167,7 +168,7 @@ def or_apart(group: Group, singles: list[Group]) -> Group:
             for combination in product(*others)
         ]
         parts.append((*ways, *apart))
-    return Group(group.layers, tuple(parts))
+    return Group(group.layers, tuple(parts), group.lineups)
 
 
 def _ffn_size(ffn: Mapping[str, Seen], inner: Neurons, width: int, stored: Numbers) -> float:

@@ -26,12 +26,13 @@ from rrtc.init.allocate import (
     visits_of,
 )
 from rrtc.init.calibrate import Calibration
+from rrtc.init.lineup import Lineup
 from rrtc.io.dense import DenseModel
 from rrtc.io.folder import whole_file
 from rrtc.plan import Plan
 from rrtc.storage import PLAIN, Numbers
 from rrtc.target import Target
-from rrtc.tying.neurons import Neurons
+from rrtc.tying.neurons import Neurons, Removal
 from rrtc.tying.whiten import Seen
 
 
@@ -132,7 +133,8 @@ def _kept(numbers: tuple[int, ...], work: Path, measure: Callable[[], Group]) ->
         torch.save(measure(), contents)
         with whole_file(file) as temporary:
             temporary.write_bytes(contents.getvalue())
-    with torch.serialization.safe_globals([Group, Way, Curve]):  # and nothing else, so that reading runs no code
+    kinds = [Group, Way, Curve, Lineup, Removal]  # and nothing else, so that reading runs no code
+    with torch.serialization.safe_globals(kinds):
         return torch.load(file, weights_only=True)
 
 

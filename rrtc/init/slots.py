@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from rrtc.architecture import Matrix
+from rrtc.init.lineup import Lineup, line_up
 from rrtc.io.recursive import own_name, shared_name
 from rrtc.plan import Plan, Visit
 from rrtc.recipe.init import InitRecipe
 from rrtc.tying.joint import joint
-from rrtc.tying.neurons import Neurons, align, narrowed, removal, reordered, reordered_seen
+from rrtc.tying.neurons import Neurons, narrowed, reordered, reordered_seen
 from rrtc.tying.tie import Tied, tie
 from rrtc.tying.whiten import Seen
 
@@ -48,10 +49,12 @@ def paper_slot(
 
 
 def joint_slot(
-    plan: Plan, visits: list[Visit], layers: Layers, seen: dict[int, Mapping[str, Seen]], neurons: list[Neurons]
-) -> Named:
+    plan: Plan, visits: list[Visit], layers: Layers, seen: dict[int, Mapping[str, Seen]], neurons: list[Neurons],
+    lineups: Iterable[Lineup] = (),
+) -> Named:  # fmt: skip
     """A slot whose shared matrices and factors are chosen together. seen: for each layer how its matrices are seen, of
-    which one matrix, or those of one FFN, are asked for at a time. The FFNs' are taken out of `layers`."""
+    which one matrix, or those of one FFN, are asked for at a time. lineups: of FFNs, as far as they are known already.
+    The FFNs' matrices are taken out of `layers`."""
     matrices = {matrix.name: matrix for matrix in plan.matrices(visits[0])}
     inside = {name for inner in neurons for name in inner.matrices}
 
@@ -67,7 +70,8 @@ def joint_slot(
             yield from _joint_matrix(visits, matrices[name], {n: one.pop(name) for n, one in take([name]).items()})
     for inner in neurons:
         ffns = take(inner.matrices)
-        _line_up(plan, visits, layers, ffns, inner)
+        known = {one.layers: one for one in lineups if one.reader == inner.reader}
+        _line_up(plan, visits, layers, ffns, inner, known)
         for name in inner.matrices:
             yield from _joint_matrix(visits, matrices[name], {n: ffn.pop(name) for n, ffn in ffns.items()})
     yield from _vectors(plan, visits, layers, [visit.layer for visit in visits])
@@ -93,26 +97,30 @@ def _joint_matrix(visits: list[Visit], matrix: Matrix, seen: dict[int, Seen]) ->
             yield from _factors(visit, matrix.name, one.spectrum(rank).factors(slice(0, rank)))
 
 
-def _line_up(plan: Plan, visits: list[Visit], layers: Layers, ffns: dict[int, dict[str, Seen]], inner: Neurons) -> None:
+def _line_up(
+    plan: Plan, visits: list[Visit], layers: Layers, ffns: dict[int, dict[str, Seen]], inner: Neurons,
+    known: dict[tuple[int, ...], Lineup],
+) -> None:  # fmt: skip
     """Puts the neurons of tied layers in one order and takes out those that the plan leaves out, in place. ffns: for
-    each layer how the matrices of `inner` are seen. Of `layers`, the biases are concerned."""
+    each layer how the matrices of `inner` are seen. Of `layers`, the biases are concerned. known: by their layers."""
     reader = next(m for m in plan.matrices(visits[0]) if m.name == inner.reader)
     matrices = [m for m in plan.matrices(visits[0]) if m.name in inner.matrices]
-    tied = [v.layer for v in visits if any(v.form(m) == "tied" for m in matrices)]
-    for layer in tied[1:]:
-        index, signs = align(ffns[tied[0]], ffns[layer], inner)
-        for name, one in ffns[layer].items():
-            ffns[layer][name] = reordered_seen(name, one, inner, index, signs)
-        layers[layer] |= reordered(_vectors_of(layers[layer]), inner, index, signs)
-    groups = [tied] if tied else []
-    groups += [[visit.layer] for visit in visits if visit.layer not in tied]
+    tied = tuple(v.layer for v in visits if any(v.form(m) == "tied" for m in matrices))
     width_of = {visit.layer: visit.shape(reader)[0] for visit in visits}
-    for group in groups:
-        width = width_of[group[0]]
-        if width == inner.width:
+    for group in [tied, *((visit.layer,) for visit in visits if visit.layer not in tied)]:
+        leave = inner.width - width_of[group[0]] if group else 0
+        if not leave and len(group) < 2:
             continue
-        gone = removal([ffns[layer][inner.reader] for layer in group])
-        kept = gone.kept(gone.removed.index(inner.width - width))
+        found = known.get(group)
+        if found is None or leave not in found.gone.removed:
+            found = line_up(group, [ffns[layer] for layer in group], inner, removes=leave > 0)
+        for layer, (index, signs) in zip(group[1:], found.orders, strict=True):
+            for name, one in ffns[layer].items():
+                ffns[layer][name] = reordered_seen(name, one, inner, index, signs)
+            layers[layer] |= reordered(_vectors_of(layers[layer]), inner, index, signs)
+        if not leave:
+            continue
+        kept = found.gone.kept(found.gone.removed.index(leave))
         for layer in group:
             layers[layer] |= reordered(_vectors_of(layers[layer]), inner, kept)
             for name, one in ffns[layer].items():

@@ -22,6 +22,7 @@ from rrtc.init.alternatives import alternatives, said
 from rrtc.init.budget import explain, measure_groups, plan_under
 from rrtc.init.calibrate import Calibration, calibrate, layers_done
 from rrtc.init.job import OWN_TEXT_FILE, Job, prepare, resumable
+from rrtc.init.lineup import Lineup
 from rrtc.init.memory import return_freed_memory
 from rrtc.init.prove import prove
 from rrtc.init.slots import joint_slot, paper_slot, source_layers
@@ -201,6 +202,7 @@ def _tie_jointly(job: Job, calibration: Calibration, neurons: list[Neurons]) -> 
     device, excess = machine.device(), None
     gc.collect()  # the streamed model refers to itself
     target, rows = job.target, []
+    lineups: list[Lineup] = []
     if target is not None:
         free = recipe.pattern == "auto"
 
@@ -213,7 +215,9 @@ def _tie_jointly(job: Job, calibration: Calibration, neurons: list[Neurons]) -> 
         def choose(pattern: Plan, groups: list[Group]) -> tuple[Plan, float]:
             return plan_under(pattern, groups, target, neurons)
 
-        plan, excess = choose(plan, measure(plan))
+        groups = measure(plan)
+        plan, excess = choose(plan, groups)
+        lineups = [one for group in groups for one in group.lineups]
         note(explain(plan, excess, free))
         if recipe.sharing is None:
             rows = alternatives(recipe, target, (plan, excess), measure, choose)
@@ -223,7 +227,7 @@ def _tie_jointly(job: Job, calibration: Calibration, neurons: list[Neurons]) -> 
     def make(k: int) -> Slot:
         layers = {visit.layer: dense.layer(visit.layer, device) for visit in plan.slots[k]}
         seen = {number: calibration.seen(number, tensors) for number, tensors in layers.items()}
-        return joint_slot(plan, plan.slots[k], layers, seen, neurons), {}
+        return joint_slot(plan, plan.slots[k], layers, seen, neurons, lineups), {}
 
     _make_slots(job, plan, make)
     found = {"predicted_excess": excess and round(excess, 4)}

@@ -2,6 +2,7 @@
 
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,12 @@ from transformers import AutoModelForCausalLM
 
 from rrtc import machine
 from rrtc.errors import RrtcError
+from rrtc.init import slots
 from rrtc.init.allocate import allocate, alone, choose, together, visits_of
 from rrtc.init.budget import measure_groups
 from rrtc.init.calibrate import Calibration, calibrate
 from rrtc.init.dry_run import dry_run
+from rrtc.init.slots import joint_slot
 from rrtc.init.stage import init
 from rrtc.io.dense import DenseModel
 from rrtc.io.provenance import read_provenance
@@ -216,6 +219,34 @@ def test_predicted_costs_are_those_of_what_is_written(calibrated):
     layers = read_architecture(pico_config("llama")).layers
     visits = visits_of(choose(2, [pair], 1e-7), {n: layers[n].matrices for n in (1, 2)}, neurons)
     assert [(v.layer, v.slot, v.loop) for v in visits] == [(1, 0, 0), (2, 0, 1)]
+
+
+def test_what_the_planner_lined_up_is_lined_up_once(calibrated, monkeypatch):
+    """Neither tied nor single FFNs are lined up again where the plan has a width that the planner has weighed."""
+    model, calibration, neurons = calibrated
+    layers = {number: model.layer(number, CPU) for number in (0, 1)}
+    seen = {number: calibration.seen(number, tensors) for number, tensors in layers.items()}
+    groups = [together((0, 1), list(seen.values()), neurons), alone(0, seen[0], neurons), alone(1, seen[1], neurons)]
+    architecture = read_architecture(pico_config("llama"))
+    architecture = replace(architecture, layers=architecture.layers[:2])
+    matrices = {number: layer.matrices for number, layer in enumerate(architecture.layers)}
+    for chosen in (groups[:1], groups[1:]):
+        visits = visits_of(choose(2, chosen, 1e-4), matrices, neurons)
+        plan = Plan(architecture, tuple(visits), "per_visit")
+        made = []
+        for lineups in ([], [one for group in chosen for one in group.lineups]):
+            with monkeypatch.context() as patch:
+                if lineups:
+                    patch.setattr(slots, "line_up", None)
+                found = {}
+                for visits_of_slot in plan.slots:
+                    fresh = {visit.layer: dict(layers[visit.layer]) for visit in visits_of_slot}
+                    found |= dict(joint_slot(plan, visits_of_slot, fresh, seen, neurons, lineups))
+                made.append(found)
+        first, second = made
+        assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+        (width,) = {visit.shape(m)[0] for visit in visits for m in plan.matrices(visit) if m.name == neurons[0].reader}
+        assert width < neurons[0].width
 
 
 @pytest.mark.slow
