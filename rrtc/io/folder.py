@@ -29,11 +29,13 @@ COMPANION_FILES = (
     "additional_chat_templates/*.jinja", "generation_config.json", "spiece.model", *LICENSE_FILES,
 )  # fmt: skip
 RESUMABLE = {"checkpoints": "uptrain", "work": "init"}  # a folder in NAME.partial: the command that goes on from it
+STARTED = "started.json"  # in it
+MARK = ".made-by-rrtc"  # in NAME.partial, which is removed only where it has this
 
 
 def check_target(target: Path, source: Path | None = None) -> None:
-    """Raises RrtcError unless `target` can become a new folder: absent or empty, in a place that can be written to, and
-    not inside the folder `source` that it is made from."""
+    """Raises RrtcError unless `target` can become a new folder: absent or empty, in a place that can be written to, not
+    inside the folder `source` that it is made from, and with nothing that is not rrtc's in NAME.partial."""
     target = Path(target)
     if source is not None and target.resolve().is_relative_to(Path(source).resolve()):
         raise WrongUsage(f"The output {target} lies in the folder it is made from.", "Name a folder outside it.")
@@ -50,6 +52,33 @@ def check_target(target: Path, source: Path | None = None) -> None:
         raise RrtcError(f"The output folder {target} cannot be made: {parent} is a file.")
     if not os.access(parent, os.W_OK):
         raise RrtcError(f"The output folder {target} cannot be made: {parent} is read-only.")
+    partial = partial_of(target)
+    if not _is_ours(partial):
+        sentence = f"{partial} is in the way: outputs are built under such names, and rrtc did not make what is there."
+        raise RrtcError(sentence, "Name another output, or move it away.")
+
+
+def _is_ours(partial: Path) -> bool:
+    """Whether `partial` can be removed: it is not there, or empty, or says that rrtc made it."""
+    if partial.is_symlink() or not partial.is_dir():
+        return not os.path.lexists(partial)
+    signs = [partial / MARK, *(partial / folder / STARTED for folder in RESUMABLE)]
+    return any(sign.exists() for sign in signs) or not any(partial.iterdir())
+
+
+def remove(path: Path) -> None:
+    """Removes a file, or a folder with all that it holds: its MARK last, so that a kill on the way leaves nothing that
+    rrtc takes for somebody else's."""
+    if path.is_file():
+        path.unlink()
+        return
+    for inner in path.iterdir() if path.is_dir() else ():
+        if inner.is_dir() and not inner.is_symlink():
+            shutil.rmtree(inner, ignore_errors=True)
+        elif inner.name != MARK:
+            with suppress(OSError):
+                inner.unlink()
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def check_space(target: Path, needed: int) -> None:
@@ -99,15 +128,17 @@ def whole_folder(target: Path, keep_partial: bool = False):
         new_parents = [parent for parent in partial.parents if not parent.exists()]
         try:
             if not keep_partial:
-                shutil.rmtree(partial, ignore_errors=True)
+                remove(partial)
             partial.mkdir(parents=True, exist_ok=True)
+            (partial / MARK).touch()
             yield partial
             if target.is_dir():
                 target.rmdir()
             partial.rename(target)
+            (target / MARK).unlink(missing_ok=True)
         except BaseException as error:
             if not keep_partial:
-                shutil.rmtree(partial, ignore_errors=True)
+                remove(partial)
             for parent in new_parents:
                 with suppress(OSError):  # not empty: something of use stayed
                     parent.rmdir()

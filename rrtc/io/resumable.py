@@ -6,7 +6,6 @@ either something to go on from or a whole folder, at worst one with a folder KEP
 """
 
 import json
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,18 +15,18 @@ from rrtc import __version__
 from rrtc.console import note, warn
 from rrtc.errors import RrtcError
 from rrtc.io.folder import (
+    STARTED,
     check_not_interrupted,
     check_space,
     check_target,
     partial_of,
+    remove,
     whole_file,
     whole_folder,
 )
 from rrtc.io.provenance import PROVENANCE
 from rrtc.machine import is_first_process
 from rrtc.plain import read_json
-
-STARTED = "started.json"
 
 
 @dataclass(frozen=True)
@@ -118,12 +117,9 @@ class Resumable:
 def discard(path: Path) -> None:
     """Removes a file, or a folder with all that it holds. What says what a folder belongs to goes first, so that what a
     kill on the way leaves behind is not taken for something to go on from."""
-    if path.is_file():
-        path.unlink()
-        return
     for started in path.rglob(STARTED):
         started.unlink()
-    shutil.rmtree(path, ignore_errors=True)
+    remove(path)
 
 
 def check_unchanged(before: dict, now: dict) -> None:

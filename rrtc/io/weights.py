@@ -24,7 +24,6 @@ DTYPES = {
     "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
 FLOATS = ("F64", "F32", "BF16", "F16")
-SAMPLE = 4096  # bytes
 _Size = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
 _METADATA = TypeAdapter(dict[str, str])
 
@@ -148,15 +147,14 @@ class Weights:
         if not all_finite(tensor):
             raise RrtcError(f"The tensor {name} in {self._where[name]} holds NaN or infinity.", "The file is damaged.")
 
-    def sample(self, name: str) -> str:
-        """SHA-256 of the header of the tensor `name` and of the first and last SAMPLE bytes of its contents."""
+    def hash_of(self, name: str) -> str:
+        """SHA-256 of the header and the contents of the tensor `name`."""
         import torch
 
-        contents = self.raw(name).flatten().view(torch.uint8).numpy()  # mapped: no more is read than is used
         header = [self._headers[name]["dtype"], self._headers[name]["shape"]]
-        return hashlib.sha256(
-            json.dumps(header).encode() + contents[:SAMPLE].tobytes() + contents[-SAMPLE:].tobytes()
-        ).hexdigest()
+        found = hashlib.sha256(json.dumps(header).encode())
+        found.update(self.raw(name).flatten().view(torch.uint8).numpy())  # mapped, so that it takes no memory
+        return found.hexdigest()
 
     def raw(self, name: str):
         """The tensor `name` as it is stored: a view of the file, mapped anew at every call; pages take memory once

@@ -163,9 +163,11 @@ def _shard(
         if shard is not None and (shard.complete or shard.tokens >= tokens):
             note(f"{cached}: {count(shard.tokens)} tokens in {folder}")
             return shard.beginning(tokens)
-        shutil.rmtree(partial_of(folder), ignore_errors=True)
+        partial = partial_of(folder)  # of the cache, where everything is rrtc's
+        shutil.rmtree(partial, ignore_errors=True)
         if folder.exists():
-            folder.rename(partial_of(folder))  # for whole_folder to remove: a kill meanwhile leaves half of it there
+            folder.rename(partial)  # a kill meanwhile leaves half of it there
+            shutil.rmtree(partial, ignore_errors=True)
         with whole_folder(folder) as partial, closing(found):
             dtype = "uint16" if vocabulary <= 2**16 else "uint32"
             complete = _write(partial, found, dtype, tokens)

@@ -4,7 +4,6 @@ back, so that a run cannot fail only at its end."""
 import contextlib
 import json
 import os
-import shutil
 from pathlib import Path
 
 import torch
@@ -13,6 +12,7 @@ from transformers import TrainerCallback, TrainerState
 from rrtc.console import warn
 from rrtc.errors import RrtcError
 from rrtc.io.folder import file_hash, whole_file
+from rrtc.io.folder import remove as remove_folder
 from rrtc.io.weights import Weights
 from rrtc.machine import is_first_process
 from rrtc.plain import read_json
@@ -68,7 +68,7 @@ def remove(folder: Path) -> None:
     for marker in list(Path(folder).rglob(WHOLE)):
         with contextlib.suppress(OSError):
             marker.unlink()
-    shutil.rmtree(folder, ignore_errors=True)
+    remove_folder(folder)
 
 
 def step_number(checkpoint: Path) -> int:

@@ -223,7 +223,7 @@ def test_a_changed_tensor_is_named(halfway, tmp_path):
     model, target, text = halfway
     other = shutil.copytree(model, tmp_path / "other")
     tensors = load_file(other / "model.safetensors")
-    tensors["model.layers.3.mlp.up_proj.weight"][-1, -1] += 1
+    tensors["model.layers.3.mlp.up_proj.weight"][40, 24] += 1  # neither at its beginning nor at its end
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(RrtcError, match=r"the tensor model\.layers\.3\.mlp\.up_proj\.weight has changed") as refused:
         init(str(other), str(target), asked(**BUDGET, calibrate_on=[str(text)]), resume=True)

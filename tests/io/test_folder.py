@@ -1,6 +1,7 @@
 """Model folders: whole or not there, and where they came from."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +11,19 @@ import torch
 import yaml
 from pico import save_pico
 
-from rrtc import __version__
+from rrtc import __version__, api
 from rrtc.errors import RrtcError, WrongUsage
 from rrtc.io.cache import cache_folder
-from rrtc.io.folder import check_space, check_target, copy_companions, only_run, partial_of, whole_file, whole_folder
+from rrtc.io.folder import (
+    MARK,
+    check_space,
+    check_target,
+    copy_companions,
+    only_run,
+    partial_of,
+    whole_file,
+    whole_folder,
+)
 from rrtc.io.provenance import (
     PROVENANCE,
     base_seen_from,
@@ -78,7 +88,7 @@ def test_a_run_that_can_be_resumed_keeps_its_partial_folder_and_finds_it_again(t
     with pytest.raises(KeyboardInterrupt), whole_folder(tmp_path / "out", keep_partial=True) as folder:
         (folder / "checkpoint").write_text("half")
         raise KeyboardInterrupt
-    assert listing(tmp_path) == ["out.partial", "out.partial/checkpoint"]
+    assert listing(tmp_path) == ["out.partial", f"out.partial/{MARK}", "out.partial/checkpoint"]
     with whole_folder(tmp_path / "out", keep_partial=True) as folder:
         assert (folder / "checkpoint").read_text() == "half"
     assert listing(tmp_path) == ["out", "out/checkpoint"]
@@ -93,11 +103,36 @@ def test_a_link_is_no_output(tmp_path):
 
 
 def test_a_killed_runs_leftovers_are_cleared_by_the_next(tmp_path):
-    (tmp_path / "out.partial").mkdir()
-    (tmp_path / "out.partial" / "stale").write_text("from before")
+    for mark in (MARK, "work/started.json", "checkpoints/started.json"):
+        (tmp_path / "out.partial" / mark).parent.mkdir(parents=True)
+        (tmp_path / "out.partial" / mark).touch()
+        (tmp_path / "out.partial" / "stale").write_text("from before")
+        check_target(tmp_path / "out")
+        shutil.rmtree(tmp_path / "out.partial")
+    (tmp_path / "out.partial").mkdir()  # and one that was killed before all
     with whole_folder(tmp_path / "out") as folder:
         (folder / "file").write_text("new")
     assert listing(tmp_path) == ["out", "out/file"]
+    shutil.rmtree(tmp_path / "out")
+    (tmp_path / "out.partial" / "deep").mkdir(parents=True)
+    (tmp_path / "out.partial" / MARK).touch()
+    (tmp_path / "out.partial" / "deep" / "stale").write_text("from before")
+    with whole_folder(tmp_path / "out") as folder:
+        assert listing(folder) == [MARK]
+
+
+def test_what_rrtc_did_not_make_is_never_removed(tmp_path):
+    """Not even where it has the name under which an output is built; the model itself may have it."""
+    dense = save_pico(tmp_path / "model.partial")
+    (tmp_path / "small.partial").write_text("mine")
+    (tmp_path / "link.partial").symlink_to(dense)
+    before = listing(tmp_path)
+    for name in ("model", "small", "link"):
+        with pytest.raises(RrtcError, match="is in the way: .* rrtc did not make what is there"):
+            api.init(dense, tmp_path / name, rank=4)
+        with pytest.raises(RrtcError, match="is in the way"), whole_folder(tmp_path / name):
+            raise AssertionError("the work must not begin")
+    assert listing(tmp_path) == before and (tmp_path / "small.partial").read_text() == "mine"
 
 
 HOLD = """
