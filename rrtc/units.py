@@ -33,11 +33,12 @@ def duration(seconds: float) -> str:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size such as 4GB or 500MB. Raises WrongUsage for anything else."""
+    """Bytes of a size such as 4GB or 500MB, one at least. Raises WrongUsage for anything else."""
     match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([KMGT]?)B?\s*", text, re.IGNORECASE)
-    if not match:
+    bytes_ = int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " ")) if match else 0
+    if not bytes_:
         raise WrongUsage(f"'{text}' is not a size.", "Write it as 4GB or 500MB.")
-    return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
+    return bytes_
 
 
 def parse_extent(value: float | str) -> float | int:

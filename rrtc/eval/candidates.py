@@ -7,12 +7,13 @@ from pathlib import Path
 import torch
 
 from rrtc.errors import RrtcError, WrongUsage
+from rrtc.io.architectures import read_dense
 from rrtc.io.provenance import earlier_stages, read_provenance
 from rrtc.io.recursive import trained_exits
-from rrtc.io.source import Source, content_hash, read_config
+from rrtc.io.source import Source, content_hash, find_model, read_config
 from rrtc.io.weights import Weights
 from rrtc.model import RrtConfig
-from rrtc.stock.architecture import read_architecture, read_plan
+from rrtc.stock.architecture import read_plan
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,9 @@ class Candidate:
     def counted(self):
         """What it is made of: the Plan of a recursive model, the Architecture of a stock one."""
         config = read_config(self.folder)
-        return read_plan(config) if isinstance(config, RrtConfig) else read_architecture(config)
+        if isinstance(config, RrtConfig):
+            return read_plan(config)
+        return read_dense(find_model(str(self.folder))).architecture  # as init counts it, a head of its own and all
 
     def fingerprint(self) -> str:
         return content_hash(self.folder)

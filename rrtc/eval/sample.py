@@ -21,6 +21,10 @@ def sample(model, tokenizer, prompt: str, tokens: int) -> str:
     except Exception as error:  # a chat template is a program, which can fail in any way
         reason = short(error)
         return f"(no sample: the chat template fails with '{reason}')"
+    if not ids.numel():
+        return "(no sample: the prompt has no tokens)"
+    if ids.max() >= (rows := model.get_input_embeddings().weight.shape[0]):
+        return f"(no sample: the tokenizer knows token {ids.max()} and the model only {rows})"
     length = longest_context(model.config, ids.shape[1] + tokens) - ids.shape[1]
     if length <= 0:
         return "(no sample: the prompt leaves no room)"

@@ -1,5 +1,7 @@
 """The plan of a compression before anything is measured, and the dtype that it writes: from config and headers."""
 
+from collections.abc import Sequence
+
 from rrtc.console import note
 from rrtc.io.architectures import dense_of, has_weights
 from rrtc.io.source import Source
@@ -39,3 +41,11 @@ def propose_16_bits(source: Source, asked: str, dtype: str) -> None:
     """A note where float32 is written because the dense `source` has it, and nobody asked for it."""
     if asked == "auto" and dtype == "float32" and not source.is_recursive:
         note("The model is stored in float32, and so will this one be. --dtype bfloat16 makes it half as large.")
+
+
+def say_rounded(names: Sequence[str], dtype: str) -> None:
+    """A note where the tensors `names` are stored in more bits than `dtype` has, which most of them are in."""
+    if names:
+        such = "1 tensor" if len(names) == 1 else f"{len(names)} tensors"
+        finer = f"{such} ({', '.join(names[:2])}{', …' if len(names) > 2 else ''}) will be rounded to {dtype}"
+        note(f"{finer}, which most of the model is stored in. --dtype float32 keeps all numbers as they are.")

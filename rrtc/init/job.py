@@ -28,7 +28,7 @@ from torch import Tensor
 from rrtc import machine
 from rrtc.console import note
 from rrtc.init.calibrate import bytes_on_disk
-from rrtc.init.first_plan import first_plan, propose_16_bits
+from rrtc.init.first_plan import first_plan, propose_16_bits, say_rounded
 from rrtc.io.dense import DenseModel
 from rrtc.io.folder import check_target, file_hash, partial_of, whole_file
 from rrtc.io.recursive import RecursiveModel, in_slot
@@ -158,6 +158,8 @@ def prepare(model: str, target: Path, recipe: Recipe) -> Job:
     architecture = plan.architecture
     dense: DenseModel | RecursiveModel
     dense = RecursiveModel(source.folder) if source.is_recursive else DenseModel(source, _folds(source, recipe))
+    if isinstance(dense, DenseModel) and recipe.init.dtype == "auto" and not source.is_gguf:
+        say_rounded(dense.finer_than(dtype), dtype)
     tokenizer = load_tokenizer(source.folder)
     calibration = scoring = None
     vocabulary = dense.config.get_text_config().vocab_size

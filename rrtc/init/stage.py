@@ -106,6 +106,8 @@ def _say_where_from(job: Job, plan: Plan, partial: Path, target: Path, measured:
             "init": (before["recipe"].get("init") or {}) | {n: v for n, v in asked.items() if n.startswith("kv_")}
         }
         job.source.files.check()
+        if job.calibration is not None:  # which chose the heads; what the weights were calibrated on is in `kept`
+            measured = measured | {"calibration": {n: v for n, v in asked.items() if n.startswith("calibrate_")}}
         write_provenance(partial, "init", base, kept, before["measured"] | {"windows": measured}, next_history(before))
         return
     base = job.source.provenance(target) | {

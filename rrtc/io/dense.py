@@ -154,6 +154,11 @@ class DenseModel:
         """The names of the tensors of one decoder layer, within it."""
         return [name for name, _ in self._layers[number].named_parameters()]
 
+    def finer_than(self, dtype: str) -> list[str]:
+        """The tensors, by their names on disk, whose numbers `dtype` does not hold as they are."""
+        held = {"float32": ("F32", "BF16", "F16"), "bfloat16": ("BF16",), "float16": ("F16",)}[dtype]
+        return [name for name in dict.fromkeys(self._disk_names.values()) if self.weights.format(name) not in held]
+
     @property
     def depth(self) -> int:
         return len(self._layers)

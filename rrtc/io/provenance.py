@@ -1,7 +1,7 @@
 """rrtc.yaml: where a folder came from, with which recipe, and what was measured on the way."""
 
 import os
-import time
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ def write_provenance(folder: Path, stage: str, base: dict, recipe: dict, measure
         "rrtc": __version__,
         "stage": stage,
         "path": str(Path(folder).absolute()).removesuffix(".partial"),
-        "made": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "made": datetime.now().astimezone().isoformat(),
         "versions": {"torch": str(torch.__version__), "transformers": transformers.__version__},
         "base": base,
         "recipe": recipe,

@@ -22,6 +22,7 @@ from rrtc.io.folder import copy_companions
 from rrtc.io.provenance import PROVENANCE, check_not_quantized, read_provenance
 from rrtc.io.shard_writer import ShardWriter
 from rrtc.io.source import read_config
+from rrtc.io.trust import without_code
 from rrtc.io.weights import Weights, row_blocks
 from rrtc.model import RrtConfig
 from rrtc.model.attention_rrt import Rule
@@ -225,7 +226,7 @@ def copy_with_plan(source: RecursiveModel, plan: Plan, folder: Path, shard_bytes
         for file in [*source.weights.files, *given.glob("*.safetensors.index.json")]:
             shutil.copyfile(file, folder / Path(file).name)
         written = sum(source.raw(name).nbytes for name in kept)
-    values = read_json(given / "config.json") | {"visits": [visit.fields() for visit in plan.visits]}
+    values = without_code(read_json(given / "config.json")) | {"visits": [visit.fields() for visit in plan.visits]}
     (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf8")
     copy_companions(given, folder)
     return written

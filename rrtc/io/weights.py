@@ -114,8 +114,8 @@ class Weights:
     @property
     def dtype(self) -> str:
         """The dtype that most of the parameters are in, as torch calls it."""
-        counts: dict[str, int] = {}
-        for entry in self._headers.values():
+        counts = {"BOOL": 0}
+        for entry in (one for one in self._headers.values() if one["dtype"] != "BOOL"):  # masks are no parameters
             counts[entry["dtype"]] = counts.get(entry["dtype"], 0) + math.prod(entry["shape"])
         most = max(counts, key=counts.__getitem__)
         if most not in FLOATS:

@@ -27,7 +27,8 @@ class ExportRecipe(Section):
         "auto", description="Number format of the weights written; auto: as they are, or float32 for onnx."
     )
     max_shard_size: str = Field(
-        "4GB", description="Largest size of one weights file; for onnx 2GB at most, gguf is always one file."
+        "4GB",
+        description="Largest size of the tensors in one weights file; for onnx 2GB at most, gguf is always one file.",
     )
     quantize: Literal["none", "int8", "int4", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q3_k_m"] = Field(
         "none",

@@ -127,7 +127,7 @@ class InitRecipe(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Number format of the weights written; auto: the model's own (bfloat16 for a GGUF)."
     )
-    max_shard_size: str = Field("4GB", description="Largest size of one weights file.")
+    max_shard_size: str = Field("4GB", description="Largest size of the tensors in one weights file.")
     measure_tokens: int = Field(
         4096,
         ge=0,

@@ -11,10 +11,12 @@ import numpy
 import pytest
 import ready
 import torch
-from pico import pico_tokenizer, save_pico
+from pico import pico_model, pico_tokenizer, save_pico
 from rich.console import Console
 from safetensors import safe_open
 from safetensors.numpy import save_file
+from safetensors.torch import load_file
+from safetensors.torch import save_file as save_torch
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -22,6 +24,8 @@ from rrtc.cli import scores
 from rrtc.cli.app import app
 from rrtc.errors import RrtcError, WrongUsage
 from rrtc.eval import measurements
+from rrtc.eval.candidates import Candidate
+from rrtc.eval.sample import sample
 from rrtc.eval.stage import evaluate
 from rrtc.init.stage import init
 from rrtc.io import remembered as cache
@@ -222,6 +226,26 @@ def test_too_few_windows_are_said(models):
     (said,) = report["not_run"]
     assert said["task"] == "intervals of 'text.txt'" and said["why"].startswith("It has 3 windows, and it takes 8")
     assert report["models"][1]["scores"]["loss"]["difference"] | {"value": 0} == {"value": 0, "low": None, "high": None}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "added", "says"),
+    [("", None, "the prompt has no tokens"), ("say <far>", "<far>", "and the model only 320")],
+)
+def test_a_prompt_that_the_model_cannot_read_costs_the_sample_alone(prompt, added, says):
+    tokenizer = copy.deepcopy(pico_tokenizer())
+    tokenizer.add_tokens([f"<{n}>" for n in range(8)] + ([added] if added else []))
+    assert says in sample(pico_model(), tokenizer, prompt, 4)
+
+
+def test_a_head_that_has_numbers_of_its_own_is_counted(tmp_path):
+    """Where the config ties it to the embedding: init counts it, too."""
+    tied = save_pico(tmp_path / "dense", tie_word_embeddings=True)
+    assert Candidate("dense", "dense", tied).counted.head == 0
+    tensors = load_file(tied / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+    save_torch(tensors, tied / "model.safetensors", {"format": "pt"})
+    assert Candidate("dense", "dense", tied).counted.head == tensors["lm_head.weight"].numel()
 
 
 @pytest.mark.parametrize("template", ["{% endfor %}", "{{ messages[7].content.none }}", "{{ raise_exception('no') }}"])

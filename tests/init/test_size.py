@@ -6,7 +6,7 @@ import pytest
 import torch
 from initialized import recipe
 from pico import VOCABULARY, save_pico
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from rrtc import console
 from rrtc.cli import tables
@@ -15,6 +15,7 @@ from rrtc.export.stage import export
 from rrtc.init.budget import measure_groups
 from rrtc.init.calibrate import calibrate
 from rrtc.init.dry_run import dry_run
+from rrtc.init.job import prepare
 from rrtc.init.stage import init
 from rrtc.io.dense import DenseModel
 from rrtc.io.provenance import read_provenance
@@ -128,6 +129,19 @@ def test_a_few_slots_stand_for_the_others(dense, tmp_path):
                 assert [layers for layers, *_ in way.narrowed] == [(number,)] * len(other.narrowed)
                 for curve, same in zip(way.curves, other.curves, strict=True):
                     assert curve.layers == (number,) and torch.equal(curve.costs, same.costs)
+
+
+def test_numbers_that_will_be_rounded_are_named(tmp_path, capfd):
+    """Norms in float32 in a bfloat16 model: nothing else of it would be rounded, and nobody asked for that."""
+    folder = save_pico(tmp_path / "dense")
+    tensors = load_file(folder / "model.safetensors")
+    mixed = {name: t if t.dim() < 2 else t.bfloat16() for name, t in tensors.items()}
+    save_file(mixed, folder / "model.safetensors", {"format": "pt"})
+    says = "will be rounded to bfloat16, which most of the model is stored in. --dtype float32 keeps all"
+    for dtype, is_said in (("auto", True), ("bfloat16", False), ("float32", False)):
+        prepare(str(folder), tmp_path / "out", small(size=0.7, dtype=dtype))
+        assert (says in capfd.readouterr().err) is is_said
+    assert DenseModel(find_model(str(folder))).finer_than("bfloat16") == [n for n, t in tensors.items() if t.dim() < 2]
 
 
 def test_16_bits_are_proposed_where_the_source_has_32(dense, tmp_path, capfd):

@@ -150,11 +150,23 @@ def test_the_cache_of_a_recursive_model_is_planned_anew(made, tmp_path):
     assert (folder / "model.safetensors").read_bytes() == (tmp_path / "wider" / "model.safetensors").read_bytes()
     assert before.kv_bytes(256, 1) < after.kv_bytes(256, 1) <= 0.6 * after.architecture.kv_bytes(256, 1)
     said = read_provenance(tmp_path / "wider")
+    chosen = said["measured"]["windows"].pop("calibration")  # what the heads were chosen on, and not the weights
+    assert chosen["calibrate_tokens"] == SMALL["calibrate_tokens"] and chosen["calibrate_on"] == ["pydoc"]
     assert said["measured"]["windows"] == result and said["history"][0]["path"] == str(folder)
     assert said["recipe"]["init"]["kv_budget"] == 0.6 and said["recipe"]["init"]["budget"] == 1
     assert set(result["loss"]) == {"tokens", "given", "after_init"}
     config = json.loads((tmp_path / "wider" / "config.json").read_text())
     assert config | {"visits": 0} == json.loads((folder / "config.json").read_text()) | {"visits": 0}
+
+
+def test_an_export_that_is_planned_anew_asks_for_no_code_that_is_not_there(made, tmp_path):
+    folder, _ = made
+    config = json.loads((folder / "config.json").read_text())
+    exported = shutil.copytree(folder, tmp_path / "exported")
+    asks = {"auto_map": {"AutoModelForCausalLM": "modeling_rrt.RrtForCausalLM"}}
+    (exported / "config.json").write_text(json.dumps(config | asks))
+    api.init(exported, tmp_path / "wider", kv_budget=0.6, **SMALL)
+    assert json.loads((tmp_path / "wider" / "config.json").read_text()).keys() == config.keys()
 
 
 def test_of_several_kinds_each_visit_gets_what_measures_cheapest(dense, tmp_path):

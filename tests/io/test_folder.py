@@ -52,7 +52,7 @@ def test_sizes_are_decimal(text, size):
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GB", "four", "-4GB", "4GBB", "4 G B", "4,5GB", "4GiB", "1e9"])
+@pytest.mark.parametrize("text", ["", "0", "0.4", "GB", "four", "-4GB", "4GBB", "4 G B", "4,5GB", "4GiB", "1e9"])
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(WrongUsage) as error:
         parse_size(text)

@@ -72,6 +72,9 @@ def test_the_number_format_is_that_of_most_parameters(tmp_path):
     save_file({"x": torch.ones(50, dtype=torch.int8), "y": small}, tmp_path / "model.safetensors")
     with pytest.raises(RrtcError, match="holds its weights as I8, a quantized format"):
         _ = Weights(tmp_path).dtype
+    masks = torch.ones(1, 1, 99, 99, dtype=torch.bool)  # as old GPT-NeoX models have them
+    save_file({"x": large, "masks": masks}, tmp_path / "model.safetensors")
+    assert Weights(tmp_path).dtype == "bfloat16"
 
 
 @pytest.mark.parametrize("length", [0, 4, 8, 60, -1])
