@@ -97,7 +97,8 @@ def read_architecture(config: PreTrainedConfig) -> Architecture:
     """The architecture of the dense model of `config`, without its weights.
 
     Raises RrtcError for a model without decoder layers, or with matrices that are raw parameters (mixture-of-experts
-    weights, convolutions), which cannot be tied as linear layers.
+    weights, convolutions), which cannot be tied as linear layers, and where no layer has projections that are known to
+    give keys and values: what its KV cache takes cannot be said.
     """
     model = stock_model(config)
     text = config.get_text_config()
@@ -117,6 +118,13 @@ def read_architecture(config: PreTrainedConfig) -> Architecture:
             )
         made = Layer(matrices, tuple((name, p.numel()) for name, p in vectors.items()))
         layers.append(replace(made, kv_heads=_kv_heads(layer, made.kv_width), window=windows[number]))
+
+    if not any(layer.kv_width for layer in layers):  # some may well have none, and read the keys and values of others
+        raise RrtcError(
+            f"No layer of this '{config.model_type}' model has projections that are known to give keys and values, so "
+            "what its KV cache takes cannot be said.",
+            "rrtc ties layers that project to queries, keys and values: latent attention (MLA) is not supported yet.",
+        )
 
     # The output projection counts as a head of its own unless the config ties it to the embedding.
     output = model.get_output_embeddings()
