@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import transformers
-from pico import ARCHITECTURES, COMMON, pico_config, pico_model
+from pico import ARCHITECTURES, COMMON, WINDOWED, pico_config, pico_model
+from transformers import AutoModelForCausalLM
 
 from rrtc.architecture import Architecture, Layer, Matrix
 from rrtc.errors import RrtcError, WrongUsage
@@ -17,7 +18,7 @@ from rrtc.patterns import make_plan
 from rrtc.plan import savings
 from rrtc.recipe.init import InitRecipe
 from rrtc.recipe.schema import load_recipe
-from rrtc.stock.architecture import read_architecture
+from rrtc.stock.architecture import decoder_layers, read_architecture, stock_model
 
 PAPER = Path(__file__).parent.parent / "recipes" / "paper"
 
@@ -29,6 +30,11 @@ PAPER_TABLE = {
     ("tinyllama-1.1b", 2): (0.48, 0.53, 0.58, 0.68, 0.86),
     ("pythia-1b", 2): (0.40, 0.44, 0.48, 0.55, 0.70),
 }
+
+LATENT = {  # attention that keeps one narrow vector of a token
+    "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
+    "num_key_value_heads": 4,
+}  # fmt: skip
 
 
 def plan_of(config, **recipe):
@@ -306,6 +312,43 @@ def test_a_mixture_of_experts_is_refused_naming_the_raw_parameters():
     assert "mlp.experts.gate_up_proj" in error.value.sentence and "mlp.experts.down_proj" in error.value.sentence
     assert "mixtral" in error.value.sentence and "mixture-of-experts" in error.value.hint
     assert error.value.exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "own"),
+    [
+        ("YoutuConfig", LATENT),
+        ("MiniCPM3Config", LATENT),
+        ("DeepseekV3Config", LATENT | {"first_k_dense_replace": 6}),
+        ("CTRLConfig", {"dff": 80}),
+    ],
+)
+def test_a_model_whose_keys_and_values_are_not_known_is_refused(kind, own):
+    config = getattr(transformers, kind)(**(COMMON | own))
+    with pytest.raises(RrtcError) as error:
+        read_architecture(config)
+    assert f"'{config.model_type}'" in error.value.sentence and "keys and values" in error.value.sentence
+    assert "MLA" in error.value.hint and error.value.exit_code == 1
+
+
+def test_buffers_that_are_saved_with_a_layer_are_refused_by_name():
+    with pytest.raises(RrtcError) as error:
+        read_architecture(transformers.ApertusConfig(**COMMON))
+    assert "'apertus'" in error.value.sentence and "mlp.act_fn.beta, mlp.act_fn.eps" in error.value.sentence
+    assert "buffers" in error.value.hint and error.value.exit_code == 1
+
+
+def test_buffers_that_are_made_anew_on_loading_are_no_reason_to_refuse():
+    config = transformers.GPTNeoConfig(
+        **(COMMON | {"num_layers": 6, "num_heads": 4, "attention_types": [[["global", "local"], 3]]})
+    )
+    assert any(name == "attn.attention.bias" for name, _ in decoder_layers(stock_model(config))[0].named_buffers())
+    assert read_architecture(config).parameters == AutoModelForCausalLM.from_config(config).num_parameters()
+
+
+def test_layers_that_read_the_keys_and_values_of_others_are_no_reason_to_refuse():
+    config = transformers.Gemma3nTextConfig(**COMMON, layer_types=WINDOWED["layer_types"], num_kv_shared_layers=2)
+    assert [layer.kv_width > 0 for layer in read_architecture(config).layers] == [True] * 4 + [False] * 2
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,9 @@ def read_architecture(config: PreTrainedConfig) -> Architecture:
     """The architecture of the dense model of `config`, without its weights.
 
     Raises RrtcError for a model without decoder layers, or with matrices that are raw parameters (mixture-of-experts
-    weights, convolutions), which cannot be tied as linear layers.
+    weights, convolutions), which cannot be tied as linear layers, or with buffers in its layers that are saved with
+    it, and where no layer has projections that are known to give keys and values: what its KV cache takes cannot be
+    said.
     """
     model = stock_model(config)
     text = config.get_text_config()
@@ -115,8 +117,22 @@ def read_architecture(config: PreTrainedConfig) -> Architecture:
                 "cannot be tied.",
                 "rrtc ties linear layers only: mixture-of-experts and state-space models are not supported yet.",
             )
+        saved = layer.state_dict().keys()
+        if buffers := [name for name, _ in layer.named_buffers() if name in saved]:
+            raise RrtcError(
+                f"Layer {number} of this '{config.model_type}' model holds {', '.join(buffers)} as buffers that are "
+                "saved with it, which tying would lose.",
+                "rrtc keeps what a layer has as parameters: layers with saved buffers are not supported yet.",
+            )
         made = Layer(matrices, tuple((name, p.numel()) for name, p in vectors.items()))
         layers.append(replace(made, kv_heads=_kv_heads(layer, made.kv_width), window=windows[number]))
+
+    if not any(layer.kv_width for layer in layers):  # some may well have none, and read the keys and values of others
+        raise RrtcError(
+            f"No layer of this '{config.model_type}' model has projections that are known to give keys and values, so "
+            "what its KV cache takes cannot be said.",
+            "rrtc ties layers that project to queries, keys and values: latent attention (MLA) is not supported yet.",
+        )
 
     # The output projection counts as a head of its own unless the config ties it to the embedding.
     output = model.get_output_embeddings()

@@ -13,7 +13,7 @@ import torch
 import yaml
 from exports import IDS, LAST_NORM, STRANGER, change_tensors, logits_of, make_rrt, recipe, run_python
 from huggingface_hub import ModelCard
-from pico import EVERY_ARCHITECTURE, pico_config, save_pico
+from pico import ARCHITECTURES, EVERY_ARCHITECTURE, pico_config, save_pico
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.dynamic_module_utils import HF_MODULES_CACHE
@@ -119,6 +119,14 @@ def test_recursive_loads_and_generates_where_rrtc_is_not(tmp_path, cold):
         torch.testing.assert_close(found[f"{target}:hidden"], found[f"{target}:expected_hidden"], atol=1e-6, rtol=0)
         greedy = model.generate(IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=8, do_sample=False)
         assert torch.equal(found[f"{target}:greedy"], greedy)
+
+
+@pytest.mark.slow
+def test_a_recursive_export_is_checked_where_the_model_calls_a_decoder_inside_its_base_model(tmp_path, monkeypatch):
+    opt = ("OPTConfig", {"word_embed_proj_dim": 32, "ffn_dim": 80})  # and what leaves its layers is projected
+    monkeypatch.setitem(ARCHITECTURES, "opt", opt)
+    measured = stage.export(make_rrt(tmp_path / "rrt", "opt"), tmp_path / "out", recipe())
+    assert measured["max_logit_difference"] == 0 and (tmp_path / "out" / "model.safetensors").exists()
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ if __name__ == "__main__":
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 NEW = 24  # tokens that are generated with and without guesses
 
@@ -33,10 +33,16 @@ def main(job: dict) -> dict:
     ids = torch.tensor(job["ids"])
     model, problems = load(AutoModelForCausalLM, job)
     last = []  # hidden states: a model that runs in blocks has no others to show
-    watching = model.base_model.register_forward_hook(lambda module, args, output: last.append(output[0]))
+    # Whichever it is that the model calls: OPT calls its decoder, inside of the base model. The outermost ends last.
+    hooks = [
+        module.register_forward_hook(lambda module, args, output: last.append(output[0]))
+        for module in model.base_model.modules()
+        if isinstance(module, PreTrainedModel)
+    ]
     with torch.inference_mode():
         output = model(ids, use_cache=False, logits_to_keep=job["logits_to_keep"])
-    watching.remove()
+    for hook in hooks:
+        hook.remove()
     save_file({"logits": output.logits.float().contiguous()}, job["logits"])
     report = {"problems": problems, "token_ids": token_ids(job)}
     if getattr(model.generation_config, "speculate", None) and not job["from_disk"]:  # that would read it many times
@@ -49,7 +55,7 @@ def main(job: dict) -> dict:
         report["problems"] += [p for p in base_problems if not p.startswith("unexpected") or p.startswith(inside)]
         with torch.inference_mode():
             hidden = base(ids, use_cache=False).last_hidden_state
-        expected = last[0]
+        expected = last[-1]
         report["hidden_difference"] = ((hidden - expected).abs().max() / expected.abs().max()).item()
     return report
 
