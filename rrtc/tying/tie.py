@@ -53,7 +53,7 @@ def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
     B = U sqrt(S) is (outputs, rank) and A = sqrt(S) V^T is (rank, inputs): the paper's B = U S, A = V^T (§2.3) is the
     same product, but factors of equal size train evenly. Works on the leading eigenvectors of the smaller Gram matrix,
-    M M^T or M^T M (leading.py): the error is at most 1.01 times that of a full SVD, for a fraction of its time.
+    M M^T or M^T M (eigen.py): the error is at most 1.01 times that of a full SVD, for a fraction of its time.
     """
     wide = matrix.shape[0] < matrix.shape[1]
     m = matrix if wide else matrix.T  # the small dimension first

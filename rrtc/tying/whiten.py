@@ -6,7 +6,7 @@ information; Martens and Grosse, arXiv 1503.05671). So the best approximation of
 G^1/2 W C^1/2, mapped back, and errors of all matrices of all layers are in one unit and can be added up. With G = 1
 this is activation-aware SVD (SVD-LLM, arXiv 2403.07378), whose errors are in every layer's own unit.
 
-Pure functions on float32 tensors; decompositions in float64, but for truncations of low rank (leading.py).
+Pure functions on float32 tensors; decompositions in float64, but for truncations of low rank (eigen.py).
 """
 
 from dataclasses import dataclass
