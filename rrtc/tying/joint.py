@@ -1,7 +1,7 @@
 """Joint choice of the shared matrix and all LoRA factors of a tie group, weighted by what the loss sees (whiten.py).
 
 Minimized is the sum over the visits b of the cost of W' + B_b A_b in place of W_b: tr(G E_b C_b E_b^T) / 2 with E_b =
-W_b - W' - B_b A_b, C_b the moment of the inputs of visit b, and G the mean over the group of the moments of its gradients.
+W_b - W' - B_b A_b, C_b the moment of the inputs of visit b, and G the mean over the visits of their gradients' moments.
 
 For given factors the best W' is the mean of the W_b - B_b A_b weighted by the C_b (RegMean; Jin et al., arXiv
 2212.09849). For two visits, putting it in leaves a cost of D - (B_1 A_1 - B_2 A_2) alone, where D = W_1 - W_2, in the
