@@ -201,6 +201,7 @@ def test_an_output_that_cannot_become_a_new_folder(dense, tied, tmp_path, monkey
 def test_checkpoints_of_an_interrupted_run_are_not_swept_away(dense, tmp_path):
     saved = tmp_path / "out.partial" / "checkpoints" / "checkpoint-5"
     saved.mkdir(parents=True)
+    (saved.parent / "started.json").touch()
     fails("init", dense, "-o", tmp_path / "out", *SMALL, says="holds the checkpoints of an interrupted run")
     assert saved.exists()
 

@@ -40,7 +40,7 @@ from rrtc.io.trust import check_folder
 from rrtc.io.weights import Weights
 from rrtc.plain import to_yaml
 from rrtc.recipe.schema import Recipe, load_recipe, with_flags
-from rrtc.runs import check_sizes
+from rrtc.runs import STAGES, check_sizes
 from rrtc.stock.architecture import read_architecture, read_plan
 from rrtc.text.files import texts_in
 from rrtc.text.tokens import encoded
@@ -287,7 +287,7 @@ def kinds(folder: Path) -> list[Kind]:
 
     def recipe_from_flags() -> None:
         for part, given in json.loads(flags.read_bytes()).items():
-            if part in api.STAGES and isinstance(given, dict):
+            if part in STAGES and isinstance(given, dict):
                 section = getattr(Recipe(), part)
                 with_flags(section, {key: given[key] for key in given if key in type(section).model_fields}, "the call")
 
