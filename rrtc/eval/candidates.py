@@ -13,7 +13,7 @@ from rrtc.io.recursive import trained_exits
 from rrtc.io.source import Source, content_hash, find_model, read_config
 from rrtc.io.weights import Weights
 from rrtc.model import RrtConfig
-from rrtc.stock.architecture import read_plan
+from rrtc.stock.architecture import read_architecture, read_plan
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ class Candidate:
         config = read_config(self.folder)
         if isinstance(config, RrtConfig):
             return read_plan(config)
+        if hasattr(config, "quantization_config"):
+            return read_architecture(config)
         return read_dense(find_model(str(self.folder))).architecture  # as init counts it, a head of its own and all
 
     def fingerprint(self) -> str:

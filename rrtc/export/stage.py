@@ -20,7 +20,7 @@ from rrtc.export.full_attention import TOKENS as COMPARED_TOKENS
 from rrtc.export.full_attention import context_to_measure, measure_full_attention
 from rrtc.export.verify import reference
 from rrtc.features import check_carried
-from rrtc.io.folder import check_space, check_target, whole_folder
+from rrtc.io.folder import MARK, check_space, check_target, whole_folder
 from rrtc.io.license import forbids_derivatives, license_of
 from rrtc.io.provenance import base_seen_from, next_history, read_provenance, write_provenance
 from rrtc.io.report import read_report
@@ -187,7 +187,8 @@ def _held_out(wanted: ExportRecipe, source: Path, config: RrtConfig, context: in
 
 
 def _files(folder: Path) -> list[str]:
-    return [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
+    files = (file for file in folder.rglob("*") if file.is_file() and file.name != MARK)
+    return [file.relative_to(folder).as_posix() for file in files]
 
 
 def _report_about(folder: str | None, provenance: dict) -> dict | None:

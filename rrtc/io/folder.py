@@ -72,7 +72,7 @@ def remove(path: Path) -> None:
     if path.is_file():
         path.unlink()
         return
-    for inner in path.iterdir() if path.is_dir() else ():
+    for inner in path.iterdir() if (path / MARK).exists() else ():
         if inner.is_dir() and not inner.is_symlink():
             shutil.rmtree(inner, ignore_errors=True)
         elif inner.name != MARK:

@@ -235,7 +235,7 @@ def test_too_few_windows_are_said(models):
 def test_a_prompt_that_the_model_cannot_read_costs_the_sample_alone(prompt, added, says):
     tokenizer = copy.deepcopy(pico_tokenizer())
     tokenizer.add_tokens([f"<{n}>" for n in range(8)] + ([added] if added else []))
-    assert says in sample(pico_model(), tokenizer, prompt, 4)
+    assert says in sample(pico_model("llama"), tokenizer, prompt, 4)
 
 
 def test_a_head_that_has_numbers_of_its_own_is_counted(tmp_path):
