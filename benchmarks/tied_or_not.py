@@ -6,7 +6,8 @@
 For each budget there are three models: layers tied in two loops (middle_cycle), neighbors tied (middle_sequence), and
 nothing tied (--loops 1). All learn from the same dense model by the same windows in the same order, at a rate that
 stays the same after its warm-up, so that every point of a curve is a run of its own that ended there. A teacher cache
-(--flags "--teacher-cache DIR") spares two of three asking the dense model, and is filled before anything is learned.
+(--flags "--teacher-cache DIR") spares two of three asking the dense model. It is filled for all of --tokens before
+anything is learned, so ask for no more than will be used.
 
 The models take turns: to 20 thousand tokens, to 50 thousand, and so on. After --minutes it stops, and the same command
 goes on from there, to the same figures. On a GPU: --minutes 10 --tokens 100M --flags "--precision bfloat16 --compile
@@ -47,6 +48,7 @@ MILESTONES = [digit * 10**power for power in range(4, 10) for digit in (2, 5, 10
 LAST = 0.1  # of the way: what a figure is the mean over, and where a fit begins
 BLOCK = 10  # steps that a bootstrap takes together, because neighbors are alike
 SAMPLES = 2000
+ALL_TEXT = 1e15  # tokens: more than there are, so that a crossing beyond them is none
 CONSTANT = ["--schedule", "warmup_stable_decay", "--decay", "1e-9"]
 
 Curve = list[tuple[int, float]]  # tokens seen, and the KL of the step's windows
@@ -194,7 +196,7 @@ def report(work: Path, curves: dict[tuple[float, str], Curve]) -> None:
 def said(fits: dict) -> str:
     (tied, untied), (_, least, most), (at, first, last) = fits["exponents"], fits["gain"], fits["crossing"]
     slopes = f"KL falls as tokens^-{tied:.3f}, untied as tokens^-{untied:.3f} (difference {least:+.3f} to {most:+.3f})"
-    where = [f"from {tokens:.2g} tokens on" if math.isfinite(tokens) else "never" for tokens in (at, first, last)]
+    where = [f"from {tokens:.2g} tokens on" if tokens < ALL_TEXT else "never" for tokens in (at, first, last)]
     beyond = "" if at <= fits["tokens"] else f", which is beyond the {count(fits['tokens'])} that were measured"
     return f"{slopes}; tied is below {where[0]} (90 %: {where[1]}, to {where[2]}){beyond}"
 
