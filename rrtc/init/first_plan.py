@@ -44,8 +44,9 @@ def propose_16_bits(source: Source, asked: str, dtype: str) -> None:
 
 
 def say_rounded(names: Sequence[str], dtype: str) -> None:
-    """A note where the tensors `names` are stored in more bits than `dtype` has, which most of them are in."""
+    """A note where there are tensors, the `names`, whose numbers `dtype` does not hold as they are."""
     if names:
         such = "1 tensor" if len(names) == 1 else f"{len(names)} tensors"
-        finer = f"{such} ({', '.join(names[:2])}{', …' if len(names) > 2 else ''}) will be rounded to {dtype}"
-        note(f"{finer}, which most of the model is stored in. --dtype float32 keeps all numbers as they are.")
+        hint = "" if dtype == "float32" else " --dtype float32 keeps all numbers as they are."
+        named = f"{', '.join(names[:2])}{', …' if len(names) > 2 else ''}"
+        note(f"{such} ({named}) will be rounded to {dtype}.{hint}")

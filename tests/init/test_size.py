@@ -137,7 +137,7 @@ def test_numbers_that_will_be_rounded_are_named(tmp_path, capfd):
     tensors = load_file(folder / "model.safetensors")
     mixed = {name: t if t.dim() < 2 else t.bfloat16() for name, t in tensors.items()}
     save_file(mixed, folder / "model.safetensors", {"format": "pt"})
-    says = "will be rounded to bfloat16, which most of the model is stored in. --dtype float32 keeps all"
+    says = "will be rounded to bfloat16. --dtype float32 keeps all"
     for dtype, is_said in (("auto", True), ("bfloat16", False), ("float32", False)):
         prepare(str(folder), tmp_path / "out", small(size=0.7, dtype=dtype))
         assert (says in capfd.readouterr().err) is is_said
