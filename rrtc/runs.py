@@ -19,9 +19,11 @@ from rrtc.io.report import read_report
 from rrtc.io.resumable import difference
 from rrtc.io.source import Source, find_model, load_tokenizer, read_config
 from rrtc.kv_budget import LAST_LOOP
+from rrtc.plan import Plan
 from rrtc.recipe.schema import Recipe
 from rrtc.recipe.section import OWN_TEXT
 from rrtc.recipe.settings import SWEPT
+from rrtc.recipe.uptrain import UptrainRecipe
 from rrtc.results import Report, RunPlanResult
 from rrtc.storage import BITS
 from rrtc.text.sources import check_source
@@ -90,10 +92,7 @@ def plan_run(recipe: Recipe) -> RunPlanResult:
     plan, training = dry_run(cast(str, recipe.model), recipe), recipe.uptrain
     source = find_model(cast(str, recipe.model), config_only=True)
     first = first_plan(source, recipe.init)[0]
-    if training.stability == "admin":
-        from rrtc.uptrain.stability import branches_of
-
-        branches_of(first, _dense_config(source))
+    _check_gains(training, first, source)
     architecture = first.architecture
     a_step = training.batch_size * min(training.context, architecture.context or training.context)
     steps = -(-training.tokens // a_step)
@@ -311,17 +310,23 @@ def check_models(recipe: Recipe) -> None:
     from rrtc.export.stage import check_format
     from rrtc.text.windows import longest_context
     from rrtc.uptrain.job import check_reporter, check_teacher, check_tokens
-    from rrtc.uptrain.stability import branches_of
 
     training, source = recipe.uptrain, find_model(cast(str, recipe.model))
     check_reporter(training.report_to)
     plan, config = first_plan(source, recipe.init)[0], _dense_config(source)
     if training.teacher is not None:
         check_teacher(find_model(training.teacher), training, config, load_tokenizer(source.folder))
-    if training.stability == "admin":
-        branches_of(plan, config)
+    _check_gains(training, plan, source)
     check_tokens(training, longest_context(config, training.context))
     check_format(recipe.export, config, plan.architecture.parameters)
+
+
+def _check_gains(training: UptrainRecipe, plan: Plan, source: Source) -> None:
+    """Raises WrongUsage where stability admin has no gain to set in what `plan` makes of `source`."""
+    if training.stability == "admin":
+        from rrtc.uptrain.stability import branches_of
+
+        branches_of(plan, _dense_config(source))
 
 
 def _dense_config(source: Source):

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from rrtc.errors import RrtcError, WrongUsage
-from rrtc.io.architectures import read_dense
+from rrtc.io.architectures import dense_of
 from rrtc.io.provenance import earlier_stages, read_provenance
 from rrtc.io.recursive import trained_exits
 from rrtc.io.source import Source, content_hash, find_model, read_config
@@ -35,7 +35,7 @@ class Candidate:
             return read_plan(config)
         if hasattr(config, "quantization_config"):
             return read_architecture(config)
-        return read_dense(find_model(str(self.folder))).architecture  # as init counts it, a head of its own and all
+        return dense_of(find_model(str(self.folder))).architecture  # as init counts it, a head of its own and all
 
     def fingerprint(self) -> str:
         return content_hash(self.folder)
