@@ -23,6 +23,7 @@ from uptraining import curve, settings
 
 from rrtc.api import run
 from rrtc.errors import RrtcError, WrongUsage
+from rrtc.io.cache import cache_folder
 from rrtc.io.source import find_model
 from rrtc.io.unchanged import Unchanged
 from rrtc.recipe.schema import Recipe
@@ -157,6 +158,16 @@ def usual_collection():
     gc.set_threshold(*seldom)
 
 
+def peak_of_tokenizing(source: Path, number: int, tokenizer) -> int:
+    """The most bytes that Python held. Other threads' are among them, so only the least of several says what it took."""
+    shutil.rmtree(cache_folder() / "tokens")
+    tracemalloc.start()
+    assert len(tokenized(str(source), ALL, tokenizer).ids) > 100 * number
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
+
+
 @pytest.mark.usefixtures("usual_collection")
 @pytest.mark.parametrize("suffix", ["jsonl", "txt", "csv", "jsonl.gz", "chat.jsonl.zst"])
 def test_memory_does_not_grow_with_the_text(tmp_path, monkeypatch, suffix):
@@ -174,10 +185,7 @@ def test_memory_does_not_grow_with_the_text(tmp_path, monkeypatch, suffix):
             stream.write(content.encode())
         del chat, lines, content
         tokenized(str(source), 1000, tokenizer)  # whatever is loaded only once
-        tracemalloc.start()
-        assert len(tokenized(str(source), ALL, tokenizer).ids) > 100 * number
-        peaks.append(tracemalloc.get_traced_memory()[1])
-        tracemalloc.stop()
+        peaks.append(min(peak_of_tokenizing(source, number, tokenizer) for _ in range(3)))
     assert peaks[1] < 1.5 * peaks[0]
 
 
