@@ -87,7 +87,7 @@ def change(folder: Path, recipe: Recipe, asked: argparse.Namespace, key: dict) -
     job = prepare(folder, step)
     with tempfile.TemporaryDirectory() as nowhere:
         trainer = DistillationTrainer(job, 1, Path(nowhere), save=False, callbacks=[])
-        gains = trainer.set_gains()[1] if job.branches else []
+        gains = trainer.begin()[1]
         ids = trainer.profiled()[: max(1, SHOWN // job.context)].to(trainer.args.device)
         before = said(trainer, ids)
         trainer.train()

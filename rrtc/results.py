@@ -140,8 +140,9 @@ class EstimateResult(TypedDict):
     flops_per_token: int  # of training, without attention over the context
     flops_total: int
     measured_steps: int
+    seconds_before: float  # in which gains are set and exits fitted
     seconds_per_step: float
-    seconds_total: float  # of the training alone
+    seconds_total: float  # of both, without loading
     peak_memory_bytes: int  # of one process: on the accelerator, or on a CPU all that it holds
     checkpoint_bytes: int  # disk space that checkpoints take on the way
     device: str

@@ -191,7 +191,7 @@ def prepare(folder: Path, recipe: UptrainRecipe, most_steps: int | None = None) 
         taught_by = _taught_by(provenance, recipe)
         cache = _cache(recipe, taught_by["sha256"], config, arithmetic)
         # A cache that holds something may hold everything, and then the teacher need not be there.
-        if cache is None or cache.is_empty:
+        if cache is None or not cache.windows:
             teacher = _teacher(folder, recipe, config, tokenizer)
     writer = teacher
     if (OWN_TEXT in recipe.data or branches) and teacher is None:

@@ -113,13 +113,8 @@ def _train(job: Job, checkpoints: Path, checkpoint: Path | None) -> Distillation
     with Display(job.steps, job.tokens) as display:
         trainer = DistillationTrainer(job, job.steps, checkpoints, save=True, callbacks=[*guards, *trackers, display])
         with termination:
-            if job.branches and checkpoint is None:
-                trainer.set_gains()
-            if job.recipe.transfers and checkpoint is None:
-                trainer.match_gains()
-            if job.fitted_exits and checkpoint is None:
-                note("Fitting the maps of the exits")
-                trainer.fit_exits()
+            if checkpoint is None:
+                trainer.begin()
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             termination.check(job.steps)
     return trainer

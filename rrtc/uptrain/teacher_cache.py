@@ -127,8 +127,9 @@ class TeacherCache:
             temporary.replace(file)
 
     @property
-    def is_empty(self) -> bool:
-        return not self._places
+    def windows(self) -> int:
+        """How many it has lessons of."""
+        return len(self._places)
 
     @property
     def bytes_per_token(self) -> float:

@@ -56,7 +56,8 @@ class DistillationTrainer(Trainer):
     way is for guards.py."""
 
     def __init__(self, job: Job, steps: int, output: Path, save: bool, callbacks: list):
-        """steps: how many to take, of those the job has. save: whether to write checkpoints into `output`."""
+        """steps: how many to take; where they are fewer than the job's, they still go through all phases of its
+        objective. save: whether to write checkpoints into `output`."""
         self.job = job
         model = with_all_tensors(Student, job.folder, dtype=torch.float32, use_safetensors=True)
         if job.branches:
@@ -107,7 +108,7 @@ class DistillationTrainer(Trainer):
         ids = others.pop("input_ids")
         lesson = self.teacher(ids, **others) if self.teacher else None
         with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.job.bfloat16):
-            progress = self.state.global_step / self.job.steps
+            progress = self.state.global_step / self.state.max_steps
             means = model(
                 input_ids=ids, targets=targets, recipe=self.job.recipe, lesson=lesson, progress=progress, **others
             )
@@ -115,14 +116,23 @@ class DistillationTrainer(Trainer):
         self._means = {name: self._means.get(name, 0) + mean.detach() for name, mean in means.items()}
         return objective
 
-    def match_gains(self) -> None:
-        """Sets the gains of linear attention as they are before the first step. All processes do the same."""
+    def begin(self) -> tuple[list[list[Variances]], list[list[Tensor | None]]]:
+        """Sets what is set before the first step: gains of `stability` and of linear attention, and the maps of exits.
+        Returns the dense model's profile and the gains of `stability`, both empty without it. All processes do the
+        same."""
+        found = self._set_gains() if self.job.branches else ([], [])
+        if self.job.recipe.transfers:
+            self._match_gains()
+        if self.job.fitted_exits:
+            note("Fitting the maps of the exits")
+            self._fit_exits()
+        return found
+
+    def _match_gains(self) -> None:
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.job.bfloat16):
             match_gains(self.model, self.profiled())
 
-    def set_gains(self) -> tuple[list[list[Variances]], list[list[Tensor | None]]]:
-        """Sets the gains of `stability` as they are before the first step; returns the dense model's profile and them.
-        All processes do the same."""
+    def _set_gains(self) -> tuple[list[list[Variances]], list[list[Tensor | None]]]:
         dtype = torch.bfloat16 if self.job.bfloat16 else torch.float32
         if isinstance(self.teacher, LiveTeacher):
             dense = self.teacher.model
@@ -134,8 +144,7 @@ class DistillationTrainer(Trainer):
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.job.bfloat16):
             return theirs, match(self.model, self.job.plan, branches, theirs, ids)
 
-    def fit_exits(self) -> None:
-        """Sets the maps of exits as they are before the first step. All processes do the same."""
+    def _fit_exits(self) -> None:
         ids = self.profiled(TOKENS_PER_INPUT * self.job.plan.architecture.width)
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.job.bfloat16):
             fit_exits(self.model, self.job.fitted_exits, ids)

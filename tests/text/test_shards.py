@@ -159,7 +159,7 @@ def usual_collection():
 
 
 def peak_of_tokenizing(source: Path, number: int, tokenizer) -> int:
-    """The most bytes that Python held. Other threads' are among them, so only the least of several says what it took."""
+    """The most bytes that Python held. Other threads' are among them, so the least of several says what it took."""
     shutil.rmtree(cache_folder() / "tokens")
     tracemalloc.start()
     assert len(tokenized(str(source), ALL, tokenizer).ids) > 100 * number

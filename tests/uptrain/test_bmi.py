@@ -7,11 +7,13 @@ import pytest
 import torch
 from initialized import logits
 from safetensors import safe_open
-from uptraining import STEPS, interrupt_at, metrics, settings, weights
+from uptraining import BATCH, SETTINGS, STEPS, interrupt_at, metrics, settings, weights
 
 from rrtc.errors import WrongUsage
 from rrtc.recipe.schema import Recipe, checked, with_flags
+from rrtc.uptrain import bmi
 from rrtc.uptrain.bmi import LEAST, PAIRS, SEGMENT, TAU, Critic, P, codes, first_phase, second_pairs, segment_length
+from rrtc.uptrain.estimate import estimate
 from rrtc.uptrain.stage import uptrain
 
 BMI = {"regularizers": {"bmi": 0.5}}
@@ -61,6 +63,14 @@ def test_the_second_phase_weighs_segments_behind():
     expected = (score / TAU).exp() / (P * (1 - P) ** (behind - x - 1).float())
     torch.testing.assert_close(weights, (expected / expected.sum()).detach())
     assert critic(6).state_dict()["forth.0.weight"].equal(judge.state_dict()["forth.0.weight"])
+
+
+@pytest.mark.slow
+def test_an_estimate_takes_a_step_of_each_phase(rrt, monkeypatch):
+    seconds = []
+    monkeypatch.setattr(bmi, "second_pairs", lambda *given: seconds.append(given) or second_pairs(*given))
+    assert estimate(str(rrt), settings(**BMI))["measured_steps"] == 3
+    assert len(seconds) == BATCH // SETTINGS["micro_batch"]
 
 
 @pytest.mark.slow

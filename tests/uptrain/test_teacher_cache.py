@@ -14,6 +14,7 @@ from uptraining import (
     BATCH,
     CONTEXT,
     ONE_STEP,
+    SETTINGS,
     STEPS,
     curve,
     interrupt_at,
@@ -318,7 +319,7 @@ def test_two_processes_fill_it_together(rrt, filled, tmp_path):
 
 
 @pytest.mark.slow
-def test_estimate_reads_the_cache_and_writes_none(rrt, filled, tmp_path, asked):
+def test_estimate_reads_the_cache_and_writes_none(rrt, filled, tmp_path, asked, capfd):
     live = estimate(str(rrt), cached(tmp_path / "c"))
     assert not (tmp_path / "c").exists() and asked
     asked.clear()
@@ -329,7 +330,9 @@ def test_estimate_reads_the_cache_and_writes_none(rrt, filled, tmp_path, asked):
         == 3 * plan.flops_per_token
         == live["flops_per_token"] - (plan.architecture.flops_per_token)
     )
-    assert not asked
+    assert not asked and "lacks" not in capfd.readouterr().err
+    estimate(str(rrt), cached(filled[1], tokens=2 * SETTINGS["tokens"]))
+    assert not asked and "The teacher cache lacks 24 windows of this run at least" in capfd.readouterr().err
 
 
 # -- resuming
