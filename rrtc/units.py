@@ -56,8 +56,8 @@ def parse_extent(value: float | str) -> float | int:
 
 
 def parse_count(text: str) -> int:
-    """The number in a count such as 90M or 1.5B. Raises WrongUsage for anything else."""
-    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([KMBT]?)\s*", text, re.IGNORECASE)
+    """The number in a count such as 200k, 90M or 1.5B. Raises WrongUsage for anything else."""
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([KMBT]?)\s*", text.replace("_", ""), re.IGNORECASE)
     if not match:
-        raise WrongUsage(f"'{text}' is not a count.", "Write it as 90M or 1.5B.")
+        raise WrongUsage(f"'{text}' is not a count.", "Write it as 200k, 90M or 1.5B.")
     return int(float(match[1]) * 1000 ** " KMBT".index(match[2].upper() or " "))

@@ -17,15 +17,15 @@ from rrtc.runs import check_has_weights, check_run, check_sweep, check_texts, ru
 
 
 def run(
-    recipe: Place | Mapping[str, Any] | Recipe, output: Place, resume: bool = False, *, tokens: int | None = None,
+    recipe: Place | Mapping[str, Any] | Recipe, output: Place, resume: bool = False, *, tokens: int | str | None = None,
     model: Place | None = None, settings: Mapping[str, Any] | None = None, verbose: bool = False,
 ) -> RunResult:  # fmt: skip
     """Runs init, uptrain, eval and export of `recipe` into folders of those names in `output`.
 
-    tokens: to train on, instead of the recipe's. model: the dense model, instead of the recipe's. settings: other
-    fields, by names such as "init.rank". With `resume`, stages that are complete are not run again, init goes on from
-    what it has finished and training from its last checkpoint. Returns the result of each stage by its name. Raises
-    RrtcError where `output` is in use, or was made by another recipe.
+    tokens: to train on, instead of the recipe's, as in "2M". model: the dense model, instead of the recipe's.
+    settings: other fields, by names such as "init.rank". With `resume`, stages that are complete are not run again,
+    init goes on from what it has finished and training from its last checkpoint. Returns the result of each stage by
+    its name. Raises RrtcError where `output` is in use, or was made by another recipe.
     """
     asked, target = _recipe_of_run(recipe, tokens, model, settings), Path(home(output))
     check_has_weights(cast(str, asked.model))
@@ -39,7 +39,7 @@ def run(
 
 def sweep(
     recipe: Place | Mapping[str, Any] | Recipe, output: Place, over: Mapping[str, Sequence[Any]], resume: bool = False,
-    *, tokens: int | None = None, model: Place | None = None, settings: Mapping[str, Any] | None = None,
+    *, tokens: int | str | None = None, model: Place | None = None, settings: Mapping[str, Any] | None = None,
     verbose: bool = False,
 ) -> SweepResult:  # fmt: skip
     """Runs init and uptrain of `recipe` with every combination of the values in `over`, such as {"init.rank": [0, 64]},
@@ -61,7 +61,7 @@ def sweep(
 
 def plan_run(
     recipe: Place | Mapping[str, Any] | Recipe, over: Mapping[str, Sequence[Any]] | None = None, *,
-    tokens: int | None = None, model: Place | None = None, settings: Mapping[str, Any] | None = None,
+    tokens: int | str | None = None, model: Place | None = None, settings: Mapping[str, Any] | None = None,
     verbose: bool = False,
 ) -> dict[str, RunPlanResult]:  # fmt: skip
     """What `run` would do, or each run of a `sweep`, by its name ("run" where there is one): the whole recipe, the plan
@@ -73,7 +73,7 @@ def plan_run(
 
 
 def _recipe_of_run(
-    recipe: RecipeLike, tokens: int | None, model: Place | None, settings: Mapping[str, Any] | None
+    recipe: RecipeLike, tokens: int | str | None, model: Place | None, settings: Mapping[str, Any] | None
 ) -> Recipe:
     """The recipe that is to be run. Raises WrongUsage for what it cannot be, and where it names no model."""
     given = {"uptrain.tokens": tokens, "model": None if model is None else os.fspath(model)}

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import typer
+from pydantic import BeforeValidator
 
 from rrtc.recipe.commented import choices_of
 from rrtc.recipe.schema import load_recipe, with_flags
@@ -96,6 +97,8 @@ def _flag(name: str, field: Any, panel: str | None) -> inspect.Parameter:
 
 def _value(field: Any) -> tuple[type, str]:
     """(the type that typer reads, the word for it) of a recipe's field."""
+    if any(isinstance(one, BeforeValidator) for one in field.metadata):
+        return str, "TEXT"
     kinds = typing.get_args(field.annotation)
     optional = type(None) in kinds
     kind = kinds[0] if optional and len(kinds) == 2 else field.annotation

@@ -35,8 +35,7 @@ def run_command(
     settings: Annotated[list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help=SETTING)] = None,
     sweep: Annotated[list[str] | None, typer.Option("--sweep", metavar="FIELD=V,V,…", help=SWEEP)] = None,
     tokens: Annotated[
-        int | None,
-        typer.Option("--tokens", min=1, metavar="TOKENS", help="Train on so many tokens instead of the recipe's."),
+        str | None, typer.Option("--tokens", metavar="TOKENS", help="Train on so many tokens instead of the recipe's.")
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the whole recipe, the plan and its size; a config.json is enough.")
@@ -50,7 +49,7 @@ def run_command(
     \b
     Example:
       rrtc run quickstart -o runs/quickstart
-      rrtc run quickstart -o runs/small --set init.budget=0.5 --tokens 50000
+      rrtc run quickstart -o runs/small --set init.budget=0.5 --tokens 50k
       rrtc run recipe.yaml -o runs/ranks --sweep init.rank=0,64,128
     """
     over = parse_sweep(sweep or [])

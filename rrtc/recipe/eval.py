@@ -2,7 +2,7 @@
 
 from pydantic import Field, field_validator
 
-from rrtc.recipe.section import Section
+from rrtc.recipe.section import Amount, Section
 
 
 class EvalRecipe(Section):
@@ -16,7 +16,7 @@ class EvalRecipe(Section):
     text_field: str = Field(
         "text", description="The field of a row that holds the text; else messages or conversations, as chat data has."
     )
-    tokens: int = Field(
+    tokens: Amount = Field(
         16_384, ge=2, le=10**12, description="Tokens to score from each text, rounded up to whole windows."
     )
     context: int = Field(512, ge=8, le=10**9, description="Tokens in one scored window.")

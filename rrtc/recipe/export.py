@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from rrtc.recipe.section import OWN_TEXT, Section
+from rrtc.recipe.section import OWN_TEXT, Amount, Section
 
 # What each format can be quantized to.
 NUMBERS = {
@@ -42,7 +42,7 @@ class ExportRecipe(Section):
         "a model on that has some. By default what the model was trained on, or calibrated on, as the folder names it: "
         "files are read, a dataset of the hub only where a recipe names it too.",
     )
-    calibrate_tokens: int = Field(16_384, ge=1, le=10**12, description="For quantize: tokens of that text in all.")
+    calibrate_tokens: Amount = Field(16_384, ge=1, le=10**12, description="For quantize: tokens of that text in all.")
     calibrate_context: int = Field(512, ge=8, le=10**9, description="For quantize: tokens in one window of that text.")
     text_field: str = Field(
         "text", description="The field of a row that holds it; else messages or conversations, as chat data has."

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from rrtc.errors import WrongUsage, nearest
-from rrtc.recipe.section import BUILT_IN_TEXT, Section
+from rrtc.recipe.section import BUILT_IN_TEXT, Amount, Section
 from rrtc.units import parse_extent
 
 MATRIX_GROUPS = ("q", "kv", "o", "ffn")  # the module groups of the paper's rank ablation (table G.1)
@@ -112,7 +112,7 @@ class InitRecipe(Section):
         "writes itself, a little of everything, and goes well with text of your own.",
         min_length=1,
     )
-    calibrate_tokens: int = Field(16_384, ge=1, le=10**12, description="Tokens of that text in all.")
+    calibrate_tokens: Amount = Field(16_384, ge=1, le=10**12, description="Tokens of that text in all.")
     calibrate_context: int = Field(512, ge=8, le=10**9, description="Tokens in one window of that text.")
     text_field: str = Field(
         "text", description="The field of a row that holds the text; else messages or conversations, as chat data has."
@@ -128,7 +128,7 @@ class InitRecipe(Section):
         "auto", description="Number format of the weights written; auto: the model's own (bfloat16 for a GGUF)."
     )
     max_shard_size: str = Field("4GB", description="Largest size of the tensors in one weights file.")
-    measure_tokens: int = Field(
+    measure_tokens: Amount = Field(
         4096,
         ge=0,
         le=10**12,

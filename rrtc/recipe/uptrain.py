@@ -5,7 +5,7 @@ from typing import Any, Literal
 from pydantic import AliasChoices, Field, ValidationInfo, field_validator, model_validator
 
 from rrtc.errors import nearest
-from rrtc.recipe.section import BUILT_IN_TEXT, OWN_TEXT, Section
+from rrtc.recipe.section import BUILT_IN_TEXT, OWN_TEXT, Amount, Section
 
 DISTILLATIONS = ("forward_kl", "reverse_kl", "jensen_shannon", "total_variation")  # paper appendix I
 MOST_WEIGHT = 1_000_000
@@ -35,7 +35,7 @@ class UptrainRecipe(Section):
     text_field: str = Field(
         "text", description="The field of a row that holds the text; else messages or conversations, as chat data has."
     )
-    tokens: int = Field(1_000_000, ge=1, le=10**12, description="Training tokens in all.")
+    tokens: Amount = Field(1_000_000, ge=1, le=10**12, description="Training tokens in all, as in 10M.")
     context: int = Field(512, ge=8, le=10**9, description="Tokens in one training window.")
     separate_documents: bool = Field(
         False,

@@ -96,6 +96,8 @@ def test_a_misspelled_key_names_the_nearest_valid_one(tmp_path, text, key, hint)
         ("init: {loops: 0}", "'init.loops' is wrong: it should be greater than or equal to 1."),
         ("init: {loops: two}", "'init.loops' is wrong: it should be a valid integer"),
         ("init: {keep: -1}", "'init.keep' is wrong"),
+        ("uptrain: {tokens: many}", "'uptrain.tokens' is wrong: 'many' is not a count. Write it as 200k, 90M or 1.5B."),
+        ("uptrain: {tokens: 0.1}", "'uptrain.tokens' is wrong: it should be a valid integer"),
         ("init: {rank: -3}", "'init.rank' is wrong: a rank is a whole number from 0 up"),
         ("init: {rank: 2.5}", "'init.rank' is wrong: a rank is a whole number from 0 up"),
         ("init: {rank: true}", "'init.rank' is wrong: a rank is a whole number from 0 up"),
@@ -235,6 +237,15 @@ def test_sizes_and_counts_have_bounds(text):
     for parse in (parse_size, parse_count):
         with pytest.raises(WrongUsage):
             parse(text)
+
+
+@pytest.mark.parametrize(("text", "number"), [("200k", 200_000), ("1.5B", 1.5e9), ("20_000", 20_000), ("7", 7)])
+def test_amounts_of_text_are_written_as_people_write_them(tmp_path, text, number):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(f"init: {{calibrate_tokens: {text}, measure_tokens: {text}}}\nuptrain: {{tokens: {text}}}\n")
+    recipe = load_recipe(str(file))
+    assert recipe.uptrain.tokens == recipe.init.calibrate_tokens == recipe.init.measure_tokens == number
+    assert with_flags(Recipe().eval, {"tokens": text}, "the command line").tokens == number
 
 
 def test_a_recipe_survives_being_written_down():
