@@ -60,18 +60,14 @@ def load(model: Place, dtype: Any = "auto", device: Any = "cpu") -> "tuple[PreTr
     with work(False, ""):
         folder = find_model(home(model)).folder
         Weights(folder)  # refuses what it holds besides safetensors, and paths in its index
-        from transformers import AutoModelForCausalLM
-
-        from rrtc.io.source import load_tokenizer, with_all_tensors
+        from rrtc.io.source import load_model, load_tokenizer
         from rrtc.model import RrtConfig  # and with it the recursive model is registered
         from rrtc.stock.architecture import read_plan
 
         config = read_config(folder)  # raises for what transformers has no model for
         if isinstance(config, RrtConfig):
             read_plan(config)  # raises for visits that cannot be
-        safe = {"use_safetensors": True, "trust_remote_code": False}
-        loaded = with_all_tensors(AutoModelForCausalLM, folder, dtype=dtype, **safe)
-        return loaded.to(device).eval(), load_tokenizer(folder)
+        return load_model(folder, dtype=dtype).to(device), load_tokenizer(folder)
 
 
 def tie(model: "PreTrainedModel", plan: "Plan") -> "RrtForCausalLM":

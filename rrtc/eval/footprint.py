@@ -4,7 +4,8 @@
 
 loads the model in that dtype, generates a few tokens, and prints the peak meanwhile in bytes: of the
 accelerator's memory where there is one, else of this process's resident size. Loading does not count: for a file in
-another dtype it takes more, and how much depends on the file and not on the model.
+another dtype it takes more, and how much depends on the file and not on the model. It imports no more than a user of
+the model would, because modules are resident, too.
 """
 
 import gc

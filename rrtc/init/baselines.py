@@ -39,7 +39,7 @@ from rrtc.stock.streamed import TOKENS_AT_ONCE, StreamedModel
 from rrtc.text.calibration import calibration_windows, own_windows
 from rrtc.text.own import own_text
 from rrtc.text.windows import longest_context
-from rrtc.tying.moments import DiagonalMoment, Moment
+from rrtc.tying.moments import DiagonalMoment, Gathering, Moment
 from rrtc.tying.whiten import Seen
 from rrtc.units import parse_size
 
@@ -170,19 +170,18 @@ def _layers_seen(dense: DenseModel, ids: Tensor) -> Iterator[tuple[dict[str, Ten
     model = StreamedModel(dense.config, dense.raw, device())
     states = model.embed(ids)
     for number in range(dense.depth):
-        tensors, sums, cosines = dense.layer(number, device()), {}, 0.0
+        tensors, gatherings, cosines = dense.layer(number, device()), {}, 0.0
 
-        def gather(names, inputs, sums=sums):
-            product = inputs.T @ inputs
-            sums[names] = sums[names].add_(product) if names in sums else product
+        def gather(names, inputs, gatherings=gatherings):
+            gatherings.setdefault(names, Gathering(ids.numel())).add(inputs)
 
         for batch in states.split(max(1, TOKENS_AT_ONCE // ids.shape[1])):
             entering = batch.clone()
             model.run_layer(number, tensors, batch, gather)
             cosines += torch.cosine_similarity(entering, batch, dim=-1).double().sum().item()
         seen = {}
-        for names, total in sums.items():
-            moment = Moment.estimated(total / ids.numel(), ids.numel())
+        for names, gathering in gatherings.items():
+            moment = Moment.estimated(gathering.finish(), ids.numel())
             for name in names:
                 weight = tensors[f"{name}.weight"]
                 seen[name] = Seen(weight, moment, DiagonalMoment(torch.ones(len(weight), device=weight.device)))
