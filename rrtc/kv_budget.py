@@ -26,7 +26,7 @@ REPLANNED = ("calibrate_on", "calibrate_tokens", "calibrate_context", "text_fiel
 LEAST_CONTEXT = 4096  # tokens of a calibration window, where the model can see so many: less shows no distance
 WINDOWS_IN_CONTEXT = 4  # what a calibration window holds at least of what a head sees
 LOOKS_UP = 0.03  # of a head's attention on what is to be looked up: less is no looking up
-NUMBER_BYTES = 2  # of a number in the cache: in 16 bits, as models run
+KV_NUMBER_BYTES = 2  # of a number in the cache: in 16 bits, as models run
 LANDMARK_SIZE = 16  # tokens in a landmark block; blocks take half of the window
 FEATURES = 64  # of linear attention
 LAST_LOOP = "last_loop"  # the kind of heads that read another visit
@@ -162,7 +162,7 @@ class KvBudget:
 
     def explain(self, plan: Plan, losses: KindLosses) -> str:
         """What `plan` has made of the budget, in sentences for the user. losses: as for `spend`."""
-        share = plan.kv_bytes(self.context, NUMBER_BYTES) / (NUMBER_BYTES * self._dense)
+        share = plan.kv_bytes(self.context, KV_NUMBER_BYTES) / (KV_NUMBER_BYTES * self._dense)
         everything = self.seeing_everything(plan)
         one_each = [next(iter(of_kind.values())) for of_kind in self.kinds.values()]
         more = self.lengthened(everything) - self.window.window
@@ -322,7 +322,7 @@ def _landmark(window: Attention, number: int, layer: Layer) -> Attention:
 def _linear(window: Attention, number: int, layer: Layer) -> Attention:
     """Sums in FEATURES features, as drawn anew for each layer, and what their bytes leave of a window."""
     width, linear = layer.kv_width // (2 * layer.kv_heads), Linear(FEATURES, seed=number)
-    taken = math.ceil(SUM_BYTES * linear.numbers(width) / (NUMBER_BYTES * 2 * width))  # tokens of that many bytes
+    taken = math.ceil(SUM_BYTES * linear.numbers(width) / (KV_NUMBER_BYTES * 2 * width))  # tokens of that many bytes
     if taken >= window.window:
         raise WrongUsage(
             f"A window of {window.window} tokens leaves no room for the sums of linear attention, which take the bytes "

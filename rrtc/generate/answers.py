@@ -10,6 +10,7 @@ from rrtc.errors import WrongUsage
 from rrtc.generate.choice import choose
 from rrtc.generate.engine import UNBOUNDED, Engine
 from rrtc.generate.request import Request
+from rrtc.generate.stages import check_context
 from rrtc.generate.ways import Leave, Speculate
 from rrtc.generate.words import Show, Turns, Words, prompt_ids
 from rrtc.recipe.generate import WayOptions
@@ -31,7 +32,7 @@ def answer_all(
     follows from that and options.seed.
 
     Raises, before any of them is answered, WrongUsage for a prompt that holds nothing or more than the model can see,
-    and as `choose` does.
+    and as `check_context` and `choose` do.
     """
     vocabulary, context = model.get_input_embeddings().weight.shape[0], longest_context(model.config, UNBOUNDED)
     asked = []
@@ -41,10 +42,10 @@ def answer_all(
             which = f"Prompt {number}" if len(prompts) > 1 else "The prompt"
             raise WrongUsage(f"{which} has {len(ids)} tokens, and {name} can see {context}.", "Say it in fewer words.")
         asked.append(ids)
-    rows = min(options.batch, len(asked))
+    rows, longest = min(options.batch, len(asked)), min(context, max(map(len, asked)) + options.max_tokens)
+    check_context(model.config, longest)  # as Engine does, but before anything is measured
     choice = choose(model, tokenizer, options, has_exits, rows, fingerprint)
     choice.tell(options)
-    longest = min(context, max(map(len, asked)) + options.max_tokens)
     engine = Engine(model, choice.way, rows, longest)
     begun, found = time.perf_counter(), {}
     with progress("answers", total=len(asked)) as advance:
