@@ -14,8 +14,9 @@ from rrtc.errors import RrtcError, WrongUsage
 from rrtc.features import check_carried
 from rrtc.init.dry_run import dry_run
 from rrtc.init.first_plan import first_plan
+from rrtc.io.folder import check_outside
 from rrtc.io.provenance import read_provenance
-from rrtc.io.report import read_report
+from rrtc.io.report import is_report, read_report
 from rrtc.io.resumable import difference
 from rrtc.io.source import Source, find_model, load_tokenizer, read_config
 from rrtc.kv_budget import LAST_LOOP
@@ -26,9 +27,9 @@ from rrtc.recipe.settings import SWEPT
 from rrtc.recipe.uptrain import UptrainRecipe
 from rrtc.results import Report, RunPlanResult
 from rrtc.storage import BITS
-from rrtc.text.sources import check_source
+from rrtc.text.sources import check_source, check_split_alike, source_folders
 from rrtc.units import parse_size
-from rrtc.uptrain.checks import check_features, check_recipe, training_flops
+from rrtc.uptrain.checks import check_apart, check_features, check_recipe, check_tokens, training_flops
 
 STAGES = ("init", "uptrain", "eval", "export")
 # What each stage was made from; the card of an export has the scores of eval.
@@ -41,24 +42,25 @@ def run_recipe(recipe: Recipe, output: Path) -> dict[str, Any]:
     """The results of the four stages, each in a folder of its name in `output`. Raises what the stages raise."""
     check_models(recipe)
     folders = {stage: output / stage for stage in STAGES}
+    check_apart(recipe.uptrain, folders["uptrain"])
     if not folders["eval"].exists():
         _check_tasks(recipe)
     return _run_stages(recipe, folders)
 
 
-def sweep_recipes(recipes: Mapping[str, Recipe], output: Path) -> dict[str, Any]:
+def sweep_recipes(recipes: Mapping[str, Recipe], output: Path, shares_init: bool) -> dict[str, Any]:
     """Runs init and uptrain of each recipe into a folder of its name in `output`, and measures all results in one
-    report. What they have in common, init where a sweep is over uptrain alone, is done once.
+    report. shares_init: init, which is the same in all of them, is done once.
 
     A run that fails loses none of the others: they are run and reported, and an RrtcError at the end names it.
     """
     first = next(iter(recipes.values()))
-    for recipe in recipes.values():
+    for name, recipe in recipes.items():
         check_models(recipe)
+        check_apart(recipe.uptrain, output / name / "uptrain")
     _check_tasks(first)
-    shared = {}
-    if len(recipes) > 1 and all(recipe.init == first.init for recipe in recipes.values()):
-        shared = {"init": output / SHARED}
+    shared = {"init": output / SHARED} if shares_init else {}
+    if shared:
         _run_stages(first, shared)
     done, failed = {}, {}
     for number, (name, recipe) in enumerate(recipes.items(), 1):
@@ -75,7 +77,7 @@ def sweep_recipes(recipes: Mapping[str, Recipe], output: Path) -> dict[str, Any]
         name, why = next(iter(failed.items()))
         raise RrtcError(f"All runs of the sweep failed, {name} with: {why}", "--resume tries them again.")
     report = output / REPORT
-    if report.exists():  # of fewer runs, perhaps; what was measured is kept in the cache
+    if report.exists():  # of fewer runs, perhaps (see `check_sweep`); what was measured is kept in the cache
         shutil.rmtree(report)
     found = measure([run["folder"] for run in done.values()], first, None, str(report))
     if failed:
@@ -94,7 +96,9 @@ def plan_run(recipe: Recipe) -> RunPlanResult:
     first = first_plan(source, recipe.init)[0]
     _check_gains(training, first, source)
     architecture = first.architecture
-    a_step = training.batch_size * min(training.context, architecture.context or training.context)
+    context = min(training.context, architecture.context or training.context)
+    check_tokens(training, context)
+    a_step = training.batch_size * context
     steps = -(-training.tokens // a_step)
     tokens, flops = steps * a_step, plan["flops_per_token"]
     if flops is not None:
@@ -225,9 +229,11 @@ def check_run(recipe: Recipe) -> None:
             "Exits are trained after the model is healed, and a run only heals it.",
             "Leave exits out, and train them afterwards: rrtc uptrain DIR/uptrain -o DIR/exits --exits frozen.",
         )
-    if recipe.uptrain.exits == "joint" and (recipe.init.pattern.endswith("sequence") or recipe.init.loops == 1):
+    without_loops = recipe.init.pattern == "auto" or recipe.init.pattern.endswith("sequence") or recipe.init.loops == 1
+    if recipe.uptrain.exits == "joint" and without_loops:
+        may_make = "may make none" if recipe.init.pattern == "auto" else "makes none"
         raise WrongUsage(
-            "There is nowhere to leave early: exits are at the ends of loops, and init makes none.",
+            f"There is nowhere to leave early: exits are at the ends of loops, and init {may_make}.",
             "Leave uptrain.exits out, or let init.sharing be a cycle of two loops or more.",
         )
     _check_kinds(recipe)
@@ -256,8 +262,8 @@ def _check_kinds(recipe: Recipe) -> None:
         )
 
 
-def check_texts(*recipes: Recipe) -> None:
-    """Raises what the stages of the runs would raise about the texts that the recipes name."""
+def check_texts(output: Path, *recipes: Recipe) -> None:
+    """Raises what the stages of the runs into `output` would raise about the texts that the recipes name."""
     texts: dict[tuple[str, str], None] = {}
     for recipe in recipes:
         calibration = recipe.init.calibrate_on if recipe.init.reads_text else []
@@ -265,8 +271,11 @@ def check_texts(*recipes: Recipe) -> None:
         sections = {"init": calibration, "uptrain": recipe.uptrain.data, "eval": recipe.eval.text, "export": quantized}
         for stage, sources in sections.items():
             texts |= {(source, getattr(recipe, stage).text_field): None for source in sources if source != OWN_TEXT}
+    check_outside(output, *source_folders(source for source, _ in texts))
     for source, field in texts:
         check_source(source, field)
+    for recipe in recipes:
+        check_split_alike(recipe.uptrain.data)
 
 
 def check_has_weights(model: str) -> None:
@@ -278,8 +287,11 @@ def check_has_weights(model: str) -> None:
         raise RrtcError(f"There are no weights in {folder}, only a config.", hint)
 
 
-def check_sweep(recipes: Mapping[str, Recipe]) -> None:
-    """Raises, as far as recipes, config and headers show it, what would stop one of the runs, and their report."""
+def check_sweep(recipes: Mapping[str, Recipe], output: Path) -> None:
+    """Raises, as far as recipes, config and headers show it, what would stop one of the runs into `output`, and their
+    report."""
+    if (report := output / REPORT).exists() and not is_report(report):
+        raise RrtcError(f"{report}, where the report of the sweep belongs, holds what is not rrtc's.", "Move it away.")
     for name, recipe in recipes.items():
         try:
             check_run(recipe)
@@ -293,7 +305,7 @@ def check_sweep(recipes: Mapping[str, Recipe]) -> None:
         raise WrongUsage(sentence, "Name one: --set eval.text=FILE.")
     if len(recipes) > 1 and first.eval.baselines:
         raise WrongUsage("Baselines are made for one folder, and not for a sweep.", "Add --set eval.baselines=off.")
-    check_texts(*recipes.values())
+    check_texts(output, *recipes.values())
 
 
 def _check_tasks(recipe: Recipe) -> None:
@@ -309,7 +321,7 @@ def check_models(recipe: Recipe) -> None:
     one spends its time: all but what takes the compressed model to tell."""
     from rrtc.export.stage import check_format
     from rrtc.text.windows import longest_context
-    from rrtc.uptrain.job import check_reporter, check_teacher, check_tokens
+    from rrtc.uptrain.job import check_reporter, check_teacher
 
     training, source = recipe.uptrain, find_model(cast(str, recipe.model))
     check_reporter(training.report_to)

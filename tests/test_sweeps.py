@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from rrtc import api, runs
 from rrtc.cli.app import app
 from rrtc.console import RrtcWarning
-from rrtc.errors import RrtcError
+from rrtc.errors import RrtcError, WrongUsage
 from rrtc.recipe.schema import load_recipe
 
 SMALL = {
@@ -93,6 +93,22 @@ def test_the_papers_recipes_plan_any_model_from_anywhere(recipe, tmp_path, monke
         (["--sweep", "uptrain.data=pydoc,no.txt", "--set", "eval.text=pydoc"], 1, "There is no text at no.txt."),
         (["--sweep", "init.rank=0,4", "--set", "eval.baselines=on"], 2, "Baselines are made for one folder"),
         (["--dry-run", "--resume"], 2, "A dry run does no work that could be resumed."),
+        (["--dry-run", "--tokens", "63"], 2, "63 tokens are less than one batch: 2 windows of 32 are 64."),
+        (
+            [
+                "--set",
+                "init.rank=none",
+                "--set",
+                "init.size=0.8",
+                "--set",
+                "init.sharing=auto",
+                "--set",
+                "uptrain.exits=joint",
+            ],
+            2,
+            "ends of loops, and init may make none",
+        ),
+        (["--set", "uptrain.teacher_cache=out/uptrain"], 2, "The teacher cache out/uptrain lies in the output"),
     ],
 )
 def test_what_cannot_be_is_said_before_the_first_run(recipe, tmp_path, monkeypatch, arguments, code, says):
@@ -100,6 +116,33 @@ def test_what_cannot_be_is_said_before_the_first_run(recipe, tmp_path, monkeypat
     assert says in rrtc(recipe, "-o", "out", *arguments, code=code).stderr
     assert not list(tmp_path.iterdir())
     rrtc(recipe, code=2)  # and an output is needed
+
+
+@pytest.mark.parametrize(
+    ("over", "says"), [({}, "a sweep of nothing"), ({"init.rank": 4}, "is over 4, which is no list")]
+)
+def test_a_sweep_has_values(recipe, tmp_path, over, says):
+    with pytest.raises(WrongUsage, match=says):
+        api.sweep(recipe, tmp_path / "out", over)
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_of_the_users_is_in_the_place_of_a_sweeps_report(recipe, tmp_path):
+    notes = tmp_path / "report" / "notes.txt"
+    notes.parent.mkdir()
+    notes.write_text("mine")
+    refused = rrtc(recipe, "-o", tmp_path, "--sweep", "init.rank=0,4", "--resume", code=1).stderr
+    assert "report, where the report of the sweep belongs, holds what is not rrtc's" in refused
+    assert notes.read_text() == "mine" and [path.name for path in tmp_path.iterdir()] == ["report"]
+
+
+def test_no_output_is_in_a_folder_of_text(recipe, tmp_path):
+    (tmp_path / "text.txt").write_text("Once upon a time. " * 500)
+    for section in ("uptrain.data", "eval.text", "init.calibrate_on"):
+        asked = ["--set", "init.shared_init=joint", "--set", f"{section}={tmp_path}"]
+        refused = rrtc(recipe, "-o", tmp_path / "out", *asked, code=2).stderr
+        assert f"out lies in {tmp_path}, from which it is made" in " ".join(refused.split())
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
 
 
 def test_a_dry_run_refuses_gains_that_cannot_be(tmp_path):
@@ -159,6 +202,17 @@ def test_a_run_that_fails_loses_none_of_the_others_and_init_is_shared(recipe, tm
     report = api.inspect(out / "report")["report"]
     assert rows_of(report) == ["dense", "learning_rate=0.0001", "learning_rate=0.0002"]
     assert (out / "init").is_dir() and not list(out.glob("*/init"))
+
+
+@pytest.mark.slow
+def test_a_sweep_of_one_value_over_training_goes_on_with_more(recipe, tmp_path):
+    out = tmp_path / "out"
+    rrtc(recipe, "-o", out, "--sweep", "uptrain.seed=0")
+    assert {path.name for path in out.iterdir()} == {"init", "seed=0", "report"}
+    made = (out / "seed=0" / "uptrain" / "rrtc.yaml").read_bytes()
+    rrtc(recipe, "-o", out, "--sweep", "uptrain.seed=0,1", "--resume")
+    assert (out / "seed=0" / "uptrain" / "rrtc.yaml").read_bytes() == made
+    assert rows_of(api.inspect(out / "report")["report"]) == ["dense", "seed=0", "seed=1"]
 
 
 @pytest.mark.slow

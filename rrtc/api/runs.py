@@ -32,7 +32,7 @@ def run(
     if not resume:
         check_target(target)
     check_run(asked)
-    check_texts(asked)
+    check_texts(target, asked)
     with work(verbose, f"Reading {asked.model}"):
         return cast(RunResult, run_recipe(asked, target))
 
@@ -54,9 +54,9 @@ def sweep(
     if not resume:
         check_target(target)
     with work(verbose, f"Reading {asked.model}", heavy=False):
-        check_sweep(recipes)
+        check_sweep(recipes, target)
         with quiet_libraries():
-            return cast(SweepResult, sweep_recipes(recipes, target))
+            return cast(SweepResult, sweep_recipes(recipes, target, all(name.startswith("uptrain.") for name in over)))
 
 
 def plan_run(

@@ -14,6 +14,7 @@ from rrtc.io.source import find_model
 from rrtc.recipe.schema import Recipe
 from rrtc.results import EstimateResult, ExportResult, InitResult, PlanResult, Report, UptrainResult
 from rrtc.runs import check_sizes, measure
+from rrtc.text.sources import source_folders
 from rrtc.units import parse_size
 from rrtc.uptrain.checks import check_recipe
 
@@ -29,7 +30,7 @@ def init(
     check_one_process("init")
     check_sizes(asked)
     if not resume:
-        check_target(Path(target))
+        check_target(Path(target), *source_folders(asked.init.calibrate_on if asked.init.reads_text else []))
     with work(verbose, f"Reading {name}", heavy=False):
         if not Path(name).is_file():  # a GGUF is hashed: once is enough
             find_model(name)
@@ -61,7 +62,7 @@ def uptrain(
     asked, source, target = recipe_of(recipe, "uptrain", fields), home(folder), home(output)
     _check_uptrain(source, asked)
     if not resume:
-        check_target(Path(target), Path(source))
+        check_target(Path(target), Path(source), *source_folders(asked.uptrain.data))
     with work(verbose, f"Reading {source}"):
         from rrtc.uptrain.stage import uptrain
 
@@ -87,9 +88,8 @@ def evaluate(
     asked = recipe_of(recipe, "eval", fields)
     sources = [home(folder) for folder in ([folders] if isinstance(folders, str | os.PathLike) else folders)]
     target, dense = (None if place is None else home(place) for place in (output, against))
-    for source in sources:
-        if target is not None:
-            check_target(Path(target), Path(source))
+    if target is not None:
+        check_target(Path(target), *map(Path, sources), *source_folders(asked.eval.text))
     for source in sources:
         read_provenance(Path(source))
     with work(verbose, f"Reading {', '.join(sources)}"):
@@ -108,7 +108,8 @@ def export(
         raise WrongUsage("Only what is pushed can be private.", "Add --push-to-hub USER/NAME, or leave out --private.")
     check_one_process("export")
     parse_size(asked.export.max_shard_size)
-    check_target(Path(target), Path(source))
+    calibration = asked.export.calibrate_on if asked.export.quantize != "none" else []
+    check_target(Path(target), Path(source), *source_folders(calibration))
     read_provenance(Path(source))
     with work(verbose, f"Reading {source}"):
         from rrtc.export.push import check_push, push

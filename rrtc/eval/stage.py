@@ -6,6 +6,7 @@ What it returns is described in rrtc/io/report.py.
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -36,7 +37,7 @@ from rrtc.plain import from_json
 from rrtc.plan import Plan, kv_bytes_at
 from rrtc.recipe.eval import EvalRecipe
 from rrtc.recipe.schema import Recipe
-from rrtc.text.sources import source_fingerprint, text_hash
+from rrtc.text.sources import shared_files, source_fingerprint, text_hash
 from rrtc.text.windows import Windows, longest_context, scoring_texts
 
 CURVE_POINTS = 400  # of a training curve, in the report
@@ -85,6 +86,8 @@ def evaluate(
         check_context(config, LONGEST)
     context = longest_context(config, recipe.eval.context)
     held_out = _held_out_of_their_training(recipe, paths, provenances)
+    for source in recipe.eval.text:
+        _warn_of_what_was_learned(source, paths, provenances)
     texts = scoring_texts(held_out, tokenizer, config.get_text_config().vocab_size, context, recipe.eval.tokens)
     tasks, not_run = find_tasks(recipe.eval) if recipe.eval.tasks else ([], [])
     probes, too_long = _probes(recipe.eval, tokenizer, config)
@@ -164,6 +167,22 @@ def _held_out_of_their_training(recipe: Recipe, folders: Sequence[Path], provena
         for folder, provenance in zip(folders, provenances, strict=True):
             _check_same_text(folder, provenance)
     return recipe.model_copy(update={"uptrain": recipe.uptrain.model_copy(update=used[0])})
+
+
+def _warn_of_what_was_learned(source: str, folders: Sequence[Path], provenances: Sequence[dict]) -> None:
+    """Warns where a model is to be scored on a text that it was trained on: by what the text holds, or by its files."""
+    held = text_hash(source_fingerprint(source))
+    for folder, provenance in zip(folders, provenances, strict=True):
+        learned = (provenance["measured"].get("uptrain") or {}).get("text_sha256", {})
+        files: set[Path] = set()
+        for text in learned:
+            with suppress(RrtcError):  # it is gone
+                files |= shared_files(source, text)
+        if held in learned.values() or files:
+            warn(
+                f"{folder} was trained on {source}, so its score is better than on new text. Without --text, what "
+                "training held out is scored."
+            )
 
 
 def _check_same_text(folder: Path, provenance: dict) -> None:

@@ -33,12 +33,11 @@ STARTED = "started.json"  # in it
 MARK = ".made-by-rrtc"  # in NAME.partial, which is removed only where it has this
 
 
-def check_target(target: Path, source: Path | None = None) -> None:
-    """Raises RrtcError unless `target` can become a new folder: absent or empty, in a place that can be written to, not
-    inside the folder `source` that it is made from, and with nothing that is not rrtc's in NAME.partial."""
+def check_target(target: Path, *sources: Path) -> None:
+    """Raises RrtcError unless `target` can become a new folder: absent or empty, in a place that can be written to,
+    with nothing that is not rrtc's in NAME.partial, and outside the folders `sources` that it is made from."""
     target = Path(target)
-    if source is not None and target.resolve().is_relative_to(Path(source).resolve()):
-        raise WrongUsage(f"The output {target} lies in the folder it is made from.", "Name a folder outside it.")
+    check_outside(target, *sources)
     if target.resolve() == Path.cwd() or target.is_mount():
         raise RrtcError(f"The output folder {target} cannot be replaced by a new one.", "Name a folder inside it.")
     if target.is_symlink():
@@ -56,6 +55,15 @@ def check_target(target: Path, source: Path | None = None) -> None:
     if not _is_ours(partial):
         sentence = f"{partial} is in the way: outputs are built under such names, and rrtc did not make what is there."
         raise RrtcError(sentence, "Name another output, or move it away.")
+
+
+def check_outside(target: Path, *sources: Path) -> None:
+    """Raises WrongUsage where `target` lies in one of the folders `sources` that it is made from: that would not be
+    what it was any more, and a folder of text would have rrtc's own files among its documents."""
+    for source in sources:
+        if Path(target).resolve().is_relative_to(Path(source).resolve()):
+            sentence = f"The output {target} lies in {source}, from which it is made."
+            raise WrongUsage(sentence, "Name a folder outside it.")
 
 
 def _is_ours(partial: Path) -> bool:

@@ -62,6 +62,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from rrtc.errors import RrtcError
+from rrtc.io.provenance import PROVENANCE
 from rrtc.plain import read_json
 from rrtc.plan import KV_CONTEXTS
 
@@ -253,6 +254,11 @@ def parts_by_model(report: dict, part: str) -> dict[str, Any]:
 def write_report(folder: Path, report: dict) -> None:
     """Writes `report`, which has all of the schema, into `folder`."""
     (Path(folder) / FILE).write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf8")
+
+
+def is_report(folder: Path) -> bool:
+    """Whether `folder` holds what `rrtc eval` writes into one, and nothing else."""
+    return folder.is_dir() and {path.name for path in folder.iterdir()} <= {FILE, PAGE, PROVENANCE}
 
 
 def read_report(folder: Path) -> dict:

@@ -49,14 +49,14 @@ class Resumable:
     def kept(self) -> Path:
         return self.partial / self.name
 
-    def check(self, resume: bool, source: Path | None = None) -> None:
-        """Raises RrtcError, before any work, where `target` cannot become a new folder made from `source`, where there
+    def check(self, resume: bool, *sources: Path) -> None:
+        """Raises RrtcError, before any work, where `target` cannot become a new folder made from `sources`, where there
         is nothing to `resume`, and where there is and it is not to be."""
         if resume and (self.target / PROVENANCE).exists():
             left = self.target / self.name
             hint = f"The run was stopped while it removed {left}, which can be deleted." if left.exists() else ""
             raise RrtcError(f"There is nothing to resume: {self.target} is complete.", hint)
-        check_target(self.target, source)
+        check_target(self.target, *sources)
         check_not_interrupted(self.target, self.name)
         finished = self.finished()
         if resume and not finished:

@@ -67,11 +67,15 @@ def sweep_of(recipe: Recipe, sweep: Mapping[str, Sequence[Any]], source: str) ->
     """The recipes of all combinations of the values in `sweep`, by names that can be those of folders, such as rank=64
     or loops=2,rank=64. Raises WrongUsage as `with_settings` does, and for a sweep of nothing, or of what one report
     cannot compare."""
+    if not sweep:
+        raise WrongUsage("This is a sweep of nothing.", "Name a field and its values, as in init.rank=0,64,128.")
     fields = [name.partition(".")[2] for name in sweep]
     for name, values in sweep.items():
         if name.partition(".")[0] in Recipe.model_fields and name.partition(".")[0] not in SWEPT:
             hint = "Runs of different models, or of different measures, are runs of their own."
             raise WrongUsage(f"A sweep is over fields of init and uptrain, and {name} is none.", hint)
+        if isinstance(values, str) or not isinstance(values, Sequence):
+            raise WrongUsage(f"The sweep of {name} is over {values!r}, which is no list.", "Write it as [0, 64, 128].")
         if len(values) < 1 or "" in values:
             raise WrongUsage(f"The sweep of {name} lacks a value.", "Write it as in init.rank=0,64,128.")
     short = [name if fields.count(field) > 1 else field for name, field in zip(sweep, fields, strict=True)]

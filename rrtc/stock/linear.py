@@ -82,7 +82,8 @@ def masses(rule: LinearRule, query: Tensor, part: Part, scaling: float) -> tuple
 
 def attention_distance(model: RrtForCausalLM, forward: Callable[[], object]) -> Tensor:
     """|o - f|² / |f|², o what a head with linear attention finds and f what it would find if it saw everything, where
-    all layers before it do; the sums are over tokens, and the mean over all such heads of `model`.
+    all layers before it do; the sums are over the tokens of a window, and the mean over windows and all such heads of
+    `model`.
 
     It has a gradient by their maps and gains alone, which is worked out layer by layer: `forward` runs the base model.
     """
@@ -93,7 +94,7 @@ def attention_distance(model: RrtForCausalLM, forward: Callable[[], object]) -> 
         parameters = list(sight.rule.maps.parameters())
         with torch.enable_grad():
             found = sight.rule.near(sight, run, query, part, False)[0].float()
-            distance = ((found - full).square().sum((0, 1, 3)) / full.square().sum((0, 1, 3))).sum()
+            distance = ((found - full).square().sum((1, 3)) / full.square().sum((1, 3))).mean(0).sum()
             slopes.extend(zip(parameters, torch.autograd.grad(distance, parameters), strict=True))
         total, heads = total.to(distance.device) + distance.detach(), heads + query.shape[1]
 

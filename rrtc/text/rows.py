@@ -4,6 +4,7 @@ A conversation is a list of messages with `role` and `content`, or with `from` a
 needs no flag: a row without the text field that was asked for, but with `messages` or `conversations`, gives those.
 """
 
+import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -41,12 +42,25 @@ def text_of(value: Any, column: str, source: str) -> str | Conversation:
     """The `value` in a `column`, which is text or a conversation. Raises RrtcError where it is neither."""
     if value is None:
         return ""
+    if column in CONVERSATIONS and isinstance(value, str) and value.lstrip()[:1] == "[":
+        value = _read(value, column, source)
     if isinstance(value, str) or _is_conversation(value):
         return value
     raise RrtcError(
         f"The field '{column}' of {source} holds no text, but a value of the type {type(value).__name__}.",
         "Text is a string, or a list of messages, each with role and content; see text_field.",
     )
+
+
+def _read(text: str, column: str, source: str) -> Any:
+    """The conversation that a cell spells out, as tables that know no lists have it."""
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise RrtcError(
+            f"The field '{column}' of {source} holds a list written as text, and that is not JSON: {text[:40]}",
+            'Write it as JSON, as in [{"role": "user", "content": "Hello!"}].',
+        ) from error
 
 
 def _is_conversation(value: Any) -> bool:

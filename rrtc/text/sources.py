@@ -11,9 +11,9 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from rrtc.errors import RrtcError
+from rrtc.errors import RrtcError, WrongUsage
 from rrtc.io.folder import file_hash
-from rrtc.recipe.section import BUILT_IN_TEXT
+from rrtc.recipe.section import BUILT_IN_TEXT, OWN_TEXT
 from rrtc.text.files import files_in, kind, local_path, texts_in
 from rrtc.text.rows import Conversation, row_text, written_out
 
@@ -87,10 +87,34 @@ def text_hash(fingerprint: list) -> str:
     return hashlib.sha256(json.dumps(fingerprint).encode()).hexdigest()
 
 
+def check_split_alike(sources: Iterable[str]) -> None:
+    """Raises WrongUsage where a file is in two of `sources` that are not the same files: each holds out other parts,
+    and what one holds out would be learned from the other."""
+    on_disks = [source for source in dict.fromkeys(sources) if source != OWN_TEXT]
+    for one, other in itertools.combinations(on_disks, 2):
+        both = shared_files(one, other)
+        if both and any(len(source_files(source)) > len(both) for source in (one, other)):
+            raise WrongUsage(
+                f"{min(both)} is in two of the texts, {one} and {other}, which hold out different parts of it.",
+                "Name it once; data_weights says how much of the training each text is.",
+            )
+
+
+def source_folders(sources: Iterable[str]) -> list[Path]:
+    """Those of `sources` that are folders on this machine's disks."""
+    found = (None if source in (BUILT_IN_TEXT, OWN_TEXT) else local_path(source) for source in sources)
+    return [path for path in found if path is not None and path.is_dir()]
+
+
 def source_files(source: str) -> list[Path]:
     """The files that a source consists of; none of one that is not on this machine's disks."""
     path = None if source == BUILT_IN_TEXT else local_path(source)
     return [] if path is None else list(files_in(path))
+
+
+def shared_files(one: str, other: str) -> set[Path]:
+    """The files that two sources have in common, links resolved."""
+    return set.intersection(*({file.resolve() for file in source_files(source)} for source in (one, other)))
 
 
 def _built_in() -> list[str]:

@@ -2,9 +2,11 @@
 
 import os
 from collections.abc import Collection
+from pathlib import Path
 
 from rrtc.errors import WrongUsage
 from rrtc.features import check_carried
+from rrtc.io.folder import partial_of
 from rrtc.recipe.section import OWN_TEXT
 from rrtc.recipe.uptrain import UptrainRecipe
 
@@ -49,3 +51,23 @@ def check_features(recipe: UptrainRecipe, features: Collection[str]) -> None:
     for name, is_asked in wanted.items():
         if is_asked:
             check_carried(name, features, "Leave it out.")
+
+
+def check_tokens(recipe: UptrainRecipe, context: int) -> None:
+    """Raises WrongUsage where there are too few tokens for one step of windows of `context` tokens."""
+    per_step = recipe.batch_size * context
+    if recipe.tokens < per_step:
+        raise WrongUsage(
+            f"{recipe.tokens} tokens are less than one batch: {recipe.batch_size} windows of {context} are {per_step}.",
+            "Raise tokens, or lower batch_size or context.",
+        )
+
+
+def check_apart(recipe: UptrainRecipe, target: Path) -> None:
+    """Raises WrongUsage where the teacher cache lies in the folder `target` that the run writes, or builds."""
+    if recipe.teacher_cache is None:
+        return
+    cache = Path(recipe.teacher_cache).expanduser()
+    for folder in (target, partial_of(target)):
+        if cache.resolve().is_relative_to(folder.resolve()):
+            raise WrongUsage(f"The teacher cache {cache} lies in the output {folder}.", "Name a folder outside it.")

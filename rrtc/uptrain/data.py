@@ -19,6 +19,7 @@ from rrtc.io.source import Source
 from rrtc.recipe.section import OWN_TEXT
 from rrtc.recipe.uptrain import UptrainRecipe
 from rrtc.text.shards import Shard, own_shard, text_shard
+from rrtc.text.sources import check_split_alike
 from rrtc.text.tokens import begin_and_end
 
 ORDER = 2  # the version of how windows are cut and ordered: a run that another one began is not gone on with
@@ -115,6 +116,7 @@ def training_text(
 
     Raises RrtcError for a source that is missing, is empty, does not fill a window, or has a token beyond these.
     """
+    check_split_alike(recipe.data)
     begin, _ = begin_and_end(tokenizer)
     weights = recipe.data_weights or [1.0] * len(recipe.data)
     shares = [weight / sum(weights) for weight in weights]

@@ -28,7 +28,7 @@ from rrtc.recipe.uptrain import UptrainRecipe
 from rrtc.stock.architecture import read_architecture, read_plan
 from rrtc.stock.trial import Branch
 from rrtc.text.windows import longest_context
-from rrtc.uptrain.checks import check_features, check_recipe, training_flops
+from rrtc.uptrain.checks import check_features, check_recipe, check_tokens, training_flops
 from rrtc.uptrain.data import ORDER, Mixture, Stream, training_text
 from rrtc.uptrain.exits import with_exits
 from rrtc.uptrain.rate import EXITS, TRANSFER, default_rate, lost_by
@@ -137,7 +137,8 @@ class Job:
         recipe = {k: v for k, v in self.recipe.model_dump().items() if k not in FREE_ON_RESUME}
         recipe["learning_rate"] = self.learning_rate  # which may have been left to what the model has lost
         recipe["teacher_cache"] = self.cache is not None  # it may have moved
-        if self.recipe.regularizers.get("bmi"):  # which compares the windows of a micro-batch with each other
+        if self.recipe.regularizers.get("bmi") or self.recipe.exits == "joint":
+            # The first compares the windows of a micro-batch with each other; the second has ratios of its means.
             recipe["micro_batch"] = self.recipe.micro_batch
         return {
             "recipe": recipe,
@@ -267,16 +268,6 @@ def _check_linear(folder: Path, plan: Plan, context: int) -> None:
         )
 
 
-def check_tokens(recipe: UptrainRecipe, context: int) -> None:
-    """Raises WrongUsage where there are too few tokens for one step of windows of `context` tokens."""
-    per_step = recipe.batch_size * context
-    if recipe.tokens < per_step:
-        raise WrongUsage(
-            f"{recipe.tokens} tokens are less than one batch: {recipe.batch_size} windows of {context} are {per_step}.",
-            "Raise tokens, or lower batch_size or context.",
-        )
-
-
 def check_reporter(name: str) -> None:
     """Raises RrtcError where the tracker `name` is not installed."""
     if name != "none" and not getattr(integration_utils, f"is_{name}_available")():
@@ -316,6 +307,12 @@ def check_teacher(teacher: Source, recipe: UptrainRecipe, config, tokenizer) -> 
             f"The teacher {teacher.uri} has a vocabulary of {theirs} tokens and the model one of {ours}, so it cannot "
             "teach it token by token.",
             hint,
+        )
+    context = longest_context(config, recipe.context)
+    if (sees := longest_context(teacher.config(), context)) < context:
+        raise RrtcError(
+            f"The teacher {teacher.uri} can see {sees} tokens, and windows have {context}.",
+            f"Make them shorter (--context {sees}), or name another teacher.",
         )
     # The model's own base needs no second look. Another teacher may number the same words differently.
     if recipe.teacher is not None and load_tokenizer(teacher.folder).get_vocab() != tokenizer.get_vocab():

@@ -2,7 +2,8 @@
 
     role         what it is                                              Muon         weight decay
     embeddings   matrices outside the slots: embedding, head             no           yes
-    factors      A and B of a visit's LoRA or low-rank matrix            no           yes
+    factors      A and B of a visit's LoRA or low-rank matrix, and       no           yes
+                 feature maps of linear attention
     matrices     full matrices in the slots, shared or a visit's own     if asked     yes
     vectors      norms, biases and gains                                 no           no
     exits        maps of exits, at a rate of their own                   no           no
@@ -19,6 +20,7 @@ import torch
 
 from rrtc.model.graft_rrt import Reference, RelaxedLinear, Slot
 from rrtc.recipe.uptrain import UptrainRecipe
+from rrtc.stock.linear import linear_maps
 from rrtc.uptrain.bmi import CRITIC_DECAY, CRITIC_LR, Critic
 from rrtc.uptrain.exits import exits_of
 from rrtc.uptrain.rate import EXITS
@@ -55,7 +57,7 @@ def parameter_groups(model: torch.nn.Module, recipe: UptrainRecipe, rate: float)
     in_slots = {p for module in modules if isinstance(module, Slot) for p in module.parameters()}
     factors = {
         p for module in modules if isinstance(module, RelaxedLinear) and module.rank for p in (module.A, module.B)
-    }
+    } | {p for maps in linear_maps(model) for p in maps.parameters()}
     critic = [p for module in modules if isinstance(module, Critic) for p in module.parameters()]
     exits = [parameter for parameter in exits_of(model).values() if parameter.requires_grad]
     groups: dict[tuple[int, str], list] = {}

@@ -21,6 +21,7 @@ from rrtc.machine import is_first_process, process_group
 from rrtc.recipe.schema import Recipe
 from rrtc.units import parse_size
 from rrtc.uptrain.checkpoints import Checkpoints, last_sound, remove, whole_checkpoints
+from rrtc.uptrain.checks import check_apart
 from rrtc.uptrain.curve import draw, steps_of, write_metrics
 from rrtc.uptrain.data import Stream
 from rrtc.uptrain.display import Display
@@ -51,6 +52,7 @@ def uptrain(folder: str, output: str, recipe: Recipe, resume: bool = False) -> d
 def _uptrain(folder: Path, target: Path, recipe: Recipe, resume: bool) -> dict:
     disable_progress_bar()  # transformers' own
     making = resumable(target)
+    check_apart(recipe.uptrain, target)
     making.check(resume, folder)
     job = prepare(folder, recipe.uptrain)
     max_shard_bytes, fingerprint = _max_shard_bytes(job, recipe), job.fingerprint()

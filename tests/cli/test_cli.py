@@ -192,7 +192,7 @@ def test_an_output_folder_that_is_in_use(dense, tied, tmp_path):
 def test_an_output_that_cannot_become_a_new_folder(dense, tied, tmp_path, monkeypatch):
     for folder, command in ((dense, "init"), (tied, "uptrain"), (tied, "eval"), (tied, "export")):
         inside = folder / "inside"
-        fails(command, folder, "-o", inside, says="lies in the folder it is made from", code=2, output=inside)
+        fails(command, folder, "-o", inside, says="from which it is made", code=2, output=inside)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     fails("init", dense, "-o", ".", *SMALL, says="cannot be replaced by a new one")

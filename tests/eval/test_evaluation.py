@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 
 from rrtc.cli import scores
 from rrtc.cli.app import app
+from rrtc.console import RrtcWarning
 from rrtc.errors import RrtcError, WrongUsage
 from rrtc.eval import measurements
 from rrtc.eval.candidates import Candidate
@@ -311,7 +312,19 @@ def test_text_that_is_not_what_was_trained_on_any_more_holds_nothing_out(models,
     text.write_text({"longer": TEXT + "More.", "shorter": TEXT[:-9], "another": TEXT[::-1]}[changed])
     with pytest.raises(RrtcError, match="text.txt is not the text any more that .*healed was trained on"):
         evaluate(str(healed), recipe(**few))
-    evaluate(str(healed), recipe(**few, text=[str(text)]))
+    with pytest.warns(RrtcWarning, match="healed was trained on .*text.txt, so its score is better than on new text"):
+        evaluate(str(healed), recipe(**few, text=[str(text)]))
+
+
+@pytest.mark.filterwarnings("error::rrtc.console.RrtcWarning")
+def test_scores_on_what_was_learned_are_said_to_be_that(models, tmp_path):
+    few = {"passkey_trials": 0, "sample_tokens": 0}
+    (tmp_path / "copy.txt").write_text(TEXT)
+    (tmp_path / "other.txt").write_text(TEXT[::-1])
+    with pytest.raises(RrtcWarning, match="exits was trained on .*copy.txt"):
+        evaluate(str(models / "exits"), recipe(**few, text=[str(tmp_path / "copy.txt")]))
+    evaluate(str(models / "exits"), recipe(**few, text=[str(tmp_path / "other.txt")]))
+    evaluate(str(models / "small"), recipe(**few, text=[str(tmp_path / "copy.txt")]))
 
 
 def test_what_cannot_be_compared_is_refused(models, tmp_path):

@@ -168,10 +168,18 @@ def test_share_gpt_and_parts_of_text_say_the_same(tmp_path, template):
         "share.jsonl": [{"conversations": share_gpt(messages)} for messages in every],
         "share.parquet": [{"conversations": share_gpt(messages)} for messages in every],
         "parts.json": [{"messages": messages} for messages in parts],
+        "spelled.jsonl": [{"messages": json.dumps(messages)} for messages in every],
         "null.jsonl": [{"text": None} | {"messages": messages} for messages in null],
     }.items():
         field = "messages" if name == "null.jsonl" else "text"
         assert list(documents(write(tmp_path / name, rows), field, tokenizer)) == expected, name
+
+
+def test_a_conversation_that_is_spelled_out_otherwise_is_no_text(tmp_path):
+    for spelled in (str(chats(1)[0]), '["a", "b"]'):  # as pandas writes a list, and a list of something else
+        source = write(tmp_path / "a.jsonl", [{"messages": spelled}])
+        with pytest.raises(RrtcError, match="The field 'messages' of .* holds (a list written as text|no text)"):
+            list(documents(source, "text", chat_tokenizer()))
 
 
 def test_the_text_field_can_name_the_conversations_and_goes_before_them(tmp_path):

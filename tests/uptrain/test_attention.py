@@ -13,6 +13,7 @@ from rrtc.errors import WrongUsage
 from rrtc.model import RrtForCausalLM
 from rrtc.recipe.schema import checked
 from rrtc.recipe.uptrain import UptrainRecipe
+from rrtc.uptrain.optimizer import make_optimizer
 from rrtc.uptrain.stage import uptrain
 
 NEAR = {"window": 5, "sinks": 2, "heads": [], "linear": {"features": 8, "seed": 3}}
@@ -47,6 +48,14 @@ def test_maps_and_gains_alone_learn_and_a_run_goes_on_where_it_was(source, tmp_p
     uptrain(str(source), str(tmp_path / "again"), asked, resume=True)
     again = weights(tmp_path / "again")
     assert all(torch.equal(tensor, again[name]) for name, tensor in after.items())
+
+
+def test_muon_leaves_maps_to_adamw(source):
+    model = RrtForCausalLM.from_pretrained(source)
+    optimizer = make_optimizer(model, UptrainRecipe(optimizer="muon"), 1e-3, {})
+    roles = {parameter: group["role"] for group in optimizer.param_groups for parameter in group["params"]}
+    maps = {roles[p] for name, p in model.named_parameters() if ".linear." in name and p.dim() > 1}
+    assert maps == {"factors"} and "matrices" in roles.values()
 
 
 def test_it_needs_linear_attention_and_text_that_leaves_the_window(source, dense, tmp_path):

@@ -472,6 +472,18 @@ def wrong_depth(tmp_path, rrt):
     return rrt, {"teacher": str(teacher), "losses": {"forward_kl": 1.0, "hidden": 1.0}}
 
 
+def short_sighted(tmp_path, rrt):
+    return rrt, {"teacher": str(save_pico(tmp_path / "teacher", max_position_embeddings=16))}
+
+
+def same_file_twice(tmp_path, rrt):
+    (tmp_path / "texts").mkdir()
+    for name in "ab":
+        (tmp_path / "texts" / f"{name}.txt").write_text("Once upon a time. " * 200)
+    (tmp_path / "link.txt").symlink_to(tmp_path / "texts" / "a.txt")
+    return rrt, {"data": [str(tmp_path / "texts"), str(tmp_path / "link.txt")]}
+
+
 def empty_text(tmp_path, rrt):
     (tmp_path / "empty.txt").write_text("\n")
     return rrt, {"data": str(tmp_path / "empty.txt")}
@@ -510,6 +522,8 @@ def base_gone(tmp_path, rrt):
         (wrong_words, "gives its tokens other meanings"),
         (wrong_depth, "has 4 layers of width 48 where the model has 6 of width 48"),
         (lambda tmp_path, rrt: (rrt, {"tokens": 127}), "127 tokens are less than one batch: 4 windows of 32 are 128"),
+        (short_sighted, r"teacher .* can see 16 tokens, and windows have 32"),
+        (same_file_twice, "a.txt is in two of the texts, .*texts and .*link.txt, which hold out different parts of it"),
         (empty_text, "is empty"),
         (short_text, "fewer than one context of 32"),
         (no_tokenizer, "There is no tokenizer"),
@@ -536,8 +550,11 @@ def test_output_is_never_overwritten(rrt, tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(RrtcError, match="is not empty"):
         uptrain(str(rrt), str(tmp_path), settings())
-    with pytest.raises(RrtcError, match="lies in the folder it is made from"):
+    with pytest.raises(RrtcError, match="from which it is made"):
         uptrain(str(rrt), str(rrt), settings())
+    for cache in ("new", "new/cache", "new.partial/cache"):
+        with pytest.raises(RrtcError, match=f"The teacher cache .*{cache} lies in the output"):
+            uptrain(str(rrt), str(tmp_path / "new"), settings(teacher_cache=str(tmp_path / cache)))
 
 
 def test_batch_must_divide_over_the_processes(rrt, monkeypatch):
