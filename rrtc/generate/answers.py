@@ -12,7 +12,7 @@ from rrtc.generate.engine import UNBOUNDED, Engine
 from rrtc.generate.request import Request
 from rrtc.generate.stages import check_context
 from rrtc.generate.ways import Leave, Speculate
-from rrtc.generate.words import Show, Turns, Words, prompt_ids
+from rrtc.generate.words import Show, Turns, Words, ends_of, prompt_ids
 from rrtc.recipe.generate import WayOptions
 from rrtc.results import GeneratedResult, GenerateResult
 from rrtc.text.windows import longest_context
@@ -32,7 +32,7 @@ def answer_all(
     follows from that and options.seed.
 
     Raises, before any of them is answered, WrongUsage for a prompt that holds nothing or more than the model can see,
-    and as `check_context` and `choose` do.
+    and as `check_context`, `ends_of` and `choose` do.
     """
     vocabulary, context = model.get_input_embeddings().weight.shape[0], longest_context(model.config, UNBOUNDED)
     asked = []
@@ -43,14 +43,18 @@ def answer_all(
             raise WrongUsage(f"{which} has {len(ids)} tokens, and {name} can see {context}.", "Say it in fewer words.")
         asked.append(ids)
     rows, longest = min(options.batch, len(asked)), min(context, max(map(len, asked)) + options.max_tokens)
-    check_context(model.config, longest)  # as Engine does, but before anything is measured
+    # As Engine and Words do, but before anything is measured.
+    check_context(model.config, longest)
+    ends_of(options.stop, tokenizer)
     choice = choose(model, tokenizer, options, has_exits, rows, fingerprint)
     choice.tell(options)
     engine = Engine(model, choice.way, rows, longest)
     begun, found = time.perf_counter(), {}
     with progress("answers", total=len(asked)) as advance:
         drawn_as = range(len(asked)) if numbers is None else numbers
-        for number, answer in _answers(engine, tokenizer, asked, drawn_as, options, show or (lambda piece: None)):
+        befores = [ids if isinstance(prompt, str) else () for prompt, ids in zip(prompts, asked, strict=True)]
+        given = engine, tokenizer, asked, befores, drawn_as, options
+        for number, answer in _answers(*given, show or (lambda piece: None)):
             found[number] = answer
             if done is not None:
                 done(number, answer)
@@ -76,16 +80,18 @@ def _answers(
     engine: Engine,
     tokenizer: "PreTrainedTokenizerBase",
     asked: Sequence[Sequence[int]],
+    befores: Sequence[Sequence[int]],
     drawn_as: Sequence[int],
     options: WayOptions,
     show: Show,
 ) -> Iterator[tuple[int, GeneratedResult]]:
-    """(place of a prompt in `asked`, its answer), in the order in which they are done."""
+    """(place of a prompt in `asked`, its answer), in the order in which they are done. befores: of each the tokens that
+    its answer is a text with."""
     waiting, numbers = deque(enumerate(asked)), {}
     while waiting or engine.busy:
         while waiting and len(numbers) < engine.store.rows:
             number, ids = waiting.popleft()
-            words = Words(tokenizer, show, options.stop)
+            words = Words(tokenizer, show, options.stop, befores[number])
             # A seed of its own, so that what is drawn does not depend on the company.
             seed = None if options.seed is None else (options.seed + drawn_as[number]) % 2**32
             request: Request = engine.submit(ids, options.max_tokens, seed, words.add, **options.of_generate())

@@ -15,6 +15,7 @@ from transformers.generation import GenerationMode
 
 from rrtc.errors import RrtcError, short
 from rrtc.generate.stages import INSTEAD
+from rrtc.model.speculate_rrt import FUNCTIONS
 
 # One token after the other; the last one says what the others do, with guesses.
 ONE_BY_ONE = {GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.ASSISTED_GENERATION}
@@ -49,6 +50,11 @@ class Drawing:
         self._generator = torch.Generator(model.device)
         self._generator.seed() if seed is None else self._generator.manual_seed(seed)
         self._begins = deque([self._generator.get_state()])  # before the numbers of the next place, and of later ones
+
+    @property
+    def foresees(self) -> bool:
+        """Whether processors may be asked about tokens that are not said yet: none remembers what it was asked."""
+        return {type(processor) for processor in self._processors} <= FUNCTIONS
 
     def scores(self, said: Sequence[int], logits: Tensor) -> Tensor:
         """What processors make of `logits` (vocabulary,), float32. said: all tokens before this one."""

@@ -145,7 +145,7 @@ class Speculate(FullDepth):
     def _wanted(self, request: Request) -> int:
         """How many drafts this request makes before they are checked."""
         most = min(self.drafts, request.most - len(request.said) - 1)
-        return min(most, self.wanted or (request.since >= TRIED_AGAIN))
+        return min(most, self.wanted or (request.since >= TRIED_AGAIN)) if request.drawing.foresees else 0
 
 
 class Leave(FullDepth):
@@ -174,7 +174,7 @@ class Leave(FullDepth):
         waiting = request.owed.get(span.loop, ())
         if span.loop == self.last:
             self._leave(request, span, logits)
-        elif len(waiting) + len(span) <= self.most and logits[-1].softmax(-1).max() > self.threshold:
+        elif len(waiting) + len(span) <= self.most and logits[-1].float().softmax(-1).max() > self.threshold:
             if self.catch_up:
                 request.owed[span.loop] = (*waiting, (span.positions, states))
             self._leave(request, span, logits)

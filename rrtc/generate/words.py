@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 UNFINISHED = "\ufffd"  # what a tokenizer makes of the first bytes of a character
+BEFORE = 8  # tokens of a prompt that what follows is decoded with
 BYTE = re.compile("<0x[0-9A-F]{2}>")  # what tokenizers of the SentencePiece kind call the bytes of rare characters
 
 Show = Callable[[str], None]
@@ -47,24 +48,46 @@ def stops_of(asked: Sequence[str], config: "GenerationConfig") -> list[str]:
     return list(asked) or [stop for stop in ([own] if isinstance(own, str) else own) if stop]
 
 
+def ends_of(stops: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> set[int]:
+    """The special tokens among `stops`: they are no part of a text, so that none is found in it.
+
+    Raises WrongUsage where a stop has one of them beside other text.
+    """
+    special = {str(token): id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
+    for stop in stops:
+        if stop not in special and (inner := next((token for token in special if token in stop), None)):
+            raise WrongUsage(f"An answer cannot end at {stop!r}, a special token and text.", f"Name {inner} alone.")
+    return {special[stop] for stop in stops if stop in special}
+
+
 class Words:
     """The text of an answer while its tokens come. show(piece) is called with each piece of it that no later token can
-    change; stops: texts before which it ends."""
+    change; stops: texts, or special tokens, before which it ends. before: the tokens of the text that it goes on with;
+    without them it begins a text, as answers in a conversation do, and may lose its first space.
+
+    Raises WrongUsage as `ends_of` does.
+    """
 
     def __init__(
-        self, tokenizer: "PreTrainedTokenizerBase", show: Show = lambda piece: None, stops: Sequence[str] = ()
-    ):
+        self, tokenizer: "PreTrainedTokenizerBase", show: Show = lambda piece: None, stops: Sequence[str] = (),
+        before: Sequence[int] = (),
+    ):  # fmt: skip
         self._tokenizer, self._show, self._stops = tokenizer, show, stops
-        self._ids: list[int] = []
-        self._text, self._known = "", 0  # what no later token can change, and of how many tokens it is the text
+        self._ends = ends_of(stops, tokenizer)
+        self._ids = list(before[-BEFORE:])
+        # What no later token can change, and of how many tokens it is the text.
+        self._text, self._known = "", len(self._ids)
         # The first token of a text can lose its space. So the next ones are decoded with those that came before them,
         # from `_read` on, whose text has so many characters by itself.
-        self._read = self._again = 0
-        self._decoded = ""
+        self._read = 0
+        self._decoded = self._decode()
+        self._again = len(self._decoded)
         self._shown = 0  # characters
 
     def add(self, token: int) -> bool:
         """Takes in the next token. Returns whether the text has come to one of the stops."""
+        if token in self._ends:
+            return True
         self._ids.append(token)
         before, self._decoded = self._decoded, self._decode()
         text = self._text + self._decoded[self._again :]

@@ -211,7 +211,7 @@ class Sight:
                 weights = None if weight is None else weight.new_empty(*query.shape[:3], weight.shape[3])
             output[:, :, places] = found
             if weights is not None:
-                weights[:, places] = weight
+                weights[:, places] = weight.to(weights.dtype)
         if self.kept is not None:
             self.kept.start = self.start
             if not self.kept.record_past:

@@ -17,7 +17,8 @@ class AnswerOptions(ChatOptions):
         None,
         ge=0,
         le=10**9,
-        description="Draw from so many of the most probable tokens; 0: from all. By default as the model says.",
+        description="Draw from so many of the most probable tokens; 0: from all. By default as the model says, or as "
+        "transformers, from 50.",
     )
     repetition_penalty: float | None = Field(
         None,

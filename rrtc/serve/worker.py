@@ -171,7 +171,8 @@ class Worker:
         stops = stops_of(options.stop, self.engine.model.generation_config)
         for number, prompt in enumerate(prompts):
             ids = self._ids(prompt)
-            words = Words(self._tokenizer, partial(answers.put, number), stops)
+            is_text = isinstance(prompt, str) or isinstance(prompt[0], int)
+            words = Words(self._tokenizer, partial(answers.put, number), stops, ids if is_text else ())
             seed = None if options.seed is None else (options.seed + number) % 2**32
             request = self.engine.submit(ids, options.max_tokens, seed, words.add, **options.of_generate())
             answers.requests.append(request)

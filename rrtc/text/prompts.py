@@ -22,8 +22,8 @@ Prompt = str | list[dict[str, str]]
 def read_prompts(file: Path) -> list[dict[str, Any]]:
     """The rows of a .jsonl file, each with a `prompt` or `messages`, and whatever else there is in it.
 
-    Raises RrtcError, which names the line, where a row has neither, or has not what these are, or has a field of its
-    own that the answer would take the place of.
+    Raises RrtcError, which names the line, where a row has neither or both, or has not what these are, or has a field
+    of its own that the answer would take the place of.
     """
     try:
         lines = file.read_text(encoding="utf-8-sig").split("\n")
@@ -48,6 +48,8 @@ def _row(line: str, where: str) -> dict[str, Any]:
         raise RrtcError(f"{where} is not JSON.", hint) from error
     if not isinstance(row, dict) or not any(field in row for field in FIELDS):
         raise RrtcError(f"{where} has neither a prompt nor messages.", hint)
+    if all(field in row for field in FIELDS):
+        raise RrtcError(f"{where} has both a prompt and messages.", hint)
     if own := [field for field in ANSWERED if field in row]:
         raise RrtcError(f"{where} has a field '{own[0]}', which is where the answer goes.", "Rename that field.")
     check_prompt_value(prompt_of(row), where, hint)

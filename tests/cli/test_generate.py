@@ -156,6 +156,7 @@ def test_a_run_that_is_refused_leaves_nothing_that_stands_in_the_way_of_the_next
         ('{"prompt": "a"', "Line 2 of {file} is not JSON."),
         ('["a"]', "Line 2 of {file} has neither a prompt nor messages."),
         ('{"text": "a"}', "Line 2 of {file} has neither a prompt nor messages."),
+        ('{"prompt": "a", "messages": []}', "Line 2 of {file} has both a prompt and messages."),
         ('{"prompt": "a", "text": "b"}', "Line 2 of {file} has a field 'text', which is where the answer goes."),
         ('{"messages": [], "ended": 1}', "Line 2 of {file} has a field 'ended', which is where the answer goes."),
         ('{"prompt": "  "}', "Line 2 of {file} has an empty prompt."),

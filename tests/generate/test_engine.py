@@ -8,7 +8,16 @@ from itertools import pairwise
 import pytest
 import torch
 from pico import pico_model
-from recursive_models import double, everywhere, idle_after_the_first_loop, nearly_idle, randomize, rrt_config, tokens
+from recursive_models import (
+    double,
+    everywhere,
+    idle_after_the_first_loop,
+    nearly_idle,
+    randomize,
+    recursive,
+    rrt_config,
+    tokens,
+)
 from scipy.stats import chisquare
 from transformers import PreTrainedModel
 
@@ -194,6 +203,36 @@ def test_a_token_that_has_left_is_not_seen_at_the_loops_that_it_did_not_go_throu
     assert by_engine(one, PROMPTS[:1]) == [expected]
     assert one.way.left == [left, NEW - 1 - left]
     assert one.passes == 2 * (len(PROMPTS[0]) + NEW - 1) - left
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_how_sure_an_exit_is_counts_in_float32(dtype):
+    """In 16 bits, what is between 0.998 and 1 would be one number or the other, and so would the threshold."""
+    model = copy.deepcopy(recursive("llama"))
+    model.get_output_embeddings().weight.data *= 25
+    sure, threshold = [], 0.999
+
+    class Watched(Leave):
+        def after(self, request, span, states, logits, store):
+            said = len(request.said)
+            super().after(request, span, states, logits, store)
+            if said and span.loop == 0:
+                surest = float(logits[-1].float().softmax(-1).max())
+                sure.append((surest > threshold, len(request.said) > said))
+
+    by_engine(Engine(model.to(dtype), partial(Watched, threshold=threshold), rows=5, context=CONTEXT))
+    assert all(is_sure == left for is_sure, left in sure) and {left for _, left in sure} == {True, False}
+
+
+def test_processors_that_remember_are_not_asked_about_drafts():
+    model = copy.copy(double("llama"))
+    model.generation_config = copy.deepcopy(model.generation_config)
+    model.generation_config.guidance_scale = 1.5
+    expected = by_engine(Engine(model, FullDepth, rows=1, context=CONTEXT))
+    speculating = Engine(model, partial(Speculate, drafts=3), rows=1, context=CONTEXT)
+    assert by_engine(speculating) == expected and speculating.way.drafted == 0
+    model.generation_config.guidance_scale = None
+    assert by_engine(speculating) != expected and speculating.way.drafted > 0
 
 
 def test_who_catches_up_is_seen_by_those_behind():

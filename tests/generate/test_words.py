@@ -109,6 +109,33 @@ def test_a_word_behind_a_special_token_keeps_its_space():
     assert words.finish() == "".join(shown) == "a in a in a in"
 
 
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_what_goes_on_with_a_text_keeps_its_first_space(name):
+    tokenizer, draw = TOKENIZERS[name](), random.Random(1)
+    before = tokenizer("a in a in a in a in")["input_ids"]
+    words = Words(tokenizer, before=before)
+    for token in tokenizer(" in a")["input_ids"]:
+        words.add(token)
+    assert words.finish().startswith(" ") and Words(tokenizer, before=before).finish() == ""
+    for _ in range(100):
+        ids = [draw.choice([0, 1, draw.randrange(len(tokenizer))]) for _ in range(12)]
+        words = Words(tokenizer, before=before)
+        assert not any(words.add(token) for token in ids)
+        whole = tokenizer.decode([*before, *ids], skip_special_tokens=True)
+        assert tokenizer.decode(before, skip_special_tokens=True) + words.finish() == whole, ids
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_special_token_can_be_a_stop(name):
+    tokenizer = TOKENIZERS[name]()
+    end, ids = tokenizer.eos_token, tokenizer("a in")["input_ids"]
+    words = Words(tokenizer, stops=["no such text", end])
+    assert [words.add(token) for token in [*ids, tokenizer.eos_token_id]] == [False] * len(ids) + [True]
+    assert words.finish() == "a in"
+    with pytest.raises(WrongUsage, match="cannot end at .*a special token and text"):
+        Words(tokenizer, stops=[f"{end}\n"])
+
+
 def test_a_byte_that_is_a_stop_ends_the_answer_at_once():
     tokenizer = TOKENIZERS["strip"]()
     shown: list[str] = []

@@ -232,6 +232,15 @@ def test_eager_attention_gives_the_same_logits_and_rows_of_the_cache_can_be_chos
     assert_equal(after, at_once("llama")[1:, -1:].expand(2, -1, -1), 1e-3)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_eager_attention_runs_in_every_dtype(dtype):
+    exact, model = at_once("llama"), copy.deepcopy(model_of("llama")).to(dtype)
+    rounding = (model(ids(), use_cache=False).logits - exact).abs().max()
+    model.set_attn_implementation("eager")
+    assert (model(ids(), use_cache=False).logits - exact).abs().max() < 2 * rounding + 1e-3
+
+
 def test_maps_learn_and_are_saved(tmp_path):
     model = copy.deepcopy(model_of("llama"))
     model(ids(), labels=ids(), use_cache=False).loss.backward()
