@@ -2,7 +2,8 @@
 
     2/5 Calibrating ━━━━━━━━━━━━━╸━━━━━━━━━━━━  38% 0:01:02 left 0:03:10
 
-It fits into the terminal: the bar gets what the words leave, and the name of the work is cut before a figure is.
+It fits into the terminal: the bar gets what the words leave, and the name of the work is cut before a figure is. Where
+there is no terminal, as in the log of a job, the same without the bar is a line of its own every minute.
 """
 
 import time
@@ -18,6 +19,7 @@ from rich.text import Text
 BAR = 40  # columns at most
 LEAST_BAR = 4  # under which there is none
 NOTHING = "-:--:--"  # a time that nothing is known of
+EVERY = 60.0  # seconds between lines where there is no terminal
 
 
 @dataclass
@@ -80,13 +82,17 @@ class Line:
     def show(self, name: str) -> None:
         self._name = name
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        now, width, phases = time.monotonic(), options.max_width, list(self._work.phases)
+    def parts(self) -> tuple[str, str]:
+        """(the name of the work, its figures)"""
+        now, phases = time.monotonic(), list(self._work.phases)
         phase, left = self._work.phases[self._name], self._work.left(now)
         name = self._name if self._amounts else f"{phases.index(self._name) + 1}/{len(phases)} {self._name}"
         much = f"{phase.done}/{phase.total}" if self._amounts else f"{self._work.share:.0%}"
-        figures = f"{much} {_clock(now - self._work.began)} left {NOTHING if left is None else _clock(left)}"
-        words = Text(name)
+        return name, f"{much} {_clock(now - self._work.began)} left {NOTHING if left is None else _clock(left)}"
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        name, figures = self.parts()
+        words, width = Text(name), options.max_width
         room = width - words.cell_len - len(figures) - 2
         if room < LEAST_BAR:
             words.truncate(max(width - len(figures) - 1, 0), overflow="ellipsis")
@@ -106,10 +112,12 @@ def _clock(seconds: float) -> str:
 
 
 class Progress:
-    """Shows `work` on `console` while it goes on; nothing where that is no terminal. A context manager."""
+    """Shows `work` on `console` while it goes on: in a terminal as one line, which changes, and elsewhere every minute
+    as another one."""
 
     def __init__(self, console: Console, work: Work, amounts: bool = False):
-        self._work, self._line = work, Line(work, amounts)
+        self._console, self._work, self._line = console, work, Line(work, amounts)
+        self._told = time.monotonic()
         self._live = Live(self._line, console=console, refresh_per_second=4, transient=True, auto_refresh=True)
         self._shown = console.is_terminal
 
@@ -131,6 +139,9 @@ class Progress:
 
     def advance(self, name: str, steps: int = 1) -> None:
         self._work.phases[name].done += steps
+        if not self._shown and time.monotonic() - self._told >= EVERY:
+            self._told = time.monotonic()
+            self._console.print(Text(" ".join(self._line.parts())))
 
     def end(self, name: str) -> None:
         self._work.phases[name].over = True

@@ -1,5 +1,6 @@
 """The console: others' words are shown as they are, and nothing is shown that was not asked for."""
 
+import re
 import shlex
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import warnings
 import pytest
 from rich.console import Console
 
-from rrtc import console
+from rrtc import console, progress_line
 from rrtc.errors import RrtcError
 
 NASTY = "a[/x][red]\x1b[31m\u202eb\x07\x9b\udc80"
@@ -41,6 +42,23 @@ def test_a_progress_bar_shows_its_description_as_it_is(monkeypatch, capsys):
     with console.progress(NASTY, total=2) as advance:
         advance()
     assert SHOWN in capsys.readouterr().err
+
+
+def test_where_there_is_no_terminal_long_work_tells_a_line_now_and_then(monkeypatch, capsys):
+    with console.progress("Reading", total=2) as advance:
+        advance()
+    assert capsys.readouterr().err == ""  # it takes less than a minute
+    monkeypatch.setattr(progress_line, "EVERY", 0.0)
+    with console.progress(NASTY, total=2) as advance:
+        advance()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(re.escape(SHOWN) + r" 1/2 0:00:0\d left 0:00:0\d", line)
+    with console.whole_progress({"Reading": 1, "Writing": 3}), console.progress("Reading", total=2) as advance:
+        advance()
+    assert capsys.readouterr().err.startswith("1/2 Reading 12% 0:00:0")
+    with console.notes_shown(False), console.progress("Reading", total=2) as advance:
+        advance()
+    assert capsys.readouterr().err == ""
 
 
 def test_where_no_notes_are_shown_a_warning_is_pythons(capsys):
