@@ -53,6 +53,8 @@ def ends_of(stops: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> set[i
 
     Raises WrongUsage where a stop has one of them beside other text.
     """
+    if not stops:
+        return set()
     special = {str(token): id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
     for stop in stops:
         if stop not in special and (inner := next((token for token in special if token in stop), None)):
