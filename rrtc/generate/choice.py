@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from hashlib import sha256
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
@@ -17,6 +17,7 @@ from rrtc.errors import RrtcError, WrongUsage
 from rrtc.generate.agreement import TRIAL, TRIAL_NEW, agreement, said_a_round
 from rrtc.generate.forecast import WORTH_IT, Costs, measure_costs
 from rrtc.generate.quality import Scored, Threshold, find_threshold, passes
+from rrtc.generate.sampling import Drawing
 from rrtc.generate.stages import Stages
 from rrtc.generate.ways import FullDepth, Leave, Speculate
 from rrtc.io.remembered import remembered
@@ -75,6 +76,9 @@ def choose(
         raise RrtcError("The layers that share weights in this model differ in kind, so tokens cannot leave it early.")
     if options.exit_threshold:
         return Choice(partial(Leave, threshold=options.exit_threshold, catch_up=options.catch_up), "early exits")
+    if not options.exit_quality and not Drawing(model, [0], 1, None, **_settings(options)).foresees:
+        why = "No tokens are drafted: what is asked for makes scores by rules that remember what they were asked."
+        return Choice(FullDepth, "full depth", None, why)
     note("Finding out what early exits are worth here")
     costs = measure_costs(model, requests)
     if options.exit_quality:
@@ -95,7 +99,7 @@ def choose(
 def _agreement(model, tokenizer, options: EngineOptions, fingerprint: str) -> NDArray:
     """As `agreement` finds it, with the settings of the answers that are to come; once for each model and settings."""
     prompts = trial_text(model, tokenizer, *TRIAL)
-    settings = options.of_generate() if isinstance(options, AnswerOptions) else {}
+    settings = _settings(options)
 
     def find() -> dict:
         with progress("How often the first exit is right", total=len(prompts) * (TRIAL_NEW + 1)) as advance:
@@ -103,6 +107,11 @@ def _agreement(model, tokenizer, options: EngineOptions, fingerprint: str) -> ND
 
     made_from = _made_from("agreement", model, prompts, fingerprint) | {"new": TRIAL_NEW, "settings": settings}
     return remembered(made_from, find)[0]["right"]
+
+
+def _settings(options: EngineOptions) -> dict[str, Any]:
+    """Arguments of transformers' `generate` by which the answers that are to come are drawn."""
+    return options.of_generate() if isinstance(options, AnswerOptions) else {}
 
 
 def _made_from(what: str, model, text: Tensor, fingerprint: str) -> dict:

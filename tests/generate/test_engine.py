@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from pico import pico_model
+from pico import pico_model, pico_tokenizer
 from recursive_models import (
     double,
     everywhere,
@@ -22,11 +22,13 @@ from scipy.stats import chisquare
 from transformers import PreTrainedModel
 
 from rrtc.errors import RrtcError, WrongUsage
+from rrtc.generate.choice import choose
 from rrtc.generate.engine import Busy, Engine
 from rrtc.generate.sampling import Drawing
 from rrtc.generate.ways import KNOWN, REMEMBERED, FullDepth, Leave, Speculate
 from rrtc.model import RrtConfig, RrtForCausalLM
 from rrtc.model.graft_rrt import find_layers
+from rrtc.recipe.generate import EngineOptions
 
 NEW, CONTEXT = 10, 64
 IDS = tokens(5, 40)
@@ -231,6 +233,8 @@ def test_processors_that_remember_are_not_asked_about_drafts():
     expected = by_engine(Engine(model, FullDepth, rows=1, context=CONTEXT))
     speculating = Engine(model, partial(Speculate, drafts=3), rows=1, context=CONTEXT)
     assert by_engine(speculating) == expected and speculating.way.drafted == 0
+    chosen = choose(model, pico_tokenizer(), EngineOptions(speculate=3), True, 1, "")
+    assert chosen.name == "full depth" and chosen.why.startswith("No tokens are drafted")
     model.generation_config.guidance_scale = None
     assert by_engine(speculating) != expected and speculating.way.drafted > 0
 
