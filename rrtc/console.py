@@ -81,20 +81,30 @@ def notes_shown(shown: bool) -> Iterator[None]:
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Silence of transformers' bars and remarks in the block: rrtc shows its own progress, and they would run through
-    it. A TRANSFORMERS_VERBOSITY that is set holds for the remarks. Imports transformers, and with it torch."""
+    """Silence of transformers' bars and remarks in the block, and of its quantizers' bars: rrtc shows its own progress,
+    and they would run through it. A TRANSFORMERS_VERBOSITY that is set holds for the remarks. Imports transformers, and
+    with it torch."""
+    from tqdm import tqdm
     from transformers.utils import logging
+
+    begin = tqdm.__init__
+
+    def begin_unseen(self, *args, **kwargs):
+        """Bars of tqdm's own kinds, such as those of compressed-tensors; downloads, which are of others, stay."""
+        begin(self, *args, **kwargs | ({"disable": True} if type(self).__module__.startswith("tqdm.") else {}))
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     offloading = getLogger("accelerate.big_modeling")  # remarks that what was to be read from disk is on disk
     offloading_level = offloading.level
     logging.disable_progress_bar()
+    tqdm.__init__ = begin_unseen
     if "TRANSFORMERS_VERBOSITY" not in os.environ:
         logging.set_verbosity_error()
         offloading.setLevel(ERROR)
     try:
         yield
     finally:
+        tqdm.__init__ = begin
         logging.set_verbosity(level)
         offloading.setLevel(offloading_level)
         if bars:

@@ -219,6 +219,11 @@ class Plan:
         return features_of(self.visits)
 
     @property
+    def ties(self) -> bool:
+        """Whether layers share weights."""
+        return len(self.slots) < len(self.visits)
+
+    @property
     def savings(self) -> str:
         """What this model saves beside the dense one, its cache in 16 bits, as a sentence: see `savings`."""
         dense = self.architecture

@@ -6,8 +6,8 @@ from rrtc.errors import WrongUsage
 
 
 def count(n: float) -> str:
-    """A count in the unit people read: 134.5M, 1.23B."""
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+    """A count in the unit people read: 134.5M, 1.23B; and what is larger, such as operations, as in 1.8Z."""
+    for size, unit in ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(n) >= size:
             return f"{n / size:.4g}{unit}"
     return f"{n:.4g}"

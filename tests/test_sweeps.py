@@ -141,7 +141,7 @@ def test_no_output_is_in_a_folder_of_text(recipe, tmp_path):
     for section in ("uptrain.data", "eval.text", "init.calibrate_on"):
         asked = ["--set", "init.shared_init=joint", "--set", f"{section}={tmp_path}"]
         refused = rrtc(recipe, "-o", tmp_path / "out", *asked, code=2).stderr
-        assert f"out lies in {tmp_path}, from which it is made" in " ".join(refused.split())
+        assert f"out lies in the folder {tmp_path}, from which it is made" in " ".join(refused.split())
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
 
 

@@ -174,7 +174,10 @@ def init(result: dict, folder: str, asked: dict) -> Group:
 def generated(result: dict) -> Text:
     """How fast `generate` was, in a line."""
     prompts, tokens, seconds = len(result["answers"]), result["tokens"], result["seconds"]
-    parts = [f"{tokens:,} tokens for {prompts} prompt{'s' * (prompts > 1)}", f"{tokens / seconds:.1f} a second"]
+    parts = [
+        f"{tokens:,} token{'s' * (tokens != 1)} for {prompts} prompt{'s' * (prompts > 1)}",
+        f"{tokens / seconds:.1f} a second",
+    ]
     if result["drafted"]:
         parts.append(f"{result['accepted'] / result['drafted']:.0%} of {result['drafted']:,} drafts were right")
     if result["left"]:

@@ -4,7 +4,7 @@ Every number in it was measured, on this model or on the one it was made from; w
 """
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import torch
@@ -58,7 +58,7 @@ def write_card(
         report = without_places(report) | {"samples": report.get("samples", [])}  # which may begin with a slash
     sections = [
         f"# {name}",
-        f"{_summary(config, base)} {made_as.summary(config)}",
+        f"{_summary(config, base)} {made_as.summary(config)}".rstrip(),
         "## What was tied",
         _tying(config, provenance),
         "## What a token sees",
@@ -128,26 +128,25 @@ def _eval_results(report: dict) -> list:
 
 
 def _summary(config: RrtConfig, base: dict) -> str:
-    layers, slots = len(config.visits), len({visit["slot"] for visit in config.visits})
+    plan, layers = read_plan(config), len(config.visits)
     start = f"Made from **{base.get('uri', 'a dense model')}** by rrtc {__version__}"
-    if slots == layers:
-        plan = read_plan(config)
+    if not plan.ties:
         fewer = plan.non_embedding < plan.architecture.non_embedding
         start += f": none of its {layers} decoder layers share weights, but they have fewer of them" if fewer else ""
     else:
         start += (
             " as a [Relaxed Recursive Transformer](https://arxiv.org/abs/2410.20672): its "
-            f"{layers} decoder layers share {slots} sets of weights"
+            f"{layers} decoder layers have {len(plan.slots)} sets of weights"
         )
-    if any(_lora_ranks(config).values()):
-        start += ", and each layer corrects them by a low-rank (LoRA) part of its own"
+    if any(map(max, _lora_ranks(config).values())):
+        start += ", and those that share one correct it by low-rank (LoRA) parts of their own"
     return f"{start}."
 
 
 def _tying(config: RrtConfig, provenance: dict) -> str:
     slots = [visit["slot"] for visit in config.visits]
     uses = [slots.count(slot) for slot in sorted(set(slots))]
-    ranks = {name: found for name, found in _lora_ranks(config).items() if found}
+    ranks = {name: found for name, found in _lora_ranks(config).items() if max(found)}
     init = provenance["recipe"].get("init", {})
     lines = [
         f"- Loops: {max(uses)}",
@@ -158,12 +157,13 @@ def _tying(config: RrtConfig, provenance: dict) -> str:
     else:
         shown = [f"{name} {min(r)}" + (f" to {max(r)}" if len(r) > 1 else "") for name, r in ranks.items()]
         lines.append("- LoRA rank: " + (", ".join(shown) or "none"))
+    of_several = sum(_shared(visit, name, slots) for visit in config.visits for name in visit["ranks"])
     forms = Counter(visit["forms"].get(name, "tied") for visit in config.visits for name in visit["ranks"])
-    if forms["low_rank"] or forms["own"]:
-        lines.append(
-            f"- Matrices: {forms['tied']} as the layer's set of weights has them, with LoRA; {forms['low_rank']} as a "
-            f"low-rank product alone; {forms['own']} as full matrices of one layer's own"
-        )
+    own = forms.total() - of_several - forms["low_rank"]
+    lines.append(
+        f"- Matrices of all layers: {of_several} share one with other layers; {forms['low_rank']} are a low-rank "
+        f"product alone; {own} are a layer's own"
+    )
     if narrowed := [str(visit["layer"]) for visit in config.visits if visit["shapes"]]:
         lines.append(f"- Layers with FFN neurons removed: `{' '.join(narrowed)}`")
     lines.append(f"- Norms and biases: {'one set for each layer' if config.norms == 'per_visit' else 'shared'}")
@@ -223,14 +223,18 @@ def _of_dense(plan: Plan, width: int) -> str:
 
 
 def _lora_ranks(config: RrtConfig) -> dict[str, set[int]]:
-    """The LoRA ranks above 0 that the tied visits of each matrix have."""
-    ranks: dict[str, set[int]] = {}
+    """The LoRA ranks of each matrix in the layers that share it."""
+    slots, ranks = [visit["slot"] for visit in config.visits], defaultdict(set)
     for visit in config.visits:
         for name, rank in visit["ranks"].items():
-            found = ranks.setdefault(name, set())
-            if rank and visit["forms"].get(name, "tied") == "tied":
-                found.add(rank)
+            if _shared(visit, name, slots):
+                ranks[name].add(rank)
     return ranks
+
+
+def _shared(visit: dict, name: str, slots: list[int]) -> bool:
+    """Whether a matrix of that visit is one that others use, too. slots: of all visits."""
+    return slots.count(visit["slot"]) > 1 and visit["forms"].get(name, "tied") == "tied"
 
 
 def _measured(provenance: dict, exported: dict, report: dict | None) -> str:

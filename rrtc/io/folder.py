@@ -62,7 +62,7 @@ def check_outside(target: Path, *sources: Path) -> None:
     what it was any more, and a folder of text would have rrtc's own files among its documents."""
     for source in sources:
         if Path(target).resolve().is_relative_to(Path(source).resolve()):
-            sentence = f"The output {target} lies in {source}, from which it is made."
+            sentence = f"The output {target} lies in the folder {source}, from which it is made."
             raise WrongUsage(sentence, "Name a folder outside it.")
 
 

@@ -87,7 +87,10 @@ class Weights:
                 f"{self.folder} holds its weights as a pickle ({pickles[0].name}), which can run code when it is read.",
                 "Convert it to safetensors first (transformers' save_pretrained writes them).",
             )
-        raise RrtcError(f"There are no weights in {self.folder} (no *.safetensors).")
+        hint = "Name the .gguf file itself." if any(self.folder.glob("*.gguf")) else ""
+        if any(self.folder.rglob("*.onnx")):
+            hint = "It holds an ONNX graph, which ONNX Runtime runs; its README.md says how."
+        raise RrtcError(f"There are no weights in {self.folder} (no *.safetensors).", hint)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._where)

@@ -8,6 +8,8 @@ import warnings
 
 import pytest
 from rich.console import Console
+from tqdm import tqdm
+from tqdm.auto import tqdm as tqdm_auto
 
 from rrtc import console, progress_line
 from rrtc.errors import RrtcError
@@ -59,6 +61,20 @@ def test_where_there_is_no_terminal_long_work_tells_a_line_now_and_then(monkeypa
     with console.notes_shown(False), console.progress("Reading", total=2) as advance:
         advance()
     assert capsys.readouterr().err == ""
+
+
+def test_bars_of_quantizers_are_not_shown_and_downloads_are(capsys):
+    class Download(tqdm):
+        pass
+
+    Download.__module__ = "huggingface_hub.utils"
+    with console.quiet_libraries():
+        for kind in (tqdm, tqdm_auto):
+            assert sum(kind(range(3), desc="Applying")) == 3
+        assert capsys.readouterr().err == ""
+        assert sum(Download(range(3), desc="Fetching")) == 3
+    assert "Fetching" in capsys.readouterr().err
+    assert sum(tqdm(range(3), desc="Applying")) == 3 and "Applying" in capsys.readouterr().err
 
 
 def test_where_no_notes_are_shown_a_warning_is_pythons(capsys):

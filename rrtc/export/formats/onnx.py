@@ -327,7 +327,7 @@ def verify(folder: Path, expected: Reference, dtype: torch.dtype, from_disk: boo
 
 
 def summary(config: RrtConfig) -> str:
-    return "This is an ONNX graph, in which the shared weights are stored once."
+    return f"This is an ONNX graph{', in which the shared weights are stored once' * read_plan(config).ties}."
 
 
 def limits(exported: dict, config: RrtConfig) -> str:

@@ -175,11 +175,12 @@ def verify(folder: Path, expected: Reference, dtype: torch.dtype, from_disk: boo
 
 
 def summary(config: RrtConfig) -> str:
-    return "The shared weights are stored once."
+    return "The shared weights are stored once." if read_plan(config).ties else ""
 
 
 def limits(exported: dict, config: RrtConfig) -> str:
-    return f"""- Tying saves memory and disk. {read_plan(config).savings} It passes through {len(config.visits)} \
+    plan = read_plan(config)
+    return f"""- {"Tying saves memory and disk. " * plan.ties}{plan.savings} It passes through {len(config.visits)} \
 layers, each with a place of its own in the cache.
 - It is not the base model: what tying cost is above, as far as it was measured.
 - transformers' own `assistant_early_exit` fails with models of the GPT-2 and GPT-NeoX kind, and leaves them \
