@@ -116,10 +116,10 @@ def training_text(
 
     Raises RrtcError for a source that is missing, is empty, does not fill a window, or has a token beyond these.
     """
-    check_split_alike(recipe.data)
     begin, _ = begin_and_end(tokenizer)
     weights = recipe.data_weights or [1.0] * len(recipe.data)
     shares = [weight / sum(weights) for weight in weights]
+    check_split_alike(source for source, share in zip(recipe.data, shares, strict=True) if share)
     found: dict[int, Packed] = {}
     # Text that is still to be written comes last: it takes the longest, and what is wrong elsewhere is said before.
     for number in sorted(range(len(shares)), key=lambda number: recipe.data[number] == OWN_TEXT):
