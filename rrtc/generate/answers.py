@@ -52,8 +52,8 @@ def answer_all(
     begun, found = time.perf_counter(), {}
     with progress("answers", total=len(asked)) as advance:
         drawn_as = range(len(asked)) if numbers is None else numbers
-        befores = [ids if isinstance(prompt, str) else () for prompt, ids in zip(prompts, asked, strict=True)]
-        given = engine, tokenizer, asked, befores, drawn_as, options
+        texts_before = [ids if isinstance(prompt, str) else () for prompt, ids in zip(prompts, asked, strict=True)]
+        given = engine, tokenizer, asked, texts_before, drawn_as, options
         for number, answer in _answers(*given, show or (lambda piece: None)):
             found[number] = answer
             if done is not None:
@@ -80,18 +80,18 @@ def _answers(
     engine: Engine,
     tokenizer: "PreTrainedTokenizerBase",
     asked: Sequence[Sequence[int]],
-    befores: Sequence[Sequence[int]],
+    texts_before: Sequence[Sequence[int]],
     drawn_as: Sequence[int],
     options: WayOptions,
     show: Show,
 ) -> Iterator[tuple[int, GeneratedResult]]:
-    """(place of a prompt in `asked`, its answer), in the order in which they are done. befores: of each the tokens that
+    """(place of a prompt in `asked`, its answer), in the order in which they are done. texts_before: of each the tokens that
     its answer is a text with."""
     waiting, numbers = deque(enumerate(asked)), {}
     while waiting or engine.busy:
         while waiting and len(numbers) < engine.store.rows:
             number, ids = waiting.popleft()
-            words = Words(tokenizer, show, options.stop, befores[number])
+            words = Words(tokenizer, show, options.stop, texts_before[number])
             # A seed of its own, so that what is drawn does not depend on the company.
             seed = None if options.seed is None else (options.seed + drawn_as[number]) % 2**32
             request: Request = engine.submit(ids, options.max_tokens, seed, words.add, **options.of_generate())
