@@ -85,8 +85,8 @@ def _answers(
     options: WayOptions,
     show: Show,
 ) -> Iterator[tuple[int, GeneratedResult]]:
-    """(place of a prompt in `asked`, its answer), in the order in which they are done. texts_before: of each the tokens that
-    its answer is a text with."""
+    """(place of a prompt in `asked`, its answer), in the order in which they are done. texts_before: of each the tokens
+    that its answer goes on with as one text."""
     waiting, numbers = deque(enumerate(asked)), {}
     while waiting or engine.busy:
         while waiting and len(numbers) < engine.store.rows:
