@@ -128,7 +128,7 @@ def measured(args: argparse.Namespace) -> Found:
         folder,
         device,
         lambda n: None,
-        choosing.rules(budget, model.layers),
+        choosing.rules(budget, job.plan, model.layers),
         moments=False,
     )
     tokenizer = AutoTokenizer.from_pretrained(args.model)

@@ -14,7 +14,7 @@ from functools import cached_property
 from rrtc.architecture import Architecture, Layer
 from rrtc.attention import SUM_BYTES, Attention, Landmark, Linear, in_sight
 from rrtc.errors import WrongUsage
-from rrtc.kv_owners import with_owners
+from rrtc.kv_owners import readable, with_owners
 from rrtc.plan import Plan
 from rrtc.recipe.init import WIDEST_WINDOW, InitRecipe
 
@@ -30,6 +30,14 @@ KV_NUMBER_BYTES = 2  # of a number in the cache: in 16 bits, as models run
 LANDMARK_SIZE = 16  # tokens in a landmark block; blocks take half of the window
 FEATURES = 64  # of linear attention
 LAST_LOOP = "last_loop"  # the kind of heads that read another visit
+NOTHING_TO_READ = (
+    "There is nothing for last_loop to read: no slot has a last loop that sees everything, and an earlier one that "
+    "does not."
+)
+KEEP_TO_READ = (
+    "Tie layers in loops, by a pattern (--sharing), and ask for a --kv-budget that lets all layers of the last loop "
+    "see everything."
+)
 
 
 class KvBudget:
@@ -111,21 +119,35 @@ class KvBudget:
         are, not which.
         """
         everything = self._seeing_most(losses.get(next(iter(self.kinds)), {}), lookups)
-        visits, free = [], {layer for layer, _ in self.heads}
-        more = self.lengthened(everything) - self.window.window
+        windows = self._with_windows(plan, everything)
+        reading = with_owners(windows, LAST_LOOP) if LAST_LOOP in self.kinds else windows
+        if LAST_LOOP in self.kinds and not self.is_measured and "owner" not in reading.features:
+            raise WrongUsage(NOTHING_TO_READ, KEEP_TO_READ)
+        visits = []
+        for local, reader in zip(windows.visits, reading.visits, strict=True):
+            if local.attention is None:
+                visits.append(local)
+                continue
+            near = [head for head in self.heads if head[0] == local.layer and head[1] not in local.attention.heads]
+            able = [kind for kind in self.kinds if kind != LAST_LOOP or reader != local]
+            kind = min(able, key=lambda kind: cost(near, losses.get(kind, {})), default=None)  # the first of several
+            if kind is None or kind == LAST_LOOP:
+                visits.append(reader)
+                continue
+            asked, heads = self.kinds[kind][local.layer], local.attention.heads
+            more = local.attention.window - self.window.window
+            visits.append(replace(local, attention=replace(asked, heads=heads, window=asked.window + more)))
+        return replace(plan, visits=tuple(visits))
+
+    def _with_windows(self, plan: Plan, everything: set[Head]) -> Plan:
+        """`plan`, in which these heads see everything and the others a window."""
+        local, free = replace(self.window, window=self.lengthened(everything)), {layer for layer, _ in self.heads}
+        visits = []
         for visit in plan.visits:
             count = self._architecture.layers[visit.layer].kv_heads if visit.layer in free else 0
             heads = tuple(head for head in range(count) if (visit.layer, head) in everything)
-            attention = None
-            if len(heads) < count:
-                near = [(visit.layer, head) for head in range(count) if head not in heads]
-                costs = {kind: cost(near, losses.get(kind, {})) for kind in self.kinds}
-                kind = min(self.kinds, key=costs.__getitem__)  # the first of several
-                asked = self.kinds[kind][visit.layer]
-                attention = replace(asked, heads=heads, window=asked.window + more)
-            visits.append(replace(visit, attention=attention))
-        made = replace(plan, visits=tuple(visits))
-        return _reading_on(made) if LAST_LOOP in self.kinds else made
+            visits.append(replace(visit, attention=replace(local, heads=heads) if len(heads) < count else None))
+        return replace(plan, visits=tuple(visits))
 
     def lengthened(self, everything: set[Head]) -> int:
         """The tokens in a window where these heads see everything: `window`, and what their bytes leave over, unless
@@ -166,7 +188,7 @@ class KvBudget:
         everything = self.seeing_everything(plan)
         one_each = [next(iter(of_kind.values())) for of_kind in self.kinds.values()]
         more = self.lengthened(everything) - self.window.window
-        said = [in_sight(replace(one, window=one.window + more).fields()) for one in one_each]
+        said = dict.fromkeys(in_sight(replace(one, window=one.window + more).fields()) for one in one_each)
         return (
             f"{len(everything)} of {len(self.heads)} KV heads see everything, the others "
             f"{', or '.join(said)}: at {self.context:,} tokens the KV cache takes {share:.3f} of the dense model's."
@@ -264,6 +286,20 @@ def without_windows(plan: Plan) -> Plan:
     return replace(plan, visits=tuple(replace(visit, attention=None) for visit in plan.visits))
 
 
+def check_last_loop(plan: Plan, recipe: InitRecipe, is_tied: bool) -> None:
+    """Raises WrongUsage where `recipe` asks what last_loop costs in `plan`, and that cannot be measured. is_tied:
+    whether the model is recursive already."""
+    if LAST_LOOP not in recipe.kv_kinds or recipe.kv_choice != "measured":
+        return
+    if not is_tied:
+        raise WrongUsage(
+            "What last_loop costs is known once the model is tied, and this one is dense.",
+            "Leave the KV budget out, and plan the cache of the folder that is written: rrtc init FOLDER --kv-budget …",
+        )
+    if not readable(plan, LAST_LOOP):
+        raise WrongUsage(NOTHING_TO_READ, "Leave last_loop out of --kv-kinds.")
+
+
 def check_replan(uri: str, recipe: InitRecipe) -> None:
     """Raises WrongUsage where `recipe` asks for more of a recursive model than another plan of what it attends to."""
     if recipe.kv_budget is None:
@@ -302,6 +338,8 @@ def _near_heads(plan: Plan, losses: WindowLosses) -> dict[int, list[Head]]:
 
 def kind_of(attention: Attention | None) -> str:
     """Which of KINDS it is that heads have which do not see everything."""
+    if attention is not None and attention.owner is not None:
+        return LAST_LOOP
     beyond = set() if attention is None else KINDS.keys() & attention.fields().keys() - {"window"}
     return next(iter(beyond), "window")
 
@@ -332,19 +370,6 @@ def _linear(window: Attention, number: int, layer: Layer) -> Attention:
     return replace(window, window=window.window - taken, linear=linear)
 
 
-def _reading_on(plan: Plan) -> Plan:
-    """`plan`, in which heads with a window read behind it what the last loop of their slot keeps."""
-    made = with_owners(plan, LAST_LOOP)
-    if "owner" not in made.features:
-        raise WrongUsage(
-            "There is nothing for last_loop to read: no slot has a last loop that sees everything, and an earlier one "
-            "that does not.",
-            "Tie layers in loops, by a pattern (--sharing), and ask for a --kv-budget that lets all layers of the last "
-            "loop see everything.",
-        )
-    return made
-
-
 def _explain_owners(plan: Plan) -> str:
     readers = sum(visit.attention is not None and visit.attention.owner is not None for visit in plan.visits)
     return f" {readers} visits read behind their windows what the last loop of their slot keeps." if readers else ""
@@ -356,7 +381,7 @@ KINDS: dict[str, Callable[[Attention, int, Layer], Attention]] = {
     "window": lambda window, number, layer: window,
     "landmark": _landmark,
     "linear": _linear,
-    LAST_LOOP: lambda window, number, layer: window,  # and then _reading_on
+    LAST_LOOP: lambda window, number, layer: window,  # behind which it reads, where there is something to be read
 }
 
 

@@ -35,6 +35,23 @@ def with_owners(plan: Plan, owner: str) -> Plan:
     return replace(plan, visits=tuple(visits))
 
 
+def readable(plan: Plan, owner: str) -> dict[int, int]:
+    """By the layer of each visit that could read the one of its slot which `owner` names, if that stored everything:
+    the layer of that one."""
+    found = {}
+    for visit in plan.visits:
+        layer, loop = plan.architecture.layers[visit.layer], _owner(plan, visit, owner)
+        theirs = plan.slots[visit.slot][loop]
+        if (
+            loop != visit.loop
+            and layer.kv_heads
+            and not layer.window
+            and not plan.architecture.layers[theirs.layer].window
+        ):
+            found[visit.layer] = theirs.layer
+    return found
+
+
 def _owner(plan: Plan, visit: Visit, owner: str) -> int:
     """The loop of the visit in the slot of `visit` that `owner` names."""
     return plan.slots[visit.slot][LOOPS[owner]].loop

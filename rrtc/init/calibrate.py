@@ -8,7 +8,7 @@ weights and the hidden states of all windows are in memory at a time; what enter
 back. After every layer there is enough on disk to go on from.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from weakref import WeakValueDictionary
@@ -24,22 +24,24 @@ from rrtc.io.dense import DenseModel
 from rrtc.io.folder import whole_file
 from rrtc.io.weights import all_finite
 from rrtc.model.attention_rrt import Rule
-from rrtc.stock.heads import Losses
+from rrtc.model.owner_rrt import OwnerRule
+from rrtc.stock.heads import Kept, Losses
 from rrtc.stock.streamed import StreamedModel
 from rrtc.tying.moments import Gathering, Moment
 from rrtc.tying.neurons import Neurons
 from rrtc.tying.whiten import Seen
 
-LOSSES_OF = "{} losses"  # a name that no matrix has, of a kind such as window
+LOSSES_OF = "losses of "  # and a kind, such as window: a name that no matrix has
 
 
-def bytes_on_disk(architecture: Architecture, tokens: int, moments: bool) -> int:
+def bytes_on_disk(architecture: Architecture, tokens: int, moments: bool, read: Collection[int] = ()) -> int:
     """What `calibrate` writes at most: what enters every layer, two more of that size (what leaves the last one, and a
-    gradient), and their `moments`, if these are wanted; all float32."""
+    gradient), their `moments`, if these are wanted, and keys and values of the layers `read`; all float32."""
     matrices = [m for layer in architecture.layers for m in layer.matrices]
     states = (len(architecture.layers) + 2) * tokens * architecture.layers[0].matrices[0].inputs
     sizes = [size for m in matrices for size in (m.inputs, m.outputs)]
-    return 4 * (states + moments * sum(min(tokens, size) * size for size in sizes))
+    kept = tokens * sum(architecture.layers[number].kv_width for number in read)
+    return 4 * (states + moments * sum(min(tokens, size) * size for size in sizes) + kept)
 
 
 def layers_done(folder: Path, depth: int) -> tuple[int, int]:
@@ -57,10 +59,12 @@ class Calibration:
     def __init__(self, folder: Path, tokens: int):
         self._folder, self._tokens = Path(folder), tokens
 
-    def losses(self, number: int, kind: str) -> list[list[float]]:
-        """For every two KV heads of layer `number` what it costs, in nats a token, if both see no more than that `kind`
-        of rule lets them (stock/heads.py)."""
-        return load_file(self._folder / f"output-gradients-{number}.safetensors")[LOSSES_OF.format(kind)].tolist()
+    def losses(self, number: int) -> dict[str, list[list[float]]]:
+        """By kind of rule, for every two KV heads of layer `number` what it costs, in nats a token, if both see no more
+        than it lets them (stock/heads.py)."""
+        with safe_open(self._folder / f"output-gradients-{number}.safetensors", "pt") as file:
+            named = [name for name in file.keys() if name.startswith(LOSSES_OF)]  # noqa: SIM118 - no dictionary
+            return {name.removeprefix(LOSSES_OF): file.get_tensor(name).tolist() for name in named}
 
     def seen(self, number: int, tensors: dict[str, Tensor]) -> "SeenLayer":
         """How each matrix of layer `number` is seen, by path. `tensors`: of that layer, norms folded."""
@@ -137,8 +141,9 @@ def calibrate(
     advance(windows) is called for every batch of every layer, on the way forward and on the way back.
 
     Goes on after the last layer that is finished in `folder` (see `layers_done`). For that, states-k is what enters
-    layer k, and gradient-k the gradient with respect to it; each is there before the layer that it comes from counts as
-    finished, and gone when it has served.
+    layer k, and gradient-k the gradient with respect to it; kept-k is the keys and values of layer k, where a rule of
+    another reads them. Each is there before the layer that it comes from counts as finished, and gone when it has
+    served.
     Of the output gradients of matrices that produce `neurons`, only the diagonal is gathered: neurons are wide, and the
     rest of it was measured to make no difference (benchmarks/LOG.md).
     rules: for the layers whose KV heads may see a window, by kind the rules by which all of them do. moments: whether
@@ -152,6 +157,9 @@ def calibrate(
         _go_forward(dense, model, ids, folder, forward, device, advance, moments)
     gradient = _load(folder, "gradient", depth - back)
     producers = {name for inner in neurons for name in inner.producers}
+    owners = {
+        n: rule.owner for n, tried in (rules or {}).items() for rule in tried.values() if isinstance(rule, OwnerRule)
+    }
     for number in reversed(range(depth - back)):
         gathered = Gathered(tokens)
 
@@ -159,15 +167,21 @@ def calibrate(
             gathered.add(name, gradients, diagonal=name in producers)
 
         entering, of_kinds = _load(folder, "states", number), (rules or {}).get(number, {})
-        losses = Losses(tokens, of_kinds)
+        theirs = Kept(load_file(_states_file(folder, "kept", owners[number]))) if number in owners else None
+        losses = Losses(tokens, of_kinds, theirs, keeps=number in owners.values())
         with model.attending(number, next(iter(of_kinds.values())), losses.sight) if of_kinds else nullcontext():
             watch = gather_gradients if moments else None
             model.back_through(number, dense.layer(number, device), entering, gradient, watch, advance)
-        gathered.beside |= {LOSSES_OF.format(kind): found for kind, found in losses.finish().items()}
-        del entering
+        gathered.beside |= {LOSSES_OF + kind: found for kind, found in losses.finish().items()}
+        del entering, theirs
         if number:
             _save(gradient, folder, "gradient", number)
+        if losses.kept is not None:
+            with whole_file(_states_file(folder, "kept", number)) as file:
+                save_file(losses.kept.tensors(), file)
         gathered.save(folder / f"output-gradients-{number}.safetensors")
+        if number in owners and number == min(reader for reader in owners if owners[reader] == owners[number]):
+            _states_file(folder, "kept", owners[number]).unlink()
         _states_file(folder, "gradient", number + 1).unlink()
         _states_file(folder, "states", number).unlink()
     return Calibration(folder, tokens)

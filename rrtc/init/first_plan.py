@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from rrtc.console import note
 from rrtc.io.architectures import dense_of, has_weights
 from rrtc.io.source import Source
-from rrtc.kv_budget import check_replan, without_windows
+from rrtc.kv_budget import check_last_loop, check_replan, without_windows
 from rrtc.patterns import make_plan
 from rrtc.plan import Plan
 from rrtc.recipe.init import InitRecipe
@@ -20,10 +20,13 @@ def first_plan(source: Source, recipe: InitRecipe) -> tuple[Plan, str]:
         from rrtc.io.recursive import plan_by_layer
 
         check_replan(source.uri, recipe)
-        return without_windows(plan_by_layer(source.folder)), _stored_dtype(source, "auto")
-    dense = dense_of(source)
-    dtype = _stored_dtype(source, recipe.dtype, None if has_weights(source) else dense.dtype or "bfloat16")
-    return make_plan(dense.architecture, recipe, dtype), dtype
+        plan, dtype = without_windows(plan_by_layer(source.folder)), _stored_dtype(source, "auto")
+    else:
+        dense = dense_of(source)
+        dtype = _stored_dtype(source, recipe.dtype, None if has_weights(source) else dense.dtype or "bfloat16")
+        plan = make_plan(dense.architecture, recipe, dtype)
+    check_last_loop(plan, recipe, source.is_recursive)
+    return plan, dtype
 
 
 def _stored_dtype(source: Source, asked: str, named: str | None = None) -> str:

@@ -36,7 +36,8 @@ from rrtc.io.resumable import STARTED, Resumable, discard
 from rrtc.io.shard_writer import ShardWriter
 from rrtc.io.source import Source, find_model, load_tokenizer
 from rrtc.io.weights import Weights
-from rrtc.kv_budget import KvBudget
+from rrtc.kv_budget import LAST_LOOP, KvBudget
+from rrtc.kv_owners import readable
 from rrtc.plan import Plan
 from rrtc.recipe.schema import Recipe
 from rrtc.stock.trial import check_kinds, find_folds
@@ -100,7 +101,9 @@ class Job:
         if self.calibration is not None:
             windows, context = self.calibration.shape
             tokens, joint = (windows + self.own_windows) * context, self.recipe.init.start == "joint"
-            waiting = bytes_on_disk(self.plan.architecture, tokens, moments=joint)
+            prices_it = self.kv_budget is not None and self.kv_budget.is_measured and LAST_LOOP in self.kv_budget.kinds
+            read = set(readable(self.plan, LAST_LOOP).values()) if prices_it else ()
+            waiting = bytes_on_disk(self.plan.architecture, tokens, moments=joint, read=read)
         most = 0 if self.target is None else self.target.written
         return 2 * max(Numbers(self.dtype).bytes(self.plan), most) + waiting
 

@@ -11,10 +11,13 @@ from torch import Tensor, nn
 from rrtc.init.calibrate import Calibration
 from rrtc.io.dense import DenseModel
 from rrtc.io.folder import whole_file
-from rrtc.kv_budget import Head, KindLosses, KvBudget
+from rrtc.kv_budget import LAST_LOOP, Head, KindLosses, KvBudget, WindowLosses
+from rrtc.kv_owners import readable
 from rrtc.model.attention_rrt import Rule
 from rrtc.model.graft_rrt import rule_of
 from rrtc.model.linear_rrt import LinearRule
+from rrtc.model.owner_rrt import OwnerRule
+from rrtc.plan import Plan
 from rrtc.stock.heads import LookedUp
 from rrtc.stock.streamed import StreamedModel
 from rrtc.text.lookups import Lookups, make_lookups
@@ -22,30 +25,39 @@ from rrtc.text.lookups import Lookups, make_lookups
 LOOKUP_WINDOWS = 8  # of text, at whose ends something is to be looked up
 
 
-def rules(budget: KvBudget, layers: Sequence[nn.Module]) -> dict[int, dict[str, Rule]]:
-    """By layer, and by the name of each kind in each of the budget's ways, the rule by which no head sees everything.
-    layers: of the stock model, with weights or without."""
+def rules(budget: KvBudget, plan: Plan, layers: Sequence[nn.Module]) -> dict[int, dict[str, Rule]]:
+    """By layer, and by the name of each kind in each of the budget's ways that the layer can have, the rule by which no
+    head sees everything. plan: of which visits there are. layers: of the stock model, with weights or without."""
+    owners = readable(plan, LAST_LOOP)
 
     def rule(way: KvBudget, kind: str, number: int) -> Rule:
         made = rule_of({"attention": way.kinds[kind][number].fields()})
+        if kind == LAST_LOOP:
+            return OwnerRule(made.window, made.sinks, made.heads, owner=owners[number])
         return made.on(layers[number]) if isinstance(made, LinearRule) else made
 
     return {
-        number: {way.measured_as(kind): rule(way, kind, number) for way in budget.ways for kind in way.kinds}
+        number: {
+            way.measured_as(kind): rule(way, kind, number)
+            for way in budget.ways
+            for kind in way.kinds
+            if kind != LAST_LOOP or number in owners
+        }
         for number in dict(budget.heads)
     }
 
 
 def measured_ways(budget: KvBudget, calibration: Calibration) -> list[tuple[KvBudget, KindLosses]]:
-    """Each way to spend the budget, with what each kind costs every two heads of a layer there, in nats a token."""
+    """Each way to spend the budget, with what each kind costs every two heads of a layer there, in nats a token; only
+    of layers that can have it."""
 
-    def losses(way: KvBudget) -> KindLosses:
-        return {
-            kind: {layer: calibration.losses(layer, way.measured_as(kind)) for layer in of_kind}
-            for kind, of_kind in way.kinds.items()
-        }
+    found = {layer: calibration.losses(layer) for layer in dict(budget.heads)}
 
-    return [(way, losses(way)) for way in budget.ways]
+    def losses(way: KvBudget, kind: str) -> WindowLosses:
+        name = way.measured_as(kind)
+        return {layer: of_kinds[name] for layer, of_kinds in found.items() if name in of_kinds}
+
+    return [(way, {kind: losses(way, kind) for kind in way.kinds}) for way in budget.ways]
 
 
 def lookups(
@@ -69,16 +81,17 @@ def _measure(
     advance: Callable[[int], None],
 ) -> dict[int, list[float]]:  # fmt: skip
     """By layer, what `lookups` says of each head."""
-    states, found, every = model.embed(asked.ids), {}, rules(budget, model.layers)
+    states, found = model.embed(asked.ids), {}
+    free, rule = dict(budget.heads), rule_of({"attention": budget.window.fields()})
     for number in range(dense.depth):
         tensors = dense.layer(number, device)
-        if number not in every:
+        if number not in free:
             model.run_layer(number, tensors, states, advance=advance)
             continue
         masses = []
         for row, wanted in enumerate(asked.wanted):
             looking = LookedUp([wanted])
-            with model.attending(number, next(iter(every[number].values())), looking.sight):
+            with model.attending(number, rule, looking.sight):
                 model.run_layer(number, tensors, states[row : row + 1], advance=advance)
             masses.append(looking.mass)
         found[number] = torch.stack(masses).mean(0).tolist()

@@ -88,8 +88,9 @@ class InitRecipe(Section):
     kv_kinds: list[Literal["window", "landmark", "linear", "last_loop"]] = Field(
         ["window"],
         description="What heads that do not see everything may have, at equal bytes: window; landmark, half of it and "
-        "blocks of what lies before, drawn by lot; linear, sums of random features; last_loop, alone and with "
-        "kv_choice last, what the last loop keeps. Of several, each visit gets what costs it least.",
+        "blocks of what lies before, drawn by lot; linear, sums of random features; last_loop, what the last loop "
+        "keeps: alone with kv_choice last, or after window, of a model that is tied already. Of several, each visit "
+        "gets what costs it least.",
         min_length=1,
     )
     kv_grain: Literal["heads", "visits"] = Field(
@@ -202,9 +203,9 @@ class InitRecipe(Section):
         asked = [name for name, field in fields.items() if getattr(self, name) != field.default]
         if self.kv_budget is None and asked:
             raise ValueError(f"{asked[0]} says how a KV budget is met; add kv_budget")
-        if "last_loop" in self.kv_kinds and (len(self.kv_kinds) > 1 or self.kv_choice != "last"):
+        if self.kv_kinds[0] == "last_loop" and self.kv_choice != "last":
             raise ValueError(
-                "what kv_kinds 'last_loop' costs is not known before it is built; name it alone, with kv_choice 'last'"
+                "not every visit can have kv_kinds 'last_loop'; name window first, or it alone with kv_choice 'last'"
             )
         if len(self.kv_kinds) > 1 and self.kv_choice != "measured":
             raise ValueError(f"which of kv_kinds costs least is measured; with kv_choice '{self.kv_choice}', name one")

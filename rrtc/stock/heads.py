@@ -4,13 +4,15 @@ window or what is in its place, and how much of its attention goes to tokens tha
 Both are Sights: they stand in the place of the attention mask while `Parts.run_layer` runs the layer as it is.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer
 
 from rrtc.model.attention_rrt import Rule, Sight
+from rrtc.model.owner_rrt import Look, OwnerRule
 
 
 def _by_kv_head(values: Tensor, kv_heads: int) -> Tensor:
@@ -24,45 +26,80 @@ class Losses:
     g the gradient of the loss with respect to that output. The sum over all pairs of the heads that have a window is
     the second-order change of the loss for gradients of labels that the model itself draws (the Fisher information).
 
-    rules: by kind, those that are tried, by each of which no head sees everything.
+    rules: by kind, those that are tried, by each of which no head sees everything. theirs: what the layer that is read
+    keeps of the same windows, for an OwnerRule. keeps: whether this layer is to be read, which takes `kept`.
     """
 
-    def __init__(self, tokens: int, rules: Mapping[str, Rule]):
-        self._tokens, self._rules = tokens, rules
+    def __init__(self, tokens: int, rules: Mapping[str, Rule], theirs: "Kept | None" = None, keeps: bool = False):
+        self._tokens, self._rules, self._theirs, self._rows = tokens, rules, theirs, 0
         self._totals: dict[str, Tensor] = {}
+        self.kept = Kept() if keeps else None
 
     def sight(self, rule: Rule, *given) -> Sight:
         """To be given to `Parts.attending`, with whatever rule."""
-        return _Compared(self._add, {kind: Sight(tried, *given) for kind, tried in self._rules.items()}, rule, *given)
+        return _Compared(self, rule, *given)
+
+    def tried(self, given: tuple, rows: int) -> Iterator[tuple[str, Sight]]:
+        """By kind, what takes the place of the mask of the next so many windows."""
+        for kind, rule in self._rules.items():
+            sight = (Look if isinstance(rule, OwnerRule) else Sight)(rule, *given)
+            if isinstance(sight, Look):
+                sight.theirs = self._theirs.layer(slice(self._rows, self._rows + rows))
+            yield kind, sight
+        self._rows += rows
 
     def finish(self) -> dict[str, Tensor]:
         """By kind: (KV heads, KV heads), float64, nats a token."""
         return {kind: total / (2 * self._tokens) for kind, total in self._totals.items()}
 
-    def _add(self, kind: str, gradient: Tensor, change: Tensor, kv_heads: int) -> None:
+    def add(self, kind: str, gradient: Tensor, change: Tensor, kv_heads: int) -> None:
         felt = _by_kv_head((gradient * change).sum(-1), kv_heads).sum(-1).flatten(0, 1).double()
         self._totals[kind] = self._totals.get(kind, 0.0) + (felt.T @ felt).cpu()
 
 
-class _Compared(Sight):
-    """Computes what the stock layer does; beside it, what it would be with each of `tried`."""
+class Kept:
+    """Keys and values of a layer, of one batch of windows after the other: (windows, KV heads, tokens, width)."""
 
-    def __init__(self, add: Callable[[str, Tensor, Tensor, int], None], tried: dict[str, Sight], *given):
-        super().__init__(*given)
-        self._add, self._tried = add, tried
+    def __init__(self, tensors: Mapping[str, Tensor] | None = None):
+        """tensors: as `tensors` has them."""
+        self._parts = [(tensors["keys"], tensors["values"])] if tensors else []
+
+    def add(self, key: Tensor, value: Tensor) -> None:
+        self._parts.append((key.detach().cpu(), value.detach().cpu()))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Those of all windows."""
+        keys, values = zip(*self._parts, strict=True)
+        return {"keys": torch.cat(keys), "values": torch.cat(values)}
+
+    def layer(self, windows: slice) -> DynamicLayer:
+        """Those of some windows, as a cache has them."""
+        layer = DynamicLayer()
+        layer.update(*(tensor[windows] for tensor in self.tensors().values()))
+        return layer
+
+
+class _Compared(Sight):
+    """Computes what the stock layer does; beside it, what it would be with each rule of `losses`."""
+
+    def __init__(self, losses: Losses, rule: Rule, *given):
+        super().__init__(rule, *given)
+        self._losses, self._given = losses, given
 
     def attend(self, run: Callable, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, adds_mask: bool,
                **kwargs) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         output, weights = run(module, query, key, value, self.mask, **kwargs)
         if output.requires_grad:
-            for kind, sight in self._tried.items():
+            if self._losses.kept is not None:
+                self._losses.kept.add(key, value)
+            for kind, sight in self._losses.tried(self._given, len(query)):
                 with torch.no_grad():
                     change = sight.attend(run, module, query, key, value, adds_mask, **kwargs)[0] - output
                 output.register_hook(partial(self._felt, kind, change, key.shape[1]))
         return output, weights
 
     def _felt(self, kind: str, change: Tensor, kv_heads: int, gradient: Tensor) -> None:
-        self._add(kind, gradient, change, kv_heads)
+        self._losses.add(kind, gradient, change, kv_heads)
 
 
 class LookedUp:

@@ -6,12 +6,13 @@ import shutil
 import pytest
 import torch
 from exports import make_rrt
-from pico import save_pico
+from pico import pico_model, pico_tokenizer, save_pico
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from windowed import see_windows
 
 from rrtc import api
+from rrtc.attention import Owner
 from rrtc.errors import RrtcError, WrongUsage
 from rrtc.init import stage
 from rrtc.init.calibrate import bytes_on_disk
@@ -19,6 +20,7 @@ from rrtc.io.provenance import read_provenance
 from rrtc.io.source import read_config
 from rrtc.recipe.schema import Recipe
 from rrtc.stock.architecture import read_architecture, read_plan
+from rrtc.stock.streamed import StreamedModel
 from rrtc.text.windows import scoring_texts
 
 READER = {"window": 16, "sinks": 0, "heads": [], "owner": {"loop": 1}}
@@ -141,6 +143,67 @@ def test_a_model_whose_early_loop_reads_the_last_one_is_made_and_measured(dense,
     with torch.no_grad():
         logits = model(ids, use_cache=False).logits[:, :-1].flatten(0, 1)
     assert found == pytest.approx(torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten()).item(), abs=2e-4)
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory):
+    """Two loops, the first of which adds next to nothing, so that its layers see much what those of the second do."""
+    folder = tmp_path_factory.mktemp("tied")
+    model = pico_model("llama", initializer_range=0.3)
+    for early, late in zip(model.model.layers[:3], model.model.layers[3:], strict=True):
+        late.load_state_dict(early.state_dict())
+        for matrix in (early.self_attn.o_proj, early.mlp.down_proj):
+            matrix.weight.data *= 0.003
+    model.save_pretrained(folder / "dense")
+    pico_tokenizer().save_pretrained(folder / "dense")
+    api.init(folder / "dense", folder / "small", loops=2, rank=48, measure_tokens=0)
+    return folder / "small"
+
+
+READS = {"kv_budget": 0.75, "kv_grain": "visits", "kv_kinds": ["window", "last_loop"]} | SMALL
+
+
+def test_of_a_tied_model_it_is_measured_what_reading_the_last_loop_costs(tied, tmp_path):
+    result = api.init(tied, tmp_path / "reads", **READS)
+    alike = api.init(tied, tmp_path / "windows", **READS | {"kv_kinds": ["window"]})
+    plan, windows = (read_plan(read_config(tmp_path / name)) for name in ("reads", "windows"))
+    near = {visit.layer: visit.attention for visit in plan.visits if visit.attention is not None}
+    assert near.keys() == {0, 2} and near[0].owner == Owner(1) and near[2].owner is None  # which costs less there
+    assert plan.kv_bytes(256, 2) == windows.kv_bytes(256, 2)
+    assert result["predicted_window_cost"] < alike["predicted_window_cost"]
+
+
+def test_a_broken_off_pricing_of_the_last_loop_goes_on_to_the_same_bytes(tied, tmp_path, monkeypatch):
+    api.init(tied, tmp_path / "whole", **READS)
+    layers, back = [], StreamedModel.back_through
+
+    def breaks(self, number, *args):
+        layers.append(number)
+        if number == 1 and layers.count(1) == 1:
+            raise KeyboardInterrupt
+        return back(self, number, *args)
+
+    monkeypatch.setattr(StreamedModel, "back_through", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        api.init(tied, tmp_path / "reads", **READS)
+    assert {file.name for file in (tmp_path / "reads.partial" / "work").glob("kept-*")} == {
+        "kept-3.safetensors", "kept-4.safetensors"
+    }  # fmt: skip
+    api.init(tied, tmp_path / "reads", resume=True, **READS)
+    assert layers == [5, 4, 3, 2, 1, 1, 0]
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "reads" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_what_the_last_loop_costs_is_only_asked_of_a_model_that_has_one(dense, made, tmp_path):
+    for model, sentence in (
+        (dense, "once the model is tied, and this one is dense"),
+        (made[0], "There is nothing for"),
+    ):
+        for ask in (api.plan, lambda folder, **options: api.init(folder, tmp_path / "out", **options)):
+            with pytest.raises(WrongUsage, match=sentence):
+                ask(model, **READS)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_cache_of_a_recursive_model_is_planned_anew(made, tmp_path):

@@ -7,7 +7,8 @@ import torch
 from pico import VOCABULARY, pico_model, pico_tokenizer
 
 from rrtc.model.attention_rrt import Rule
-from rrtc.stock.heads import LookedUp, Losses
+from rrtc.model.owner_rrt import OwnerRule
+from rrtc.stock.heads import Kept, LookedUp, Losses
 from rrtc.stock.streamed import StreamedModel
 from rrtc.text.lookups import make_lookups
 
@@ -50,6 +51,52 @@ def test_what_a_window_costs_a_head_is_half_of_the_mean_square_of_what_the_loss_
             heard[0].retain_grad()
             (output * gradient).sum().backward()
     felt = (heard[0].grad * (heard[1] - heard[0])).detach().unflatten(-1, (heads, -1)).sum(-1)
+    each = felt.unflatten(-1, (kv_heads, -1)).sum(-1).flatten(0, 1).double()
+    expected = each.T @ each / (2 * len(each))
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4 * expected.max()) and (found.diagonal() > 0).all()
+
+
+def test_what_reading_another_layer_costs_is_measured_with_the_keys_that_this_keeps():
+    model, owner = pico_model("llama", initializer_range=0.3), 4
+    heads, kv_heads = model.config.num_attention_heads, model.config.num_key_value_heads
+    tensors = dict(model.named_parameters())
+    live = StreamedModel(model.config, lambda name: tensors[name].detach(), torch.device("cpu"))
+    states, gradient = entering(48, rows=60), entering(48, rows=60).flip(0)  # more than one batch
+    kept = {}
+    for number in (owner, LAYER):
+        kept[number] = Losses(1, {"window": RULE}, keeps=True)
+        inside = {name: tensor.detach() for name, tensor in model.model.layers[number].named_parameters()}
+        with live.attending(number, RULE, kept[number].sight):
+            live.back_through(number, inside, states, gradient.clone())
+    reading = Losses(states.shape[0] * CONTEXT, {"reads": OwnerRule(WINDOW, SINKS, (), owner=owner)},
+                     Kept(kept[owner].kept.tensors()))  # fmt: skip
+    with live.attending(LAYER, RULE, reading.sight):
+        live.back_through(LAYER, inside, states, gradient.clone())
+    found = reading.finish()["reads"]
+
+    layer, heard, asked = copy.deepcopy(model.model.layers[LAYER]), [], []
+    layer.self_attn.o_proj.register_forward_pre_hook(lambda module, args: heard.append(args[0]))
+    layer.self_attn.q_proj.register_forward_hook(lambda module, args, output: asked.append(output))
+    cos, sin = model.model.rotary_emb(states, torch.arange(CONTEXT)[None])
+    causal = torch.arange(CONTEXT)[None] <= torch.arange(CONTEXT)[:, None]
+    given = states.clone().requires_grad_()
+    output = layer(given, attention_mask=causal[None, None], position_embeddings=(cos, sin))
+    heard[0].retain_grad()
+    (output * gradient).sum().backward()
+    query = asked[0].detach().unflatten(-1, (heads, -1)).transpose(1, 2)
+    half = query.shape[-1] // 2
+    query = query * cos[:, None] + torch.cat([-query[..., half:], query[..., :half]], -1) * sin[:, None]
+    own, theirs = (
+        [t.repeat_interleave(heads // kv_heads, 1) for t in one.kept.tensors().values()]
+        for one in (kept[LAYER], kept[owner])
+    )
+    columns = torch.arange(CONTEXT)
+    far = (columns[:, None] - columns[None] >= WINDOW) & (columns[None] >= SINKS)
+    scores = torch.where(far, query @ theirs[0].mT, query @ own[0].mT) * layer.self_attn.scaling
+    weights = scores.masked_fill(~causal, -torch.inf).softmax(-1)
+    read = (weights * far) @ theirs[1] + (weights * ~far) @ own[1]
+    change = read - heard[0].detach().unflatten(-1, (heads, -1)).transpose(1, 2)
+    felt = (heard[0].grad.unflatten(-1, (heads, -1)).transpose(1, 2) * change).sum(-1).transpose(1, 2)
     each = felt.unflatten(-1, (kv_heads, -1)).sum(-1).flatten(0, 1).double()
     expected = each.T @ each / (2 * len(each))
     assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4 * expected.max()) and (found.diagonal() > 0).all()
