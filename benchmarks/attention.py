@@ -61,7 +61,8 @@ class Found:
         """What `plan` costs in nats a token; None where it has what was not measured."""
         near = [(visit.layer, replace(visit.attention, heads=())) for visit in plan.visits if visit.attention]
         for way, losses in self.ways:
-            if near and all(any(one == of[layer] for of in way.kinds.values()) for layer, one in near):
+            longer = lengthened(way, way.lengthened(way.seeing_everything(plan)))
+            if near and all(any(one == of[layer] for of in longer.values()) for layer, one in near):
                 return predicted(plan, losses)
         return None
 
@@ -69,8 +70,18 @@ class Found:
         """The windows of `planned("window")`, replaced by that kind everywhere, and each of these changed."""
         windows = self.planned("window")
         window = next(visit.attention.window for visit in windows.visits if visit.attention)
-        kinds = next(way.kinds[kind] for way, _ in self.ways if way.window.window == window)
+        way = next(way for way, _ in self.ways if way.lengthened(way.seeing_everything(windows)) == window)
+        kinds = lengthened(way, window)[kind]
         return with_attention(windows, lambda layer, old: change(replace(kinds[layer], heads=old.heads)))
+
+
+def lengthened(way: KvBudget, window: int) -> dict[str, dict[int, Attention]]:
+    """The kinds of `way`, by name and layer, where the windows whose bytes they have are that long."""
+    more = window - way.window.window
+    return {
+        kind: {layer: replace(one, window=one.window + more) for layer, one in of_kind.items()}
+        for kind, of_kind in way.kinds.items()
+    }
 
 
 def with_attention(plan: Plan, change: Callable[[int, Attention], Attention]) -> Plan:

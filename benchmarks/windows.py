@@ -55,16 +55,16 @@ class Both(Losses):
 
     unweighted: list[Tensor] = []
 
-    def __init__(self, *given):
-        super().__init__(*given)
+    def __init__(self, *given, **others):
+        super().__init__(*given, **others)
         self._changes: Tensor | float = 0.0
 
     def finish(self) -> dict[str, Tensor]:
         self.unweighted.append(self._changes)
         return super().finish()
 
-    def _add(self, kind: str, gradient: Tensor, change: Tensor, kv_heads: int) -> None:
-        super()._add(kind, gradient, change, kv_heads)
+    def add(self, kind: str, gradient: Tensor, change: Tensor, kv_heads: int) -> None:
+        super().add(kind, gradient, change, kv_heads)
         each = change.square().sum(-1).unflatten(-1, (kv_heads, -1)).sum(-1)
         self._changes = self._changes + each.double().sum((0, 1)).cpu()
 
