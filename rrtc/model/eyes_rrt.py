@@ -116,13 +116,14 @@ class Eyes:
         attention = attention_of(layer)
         if attention is None:
             raise ValueError(f"the attention in a {type(layer).__name__} cannot be told which keys to see")
-        self.rule, self.documents, self.sight, self.place = rule, documents, sight, attention.layer_idx
+        self.layer, self.rule, self.documents, self.sight = layer, rule, documents, sight
+        self.place = attention.layer_idx
         self.attention, attention.config = attention, KernelConfig(attention.config)
         self.names = list(inspect.signature(type(layer).forward).parameters)[1:]
 
     def arrange(self, args: tuple, kwargs: dict) -> dict:
         """The arguments of the layer by name, with a Sight for a mask, and the cache prepared."""
-        given = dict(zip(self.names, args, strict=False)) | kwargs
+        given = self.named(args, kwargs)
         cache = cache_in(given)
         kept, past = None, 0
         if cache is not None:
@@ -134,6 +135,14 @@ class Eyes:
                 raise ValueError(f"a visit with a rule of its own cannot use a {type(layer).__name__} in the cache")
         start = None if self.documents is None else self.documents.start
         given["attention_mask"] = self.sight(self.rule, given.get("attention_mask"), start, past, kept)
+        return given
+
+    def named(self, args: tuple, kwargs: dict) -> dict:
+        """The arguments of the layer by name, without the cache where the layer would let go of it later on: where it
+        computes its activations again for the gradient, because a cache cannot be written twice."""
+        given = dict(zip(self.names, args, strict=False)) | kwargs
+        if self.layer.training and getattr(self.layer, "gradient_checkpointing", False):
+            given = {name: None if isinstance(value, Cache) else value for name, value in given.items()}
         return given
 
     def run(self, visit: nn.Module, args: tuple, kwargs: dict):

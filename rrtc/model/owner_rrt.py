@@ -136,13 +136,10 @@ class LoopEyes(Eyes):
     def __init__(self, layer: nn.Module, rule: Rule | None, loops: Loops):
         """rule: None where the visit attends to what the stock layer does."""
         super().__init__(layer, rule, loops.documents, Look)
-        self.layer, self.loops = layer, loops
+        self.loops = loops
 
     def run(self, visit: nn.Module, args: tuple, kwargs: dict):
-        given = dict(zip(self.names, args, strict=False)) | kwargs
-        if self.layer.training and getattr(self.layer, "gradient_checkpointing", False):
-            # The layer would let go of the cache later on, because it cannot be written twice.
-            given = {name: None if isinstance(value, Cache) else value for name, value in given.items()}
+        given = self.named(args, kwargs)
         hidden = given.pop(self.names[0])
         if self.loops.runs_in_blocks and self.place in self.loops.body:
             return self.loops.wait(self, visit, hidden, given)

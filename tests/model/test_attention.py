@@ -228,6 +228,14 @@ def test_gradients_with_checkpointing_are_those_without(architecture):
         assert torch.equal(gradient, gradients[1][name]), name
 
 
+def test_with_checkpointing_a_cache_is_left_alone_as_stock_layers_leave_it():
+    model = copy.deepcopy(local("llama")).train()
+    expected = model(ids(), use_cache=False).logits
+    model.activation_checkpointing_enable()
+    cache = DynamicCache(config=model.config)
+    assert torch.equal(model(ids(), past_key_values=cache).logits, expected) and cache.get_seq_length() == 0
+
+
 @torch.no_grad()
 def test_a_window_wider_than_the_text_is_the_model_without_one_to_the_bit():
     wide = local("llama", window=LENGTH)
