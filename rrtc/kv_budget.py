@@ -6,38 +6,24 @@ is known before anything is built. Where heads may have something else than a wi
 the window, so that a visit simply gets the kind that costs its heads least.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 
-from rrtc.architecture import Architecture, Layer
-from rrtc.attention import SUM_BYTES, Attention, Landmark, Linear, in_sight
+from rrtc.architecture import Architecture
+from rrtc.attention import Attention, in_sight
 from rrtc.errors import WrongUsage
-from rrtc.kv_owners import readable, with_owners
+from rrtc.kv_kinds import KEEP_TO_READ, KINDS, KV_NUMBER_BYTES, LAST_LOOP, NOTHING_TO_READ, kind_of
+from rrtc.kv_owners import with_owners
 from rrtc.plan import Plan
 from rrtc.recipe.init import WIDEST_WINDOW, InitRecipe
 
 Head = tuple[int, int]  # (layer, KV head)
 WindowLosses = Mapping[int, Sequence[Sequence[float]]]  # by layer, what windows in both of two KV heads cost
 KindLosses = Mapping[str, WindowLosses]  # by kind, the same of what takes the place of the windows
-# What there is to choose, besides the KV budget, of a model that is recursive already.
-REPLANNED = ("calibrate_on", "calibrate_tokens", "calibrate_context", "text_field", "seed", "measure_tokens")
 LEAST_CONTEXT = 4096  # tokens of a calibration window, where the model can see so many: less shows no distance
 WINDOWS_IN_CONTEXT = 4  # what a calibration window holds at least of what a head sees
 LOOKS_UP = 0.03  # of a head's attention on what is to be looked up: less is no looking up
-KV_NUMBER_BYTES = 2  # of a number in the cache: in 16 bits, as models run
-LANDMARK_SIZE = 16  # tokens in a landmark block; blocks take half of the window
-FEATURES = 64  # of linear attention
-LAST_LOOP = "last_loop"  # the kind of heads that read another visit
-NOTHING_TO_READ = (
-    "There is nothing for last_loop to read: no slot has a last loop that sees everything, and an earlier one that "
-    "does not."
-)
-KEEP_TO_READ = (
-    "Tie layers in loops, by a pattern (--sharing), and ask for a --kv-budget that lets all layers of the last loop "
-    "see everything."
-)
 
 
 class KvBudget:
@@ -286,35 +272,6 @@ def without_windows(plan: Plan) -> Plan:
     return replace(plan, visits=tuple(replace(visit, attention=None) for visit in plan.visits))
 
 
-def check_last_loop(plan: Plan, recipe: InitRecipe, is_tied: bool) -> None:
-    """Raises WrongUsage where `recipe` asks what last_loop costs in `plan`, and that cannot be measured. is_tied:
-    whether the model is recursive already."""
-    if LAST_LOOP not in recipe.kv_kinds or recipe.kv_choice != "measured":
-        return
-    if not is_tied:
-        raise WrongUsage(
-            "What last_loop costs is known once the model is tied, and this one is dense.",
-            "Leave the KV budget out, and plan the cache of the folder that is written: rrtc init FOLDER --kv-budget …",
-        )
-    if not readable(plan, LAST_LOOP):
-        raise WrongUsage(NOTHING_TO_READ, "Leave last_loop out of --kv-kinds.")
-
-
-def check_replan(uri: str, recipe: InitRecipe) -> None:
-    """Raises WrongUsage where `recipe` asks for more of a recursive model than another plan of what it attends to."""
-    if recipe.kv_budget is None:
-        raise WrongUsage(
-            f"{uri} is compressed already.",
-            "Name the dense model it was made from; or give a --kv-budget, to plan its KV cache anew.",
-        )
-    for name, field in InitRecipe.model_fields.items():
-        if name not in REPLANNED and not name.startswith("kv_") and getattr(recipe, name) != field.default:
-            raise WrongUsage(
-                f"{uri} is compressed already: its weights stay as they are, and {name} is about them.",
-                "Leave it out, or name the dense model.",
-            )
-
-
 def cost(heads: Sequence[Head], losses: WindowLosses) -> float:
     """What windows in `heads` cost together, in nats a token; 0 in layers of which nothing is known."""
     pairs = ((layer, head, other) for layer, head in heads for beside, other in heads if beside == layer)
@@ -336,53 +293,9 @@ def _near_heads(plan: Plan, losses: WindowLosses) -> dict[int, list[Head]]:
     }
 
 
-def kind_of(attention: Attention | None) -> str:
-    """Which of KINDS it is that heads have which do not see everything."""
-    if attention is not None and attention.owner is not None:
-        return LAST_LOOP
-    beyond = set() if attention is None else KINDS.keys() & attention.fields().keys() - {"window"}
-    return next(iter(beyond), "window")
-
-
-def _landmark(window: Attention, number: int, layer: Layer) -> Attention:
-    """Half of a window, and as many tokens in landmark blocks, drawn anew for each layer."""
-    count = window.window // 2 // LANDMARK_SIZE
-    if not count:
-        raise WrongUsage(
-            f"A window of {window.window} tokens leaves no room for landmark blocks of {LANDMARK_SIZE}, which take "
-            "half of it.",
-            f"Give a --kv-window of {2 * LANDMARK_SIZE} or more, or leave landmark out of --kv-kinds.",
-        )
-    landmark = Landmark(LANDMARK_SIZE, count, seed=number)
-    return replace(window, window=window.window - count * LANDMARK_SIZE, landmark=landmark)
-
-
-def _linear(window: Attention, number: int, layer: Layer) -> Attention:
-    """Sums in FEATURES features, as drawn anew for each layer, and what their bytes leave of a window."""
-    width, linear = layer.kv_width // (2 * layer.kv_heads), Linear(FEATURES, seed=number)
-    taken = math.ceil(SUM_BYTES * linear.numbers(width) / (KV_NUMBER_BYTES * 2 * width))  # tokens of that many bytes
-    if taken >= window.window:
-        raise WrongUsage(
-            f"A window of {window.window} tokens leaves no room for the sums of linear attention, which take the bytes "
-            f"of {taken}.",
-            "Give a larger --kv-window, or leave linear out of --kv-kinds.",
-        )
-    return replace(window, window=window.window - taken, linear=linear)
-
-
 def _explain_owners(plan: Plan) -> str:
     readers = sum(visit.attention is not None and visit.attention.owner is not None for visit in plan.visits)
     return f" {readers} visits read behind their windows what the last loop of their slot keeps." if readers else ""
-
-
-# What heads of a layer that do not see everything can have: of the bytes of the window that they would have else. Those
-# that are priced are called as their field in Attention.
-KINDS: dict[str, Callable[[Attention, int, Layer], Attention]] = {
-    "window": lambda window, number, layer: window,
-    "landmark": _landmark,
-    "linear": _linear,
-    LAST_LOOP: lambda window, number, layer: window,  # behind which it reads, where there is something to be read
-}
 
 
 def _counted_context(architecture: Architecture, recipe: InitRecipe) -> int:

@@ -19,7 +19,7 @@ from rrtc.io.provenance import read_provenance
 from rrtc.io.report import is_report, read_report
 from rrtc.io.resumable import difference
 from rrtc.io.source import Source, find_model, load_tokenizer, read_config
-from rrtc.kv_budget import LAST_LOOP
+from rrtc.kv_kinds import LAST_LOOP
 from rrtc.plan import Plan
 from rrtc.recipe.schema import Recipe
 from rrtc.recipe.section import OWN_TEXT

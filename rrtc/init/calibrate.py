@@ -31,7 +31,7 @@ from rrtc.tying.moments import Gathering, Moment
 from rrtc.tying.neurons import Neurons
 from rrtc.tying.whiten import Seen
 
-LOSSES_OF = "losses of "  # and a kind, such as window: a name that no matrix has
+LOSSES = " losses"  # behind a kind, such as window: a name that no matrix has
 
 
 def bytes_on_disk(architecture: Architecture, tokens: int, moments: bool, read: Collection[int] = ()) -> int:
@@ -63,8 +63,8 @@ class Calibration:
         """By kind of rule, for every two KV heads of layer `number` what it costs, in nats a token, if both see no more
         than it lets them (stock/heads.py)."""
         with safe_open(self._folder / f"output-gradients-{number}.safetensors", "pt") as file:
-            named = [name for name in file.keys() if name.startswith(LOSSES_OF)]  # noqa: SIM118 - no dictionary
-            return {name.removeprefix(LOSSES_OF): file.get_tensor(name).tolist() for name in named}
+            named = [name for name in file.keys() if name.endswith(LOSSES)]  # noqa: SIM118 - no dictionary
+            return {name.removesuffix(LOSSES): file.get_tensor(name).tolist() for name in named}
 
     def seen(self, number: int, tensors: dict[str, Tensor]) -> "SeenLayer":
         """How each matrix of layer `number` is seen, by path. `tensors`: of that layer, norms folded."""
@@ -172,7 +172,7 @@ def calibrate(
         with model.attending(number, next(iter(of_kinds.values())), losses.sight) if of_kinds else nullcontext():
             watch = gather_gradients if moments else None
             model.back_through(number, dense.layer(number, device), entering, gradient, watch, advance)
-        gathered.beside |= {LOSSES_OF + kind: found for kind, found in losses.finish().items()}
+        gathered.beside |= {kind + LOSSES: found for kind, found in losses.finish().items()}
         del entering, theirs
         if number:
             _save(gradient, folder, "gradient", number)

@@ -36,7 +36,8 @@ from rrtc.io.resumable import STARTED, Resumable, discard
 from rrtc.io.shard_writer import ShardWriter
 from rrtc.io.source import Source, find_model, load_tokenizer
 from rrtc.io.weights import Weights
-from rrtc.kv_budget import LAST_LOOP, KvBudget
+from rrtc.kv_budget import KvBudget
+from rrtc.kv_kinds import LAST_LOOP
 from rrtc.kv_owners import readable
 from rrtc.plan import Plan
 from rrtc.recipe.schema import Recipe

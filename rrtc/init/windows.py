@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from rrtc.init.calibrate import Calibration
 from rrtc.io.dense import DenseModel
 from rrtc.io.folder import whole_file
-from rrtc.kv_budget import LAST_LOOP, Head, KindLosses, KvBudget, WindowLosses
+from rrtc.kv_budget import Head, KindLosses, KvBudget, WindowLosses
+from rrtc.kv_kinds import LAST_LOOP
 from rrtc.kv_owners import readable
 from rrtc.model.attention_rrt import Rule
 from rrtc.model.graft_rrt import rule_of
