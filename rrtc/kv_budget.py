@@ -23,6 +23,7 @@ WindowLosses = Mapping[int, Sequence[Sequence[float]]]  # by layer, what windows
 KindLosses = Mapping[str, WindowLosses]  # by kind, the same of what takes the place of the windows
 LEAST_CONTEXT = 4096  # tokens of a calibration window, where the model can see so many: less shows no distance
 WINDOWS_IN_CONTEXT = 4  # what a calibration window holds at least of what a head sees
+LONGER = (2, 4)  # times as long as half of the budget allows: windows that are tried as well
 LOOKS_UP = 0.03  # of a head's attention on what is to be looked up: less is no looking up
 
 
@@ -70,15 +71,16 @@ class KvBudget:
     @cached_property
     def ways(self) -> list["KvBudget"]:
         """What the choice is made of: this budget, and where the recipe names no window, the same with windows that are
-        up to twice as long, beside which fewer heads see everything: those that may because they look up still can."""
+        up to twice and up to four times as long, beside which fewer heads see everything: those that may because they
+        look up still can."""
         if self._recipe.kv_window is not None or not self.is_measured:
             return [self]
         spare = self._spare - self._most_lookups() * max(self._saved(layer) for layer, _ in self.heads)
         more = int(spare // sum(self._width(layer) for layer, _ in self.heads))  # tokens, for every head
-        window = min(2 * self.window.window, self.window.window + max(more, 0), self.context)
-        if window == self.window.window:
-            return [self]
-        return [self, KvBudget(self._architecture, self._recipe, window, self._most_lookups())]
+        most = min(self.window.window + max(more, 0), self.context)
+        windows = dict.fromkeys(min(times * self.window.window, most) for times in LONGER)
+        longer = (window for window in windows if window > self.window.window)
+        return [self, *(KvBudget(self._architecture, self._recipe, n, self._most_lookups()) for n in longer)]
 
     def measured_as(self, kind: str) -> str:
         """By what name calibration knows what `kind` costs with this window."""
@@ -185,7 +187,7 @@ class KvBudget:
     def _explain_ways(self) -> str:
         """What else it may become once it is known what windows cost."""
         longer = [f"{way.lengthened(way._seeing_most({}, {})):,}" for way in self.ways[1:]]
-        return "".join(f" Or {window} and fewer such heads, if that is measured to cost less." for window in longer)
+        return f" Or {' or '.join(longer)} and fewer such heads, if that is measured to cost less." if longer else ""
 
     def _explain_kinds(self, plan: Plan, losses: KindLosses) -> str:
         """Which kind won where, and by how much it is predicted to."""

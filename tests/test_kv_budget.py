@@ -317,25 +317,33 @@ def ways(**recipe) -> tuple[list[KvBudget], Plan]:
     return KvBudget(dense, asked).ways, make_plan(dense, asked)
 
 
-@pytest.mark.parametrize("cheaper", [32, 64])
-def test_the_window_that_is_predicted_to_cost_less_is_taken_and_the_other_one_named(cheaper):
-    both, plan = ways(kv_lookups=0)
-    assert [way.window.window for way in both] == [32, 64]  # half of 0.4 of 256 tokens are 51
-    each = {window: 0.01 if window == cheaper else 0.1 for window in (32, 64)}
+@pytest.mark.parametrize("cheapest_one", [32, 64, 99])
+def test_the_window_that_is_predicted_to_cost_least_is_taken_and_the_others_named(cheapest_one):
+    all_three, plan = ways(kv_lookups=0)
+    # Half of 0.4 of 256 tokens are 51; and no head sees everything beside the longest.
+    assert [way.window.window for way in all_three] == [32, 64, 99]
+    each = {window: 0.01 if window == cheapest_one else 0.1 for window in (32, 64, 99)}
     heads = {(layer, head) for layer in range(6) for head in range(2)}
-    measured = [(way, {"window": alone(dict.fromkeys(heads, each[way.window.window]))}) for way in both]
+    measured = [(way, {"window": alone(dict.fromkeys(heads, each[way.window.window]))}) for way in all_three]
     made, cost, said = cheapest(measured, plan, {})
     seen = {way.window.window: way.seeing_everything(way.spend(plan, losses, {})) for way, losses in measured}
     left = {window: 12 - len(everything) for window, everything in seen.items()}
-    assert left[32] < left[64] < 12
-    in_all = {way.window.window: way.lengthened(seen[way.window.window]) for way in both}  # with what bytes are over
-    assert in_all == {32: 48, 64: 68}
-    assert {visit.attention.window for visit in made.visits if visit.attention} == {in_all[cheaper]}
-    assert cost == pytest.approx(0.01 * left[cheaper])
-    other = 96 - cheaper
-    expected = f"With windows of {in_all[other]}, {12 - left[other]} would, for {0.1 * left[other]:.3f} nats a token."
-    assert expected in said and f"the others the last {in_all[cheaper]} tokens" in said
+    assert left[32] < left[64] < left[99] == 12
+    in_all = {way.window.window: way.lengthened(seen[way.window.window]) for way in all_three}  # with bytes left over
+    assert in_all == {32: 48, 64: 68, 99: 99}
+    assert {visit.attention.window for visit in made.visits if visit.attention} == {in_all[cheapest_one]}
+    assert cost == pytest.approx(0.01 * left[cheapest_one])
+    for other in {32, 64, 99} - {cheapest_one}:
+        cost = 0.1 * left[other]
+        assert f"With windows of {in_all[other]}, {12 - left[other]} would, for {cost:.3f} nats a token." in said
+    assert f"the others the last {in_all[cheapest_one]} tokens" in said
     assert made.kv_bytes(256, 1) <= 0.4 * made.architecture.kv_bytes(256, 1)
+
+
+def test_what_windows_may_become_is_said_before_they_are_measured():
+    (first, *_), plan = ways(kv_lookups=0)
+    said = first.explain(first.spend(plan, {}, {}), {})
+    assert said.endswith(" Or 68 or 99 and fewer such heads, if that is measured to cost less.")
 
 
 def test_a_longer_window_leaves_as_many_heads_that_look_up():

@@ -79,8 +79,8 @@ class InitRecipe(Section):
         ge=1,
         le=10**9,
         description="Tokens that a KV head with a window sees, the newest included. By default the largest power of "
-        f"two that half of the budget allows, and {WIDEST_WINDOW} at most, or up to twice that, whichever costs less; "
-        "and a little more, until the budget is spent.",
+        f"two that half of the budget allows, and {WIDEST_WINDOW} at most, or up to two or four times that, whichever "
+        "costs least; and a little more, until the budget is spent.",
     )
     kv_sinks: int = Field(
         4, ge=0, le=10**6, description="First tokens of a document that these heads see as well, and cannot do without."
