@@ -107,9 +107,10 @@ def one_seed(near: Attention) -> Attention:
     return replace(near, landmark=replace(near.landmark, seed=0))
 
 
+ALL_ALIKE = "window, all heads alike"
 ROWS: dict[str, Callable[[Found], Plan]] = {
     "full": lambda found: found.full,
-    "window, all heads alike": window_of_all,
+    ALL_ALIKE: window_of_all,
     "window, by head": lambda found: found.planned("window"),
     "landmark": lambda found: found.all_of("landmark"),
     "landmark, one seed": lambda found: found.all_of("landmark", one_seed),
@@ -206,7 +207,7 @@ def main(args: argparse.Namespace) -> None:
             if name in linear.ROWS:
                 linear.ROWS[name][1](model, found.text, args.work / "maps.pt")
             row = measure(model, plan, reference, probes, args.context)
-            known = name not in linear.ROWS  # whose fit was not measured
+            known = name not in (ALL_ALIKE, *linear.ROWS)  # whose windows or fit were not measured
             done["rows"][name] = row | {"predicted": found.predicted(plan) if known else None}
             with whole_file(file) as temporary:
                 temporary.write_text(json.dumps(done, indent=1))
