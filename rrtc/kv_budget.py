@@ -186,7 +186,8 @@ class KvBudget:
 
     def _explain_ways(self) -> str:
         """What else it may become once it is known what windows cost."""
-        longer = [f"{way.lengthened(way._seeing_most({}, {})):,}" for way in self.ways[1:]]
+        own, *others = (way.lengthened(way._seeing_most({}, {})) for way in self.ways)
+        longer = [f"{window:,}" for window in dict.fromkeys(others) if window != own]
         return f" Or {' or '.join(longer)} and fewer such heads, if that is measured to cost less." if longer else ""
 
     def _explain_kinds(self, plan: Plan, losses: KindLosses) -> str:
@@ -262,7 +263,7 @@ def cheapest(
     budget, losses, made = spent[best]
     said = budget.explain(made, losses)
     for (other, _, there), cost in zip(spent, costs, strict=True):
-        if other is not budget and costs[best]:
+        if there != made and costs[best]:
             everything = other.seeing_everything(there)
             window = f"{other.lengthened(everything):,}"
             said += f" With windows of {window}, {len(everything)} would, for {cost:.3f} nats a token."

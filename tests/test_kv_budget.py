@@ -346,6 +346,19 @@ def test_what_windows_may_become_is_said_before_they_are_measured():
     assert said.endswith(" Or 68 or 99 and fewer such heads, if that is measured to cost less.")
 
 
+def test_two_ways_that_come_to_the_same_plan_are_named_once():
+    """Where whole visits see everything or not, what bytes are left over is much."""
+    all_three, plan = ways(kv_budget=0.85, kv_grain="visits")
+    losses = {"window": alone({(layer, head): 0.1 for layer in range(6) for head in range(2)})}
+    plans = [way.spend(plan, losses, {}) for way in all_three]
+    windows = [way.lengthened(way.seeing_everything(made)) for way, made in zip(all_three, plans, strict=True)]
+    assert plans[0] == plans[1] != plans[2] and windows[0] == windows[1] != windows[2]
+    made, _, said = cheapest([(way, losses) for way in all_three], plan, {})
+    assert made == plans[0] and said.count(f"{windows[0]} tokens") == 1 and f"With windows of {windows[0]}," not in said
+    assert f"With windows of {windows[2]}," in said
+    assert f" Or {windows[2]} and fewer" in all_three[0].explain(made, {})
+
+
 def test_a_longer_window_leaves_as_many_heads_that_look_up():
     both, plan = ways(kv_budget=0.5)
     losses = {"window": alone({(layer, head): float(layer) for layer in range(6) for head in range(2)})}
