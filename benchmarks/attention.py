@@ -140,7 +140,7 @@ def measured(args: argparse.Namespace) -> Found:
         folder,
         device,
         lambda n: None,
-        choosing.rules(budget, job.plan, model.layers),
+        choosing.rules(budget, job.plan, model.layers, job.dense),
         moments=False,
     )
     tokenizer = AutoTokenizer.from_pretrained(args.model)

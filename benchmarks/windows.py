@@ -93,7 +93,7 @@ def measured(args: argparse.Namespace, window: int) -> tuple[Plan, dict[str, dic
 def _measured(args: argparse.Namespace, job: Job, window: int) -> dict[str, dict]:
     device, dense, found, folder = torch.device("cpu"), job.dense, {}, args.work / f"window-{window}"
     model = StreamedModel(dense.config, dense.raw, device)
-    rules = choosing.rules(job.kv_budget, job.plan, model.layers)
+    rules = choosing.rules(job.kv_budget, job.plan, model.layers, dense)
     folder.mkdir()
     Both.unweighted.clear()
     gathering.Losses = Both

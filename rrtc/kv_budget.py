@@ -188,7 +188,9 @@ class KvBudget:
         """What else it may become once it is known what windows cost."""
         own, *others = (way.lengthened(way._seeing_most({}, {})) for way in self.ways)
         longer = [f"{window:,}" for window in dict.fromkeys(others) if window != own]
-        return f" Or {' or '.join(longer)} and fewer such heads, if that is measured to cost less." if longer else ""
+        if not longer:
+            return ""
+        return f" Or {' or '.join(longer)} and fewer such heads, if that is measured to cost less."
 
     def _explain_kinds(self, plan: Plan, losses: KindLosses) -> str:
         """Which kind won where, and by how much it is predicted to."""

@@ -15,7 +15,7 @@ from rrtc.features import check_carried
 from rrtc.init.dry_run import dry_run
 from rrtc.init.first_plan import first_plan
 from rrtc.io.folder import check_outside
-from rrtc.io.provenance import read_provenance
+from rrtc.io.provenance import REPLAN, read_provenance
 from rrtc.io.report import is_report, read_report
 from rrtc.io.resumable import difference
 from rrtc.io.source import Source, find_model, load_tokenizer, read_config
@@ -141,11 +141,19 @@ def _run_stages(recipe: Recipe, folders: Mapping[str, Path]) -> dict[str, Any]:
         if folder.exists():
             _check_same_recipe(stage, folder, recipe)
             note(f"{number}/{len(folders)} {stage}: done before")
-            results[stage] = read_report(folder) if stage == "eval" else read_provenance(folder)["measured"][stage]
+            results[stage] = _result_of(stage, folder)
         else:
             note(f"{number}/{len(folders)} {stage} → {folder}")
             results[stage] = steps[stage]()
     return results
+
+
+def _result_of(stage: str, folder: Path) -> Any:
+    """What the finished `stage` in `folder` returned."""
+    if stage == "eval":
+        return read_report(folder)
+    provenance = read_provenance(folder)
+    return provenance["measured"]["windows" if stage == "init" and REPLAN in provenance["recipe"] else stage]
 
 
 def _check_made_from_each_other(folders: Mapping[str, Path]) -> None:
@@ -348,6 +356,7 @@ def _dense_config(source: Source):
 
 def _check_same_recipe(stage: str, folder: Path, recipe: Recipe) -> None:
     done = read_provenance(folder)["recipe"]
+    done = done | done.get(REPLAN, {})
     before = {"model": done["model"]} | {f"{stage}.{key}": value for key, value in done[stage].items()}
     now = {"model": recipe.model} | {f"{stage}.{k}": value for k, value in getattr(recipe, stage).resolved().items()}
     changed = difference(before, now)

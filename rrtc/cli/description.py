@@ -8,6 +8,7 @@ from rich.console import Group
 
 from rrtc.cli import scores, tables
 from rrtc.console import plain, table
+from rrtc.io.provenance import REPLAN
 from rrtc.recipe.schema import Recipe
 from rrtc.storage import NUMBER_BYTES
 from rrtc.units import count, duration, size
@@ -76,6 +77,9 @@ def _recipe(part: str, values: Any) -> str:
     """The fields of a section that were set to something else than their defaults."""
     if not isinstance(values, dict):
         return str(values)
+    if part == REPLAN:
+        of_attention = {n: value for n, value in values["init"].items() if n.startswith(("kv_", "calibrate_"))}
+        return f"{values['model']}: {_recipe('init', of_attention)}"
     section = Recipe.model_fields[part].annotation if part in Recipe.model_fields else None
     fields = getattr(section, "model_fields", {})
     changed = {

@@ -15,6 +15,8 @@ from rrtc.io.weights import Weights
 from rrtc.model import RrtConfig
 from rrtc.stock.architecture import read_architecture, read_plan
 
+DENSE = "dense"  # what the dense model is called, and so no other
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -56,7 +58,7 @@ class Candidate:
 
 
 def dense_candidate(dense: Source) -> Candidate:
-    return Candidate("dense", "dense", dense.folder)
+    return Candidate(DENSE, "dense", dense.folder)
 
 
 def candidates_of(folders: Sequence[Path]) -> list[Candidate]:
@@ -76,15 +78,18 @@ def candidates_of(folders: Sequence[Path]) -> list[Candidate]:
 
 
 def _named(folders: Sequence[Path]) -> dict[str, Path]:
-    """The folders by as much of their paths as tells them apart. Raises WrongUsage where one is there twice."""
+    """The folders by as much of their paths as tells them apart, and from the dense model. Raises WrongUsage where one
+    is there twice."""
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise WrongUsage("A folder is named twice.", "Name each model once.")
-    short = {folder.name: folder for folder in folders}
+    short = {folder.name: folder for folder in folders if folder.name != DENSE}
     if len(short) < len(folders):  # as in a sweep, runs/rank=0/uptrain and runs/rank=64/uptrain
         paths = [folder.resolve().parts for folder in folders]
         before, after = (_in_common(ends) for ends in (paths, [path[::-1] for path in paths]))
         short = {"/".join(path[before : len(path) - after]): f for path, f in zip(paths, folders, strict=True)}
-    return short if len(short) == len(folders) and all(short) else {str(folder): folder for folder in folders}
+    if len(short) < len(folders) or not all(short) or DENSE in short:
+        return {str(folder.resolve()): folder for folder in folders}
+    return short
 
 
 def _in_common(paths: Sequence[Sequence[str]]) -> int:

@@ -8,7 +8,8 @@ from rrtc.init.first_plan import first_plan, propose_16_bits
 from rrtc.init.memory import PROGRAM_BYTES, init_bytes
 from rrtc.io.source import find_model, read_config
 from rrtc.kv_budget import KvBudget
-from rrtc.plan import kv_bytes_at
+from rrtc.plan import KV_CONTEXTS, Plan, kv_bytes_at
+from rrtc.recipe.init import InitRecipe
 from rrtc.recipe.schema import Recipe
 from rrtc.recipe.section import OWN_TEXT
 from rrtc.storage import NUMBER_BYTES
@@ -26,7 +27,7 @@ def dry_run(model: str, recipe: Recipe) -> dict:
     plan, dtype = first_plan(source, recipe.init)
     propose_16_bits(source, recipe.init.dtype, dtype)
     architecture = plan.architecture
-    counted, windows, context = plan, None, 0
+    counted, kv_bytes, windows, context = plan, None, None, 0
     if recipe.init.kv_budget is not None:
         budget = KvBudget(architecture, recipe.init)
         if "linear" in budget.kinds:
@@ -34,13 +35,23 @@ def dry_run(model: str, recipe: Recipe) -> dict:
 
             config = read_config(source.folder)
             check_kinds(config.base_config if source.is_recursive else config, budget.kinds)
-        counted = budget.spend(plan, {}, {})
+        spent = [way.spend(plan, {}, {}) for way in budget.ways]
+        counted = spent[0]
+        kv_bytes = {
+            context: max(made.kv_bytes(context, NUMBER_BYTES[dtype]) for made in spent) for context in KV_CONTEXTS
+        }
         windows, context = budget.explain(counted, {}), budget.calibration_context
-        plan = plan if budget.is_measured else counted  # which heads they are is known once they are measured
+        if len({tuple(kv_bytes_at(made, 1).values()) for made in spent}) > 1:
+            windows += " Of the cache, figures here are the most that any of these takes."
+        if not budget.is_measured:
+            plan = counted
+        elif "linear" in budget.kinds:
+            maps = _maps(plan, recipe.init)
+            windows += f" The feature maps of linear attention are not counted here: up to {maps:,} parameters more."
     joint = recipe.init.start == "joint"
     tokens = max(recipe.init.measure_tokens, recipe.init.calibrate_tokens if recipe.init.reads_text else 0)
     width = NUMBER_BYTES[dtype]
-    known = {"kv_bytes": kv_bytes_at(counted, width), "windows": windows}
+    known = {"kv_bytes": kv_bytes or kv_bytes_at(counted, width), "windows": windows}
     summary = plan.summary(width) | known | {"init_peak_bytes": init_bytes(plan, tokens, joint, context)}
     if joint and OWN_TEXT in recipe.init.calibrate_on:  # the whole model writes it
         from rrtc.text.own import check_writer_fits
@@ -66,3 +77,9 @@ def dry_run(model: str, recipe: Recipe) -> dict:
         summary["bytes"] = numbers_of(recipe.init, dtype).bytes(plan)
     asked = {"model": model, "dtype": dtype, "source_bytes": source_bytes, "recipe": recipe.init.resolved()}
     return asked | summary
+
+
+def _maps(plan: Plan, recipe: InitRecipe) -> int:
+    """Parameters in the feature maps of linear attention, if all heads have it that do not see everything."""
+    budget = KvBudget(plan.architecture, recipe.model_copy(update={"kv_kinds": ["linear"]}))
+    return max(way.spend(plan, {}, {}).parameters for way in budget.ways) - plan.parameters

@@ -29,7 +29,7 @@ from rrtc.init.slots import joint_slot, paper_slot, source_layers
 from rrtc.init.windows import LOOKUP_WINDOWS, lookups, measured_ways, rules
 from rrtc.io.dense import DenseModel
 from rrtc.io.folder import only_run, whole_file
-from rrtc.io.provenance import base_seen_from, next_history, read_provenance, write_provenance
+from rrtc.io.provenance import REPLAN, base_seen_from, next_history, read_provenance, write_provenance
 from rrtc.io.recursive import RecursiveModel, copy_with_plan, write_recursive
 from rrtc.io.resumable import discard
 from rrtc.io.source import load_tokenizer
@@ -103,11 +103,10 @@ def _say_where_from(job: Job, plan: Plan, partial: Path, target: Path, measured:
         before = read_provenance(job.source.folder)
         base = base_seen_from(target, job.source.folder, before)
         kept = before["recipe"] | {
-            "init": (before["recipe"].get("init") or {}) | {n: v for n, v in asked.items() if n.startswith("kv_")}
+            "init": (before["recipe"].get("init") or {}) | {n: v for n, v in asked.items() if n.startswith("kv_")},
+            REPLAN: {"model": job.source.uri, "init": asked},
         }
         job.source.files.check()
-        if job.calibration is not None:  # which chose the heads; what the weights were calibrated on is in `kept`
-            measured = measured | {"calibration": {n: v for n, v in asked.items() if n.startswith("calibrate_")}}
         write_provenance(partial, "init", base, kept, before["measured"] | {"windows": measured}, next_history(before))
         return
     base = job.source.provenance(target) | {
@@ -154,7 +153,10 @@ def _calibrate(
     done = sum(layers_done(job.work, dense.depth))
     model = StreamedModel(dense.config, dense.raw, device)
     with progress(phases.CALIBRATING, 2 * dense.depth * len(ids), done * len(ids)) as advance:
-        every, moments = None if budget is None else rules(budget, job.plan, model.layers), recipe.start == "joint"
+        every, moments = (
+            None if budget is None else rules(budget, job.plan, model.layers, dense),
+            recipe.start == "joint",
+        )
         calibration = calibrate(dense, model, neurons, ids, job.work, device, advance, every, moments)
     if budget is None:
         return calibration, None

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rrtc.init.calibrate import Calibration
 from rrtc.io.dense import DenseModel
 from rrtc.io.folder import whole_file
+from rrtc.io.recursive import RecursiveModel
 from rrtc.kv_budget import Head, KindLosses, KvBudget, WindowLosses
 from rrtc.kv_kinds import LAST_LOOP
 from rrtc.kv_owners import readable
@@ -26,16 +27,23 @@ from rrtc.text.lookups import Lookups, make_lookups
 LOOKUP_WINDOWS = 8  # of text, at whose ends something is to be looked up
 
 
-def rules(budget: KvBudget, plan: Plan, layers: Sequence[nn.Module]) -> dict[int, dict[str, Rule]]:
+def rules(
+    budget: KvBudget, plan: Plan, layers: Sequence[nn.Module], model: DenseModel | RecursiveModel
+) -> dict[int, dict[str, Rule]]:
     """By layer, and by the name of each kind in each of the budget's ways that the layer can have, the rule by which no
-    head sees everything. plan: of which visits there are. layers: of the stock model, with weights or without."""
+    head sees everything. plan: of which visits there are. layers: of the stock model, with weights or without. model:
+    whose feature maps are taken, as far as it has them."""
     owners = readable(plan, LAST_LOOP)
 
     def rule(way: KvBudget, kind: str, number: int) -> Rule:
         made = rule_of({"attention": way.kinds[kind][number].fields()})
         if kind == LAST_LOOP:
             return OwnerRule(made.window, made.sinks, made.heads, owner=owners[number])
-        return made.on(layers[number]) if isinstance(made, LinearRule) else made
+        if isinstance(made, LinearRule):
+            made = made.on(layers[number])
+            if isinstance(model, RecursiveModel):
+                model.keep_maps(number, made)
+        return made
 
     return {
         number: {

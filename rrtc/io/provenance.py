@@ -13,6 +13,7 @@ from rrtc.io.trust import check_folder
 from rrtc.plain import read_yaml, to_yaml
 
 PROVENANCE = "rrtc.yaml"
+REPLAN = "replan"  # what, in the recipe there, was asked of a model that was tied already: its model and init
 
 
 class _Said(BaseModel):

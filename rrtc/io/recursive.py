@@ -25,7 +25,7 @@ from rrtc.io.source import read_config
 from rrtc.io.trust import without_code
 from rrtc.io.weights import Weights, row_blocks
 from rrtc.model import RrtConfig
-from rrtc.model.attention_rrt import Rule
+from rrtc.model.attention_rrt import Rule, divided
 from rrtc.model.eyes_rrt import attention_of
 from rrtc.model.graft_rrt import rule_of
 from rrtc.model.linear_rrt import NAME as LINEAR
@@ -162,8 +162,12 @@ def maps_of(plan: Plan, layers: nn.ModuleList, parent: str, rules: Mapping[int, 
 
 def drawn_maps(plan: Plan, layers: nn.ModuleList, parent: str) -> dict[str, Tensor]:
     """The tensors of all feature maps as they are drawn, by their full names."""
-    found = maps_of(plan, layers, parent, rules_of(plan, layers))
-    return {f"{prefix}{name}": tensor for prefix, maps in found.items() for name, tensor in maps.state_dict().items()}
+    return _tensors_of(maps_of(plan, layers, parent, rules_of(plan, layers)))
+
+
+def _tensors_of(maps: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """The tensors of `maps`, as of maps_of, by their full names."""
+    return {f"{prefix}{name}": tensor for prefix, one in maps.items() for name, tensor in one.state_dict().items()}
 
 
 def plan_by_layer(folder: Path) -> Plan:
@@ -198,6 +202,19 @@ class RecursiveModel:
         for prefix, maps in self.maps.items():
             maps.load_state_dict({name: self.weights.read(f"{prefix}{name}") for name in maps.state_dict()})
 
+    @torch.no_grad()
+    def keep_maps(self, number: int, rule: LinearRule) -> None:
+        """Gives the feature maps of `rule`, for layer `number`, what the model has learnt for the same KV heads in as
+        many features. Those of other heads stay as they are."""
+        before, heads = self.rules.get(number), self.plan.architecture.layers[number].kv_heads
+        if not isinstance(before, LinearRule) or before.features != rule.features:
+            return
+        learnt = divided(before, heads)[1]
+        for place, head in enumerate(divided(rule, heads)[1]):
+            if head in learnt:
+                for name, tensor in rule.maps.named_parameters():
+                    tensor[place] = before.maps.get_parameter(name)[learnt.index(head)]
+
     def layer(self, number: int, device: torch.device) -> dict[str, Tensor]:
         """As DenseModel.layer."""
         return {path: self._effective.tensor(number, path).to(device) for path in self._paths[number]}
@@ -210,9 +227,13 @@ class RecursiveModel:
 def copy_with_plan(source: RecursiveModel, plan: Plan, folder: Path, shard_bytes: int) -> int:
     """Writes the model `source`, with another plan of what its visits attend to, into the existing `folder`, all but
     its rrtc.yaml; returns the bytes of its tensors. Its weights files are copied as they are, unless one of the plans
-    has feature maps."""
+    has feature maps: what these have learnt stays (RecursiveModel.keep_maps), and those that are new are drawn."""
     given, layers = source.weights.folder, decoder_layers(stock_model(source.config))
-    new = drawn_maps(plan, layers, source.parent)
+    rules = rules_of(plan, layers)
+    for number, rule in rules.items():
+        if isinstance(rule, LinearRule):
+            source.keep_maps(number, rule)
+    new = _tensors_of(maps_of(plan, layers, source.parent, rules))
     kept = [name for name in source.weights if not name.startswith(tuple(source.maps))]
     if source.maps or new:
         writer = ShardWriter(folder, shard_bytes)

@@ -119,6 +119,29 @@ def test_a_run_returns_what_its_stages_return(folders, tmp_path):
         api.run({}, tmp_path / "other")
 
 
+def test_a_run_from_a_model_that_is_tied_already_goes_on_as_any(folders, tmp_path):
+    place = folders[0]
+    init = {"kv_budget": 0.6, "kv_window": 16, "calibrate_tokens": 256, "measure_tokens": 0}
+    recipe = {"model": str(place / "small"), "init": init, "uptrain": TRAINING | {"tokens": 64}, "eval": SCORING}
+    with warnings.catch_warnings(action="ignore", category=console.RrtcWarning):
+        made = api.run(recipe, tmp_path / "run")
+        for folder in ("eval", "export"):
+            shutil.rmtree(tmp_path / "run" / folder)
+        again = api.run(recipe, tmp_path / "run", resume=True)
+    assert made["init"] == again["init"] and made["uptrain"] == again["uptrain"]
+    assert "predicted_window_cost" in again["init"]
+    for changed, said in (
+        ({"init": init | {"kv_window": 20}}, "init.kv_window was 16 and is now 20"),
+        ({"model": str(place / "healed")}, f"model was {place / 'small'} and is now {place / 'healed'}"),
+    ):
+        with pytest.raises(RrtcError, match=f"was made with another recipe: {re.escape(said)}"):
+            api.run(recipe | changed, tmp_path / "run", resume=True)
+    shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "run" / "uptrain")], env={"COLUMNS": "300"}).output
+    assert (
+        "recipe, replan" in shown and f"{place / 'small'}: kv_budget 0.6, kv_window 16, calibrate_tokens 256" in shown
+    )
+
+
 def test_a_run_of_one_step_learns_something(folders, tmp_path):
     given = TRAINING | {"tokens": 64}
     with warnings.catch_warnings(action="ignore", category=console.RrtcWarning):

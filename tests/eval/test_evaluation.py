@@ -29,6 +29,7 @@ from rrtc.eval.sample import sample
 from rrtc.eval.stage import evaluate
 from rrtc.init.stage import init
 from rrtc.io import remembered as cache
+from rrtc.io.provenance import read_provenance
 from rrtc.io.remembered import remembered
 from rrtc.io.report import read_report
 from rrtc.io.source import load_for_scoring, read_config
@@ -288,6 +289,19 @@ def test_several_folders_are_compared_in_one_table(models, tmp_path):
     alone = evaluate(folders[1], recipe(passkey_trials=0, **text_of(models)))
     assert report["models"][2]["scores"] == alone["models"][-1]["scores"]
     assert report["models"][2]["layers"] == alone["layers"]
+
+
+def test_a_folder_called_dense_is_not_taken_for_the_dense_model(models, tmp_path, monkeypatch):
+    shutil.copytree(models / "small", tmp_path / "dense")
+    shutil.copytree(models / "large", tmp_path / "large")
+    monkeypatch.chdir(tmp_path)
+    few = recipe(passkey_trials=0, sample_tokens=0, **text_of(models))
+    report = evaluate(["dense", "large"], few, output="report")
+    dense, small, large = report["models"]
+    names = ["dense", str(tmp_path / "dense"), str(tmp_path / "large")]
+    assert [dense["model"], small["model"], large["model"]] == names
+    assert dense["scores"]["loss"]["value"] != small["scores"]["loss"]["value"]
+    assert list(read_provenance(tmp_path / "report")["measured"]["eval"])[:3] == names
 
 
 def test_the_dense_model_counts_in_the_narrowest_numbers_of_those_that_are_compared(models, tmp_path):

@@ -1,6 +1,7 @@
 """Folders of a model with linear attention: read layer by layer, with another plan, exported, or refused by name."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from rrtc.io.recursive import RecursiveModel, copy_with_plan
 from rrtc.io.weights import Weights
 from rrtc.kv_budget import without_windows
 from rrtc.model import RrtForCausalLM
-from rrtc.model.linear_rrt import Maps
+from rrtc.model.linear_rrt import LinearRule, Maps
 from rrtc.stock.streamed import StreamedModel
 
 IDS = torch.arange(2 * 60).view(2, 60) * 37 % 320
@@ -61,11 +62,35 @@ def test_with_another_plan_the_maps_come_and_go(source, tmp_path):
         assert any(".linear." in tensor for tensor in Weights(tmp_path / name)) == (name == "again")
         model, info = RrtForCausalLM.from_pretrained(tmp_path / name, output_loading_info=True)
         assert not info["missing_keys"] and not info["unexpected_keys"]
-    for module in model.modules():
-        if isinstance(module, Maps):  # as drawn
-            module.log_gain.data += 2
-            module.maps.data *= 1.1
-    torch.testing.assert_close(model(IDS, use_cache=False).logits, logits(source), atol=1e-5, rtol=0)
+    assert torch.equal(model(IDS, use_cache=False).logits, logits(source))  # with what the maps have learnt
+
+
+def test_what_maps_have_learnt_goes_with_their_heads_to_another_plan(source, tmp_path):
+    given = RecursiveModel(source)
+    number = next(number for number, rule in given.rules.items() if isinstance(rule, LinearRule))
+    place = next(n for n, visit in enumerate(given.plan.visits) if visit.layer == number)
+    heads = range(given.plan.architecture.layers[number].kv_heads)
+    near = {n: [head for head in heads if head not in n] for n in ((), (0,))}
+    found = {}
+    for seeing in near:
+        attention = replace(given.plan.visits[place].attention, heads=seeing, window=9)
+        visits = [replace(v, attention=attention if n == place else None) for n, v in enumerate(given.plan.visits)]
+        copy_to = tmp_path / str(len(seeing))
+        copy_to.mkdir()
+        copy_with_plan(given, replace(given.plan, visits=tuple(visits)), copy_to, 10**9)
+        found[seeing] = RecursiveModel(copy_to).rules[number].maps
+    before = given.rules[number]
+    learnt = [head for head in heads if head not in before.heads]
+    assert learnt == [0]
+    _, features, width = before.maps.maps.shape
+    for seeing, maps in found.items():
+        drawn = Maps(len(near[seeing]), features, width, before.maps.seed)
+        for place, head in enumerate(near[seeing]):
+            if head in learnt:
+                assert torch.equal(maps.maps[place], before.maps.maps[learnt.index(head)])
+                assert maps.log_gain[place] == before.maps.log_gain[learnt.index(head)] == 2
+            else:
+                assert torch.equal(maps.maps[place], drawn.maps[place]) and maps.log_gain[place] == 0
 
 
 @pytest.mark.parametrize("form", ["dense", "gguf", "onnx"])

@@ -114,6 +114,21 @@ def test_without_a_named_window_the_one_of_three_is_taken_that_is_measured_to_co
     assert costs[None] == (cost, {32: 48, 64: 68, 99: 99}[window])  # which gets what bytes are left over
 
 
+def test_a_dry_run_says_the_most_that_cache_and_maps_may_take(dense, tmp_path):
+    options = {"budget": 1, "kv_budget": 0.4, **SMALL, "kv_window": 80, "kv_kinds": ["linear"]}
+    planned, result = api.plan(dense, **options), api.init(dense, tmp_path / "linear", **options)
+    more = result["params_total"] - planned["params_total"]
+    sentence = f"The feature maps of linear attention are not counted here: up to {more:,} parameters more."
+    assert more > 0 and planned["windows"].endswith(sentence)
+    assert api.plan(dense, **options | {"kv_kinds": ["window", "linear"]})["windows"].endswith(sentence)
+
+    options |= {"kv_window": None, "kv_kinds": ["window"], "kv_lookups": 0}
+    planned = api.plan(dense, **options)
+    each = [api.plan(dense, **options | {"kv_window": window})["kv_bytes"] for window in (48, 68, 99)]  # what 32, 64
+    assert planned["kv_bytes"] == {n: max(one[n] for one in each) for n in (2048, 8192, 32768)}  # and 99 come to
+    assert planned["windows"].endswith("Of the cache, figures here are the most that any of these takes.")
+
+
 def test_weights_and_cache_are_planned_together(dense, tmp_path):
     options = {"budget": 0.7, "kv_budget": 0.3} | SMALL
     planned = api.plan(dense, **options)
@@ -214,8 +229,10 @@ def test_the_cache_of_a_recursive_model_is_planned_anew(made, tmp_path):
     assert (folder / "model.safetensors").read_bytes() == (tmp_path / "wider" / "model.safetensors").read_bytes()
     assert before.kv_bytes(256, 1) < after.kv_bytes(256, 1) <= 0.6 * after.architecture.kv_bytes(256, 1)
     said = read_provenance(tmp_path / "wider")
-    chosen = said["measured"]["windows"].pop("calibration")  # what the heads were chosen on, and not the weights
-    assert chosen["calibrate_tokens"] == SMALL["calibrate_tokens"] and chosen["calibrate_on"] == ["pydoc"]
+    asked = said["recipe"]["replan"]  # what the heads were chosen on, and not the weights
+    assert asked["model"] == str(folder) and asked["init"]["kv_budget"] == 0.6
+    assert asked["init"]["calibrate_tokens"] == SMALL["calibrate_tokens"]
+    assert asked["init"]["calibrate_on"] == ["pydoc"]
     assert said["measured"]["windows"] == result and said["history"][0]["path"] == str(folder)
     assert said["recipe"]["init"]["kv_budget"] == 0.6 and said["recipe"]["init"]["budget"] == 1
     assert set(result["loss"]) == {"tokens", "given", "after_init"}
