@@ -209,6 +209,7 @@ class RecursiveModel:
         before, heads = self.rules.get(number), self.plan.architecture.layers[number].kv_heads
         if not isinstance(before, LinearRule) or before.features != rule.features:
             return
+        assert before.maps is not None and rule.maps is not None
         learnt = divided(before, heads)[1]
         for place, head in enumerate(divided(rule, heads)[1]):
             if head in learnt:
