@@ -263,9 +263,10 @@ def cheapest(
     costs = [predicted(made, losses) if losses else None for _, losses, made in spent]
     best = min(range(len(spent)), key=lambda place: costs[place] or 0.0)
     budget, losses, made = spent[best]
-    said = budget.explain(made, losses)
+    said, named = budget.explain(made, losses), [made]
     for (other, _, there), cost in zip(spent, costs, strict=True):
-        if there != made and costs[best]:
+        if there not in named and costs[best]:
+            named.append(there)
             everything = other.seeing_everything(there)
             window = f"{other.lengthened(everything):,}"
             said += f" With windows of {window}, {len(everything)} would, for {cost:.3f} nats a token."

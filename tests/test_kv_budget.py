@@ -358,6 +358,13 @@ def test_two_ways_that_come_to_the_same_plan_are_named_once():
     assert f"With windows of {windows[2]}," in said
     assert f" Or {windows[2]} and fewer" in all_three[0].explain(made, {})
 
+    (first, *others), plan = ways(kv_budget=0.8, kv_grain="visits")  # of which the others come to one plan
+    dear = {"window": alone({(layer, head): 9.0 for layer in range(6) for head in range(2)})}
+    made, _, said = cheapest([(first, losses), *((way, dear) for way in others)], plan, {})
+    assert (
+        made == first.spend(plan, losses, {}) and said.count("With windows of 150") == said.count("With windows") == 1
+    )
+
 
 def test_a_longer_window_leaves_as_many_heads_that_look_up():
     both, plan = ways(kv_budget=0.5)
