@@ -1,11 +1,12 @@
 """What KV heads may have that do not see everything, at one number of KV bytes, on one model in one run.
 
     python benchmarks/attention.py MODEL --calibrate-on TEXT --text TEXT [--text TEXT …] --work FOLDER
-                                   [--context 8192] [--windows 1] [--budget 0.2] [--rows ROW …]
+                                   [--context 8192] [--windows 1] [--budget 0.2] [--speed-context 4096] [--rows ROW …]
 
 KL and loss against the dense model on windows of --context tokens of each text (its last fifth, from which nothing was
 chosen), at every fourth position from a quarter of the window on; and of pass keys hidden at five depths of
---passkey-length tokens, how many are found, and the mean negative log likelihood of their tokens. Nothing is trained.
+--passkey-length tokens, how many are found, and the mean negative log likelihood of their tokens. With --speed-context,
+tokens a second of reading so many and of saying more behind them, over the full one's, in turn. Nothing is trained.
 From the third row on the same heads see everything: those that windows cost most. Every row has the bytes of the budget
 at --context tokens, but for the full one and the control that has fewer.
 
@@ -16,15 +17,17 @@ FOLDER keeps what was measured of the heads and the rows that are done, so that 
 import argparse
 import json
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 
 import linear
 import torch
 from common import add_dtype
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, DynamicCache
 from windows import log_probabilities, recursive, texts, with_plan
 
 from rrtc.attention import Attention
@@ -107,6 +110,7 @@ def one_seed(near: Attention) -> Attention:
     return replace(near, landmark=replace(near.landmark, seed=0))
 
 
+ROUNDS, NEW = 3, 16  # of speeds
 ALL_ALIKE = "window, all heads alike"
 ROWS: dict[str, Callable[[Found], Plan]] = {
     "full": lambda found: found.full,
@@ -174,18 +178,38 @@ def measure(model, plan: Plan, reference: list[tuple[Tensor, Tensor]], probes: l
     return {"kl": kl, "loss": loss, "keys": f"{hits} of {len(probes)}", "key_loss": key_loss, "kv": share}
 
 
+@torch.inference_mode()
+def speeds(full, model, context: int) -> dict[str, float]:
+    """Tokens a second of `model` over those of `full`, medians of rounds: of a prompt, and of the tokens after it."""
+    ids, ratios = torch.arange(context)[None] * 7919 % full.config.vocab_size, {"prefill": [], "decode": []}
+    for number in range(ROUNDS):
+        took = {name: {} for name in ratios}
+        for one in (full, model) if number % 2 else (model, full):
+            cache, began = DynamicCache(config=one.config), time.perf_counter()
+            one(ids, past_key_values=cache, logits_to_keep=1)
+            read = time.perf_counter()
+            for place in range(NEW):
+                one(ids[:, place : place + 1], past_key_values=cache)
+            took["prefill"][one], took["decode"][one] = read - began, time.perf_counter() - read
+        for name, of_each in took.items():
+            ratios[name].append(of_each[full] / of_each[model])
+    return {name: median(found) for name, found in ratios.items()}
+
+
 def places(context: int) -> Tensor:
     return torch.arange(context // 4, context - 1, 4)
 
 
 def table(rows: dict[str, dict]) -> None:
-    print("\n| heads that do not see everything have | KV | predicted | KL | loss | keys found | loss of keys |")
-    print("|---|---|---|---|---|---|---|")
+    columns = ["heads that do not see everything have", "KV", "predicted", "KL", "loss", "keys found", "loss of keys"]
+    print("\n| " + " | ".join([*columns, "prefill", "decode"]) + " |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for name in [*(name for name in ROWS if name in rows), *(name for name in rows if name not in ROWS)]:
         row = rows[name]
         shown = "–" if row["predicted"] is None else f"{row['predicted']:.4f}"
+        fast = " | ".join(f"{row[name]:.2f}" if name in row else "–" for name in ("prefill", "decode"))
         print(f"| {name} | {row['kv']:.3f} | {shown} | {row['kl']:.4f} | {row['loss']:+.4f} | {row['keys']} "
-              f"| {row['key_loss']:.3f} |", flush=True)  # fmt: skip
+              f"| {row['key_loss']:.3f} | {fast} |", flush=True)  # fmt: skip
 
 
 def main(args: argparse.Namespace) -> None:
@@ -207,6 +231,8 @@ def main(args: argparse.Namespace) -> None:
             if name in linear.ROWS:
                 linear.ROWS[name][1](model, found.text, args.work / "maps.pt")
             row = measure(model, plan, reference, probes, args.context)
+            if args.speed_context:
+                row |= speeds(base, model, args.speed_context)
             known = name not in (ALL_ALIKE, *linear.ROWS)  # whose windows or fit were not measured
             done["rows"][name] = row | {"predicted": found.predicted(plan) if known else None}
             with whole_file(file) as temporary:
@@ -228,5 +254,6 @@ if __name__ == "__main__":
     parser.add_argument("--budget", type=float, default=0.2)
     parser.add_argument("--passkey-length", type=int, default=2000)
     parser.add_argument("--passkey-trials", type=int, default=1)
+    parser.add_argument("--speed-context", type=int, default=0, metavar="TOKENS", help="by default no speeds")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help="by default all")
     main(parser.parse_args())
