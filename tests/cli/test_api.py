@@ -136,10 +136,9 @@ def test_a_run_from_a_model_that_is_tied_already_goes_on_as_any(folders, tmp_pat
     ):
         with pytest.raises(RrtcError, match=f"was made with another recipe: {re.escape(said)}"):
             api.run(recipe | changed, tmp_path / "run", resume=True)
-    shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "run" / "uptrain")], env={"COLUMNS": "300"}).output
-    assert (
-        "recipe, replan" in shown and f"{place / 'small'}: kv_budget 0.6, kv_window 16, calibrate_tokens 256" in shown
-    )
+    shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "run" / "uptrain")]).output
+    said = f"recipe, replan {place / 'small'}: kv_budget 0.6, kv_window 16, calibrate_tokens 256"
+    assert "".join(said.split()) in "".join(shown.split())  # wherever lines end
 
 
 def test_a_run_of_one_step_learns_something(folders, tmp_path):
