@@ -6,7 +6,7 @@ While it runs, NAME.partial/work has, each of them whole where it is there at al
     own-text.safetensors            what the model wrote to be calibrated on
     inputs-3.safetensors            what the matrices of layer 3 see of the text (calibrate.py)
     output-gradients-3.safetensors  what the loss feels of their outputs (calibrate.py)
-    states-3, gradient-3            what calibration needs to go on (calibrate.py)
+    states-3, gradient-3, kept-3    what calibration needs to go on (calibrate.py)
     group-3.pt, group-3-4.pt        the choices there are for these layers (budget.py)
     slot-3/                         a finished slot, as it will be stored
 
