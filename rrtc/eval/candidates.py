@@ -82,8 +82,8 @@ def _named(folders: Sequence[Path]) -> dict[str, Path]:
     is there twice."""
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise WrongUsage("A folder is named twice.", "Name each model once.")
-    short = {folder.name: folder for folder in folders if folder.name != DENSE}
-    if len(short) < len(folders):  # as in a sweep, runs/rank=0/uptrain and runs/rank=64/uptrain
+    short = {folder.name: folder for folder in folders}
+    if len(short) < len(folders) or DENSE in short:  # as in a sweep, runs/rank=0/uptrain and runs/rank=64/uptrain
         paths = [folder.resolve().parts for folder in folders]
         before, after = (_in_common(ends) for ends in (paths, [path[::-1] for path in paths]))
         short = {"/".join(path[before : len(path) - after]): f for path, f in zip(paths, folders, strict=True)}

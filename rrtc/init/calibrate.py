@@ -25,7 +25,7 @@ from rrtc.io.folder import whole_file
 from rrtc.io.weights import all_finite
 from rrtc.model.attention_rrt import Rule
 from rrtc.model.owner_rrt import OwnerRule
-from rrtc.stock.heads import Kept, Losses
+from rrtc.stock.heads import Losses
 from rrtc.stock.streamed import StreamedModel
 from rrtc.tying.moments import Gathering, Moment
 from rrtc.tying.neurons import Neurons
@@ -167,8 +167,9 @@ def calibrate(
             gathered.add(name, gradients, diagonal=name in producers)
 
         entering, of_kinds = _load(folder, "states", number), (rules or {}).get(number, {})
-        theirs = Kept(load_file(_states_file(folder, "kept", owners[number]))) if number in owners else None
-        losses = Losses(tokens, of_kinds, theirs, keeps=number in owners.values())
+        theirs = load_file(_states_file(folder, "kept", owners[number])) if number in owners else None
+        is_read = number in owners.values()
+        losses = Losses(tokens, of_kinds, theirs, keeps=is_read)
         with model.attending(number, next(iter(of_kinds.values())), losses.sight) if of_kinds else nullcontext():
             watch = gather_gradients if moments else None
             model.back_through(number, dense.layer(number, device), entering, gradient, watch, advance)
@@ -176,9 +177,9 @@ def calibrate(
         del entering, theirs
         if number:
             _save(gradient, folder, "gradient", number)
-        if losses.kept is not None:
+        if is_read:
             with whole_file(_states_file(folder, "kept", number)) as file:
-                save_file(losses.kept.tensors(), file)
+                save_file(losses.kept(), file)
         gathered.save(folder / f"output-gradients-{number}.safetensors")
         if number in owners and number == min(reader for reader in owners if owners[reader] == owners[number]):
             _states_file(folder, "kept", owners[number]).unlink()

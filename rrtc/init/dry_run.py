@@ -27,7 +27,7 @@ def dry_run(model: str, recipe: Recipe) -> dict:
     plan, dtype = first_plan(source, recipe.init)
     propose_16_bits(source, recipe.init.dtype, dtype)
     architecture = plan.architecture
-    counted, kv_bytes, windows, context = plan, None, None, 0
+    spent, windows, context, width = [plan], None, 0, NUMBER_BYTES[dtype]
     if recipe.init.kv_budget is not None:
         budget = KvBudget(architecture, recipe.init)
         if "linear" in budget.kinds:
@@ -36,22 +36,18 @@ def dry_run(model: str, recipe: Recipe) -> dict:
             config = read_config(source.folder)
             check_kinds(config.base_config if source.is_recursive else config, budget.kinds)
         spent = [way.spend(plan, {}, {}) for way in budget.ways]
-        counted = spent[0]
-        kv_bytes = {
-            context: max(made.kv_bytes(context, NUMBER_BYTES[dtype]) for made in spent) for context in KV_CONTEXTS
-        }
-        windows, context = budget.explain(counted, {}), budget.calibration_context
-        if len({tuple(kv_bytes_at(made, 1).values()) for made in spent}) > 1:
+        windows, context = budget.explain(spent[0], {}), budget.calibration_context
+        if any(kv_bytes_at(made, width) != kv_bytes_at(spent[0], width) for made in spent):
             windows += " Of the cache, figures here are the most that any of these takes."
-        if not budget.is_measured:
-            plan = counted
+        if not budget.is_measured:  # else which heads they are is known once they are measured
+            plan = spent[0]
         elif "linear" in budget.kinds:
             maps = _maps(plan, recipe.init)
             windows += f" The feature maps of linear attention are not counted here: up to {maps:,} parameters more."
     joint = recipe.init.start == "joint"
     tokens = max(recipe.init.measure_tokens, recipe.init.calibrate_tokens if recipe.init.reads_text else 0)
-    width = NUMBER_BYTES[dtype]
-    known = {"kv_bytes": kv_bytes or kv_bytes_at(counted, width), "windows": windows}
+    most = {length: max(made.kv_bytes(length, width) for made in spent) for length in KV_CONTEXTS}
+    known = {"kv_bytes": most, "windows": windows}
     summary = plan.summary(width) | known | {"init_peak_bytes": init_bytes(plan, tokens, joint, context)}
     if joint and OWN_TEXT in recipe.init.calibrate_on:  # the whole model writes it
         from rrtc.text.own import check_writer_fits

@@ -153,10 +153,8 @@ def _calibrate(
     done = sum(layers_done(job.work, dense.depth))
     model = StreamedModel(dense.config, dense.raw, device)
     with progress(phases.CALIBRATING, 2 * dense.depth * len(ids), done * len(ids)) as advance:
-        every, moments = (
-            None if budget is None else rules(budget, job.plan, model.layers, dense),
-            recipe.start == "joint",
-        )
+        every = None if budget is None else rules(budget, job.plan, model.layers, dense)
+        moments = recipe.start == "joint"
         calibration = calibrate(dense, model, neurons, ids, job.work, device, advance, every, moments)
     if budget is None:
         return calibration, None

@@ -26,27 +26,39 @@ class Losses:
     g the gradient of the loss with respect to that output. The sum over all pairs of the heads that have a window is
     the second-order change of the loss for gradients of labels that the model itself draws (the Fisher information).
 
-    rules: by kind, those that are tried, by each of which no head sees everything. theirs: what the layer that is read
-    keeps of the same windows, for an OwnerRule. keeps: whether this layer is to be read, which takes `kept`.
+    rules: by kind, those that are tried, by each of which no head sees everything. theirs: for an OwnerRule, what
+    `kept` says of the layer that is read, of the same windows. keeps: whether this layer is to be read.
     """
 
-    def __init__(self, tokens: int, rules: Mapping[str, Rule], theirs: "Kept | None" = None, keeps: bool = False):
+    def __init__(
+        self, tokens: int, rules: Mapping[str, Rule], theirs: Mapping[str, Tensor] | None = None, keeps: bool = False
+    ):
         self._tokens, self._rules, self._theirs, self._rows = tokens, rules, theirs, 0
         self._totals: dict[str, Tensor] = {}
-        self.kept = Kept() if keeps else None
+        self._keeps, self._seen = keeps, []  # keys and values of the batches so far
 
     def sight(self, rule: Rule, *given) -> Sight:
         """To be given to `Parts.attending`, with whatever rule."""
         return _Compared(self, rule, *given)
 
-    def tried(self, given: tuple, rows: int) -> Iterator[tuple[str, Sight]]:
-        """By kind, what takes the place of the mask of the next so many windows."""
+    def tried(self, given: tuple, key: Tensor, value: Tensor) -> Iterator[tuple[str, Sight]]:
+        """By kind, what takes the place of the mask of the next windows, which have these keys and values."""
+        if self._keeps:
+            self._seen.append((key.detach().cpu(), value.detach().cpu()))
+        windows, theirs = slice(self._rows, self._rows + len(key)), DynamicLayer()
+        if self._theirs is not None:
+            theirs.update(self._theirs["keys"][windows], self._theirs["values"][windows])
+        self._rows += len(key)
         for kind, rule in self._rules.items():
             sight = (Look if isinstance(rule, OwnerRule) else Sight)(rule, *given)
             if isinstance(sight, Look):
-                sight.theirs = self._theirs.layer(slice(self._rows, self._rows + rows))
+                sight.theirs = theirs
             yield kind, sight
-        self._rows += rows
+
+    def kept(self) -> dict[str, Tensor]:
+        """Keys and values of the layer, if it is to be read: (windows, KV heads, tokens, width)."""
+        keys, values = zip(*self._seen, strict=True)
+        return {"keys": torch.cat(keys), "values": torch.cat(values)}
 
     def finish(self) -> dict[str, Tensor]:
         """By kind: (KV heads, KV heads), float64, nats a token."""
@@ -55,28 +67,6 @@ class Losses:
     def add(self, kind: str, gradient: Tensor, change: Tensor, kv_heads: int) -> None:
         felt = _by_kv_head((gradient * change).sum(-1), kv_heads).sum(-1).flatten(0, 1).double()
         self._totals[kind] = self._totals.get(kind, 0.0) + (felt.T @ felt).cpu()
-
-
-class Kept:
-    """Keys and values of a layer, of one batch of windows after the other: (windows, KV heads, tokens, width)."""
-
-    def __init__(self, tensors: Mapping[str, Tensor] | None = None):
-        """tensors: as `tensors` has them."""
-        self._parts = [(tensors["keys"], tensors["values"])] if tensors else []
-
-    def add(self, key: Tensor, value: Tensor) -> None:
-        self._parts.append((key.detach().cpu(), value.detach().cpu()))
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Those of all windows."""
-        keys, values = zip(*self._parts, strict=True)
-        return {"keys": torch.cat(keys), "values": torch.cat(values)}
-
-    def layer(self, windows: slice) -> DynamicLayer:
-        """Those of some windows, as a cache has them."""
-        layer = DynamicLayer()
-        layer.update(*(tensor[windows] for tensor in self.tensors().values()))
-        return layer
 
 
 class _Compared(Sight):
@@ -90,9 +80,7 @@ class _Compared(Sight):
                **kwargs) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         output, weights = run(module, query, key, value, self.mask, **kwargs)
         if output.requires_grad:
-            if self._losses.kept is not None:
-                self._losses.kept.add(key, value)
-            for kind, sight in self._losses.tried(self._given, len(query)):
+            for kind, sight in self._losses.tried(self._given, key, value):
                 with torch.no_grad():
                     change = sight.attend(run, module, query, key, value, adds_mask, **kwargs)[0] - output
                 output.register_hook(partial(self._felt, kind, change, key.shape[1]))

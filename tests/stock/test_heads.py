@@ -8,7 +8,7 @@ from pico import VOCABULARY, pico_model, pico_tokenizer
 
 from rrtc.model.attention_rrt import Rule
 from rrtc.model.owner_rrt import OwnerRule
-from rrtc.stock.heads import Kept, LookedUp, Losses
+from rrtc.stock.heads import LookedUp, Losses
 from rrtc.stock.streamed import StreamedModel
 from rrtc.text.lookups import make_lookups
 
@@ -69,7 +69,7 @@ def test_what_reading_another_layer_costs_is_measured_with_the_keys_that_this_ke
         with live.attending(number, RULE, kept[number].sight):
             live.back_through(number, inside, states, gradient.clone())
     reading = Losses(states.shape[0] * CONTEXT, {"reads": OwnerRule(WINDOW, SINKS, (), owner=owner)},
-                     Kept(kept[owner].kept.tensors()))  # fmt: skip
+                     kept[owner].kept())  # fmt: skip
     with live.attending(LAYER, RULE, reading.sight):
         live.back_through(LAYER, inside, states, gradient.clone())
     found = reading.finish()["reads"]
@@ -87,8 +87,7 @@ def test_what_reading_another_layer_costs_is_measured_with_the_keys_that_this_ke
     half = query.shape[-1] // 2
     query = query * cos[:, None] + torch.cat([-query[..., half:], query[..., :half]], -1) * sin[:, None]
     own, theirs = (
-        [t.repeat_interleave(heads // kv_heads, 1) for t in one.kept.tensors().values()]
-        for one in (kept[LAYER], kept[owner])
+        [t.repeat_interleave(heads // kv_heads, 1) for t in one.kept().values()] for one in (kept[LAYER], kept[owner])
     )
     columns = torch.arange(CONTEXT)
     far = (columns[:, None] - columns[None] >= WINDOW) & (columns[None] >= SINKS)
