@@ -101,7 +101,7 @@ def _measured(figures: Any) -> str:
             or str(name).removeprefix("dense_") in SHOWN_ABOVE
             or name in ("alternatives", "text_sha256")
         )
-        if value is None or hidden:
+        if value in (None, [], {}) or hidden:
             continue
         title = {"seconds": "took"}.get(name, str(name).replace("_", " "))
         unit = " nats a token" if _is_number(value) and IN_NATS.search(str(name)) else ""

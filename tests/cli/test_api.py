@@ -139,6 +139,7 @@ def test_a_run_from_a_model_that_is_tied_already_goes_on_as_any(folders, tmp_pat
     shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "run" / "uptrain")]).output
     said = f"recipe, replan {place / 'small'}: kv_budget 0.6, kv_window 16, calibrate_tokens 256"
     assert "".join(said.split()) in "".join(shown.split())  # wherever lines end
+    assert made["init"]["folded_norms"] == [] and "foldednorms;" not in "".join(shown.split())
 
 
 def test_a_run_of_one_step_learns_something(folders, tmp_path):
