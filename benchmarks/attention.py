@@ -2,20 +2,25 @@
 
     python benchmarks/attention.py MODEL --calibrate-on TEXT --text TEXT [--text TEXT …] --work FOLDER
                                    [--context 8192] [--windows 1] [--budget 0.2] [--speed-context 4096] [--rows ROW …]
+                                   [--train-tokens 200k --data TEXT … [--train-context 2048] [--set FIELD=VALUE …]]
 
 KL and loss against the dense model on windows of --context tokens of each text (its last fifth, from which nothing was
 chosen), at every fourth position from a quarter of the window on; and of pass keys hidden at five depths of
 --passkey-length tokens, how many are found, and the mean negative log likelihood of their tokens. With --speed-context,
-tokens a second of reading so many and of saying more behind them, over the full one's, in turn. Nothing is trained.
+tokens a second of reading so many and of saying more behind them, over the full one's, in turn. With --train-tokens,
+each row is also uptrained on so many tokens of --data, the same in the same order, at `uptrain`'s rate for the loss
+that the row has (--set learning_rate: for all), and measured again.
 From the third row on the same heads see everything: those that windows cost most. Every row has the bytes of the budget
 at --context tokens, but for the full one and the control that has fewer.
 
 FOLDER keeps what was measured of the heads and the rows that are done, so that a run can be broken off, or given other
---rows later; other settings take another FOLDER. The table has all rows that are there.
+--rows later; other settings take another FOLDER. The table has all rows that are there. A training that was broken off
+goes on.
 """
 
 import argparse
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -25,22 +30,27 @@ from statistics import median
 
 import linear
 import torch
-from common import add_dtype
+from common import add_dtype, place_of, recipe_of_run, run
 from torch import Tensor
 from transformers import AutoTokenizer, DynamicCache
 from windows import log_probabilities, recursive, texts, with_plan
 
+from rrtc import api
 from rrtc.attention import Attention
 from rrtc.eval.passkey import Probe, make_probes
 from rrtc.init import windows as choosing
 from rrtc.init.calibrate import calibrate
 from rrtc.init.job import prepare
-from rrtc.io.folder import whole_file
+from rrtc.io.folder import copy_companions, whole_file, whole_folder
+from rrtc.io.provenance import PROVENANCE, read_provenance
 from rrtc.kv_budget import Head, KindLosses, KvBudget, cheapest, predicted
+from rrtc.model import RrtForCausalLM
 from rrtc.plan import Plan
 from rrtc.recipe.init import InitRecipe
 from rrtc.recipe.schema import Recipe
 from rrtc.stock.streamed import StreamedModel
+from rrtc.units import parse_count
+from rrtc.uptrain.rate import default_rate
 
 
 @dataclass(frozen=True)
@@ -196,6 +206,26 @@ def speeds(full, model, context: int) -> dict[str, float]:
     return {name: median(found) for name, found in ratios.items()}
 
 
+def trained(args: argparse.Namespace, name: str, model: RrtForCausalLM, lost: float) -> tuple[RrtForCausalLM, dict]:
+    """(`model`, uptrained; what its training took). lost: nats a token that the row has lost."""
+    base, start = args.work / "base", place_of(args.work, name)
+    target = start.with_name(f"{start.name}-healed")
+    if not base.exists():
+        api.init(args.model, base, budget=1, measure_tokens=0)
+    if not start.exists():
+        with whole_folder(start) as folder:
+            model.save_pretrained(folder)
+            copy_companions(base, folder)
+            shutil.copyfile(base / PROVENANCE, folder / PROVENANCE)
+    rate = default_rate(max(lost, 0), args.batch_size * args.train_context)
+    values = {"learning_rate": rate, "batch_size": args.batch_size, "micro_batch": 1, "tokens": args.train_tokens}
+    values["context"] = args.train_context
+    run(start, target, recipe_of_run(args, values))
+    took = read_provenance(target)["measured"]["uptrain"]
+    healed = RrtForCausalLM.from_pretrained(target, dtype=args.dtype).eval()
+    return healed, {name: took[name] for name in ("tokens", "seconds", "learning_rate", "first_kl", "last_kl")}
+
+
 def places(context: int) -> Tensor:
     return torch.arange(context // 4, context - 1, 4)
 
@@ -212,6 +242,25 @@ def table(rows: dict[str, dict]) -> None:
               f"| {row['key_loss']:.3f} | {fast} |", flush=True)  # fmt: skip
 
 
+def table_of_trained(rows: dict[str, dict]) -> None:
+    print(
+        "\n| after training | rate | seconds | KL | loss | keys found | loss of keys |\n|---|---|---|---|---|---|---|"
+    )
+    for name, row in ((name, rows[name]["trained"]) for name in ROWS if "trained" in rows.get(name, {})):
+        print(f"| {name} | {row['learning_rate']:.1e} | {row['seconds']:.0f} | {row['kl']:.4f} | {row['loss']:+.4f} "
+              f"| {row['keys']} | {row['key_loss']:.3f} |", flush=True)  # fmt: skip
+
+
+def whole(row: dict | None, args: argparse.Namespace) -> bool:
+    """Whether nothing of it is left to be measured. The dense model has nothing to learn from itself."""
+    return row is not None and (not args.train_tokens or "trained" in row or row["kv"] == 1)
+
+
+def keep(done: dict, file: Path) -> None:
+    with whole_file(file) as temporary:
+        temporary.write_text(json.dumps(done, indent=1))
+
+
 def main(args: argparse.Namespace) -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     settings = {name: str(value) for name, value in vars(args).items() if name not in ("work", "rows")}
@@ -219,7 +268,7 @@ def main(args: argparse.Namespace) -> None:
     done = json.loads(file.read_text()) if file.exists() else {"settings": settings, "rows": {}}
     if done["settings"] != settings:
         sys.exit(f"{args.work} holds rows that were made with other settings. Name another --work.")
-    if missing := [name for name in args.rows if name not in done["rows"]]:
+    if missing := [name for name in args.rows if not whole(done["rows"].get(name), args)]:
         found = measured(args)
         base, stock = recursive(args, found.full)
         tokenizer, at = AutoTokenizer.from_pretrained(args.model), places(args.context)
@@ -230,15 +279,22 @@ def main(args: argparse.Namespace) -> None:
             model = with_plan(base, plan)
             if name in linear.ROWS:
                 linear.ROWS[name][1](model, found.text, args.work / "maps.pt")
-            row = measure(model, plan, reference, probes, args.context)
-            if args.speed_context:
-                row |= speeds(base, model, args.speed_context)
-            known = name not in (ALL_ALIKE, *linear.ROWS)  # whose windows or fit were not measured
-            done["rows"][name] = row | {"predicted": found.predicted(plan) if known else None}
-            with whole_file(file) as temporary:
-                temporary.write_text(json.dumps(done, indent=1))
-            print(name, done["rows"][name], flush=True)
+            if name not in done["rows"]:
+                row = measure(model, plan, reference, probes, args.context)
+                if args.speed_context:
+                    row |= speeds(base, model, args.speed_context)
+                known = name not in (ALL_ALIKE, *linear.ROWS)  # whose windows or fit were not measured
+                done["rows"][name] = row | {"predicted": found.predicted(plan) if known else None}
+                keep(done, file)
+            row = done["rows"][name]
+            if not whole(row, args):
+                healed, took = trained(args, name, model, row["loss"])
+                row["trained"] = took | measure(healed, plan, reference, probes, args.context)
+                keep(done, file)
+            print(name, row, flush=True)
     table(done["rows"])
+    if args.train_tokens:
+        table_of_trained(done["rows"])
 
 
 if __name__ == "__main__":
@@ -255,5 +311,10 @@ if __name__ == "__main__":
     parser.add_argument("--passkey-length", type=int, default=2000)
     parser.add_argument("--passkey-trials", type=int, default=1)
     parser.add_argument("--speed-context", type=int, default=0, metavar="TOKENS", help="by default no speeds")
+    parser.add_argument("--train-tokens", type=parse_count, default=0, help="by default nothing is trained")
+    parser.add_argument("--data", action="append", default=[], metavar="TEXT", help="to train on")
+    parser.add_argument("--train-context", type=int, default=2048)
+    parser.add_argument("--batch-size", type=int, default=2, help="windows of a step of training")
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="of uptrain, for all rows")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help="by default all")
     main(parser.parse_args())

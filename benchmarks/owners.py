@@ -32,6 +32,7 @@ from rrtc.model.owner_rrt import Look, OwnerRule
 from rrtc.plan import Plan
 
 MAPPED = {"moved": (False, False), "keys mapped": (True, None), "mapped": (True, True)}  # by name: see Maps
+SHARD = 4 * 10**9  # bytes of a file, at most
 RIDGE = 1e-2  # of the mean square of an input
 
 
@@ -150,7 +151,7 @@ def main(args: argparse.Namespace) -> None:
     for name, plan in ways if args.folders is not None else ():
         folder = args.folders / name.replace(" ", "-")
         folder.mkdir(parents=True)
-        copy_with_plan(source, plan, folder)
+        copy_with_plan(source, plan, folder, SHARD)
         shutil.copyfile(args.model / PROVENANCE, folder / PROVENANCE)
 
 

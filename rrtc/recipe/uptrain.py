@@ -42,7 +42,13 @@ class UptrainRecipe(Section):
         description="Documents in a window do not attend to each other. Slower, and rarely how models are made.",
     )
     batch_size: int = Field(2, ge=1, le=10**6, description="Windows in one optimizer step, over all processes.")
-    micro_batch: int = Field(2, ge=1, le=10**6, description="Windows in one forward pass of one process.")
+    micro_batch: int | None = Field(
+        None,
+        ge=1,
+        le=10**6,
+        description="Windows in one forward pass of one process; by default 2, or 1 where batch_size cannot be divided "
+        "so.",
+    )
     optimizer: Literal["adamw", "muon"] = Field(
         "adamw",
         validation_alias=AliasChoices("optimizer", "optimiser"),  # the second as recipes of rrtc 0.1 spell it
@@ -214,7 +220,7 @@ class UptrainRecipe(Section):
 
     @model_validator(mode="after")
     def _whole_batch(self) -> "UptrainRecipe":
-        if self.batch_size % self.micro_batch:
+        if self.micro_batch is not None and self.batch_size % self.micro_batch:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batch {self.micro_batch}")
         return self
 

@@ -35,6 +35,8 @@ from rrtc.uptrain.rate import EXITS, TRANSFER, default_rate, lost_by
 from rrtc.uptrain.stability import branches_of, with_gains
 from rrtc.uptrain.teacher_cache import TeacherCache
 
+MICRO_BATCH = 2  # where the recipe does not say it
+
 # What may change between the start of a run and its continuation: it changes the cost of a step, not its result.
 FREE_ON_RESUME = ("micro_batch", "activation_checkpointing", "fsdp", "save_every", "report_to")
 
@@ -42,7 +44,8 @@ FREE_ON_RESUME = ("micro_batch", "activation_checkpointing", "fsdp", "save_every
 @dataclass(frozen=True)
 class Job:
     """What is trained, from whom and on what. `dtype` is the dtype of the folder's weights, `arithmetic`
-    that of the computations, and `accumulation` how many micro-batches of one process make a step.
+    that of the computations; `micro_batch` windows are in a forward pass of one process, and `accumulation` passes make
+    its part of a step.
 
     `taught_by` has the `uri` and the `sha256` of the dense model that is learned from; None where there is none.
     `teacher` is that model where it has to be run, and None where `cache` has all that it would say. `inputs` are the
@@ -61,6 +64,7 @@ class Job:
     cache: TeacherCache | None
     text: Mixture
     steps: int
+    micro_batch: int
     accumulation: int
     arithmetic: str
     inputs: Unchanged
@@ -139,7 +143,7 @@ class Job:
         recipe["teacher_cache"] = self.cache is not None  # it may have moved
         if self.recipe.regularizers.get("bmi") or self.recipe.exits == "joint":
             # The first compares the windows of a micro-batch with each other; the second has ratios of its means.
-            recipe["micro_batch"] = self.recipe.micro_batch
+            recipe["micro_batch"] = self.micro_batch
         return {
             "recipe": recipe,
             "arithmetic": self.arithmetic,  # which `precision: auto` leaves to the machine
@@ -199,12 +203,7 @@ def prepare(folder: Path, recipe: UptrainRecipe, most_steps: int | None = None) 
         writer = _teacher(folder, recipe, config, tokenizer)
 
     processes = process_group().num_processes
-    if recipe.batch_size % (recipe.micro_batch * processes):
-        raise WrongUsage(
-            f"A batch_size of {recipe.batch_size} cannot be divided into micro-batches of {recipe.micro_batch} on "
-            f"{processes} processes.",
-            f"Make batch_size a multiple of {recipe.micro_batch * processes}, or change micro_batch.",
-        )
+    micro_batch = _micro_batch(recipe, processes)
     context = longest_context(config, recipe.context)
     if context < recipe.context:
         warn(f"The context is {context} tokens: the model cannot see {recipe.context}.")
@@ -232,7 +231,8 @@ def prepare(folder: Path, recipe: UptrainRecipe, most_steps: int | None = None) 
         cache=cache,
         text=text,
         steps=steps,
-        accumulation=recipe.batch_size // (recipe.micro_batch * processes),
+        micro_batch=micro_batch,
+        accumulation=recipe.batch_size // (micro_batch * processes),
         arithmetic=arithmetic,
         inputs=inputs,
         branches=branches,
@@ -272,6 +272,18 @@ def check_reporter(name: str) -> None:
     """Raises RrtcError where the tracker `name` is not installed."""
     if name != "none" and not getattr(integration_utils, f"is_{name}_available")():
         raise RrtcError(f"The package {name} is not installed.", f"Install it: pip install {name}")
+
+
+def _micro_batch(recipe: UptrainRecipe, processes: int) -> int:
+    """Windows in one forward pass of each of so many processes. Raises WrongUsage where they do not make a batch."""
+    asked, most = recipe.micro_batch, MICRO_BATCH if recipe.batch_size % (MICRO_BATCH * processes) == 0 else 1
+    if recipe.batch_size % ((asked or most) * processes):
+        in_passes = f" into micro-batches of {asked}" if asked is not None else ""
+        raise WrongUsage(
+            f"A batch_size of {recipe.batch_size} cannot be divided{in_passes} on {processes} processes.",
+            f"Make batch_size a multiple of {(asked or 1) * processes}{', or change micro_batch' if asked else ''}.",
+        )
+    return asked or most
 
 
 def _taught_by(provenance: dict, recipe: UptrainRecipe) -> dict:

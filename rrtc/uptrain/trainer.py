@@ -265,7 +265,7 @@ def arguments(job: Job, steps: int, output: Path, save: bool) -> TrainingArgumen
     arguments = TrainingArguments(
         output_dir=str(output),
         max_steps=steps,
-        per_device_train_batch_size=recipe.micro_batch,
+        per_device_train_batch_size=job.micro_batch,
         gradient_accumulation_steps=job.accumulation,
         train_sampling_strategy="sequential",  # the Stream is in order already
         remove_unused_columns=False,

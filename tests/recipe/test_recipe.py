@@ -115,7 +115,7 @@ def test_a_misspelled_key_names_the_nearest_valid_one(tmp_path, text, key, hint)
         ("uptrain: {losses: {forward_lk: 1}}", "there is no loss 'forward_lk'. Did you mean 'forward_kl'?"),
         ("uptrain: {losses: {forward_kl: -1}}", "the weight of forward_kl is -1.0"),
         ("uptrain: {losses: {forward_kl: much}}", "'uptrain.losses.forward_kl' is wrong"),
-        ("uptrain: {batch_size: 9}", "batch_size 9 is not a multiple of micro_batch 2."),
+        ("uptrain: {batch_size: 9, micro_batch: 2}", "batch_size 9 is not a multiple of micro_batch 2."),
         ("eval: {context: 4}", "'eval.context' is wrong"),
     ],
 )

@@ -566,6 +566,14 @@ def test_batch_must_divide_over_the_processes(rrt, monkeypatch):
     monkeypatch.setattr(job, "process_group", Three)
     with pytest.raises(RrtcError, match="batch_size of 4 cannot be divided into micro-batches of 2 on 3 processes"):
         prepare(rrt, settings().uptrain)
+    with pytest.raises(RrtcError, match="batch_size of 4 cannot be divided on 3 processes"):
+        prepare(rrt, settings(micro_batch=None).uptrain)
+
+
+@pytest.mark.parametrize(("batch_size", "micro_batch", "accumulation"), [(1, 1, 1), (3, 1, 3), (6, 2, 3)])
+def test_a_batch_of_any_size_is_divided_where_nobody_says_how(rrt, batch_size, micro_batch, accumulation):
+    job = prepare(rrt, settings(batch_size=batch_size, micro_batch=None).uptrain)
+    assert (job.micro_batch, job.accumulation) == (micro_batch, accumulation)
 
 
 # -- estimate and display
