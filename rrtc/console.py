@@ -40,6 +40,7 @@ def _console(stderr: bool = False, quiet: bool = False) -> Console:
 results = _console(quiet=not is_first_process)
 notes = _console(stderr=True, quiet=not is_first_process)
 _phases: "Progress | None" = None  # what is going on, where that is several kinds of work in a row
+_said: set[str] | None = None  # in a block of `said_once`
 # Control characters, those that turn the direction of writing, and bytes of a file's name that are no text.
 CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 NOT_ON_A_PAGE = re.compile(f"(?![\\n\\t]){CONTROLS.pattern}")  # those that a text of several lines has no use for
@@ -125,14 +126,37 @@ def quiet_downloads() -> Iterator[None]:
             utils.enable_progress_bars()
 
 
+@contextmanager
+def said_once() -> Iterator[None]:
+    """A note or a warning that comes again in the block is not shown again: runs of a sweep have much in common."""
+    global _said
+    before, _said = _said, set()
+    try:
+        yield
+    finally:
+        _said = before
+
+
+def _is_new(text: str) -> bool:
+    """Whether `text` is to be shown; it is remembered in a block of `said_once`."""
+    if _said is None:
+        return True
+    known = text in _said
+    _said.add(text)
+    return not known
+
+
 def note(text: str) -> None:
     """One line about what is going on, on stderr."""
-    notes.print(Text(visible(text), "dim"))
+    if _is_new(text):
+        notes.print(Text(visible(text), "dim"))
 
 
 def warn(text: str) -> None:
     """One line the user should not miss: on stderr, or, where no notes are shown, an RrtcWarning, which a program can
     filter, or make an error."""
+    if not _is_new(text):
+        return
     if not notes.quiet:
         show_warning(text)
     elif is_first_process:

@@ -67,8 +67,9 @@ def test_the_dry_run_of_a_sweep_is_a_row_for_each_run(recipe):
     model = load_recipe(str(recipe)).model
     sizes = [run["plan"]["params_total"] for run in found.values()]
     assert sizes == [api.plan(model, rank=r, loops=n)["params_total"] for r in (0, 4) for n in (2, 3)]
-    shown = rrtc(*given).stdout
-    assert all(name in shown for name in found)
+    shown = rrtc(*given)
+    assert all(name in shown.stdout for name in found)
+    assert shown.stderr.count("will this one be. --dtype") == 1  # of four runs that have the same to say
 
 
 def test_the_papers_recipes_plan_any_model_from_anywhere(recipe, tmp_path, monkeypatch):

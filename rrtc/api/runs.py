@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from rrtc import runs
 from rrtc.api.call import Place, RecipeLike, check_one_process, home, recipe_of, work
-from rrtc.console import quiet_libraries
+from rrtc.console import quiet_libraries, said_once
 from rrtc.errors import WrongUsage
 from rrtc.io.folder import check_target
 from rrtc.recipe.schema import Recipe
@@ -54,7 +54,8 @@ def sweep(
     if not resume:
         check_target(target)
     with work(verbose, f"Reading {asked.model}", heavy=False):
-        check_sweep(recipes, target)
+        with said_once():
+            check_sweep(recipes, target)
         with quiet_libraries():
             return cast(SweepResult, sweep_recipes(recipes, target, all(name.startswith("uptrain.") for name in over)))
 
@@ -68,7 +69,7 @@ def plan_run(
     and the steps of the training. No weights are read."""
     asked = _recipe_of_run(recipe, tokens, model, settings)
     recipes = sweep_of(asked, over, "the sweep") if over else {"run": asked}
-    with work(verbose, f"Reading {asked.model}", heavy=False):
+    with work(verbose, f"Reading {asked.model}", heavy=False), said_once():
         return {name: runs.plan_run(one) for name, one in recipes.items()}
 
 
