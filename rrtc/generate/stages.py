@@ -136,11 +136,10 @@ class Stages:
         Raises RrtcError where the attention of a layer cannot be told which keys to see, or where it sees them in a way
         of its own.
         """
-        self.model, self.layers = model, decoder_layers(model)
+        self.model, self.layers, self._model_type = model, decoder_layers(model), model.config.model_type
         self.attentions = [attention_of(_stock(layer)) for layer in self.layers]
         if None in self.attentions:
-            kind = model.config.model_type
-            raise RrtcError(f"The attention of this '{kind}' model cannot be told which keys to see.")
+            raise self._no_kernel()
         self.rules = stage_rules(model.config)
         order = _order(model) if by_depth else None
         self.prelude, self.body, self.loops = order or ((), tuple(range(len(self.layers))), 1)
@@ -154,8 +153,12 @@ class Stages:
         self.store: Store | None = None
         self._names = list(inspect.signature(type(_stock(self.layers[0])).forward).parameters)[1:]
         self._wrap = lambda states: states
+        self._asked = False  # the kernel, in the layer that runs
         self._made = {place: self._stage(place) for place in (*self.prelude, *self.body, *self.coda)}
         self._forwards = {layer: partial(self._run, place) for place, layer in enumerate(self.layers)}
+
+    def _no_kernel(self) -> RrtcError:
+        return RrtcError(f"The attention of this '{self._model_type}' model cannot be told which keys to see.", INSTEAD)
 
     def new_store(self, rows: int, context: int, most: int) -> Store:
         """Room for requests; see `Store`. Raises RrtcError as `check_context` does."""
@@ -181,6 +184,10 @@ class Stages:
                     logits = self.model(**given).logits[:, 0]
                 else:  # the head is a large part of a small model
                     logits = self.model.base_model(**given)[0][:0, 0]
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # of stock code that counts on as many tokens after a layer as before it
+            raise RrtcError(f"The engine cannot run this '{self._model_type}' model: {error}.", INSTEAD) from error
         finally:
             self.step = self.store = None
         sizes = [len(span.positions[span.reads]) if span.reads is not None else 0 for span in step.spans]
@@ -223,6 +230,7 @@ class Stages:
         return torch.cat([hidden[: within.start], done, hidden[within.stop :]])
 
     def _layer(self, place: int, hidden: Tensor, given: dict) -> Tensor:
+        self._asked = False
         output = self._made[place](hidden, **given)
         if not isinstance(output, Tensor):
             self._wrap = lambda states, beside=output[1:]: (states, *beside)
@@ -279,7 +287,11 @@ class Stages:
         self, made: nn.Module, places: list[int], query: Tensor, key: Tensor, value: Tensor, **kwargs
     ) -> Tensor:
         """Attention of all running spans, each over its own row. query, key, value: (tokens, heads, 1, width); returns
-        (tokens, 1, heads, width)."""
+        (tokens, 1, heads, width). Raises RrtcError where they are of other forms, or the layer has been here before:
+        then what goes into the store is not all that the layer keeps."""
+        if self._asked or {query.dim(), key.dim(), value.dim()} != {4} or key.shape[:3] != value.shape[:3]:
+            raise self._no_kernel()
+        self._asked = True
         chosen = made.config.stock._attn_implementation
         run = ALL_ATTENTION_FUNCTIONS.get_interface(chosen if chosen in MASKED_KERNELS else "sdpa", eager_kernel(made))
         query, key, value = (tensor.squeeze(2).transpose(0, 1)[None] for tensor in (query, key, value))

@@ -188,6 +188,7 @@ class Sight:
 
     def __init__(self, rule: Rule, mask: Tensor | None, start: Tensor | None, past: int, kept: KeptLayer | None):
         self.rule, self.mask, self.start, self.past, self.kept = rule, mask, start, past, kept
+        self.asked = False
 
     def attend(self, run: Callable, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, adds_mask: bool,
                **kwargs) -> tuple[Tensor, Tensor | None]:  # fmt: skip
@@ -195,7 +196,9 @@ class Sight:
         the one that the user chose. adds_mask: whether it takes masks to be added, not bool ones."""
         if self.kept is None and key.shape[2] <= self.rule.window:  # which is everything
             return run(module, query, key, value, self.mask, **kwargs)
-        parts = self._parts(key, value)
+        if self.kept is not None and self.asked:  # what it would be given is not what the cache has
+            raise ValueError(f"a {type(module).__name__} calls its kernel more than once, which a window cannot be for")
+        self.asked, parts = True, self._parts(key, value)
         each, output, weights = query.shape[1] // key.shape[1], None, None
         for part, see in zip(parts, (self._far, partial(self.rule.near, self)), strict=True):
             if part is None:
@@ -209,7 +212,7 @@ class Sight:
             if output is None:
                 output = found.new_empty(*found.shape[:2], query.shape[1], found.shape[3])
                 weights = None if weight is None else weight.new_empty(*query.shape[:3], weight.shape[3])
-            output[:, :, places] = found
+            output[:, :, places] = found.to(output.dtype)  # under autocast, kernels differ in that
             if weights is not None:
                 weights[:, places] = weight.to(weights.dtype)
         if self.kept is not None:

@@ -36,9 +36,10 @@ def draw(heads: int, features: int, width: int, seed: int) -> Tensor:
     lengths of Gaussian vectors (arXiv 2009.14794, §3.4)."""
     generator = torch.Generator().manual_seed(seed)
     shape, blocks = (heads, features, width), -(-features // width)
-    gaussian = torch.randn(heads, blocks, width, width, generator=generator, device="cpu")
+    made = {"generator": generator, "device": "cpu", "dtype": torch.float32}  # whatever a model is loaded in
+    gaussian = torch.randn(heads, blocks, width, width, **made)
     turned = torch.linalg.qr(gaussian)[0].mT.flatten(1, 2)[:, :features]
-    return turned * torch.randn(shape, generator=generator, device="cpu").norm(dim=-1, keepdim=True)
+    return turned * torch.randn(shape, **made).norm(dim=-1, keepdim=True)
 
 
 @dataclass(frozen=True)

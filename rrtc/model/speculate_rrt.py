@@ -134,6 +134,8 @@ def _can_be_halved(model, input_ids) -> bool:
     replaced = type(model).forward is not RrtForCausalLM.forward or any(
         "forward" in vars(module) for module in (model, model.stock, model.stock.base_model)
     )
+    # Nor would it be given what stands in for the inputs, such as the prompt that PEFT has learnt.
+    replaced = replaced or model.prepare_inputs_for_generation != model.stock.prepare_inputs_for_generation
     # And what an early half says beyond a window would need the late one first, where visits read later ones.
     reads = any((visit.get("attention") or {}).get("owner") for visit in model.config.visits)
     watched = reads or model._forward_hooks or model._forward_pre_hooks

@@ -104,10 +104,12 @@ class Trial:
     @torch.no_grad()
     def gain_offset(self, norm: str) -> float:
         """c where the norm multiplies by (weight + c): read off its outputs at weight 0 and at weight 1."""
-        module = self.layer.get_submodule(norm)
+        module, given = self.layer.get_submodule(norm), []
+        with watching(inputs={module: given.append}):  # in an FFN its width is not the layer's
+            self.run()
         zeros = {name: torch.zeros(parameter.shape) for name, parameter in module.named_parameters()}
         at_zero, at_one = (
-            functional_call(module, zeros | {"weight": torch.full_like(zeros["weight"], value)}, (self.states,))
+            functional_call(module, zeros | {"weight": torch.full_like(zeros["weight"], value)}, (given[0],))
             for value in (0.0, 1.0)
         )
         return round((at_zero.norm() / (at_one - at_zero).norm()).item(), 3)
@@ -118,19 +120,19 @@ class Trial:
         expected, output = self.run(reference(self.tensors)), self.run(transform(self.tensors))
         return (output - expected).abs().max().item() <= TOLERANCE * expected.abs().max().item()
 
-    def caps_scores(self) -> bool:
-        """Whether the attention of the layer caps its scores."""
-        caps: list[float | None] = []
+    def kernel_calls(self) -> list[dict]:
+        """What the attention calls its kernel with beside tensors, each time that it does in one pass of the layer."""
+        calls: list[dict] = []
 
         class Watched(Sight):
             def attend(self, run, module, query, key, value, adds_mask, **kwargs):
-                caps.append(kwargs.get("softcap"))
+                calls.append(kwargs)
                 return super().attend(run, module, query, key, value, adds_mask, **kwargs)
 
         if attention_of(self.layer) is not None:
             with self.parts.attending(0, Rule(TRIAL_TOKENS, 0, ()), Watched):
                 self.run()
-        return any(cap is not None for cap in caps)
+        return calls
 
     @torch.no_grad()
     def branches(self) -> list[Branch]:
@@ -224,7 +226,14 @@ def _is_exact(trial: Trial, fold: Fold) -> bool:
 
 def check_kinds(config: PreTrainedConfig, kinds: Collection[str]) -> None:
     """Raises WrongUsage where the attention of `config` cannot have one of these: kv_kinds of the recipe."""
-    if "linear" in kinds and Trial(config).caps_scores():
+    calls = Trial(config).kernel_calls()
+    if len(calls) > 1:
+        raise WrongUsage(
+            f"The attention of this '{config.model_type}' model calls its kernel {len(calls)} times in a layer, and "
+            "cannot be told which keys to see.",
+            "Leave out --kv-budget.",
+        )
+    if "linear" in kinds and any(call.get("softcap") is not None for call in calls):
         raise WrongUsage(
             f"The attention of this '{config.model_type}' model caps its scores, which linear attention cannot.",
             "Leave linear out of --kv-kinds.",

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from pico import pico_model, pico_tokenizer
+from pico import COMMON, pico_model, pico_tokenizer
 from recursive_models import (
     double,
     everywhere,
@@ -19,7 +19,7 @@ from recursive_models import (
     tokens,
 )
 from scipy.stats import chisquare
-from transformers import PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from rrtc.errors import RrtcError, WrongUsage
 from rrtc.generate.choice import choose
@@ -341,6 +341,20 @@ def test_the_context_ends_an_answer_and_says_so():
     engine.run()
     assert len(request.said) == 4 and request.ended == "context"
     assert request.said == by_transformers(double("llama"), PROMPTS[0])[:4]
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("diffllama", "The attention of this 'diffllama' model cannot be told which keys to see."),  # two kernels
+        ("gpt_bigcode", "The engine cannot run this 'gpt_bigcode' model: shape "),
+    ],
+)
+def test_models_whose_code_counts_on_what_is_not_so_are_refused(kind, says):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**COMMON)).eval()
+    with pytest.raises(RrtcError, match=says):
+        by_engine(Engine(model, context=CONTEXT))
 
 
 def test_what_cannot_be_answered_is_refused_and_others_go_on():

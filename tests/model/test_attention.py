@@ -10,9 +10,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from pico import ARCHITECTURES, VOCABULARY, pico_config
+from pico import ARCHITECTURES, COMMON, VOCABULARY, pico_config
 from recursive_models import assert_equal, randomize, recursive, written_out
-from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers import AutoModelForCausalLM, DiffLlamaConfig, DynamicCache, StaticCache
 from windowed import cropped, drawn_by_lot, live_bytes, mask_of_each_head, padded
 
 from rrtc.attention import Attention, Landmark
@@ -303,6 +303,15 @@ def test_kernels_that_take_no_mask_are_refused():
     model = copy.deepcopy(local("llama"))
     model.set_attn_implementation("flex_attention")
     with pytest.raises(ValueError, match="needs the kernel sdpa or eager, and not flex_attention"):
+        model(ids())
+
+
+def test_with_a_cache_a_kernel_that_is_called_twice_is_refused():
+    config = DiffLlamaConfig(**COMMON)
+    plan = make_plan(read_architecture(config), InitRecipe(rank=3))
+    plan = replace(plan, visits=tuple(replace(visit, attention=Attention(9, 3)) for visit in plan.visits))
+    model = randomize(RrtForCausalLM(RrtConfig.of(plan, config)))
+    with pytest.raises(ValueError, match="a DiffLlamaAttention calls its kernel more than once"):
         model(ids())
 
 

@@ -55,6 +55,16 @@ def model_of(architecture: str, features: int = FEATURES) -> RrtForCausalLM:
     return model.eval()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_it_can_be_saved_and_loaded_in_16_bits(dtype, tmp_path):
+    model = copy.deepcopy(model_of("llama")).to(dtype)
+    model.save_pretrained(tmp_path)
+    again = RrtForCausalLM.from_pretrained(tmp_path)
+    assert again.dtype == dtype
+    assert all(map(torch.equal, model.state_dict().values(), again.state_dict().values()))
+    assert again(ids()).logits.isfinite().all()
+
+
 @functools.cache
 def ids() -> torch.Tensor:
     return torch.randint(3, VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(1))
@@ -239,6 +249,16 @@ def test_eager_attention_runs_in_every_dtype(dtype):
     rounding = (model(ids(), use_cache=False).logits - exact).abs().max()
     model.set_attn_implementation("eager")
     assert (model(ids(), use_cache=False).logits - exact).abs().max() < 2 * rounding + 1e-3
+
+
+@three
+def test_under_autocast_it_learns(architecture):
+    model = copy.deepcopy(model_of(architecture))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(ids(), labels=ids(), use_cache=False)
+    found.loss.backward()
+    assert (found.logits - at_once(architecture)).abs().mean() < 0.1 * at_once(architecture).abs().mean()
+    assert all(p.grad.isfinite().all() and p.grad.any() for n, p in model.named_parameters() if ".linear." in n)
 
 
 def test_maps_learn_and_are_saved(tmp_path):

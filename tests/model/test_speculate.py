@@ -130,6 +130,21 @@ def test_an_exit_that_is_always_right_saves_passes_through_the_later_layers(arch
     assert passes["early"] <= new and passes["late"] < new / 2
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks for it by that name
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
+def test_what_peft_puts_before_the_prompt_is_heard(kind, guessing):
+    import peft
+
+    torch.manual_seed(1)
+    settings = getattr(peft, kind)(task_type=peft.TaskType.CAUSAL_LM, num_virtual_tokens=5)
+    model = peft.get_peft_model(with_exit(), settings).eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter)
+    found = [model.generate(input_ids=tokens(1, 11), **SETTINGS, speculate=guesses) for guesses in (False, None)]
+    assert torch.equal(*found) and not torch.equal(found[0], plain(with_exit(), tokens(1, 11), **SETTINGS))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_with_the_judgment_that_users_have_it_says_the_same(dtype):
     for model in (with_exit("gemma3"), idle_after_the_exit(with_exit("gemma3"))):

@@ -1,9 +1,11 @@
 """What one layer on random weights tells of an architecture."""
 
 import pytest
-from pico import EVERY_ARCHITECTURE, pico_config
+from pico import COMMON, EVERY_ARCHITECTURE, pico_config
+from transformers import BitNetConfig, DiffLlamaConfig
 
-from rrtc.stock.trial import find_folds, find_neurons
+from rrtc.errors import WrongUsage
+from rrtc.stock.trial import check_kinds, find_folds, find_neurons
 
 FUSED = {"phi3": ("mlp.gate_up_proj",), "gpt2": ("mlp.c_fc",), "gpt_neox": ("mlp.dense_h_to_4h",)}
 READERS = {"gpt2": "mlp.c_proj", "gpt_neox": "mlp.dense_4h_to_h"}
@@ -19,3 +21,14 @@ def test_every_architecture_has_neurons_and_norms_that_can_be_folded(architectur
     folds, _ = find_folds(config)
     assert bool(folds) == (architecture not in AFTER_THE_BLOCKS)
     assert all(len(set(fold.readers)) == len(fold.readers) > 0 for fold in folds)
+
+
+def test_a_norm_inside_an_ffn_is_given_what_is_as_wide_as_that():
+    folds, others = find_folds(BitNetConfig(**COMMON))
+    assert "mlp.down_proj" in {reader for fold in folds for reader in fold.readers}
+    assert not others
+
+
+def test_attention_that_calls_its_kernel_twice_can_have_no_windows():
+    with pytest.raises(WrongUsage, match="'diffllama' model calls its kernel 2 times in a layer"):
+        check_kinds(DiffLlamaConfig(**COMMON), ["window"])
