@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from rrtc.api.call import Place, home, work
-from rrtc.errors import RrtcError
+from rrtc.errors import RrtcError, WrongUsage
 from rrtc.io.provenance import read_provenance
 from rrtc.io.report import read_report
 from rrtc.io.source import find_model, read_config
@@ -55,8 +55,10 @@ def load(model: Place, dtype: Any = "auto", device: Any = "cpu") -> "tuple[PreTr
 
     dtype: a torch.dtype or its name; "auto": as it is stored. The model is in eval mode. No code from the folder is
     run. To load an unexported folder with transformers alone, `import rrtc.model` first, which registers its classes.
-    Raises RrtcError where there is no such model, where its files lack a tensor, or where it has no tokenizer.
+    Raises RrtcError where there is no such model, where its files lack a tensor, or where it has no tokenizer;
+    WrongUsage for a dtype that is none, and a device that this machine does not have.
     """
+    _check_arithmetic(dtype, device)
     with work(False, ""):
         folder = find_model(home(model)).folder
         Weights(folder)  # refuses what it holds besides safetensors, and paths in its index
@@ -68,6 +70,18 @@ def load(model: Place, dtype: Any = "auto", device: Any = "cpu") -> "tuple[PreTr
         if isinstance(config, RrtConfig):
             read_plan(config)  # raises for visits that cannot be
         return load_model(folder, dtype=dtype).to(device), load_tokenizer(folder)
+
+
+def _check_arithmetic(dtype: Any, device: Any) -> None:
+    import torch
+
+    known = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not (dtype in ("auto", None) or isinstance(known, torch.dtype) and known.is_floating_point):
+        raise WrongUsage(f"A model cannot have the dtype {dtype!r}.", "auto, float32, bfloat16 and float16 are some.")
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError, TypeError) as error:  # of what torch was built without, too
+        raise WrongUsage(f"There is no device {device!r} here: {str(error).splitlines()[0]}") from error
 
 
 def tie(model: "PreTrainedModel", plan: "Plan") -> "RrtForCausalLM":

@@ -1,6 +1,6 @@
 """What a model says: in a conversation, to many prompts at once, and to whoever asks a server."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -67,8 +67,8 @@ def generate(
     Raises WrongUsage for prompts that hold nothing or more than the model can see, and for exits that the model does
     not have; RrtcError where the model cannot be found, or has no tokenizer.
     """
-    one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], dict))
-    several = cast("list[Prompt]", [prompts] if one else list(prompts))
+    given = [prompts] if isinstance(prompts, str | Mapping) or not isinstance(prompts, Iterable) else list(prompts)
+    several = cast("list[Prompt]", [given] if given and isinstance(given[0], dict) else given)
     if not several:
         raise WrongUsage("There are no prompts.")
     for number, prompt in enumerate(several, 1):

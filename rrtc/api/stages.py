@@ -87,6 +87,8 @@ def evaluate(
     of EvalRecipe. output: a new folder for the report and its page. against: the dense model, where it has moved."""
     asked = recipe_of(recipe, "eval", fields)
     sources = [home(folder) for folder in ([folders] if isinstance(folders, str | os.PathLike) else folders)]
+    if not sources:
+        raise WrongUsage("There is no folder to measure.")
     target, dense = (None if place is None else home(place) for place in (output, against))
     if target is not None:
         check_target(Path(target), *map(Path, sources), *source_folders(asked.eval.text))

@@ -30,6 +30,8 @@ def tie_in_memory(model: PreTrainedModel, plan: Plan) -> RrtForCausalLM:
     """
     if isinstance(model, RrtForCausalLM):
         raise RrtcError("This model is recursive already.", "Give the dense one.")
+    if model.get_output_embeddings() is None:
+        raise RrtcError(f"A {type(model).__name__} says no tokens.", "Load it with AutoModelForCausalLM.")
     if plan.architecture != read_architecture(model.config):
         raise WrongUsage(
             "The plan is not of this model's architecture.",

@@ -53,7 +53,8 @@ class Rule:
 
 def divided(rule: Rule, heads: int) -> tuple[list[int], list[int]]:
     """(the KV heads that see everything, the others) of so many."""
-    return list(rule.heads), [head for head in range(heads) if head not in rule.heads]
+    # Not `head not in rule.heads`: torch.compile takes numbers that were others before for symbols, and finds none in.
+    return list(rule.heads), [head for head in range(heads) if all(head != one for one in rule.heads)]
 
 
 @dataclass

@@ -30,6 +30,7 @@ class Landmark:
     count: int
     seed: int
 
+    @torch.compiler.disable  # its table is as long as the text
     def relieved_by(self, key: Tensor, first: Tensor) -> Tensor:
         """The column of the key that takes the place of `key`, which is in sight until that one leaves the window. For
         a key of a block that is passed over, and for one before the blocks, the key itself.

@@ -101,6 +101,8 @@ def _from_text(text: str, annotation: Any, name: str) -> Any:
     kinds = typing.get_args(annotation)
     if text == "none" and type(None) in kinds:
         return None
+    if annotation is str or annotation == str | None:  # which may begin with a bracket
+        return text
     if text.startswith(("[", "{")):
         try:
             return from_yaml(text)

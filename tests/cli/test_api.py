@@ -252,6 +252,12 @@ def test_a_recipe_is_where_keywords_start_from(folders, tmp_path):
         (lambda model: api.plan(model, loops="many"), "In the call, 'loops' is wrong", ""),
         (lambda model: api.plan(None), "There is no dense model", "Name it"),
         (lambda model: api.export(model, "out", private=True), "Only what is pushed can be private", "Add"),
+        (lambda model: api.evaluate([]), "There is no folder to measure", ""),
+        (lambda model: api.load(model, dtype="foo"), "A model cannot have the dtype 'foo'", "bfloat16"),
+        (lambda model: api.load(model, dtype=torch.int8), "A model cannot have the dtype torch.int8", "bfloat16"),
+        (lambda model: api.load(model, device="toaster"), "There is no device 'toaster' here: ", ""),
+        (lambda model: api.load(model, device="cuda:77"), "There is no device 'cuda:77' here: ", ""),
+        (lambda model: api.generate(model, []), "There are no prompts", ""),
     ],
 )
 def test_a_wrong_call_names_the_nearest_valid_one(call, sentence, hint, folders, tmp_path, monkeypatch):
@@ -334,6 +340,21 @@ def test_what_cannot_be_tied_in_memory(tmp_path):
     plan = make_plan(read_architecture(model.config), InitRecipe(rank=4))
     with pytest.raises(RrtcError, match="recursive already"):
         api.tie(api.tie(model, plan), plan)
+    with pytest.raises(RrtcError, match="A LlamaModel says no tokens"):
+        api.tie(model.model, plan)
+
+
+def test_one_message_is_a_conversation_and_what_is_no_prompt_is_refused(folders):
+    model = folders[0] / "healed"
+    with pytest.raises(RrtcError, match="neither text nor messages"):
+        api.generate(model, 5)
+    with pytest.raises(RrtcError, match="neither text nor messages"):
+        api.generate(model, {"content": "who?"})
+    few = {"max_tokens": 3, "temperature": 0.0}
+    message = {"role": "user", "content": "word"}
+    for one, other in ((message, [message]), ((text for text in ["word"]), ["word"])):
+        found = [[answer["text"] for answer in api.generate(model, asked, **few)["answers"]] for asked in (one, other)]
+        assert found[0] == found[1] and len(found[0]) == 1
 
 
 def test_a_tied_model_has_the_number_format_and_mode_of_the_dense_one():

@@ -306,6 +306,13 @@ def test_kernels_that_take_no_mask_are_refused():
         model(ids())
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own compiler
+@torch.no_grad()
+def test_compiled_it_computes_the_same():
+    found = torch.compile(copy.deepcopy(local("llama")), backend="eager")(ids(), use_cache=False).logits
+    assert_equal(found, at_once("llama"), 1e-4)
+
+
 def test_with_a_cache_a_kernel_that_is_called_twice_is_refused():
     config = DiffLlamaConfig(**COMMON)
     plan = make_plan(read_architecture(config), InitRecipe(rank=3))

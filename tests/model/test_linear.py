@@ -251,6 +251,13 @@ def test_eager_attention_runs_in_every_dtype(dtype):
     assert (model(ids(), use_cache=False).logits - exact).abs().max() < 2 * rounding + 1e-3
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own compiler
+@torch.no_grad()
+def test_compiled_it_computes_the_same():
+    found = torch.compile(copy.deepcopy(model_of("llama")), backend="eager")(ids(), use_cache=False).logits
+    assert_equal(found, at_once("llama"), 1e-4)
+
+
 @three
 def test_under_autocast_it_learns(architecture):
     model = copy.deepcopy(model_of(architecture))

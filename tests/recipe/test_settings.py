@@ -27,6 +27,7 @@ def recipe_with(*texts: str, recipe: Recipe | None = None) -> Recipe:
         (["uptrain.losses={next_token: 1, hidden: 2}"], "uptrain", {"losses": {"next_token": 1.0, "hidden": 2.0}}),
         (["uptrain.losses=next_token=1", "uptrain.losses=hidden=2"], "uptrain",
          {"losses": {"next_token": 1.0, "hidden": 2.0}}),
+        (["eval.prompt=[INST]hello", "eval.text_field={text"], "eval", {"prompt": "[INST]hello", "text_field": "{text"}),
         (["eval.passkey_lengths=64,128"], "eval", {"passkey_lengths": [64, 128]}),
         (["eval.passkey_lengths=[64, 128]", "eval.prompt=a = b"], "eval",
          {"passkey_lengths": [64, 128], "prompt": "a = b"}),
