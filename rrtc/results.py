@@ -168,6 +168,7 @@ class ExportResult(TypedDict):
     quantize: NotRequired[str]  # int8 or int4, or for gguf one of llama.cpp's types
     bits_per_byte: NotRequired[dict[str, float]]  # of a quantized model, on held-out text: plain, nearest, calibrated
     parts: NotRequired[dict[str, dict[str, str | int]]]  # of a quantized model: number, bytes of layers, tables, rest
+    without_window: NotRequired[int]  # gguf: the tokens that layers see, which the file says nothing of
     read_by: NotRequired[str]  # gguf: the package whose logits were compared
     llama_cpp: NotRequired[dict[str, Any] | None]  # gguf: what llama.cpp computed; None where it is not installed
     files: list[str]

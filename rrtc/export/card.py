@@ -183,6 +183,11 @@ def _attention(config: RrtConfig, exported: dict) -> str:
         )
     elif plan.features:
         sees = _windows(plan)
+    elif window := exported.get("without_window"):
+        sees = (
+            f"Everything: the file does not say that layers of the base model see {window:,} tokens. Up to that length "
+            "it is the same model; what comes behind it was not learnt so."
+        )
     else:
         sees = "What it sees in the base model."
     cache = ", ".join(f"{size(made_as.kv_bytes(config, n, dtype))} at {n:,} tokens" for n in KV_CONTEXTS)

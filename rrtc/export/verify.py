@@ -31,7 +31,7 @@ from rrtc.io.source import load_tokenizer, read_config
 from rrtc.model import RrtForCausalLM
 from rrtc.model.graft_rrt import RelaxedLinear
 from rrtc.plan import read_visits
-from rrtc.stock.architecture import attending_to_everything
+from rrtc.stock.architecture import attending_to_everything, windows_of
 from rrtc.text.windows import longest_context
 
 TEXT = "The quick brown fox jumps over the lazy dog, 1234567890 times."
@@ -56,6 +56,8 @@ class Reference:
     errors as large as those of sums in float32 move a logit.
     greedy: for a format that generates, the tokens that transformers' greedy generation adds to PROMPT tokens of the
     first row, and beside each by how much its logit surpassed the second largest.
+    frequencies: for such a format, those of the model's rotary embedding, where it has one that does no more. window:
+    the shortest that layers have in the base model; 0 where none has one.
     """
 
     ids: Tensor
@@ -64,6 +66,8 @@ class Reference:
     text_ids: list[int]
     noise: float
     greedy: list[tuple[int, float]] = ()
+    frequencies: Tensor | None = None
+    window: int = 0
 
     def allowed(self, dtype: torch.dtype) -> float:
         """The largest difference of a logit that an export in `dtype` may have."""
@@ -97,9 +101,11 @@ def reference(
             _round_when_run(model, dtype, products)
             rounded = logits_of(model, ids)
         greedy = greedy_of(model, ids[:1, :PROMPT]) if generates else ()
+        frequencies = _frequencies_of(model) if generates else None
+        window = min(filter(None, windows_of(model.config.base_config)), default=0)
         _move_when_run(model)
         noise = (logits_of(model, ids) - rounded).abs().max().item()
-    return Reference(ids, rounded, (rounded - logits).abs().max().item(), text_ids, noise, greedy)
+    return Reference(ids, rounded, (rounded - logits).abs().max().item(), text_ids, noise, greedy, frequencies, window)
 
 
 def loaded(folder: Path, there: dict, windows: bool = True) -> RrtForCausalLM:
@@ -146,6 +152,17 @@ def greedy_of(model: nn.Module, prompt: Tensor) -> list[tuple[int, float]]:
     )  # fmt: skip
     best = torch.stack(output.logits)[:, 0].float().topk(2).values
     return list(zip(output.sequences[0, prompt.shape[1] :].tolist(), (best[:, 0] - best[:, 1]).tolist(), strict=True))
+
+
+def rotary_of(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(getattr(module, "inv_freq", None), Tensor)]
+
+
+def _frequencies_of(model: nn.Module) -> Tensor | None:
+    match rotary_of(model):
+        case [one] if getattr(one, "attention_scaling", 1.0) == 1.0:
+            return one.inv_freq.float()
+    return None
 
 
 def _round_when_run(model: nn.Module, dtype: torch.dtype, products: bool) -> None:
@@ -231,12 +248,13 @@ def check_loaded(
     from_disk: bool = False,
     trust_remote_code: bool = False,
     gguf_file: str | None = None,
+    frequencies: Tensor | None = None,
 ) -> float:
     """Loads the export in `folder` in a fresh process, by `program`, and returns the largest difference of a logit.
 
     dtype: the dtype most of it is written in. hint: for the user, where it is another model. needs_tokenizer:
     whether it is a failure that transformers cannot build the tokenizer of a GGUF file. from_disk: as in `reference`.
-    gguf_file: the file's name, for that format.
+    gguf_file: the file's name, for that format. frequencies: what its rotary embedding is to have there.
 
     Raises RrtcError where the folder does not load, where a tensor is missing or left over, where the tokenizer is
     another one, where a logit differs by more than is allowed, or where greedy generation, if it is compared (with the
@@ -248,6 +266,7 @@ def check_loaded(
         "gguf_file": gguf_file,
         "trust_remote_code": trust_remote_code,
         "from_disk": from_disk,
+        "frequencies": None if frequencies is None else frequencies.tolist(),
     }
     report, logits = in_fresh_process(
         program,

@@ -4,6 +4,7 @@ RRTC_LLAMA_CPP, that the file is the model, in transformers and (where llama-cpp
 import importlib.util
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -130,6 +131,47 @@ def test_a_file_that_nobody_here_can_read_is_not_called_done(tmp_path, monkeypat
     monkeypatch.setenv(VARIABLE, converter(tmp_path / "converter", program))
     hint = refused(make_rrt(tmp_path / "rrt", **LAYERS), "transformers reads none of a 'gptneox' model, and llama-cpp")
     assert "pip install rrtc[gguf]" in hint
+
+
+ROPES = {
+    "llama3": {
+        "rope_type": "llama3", "rope_theta": 10_000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+    "linear": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0},
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@needs_converter
+@pytest.mark.parametrize("kind", ROPES)
+def test_scaled_frequencies_are_in_the_file_though_transformers_reads_none(tmp_path, kind):
+    source = known_tokenizer(make_rrt(tmp_path / "rrt", rope_parameters=ROPES[kind], **LAYERS))
+    result = stage.export(str(source), str(tmp_path / "out"), recipe(format="gguf"))
+    assert result["max_logit_difference"] < 1e-5 * result["largest_logit"]
+
+    reader = gguf.GGUFReader(next((tmp_path / "out").glob("*.gguf")))
+    factors = [torch.tensor(tensor.data) for tensor in reader.tensors if tensor.name == "rope_freqs.weight"]
+    expected = verify.reference(source, None, generates=True)
+    file = next((tmp_path / "out").glob("*.gguf"))
+    assert bool(factors) == (kind == "llama3")
+    assert torch.equal(gguf_format._frequencies(file, expected), expected.frequencies)
+    other = replace(expected, frequencies=expected.frequencies * torch.linspace(1, 1.01, len(expected.frequencies)))
+    assert gguf_format._frequencies(file, other) is None
+
+
+@pytest.mark.slow
+@needs_converter
+def test_a_window_that_the_file_says_nothing_of_is_said(tmp_path, capsys):
+    source = known_tokenizer(make_rrt(tmp_path / "rrt", "mistral", sliding_window=100, **LAYERS))
+    result = stage.export(str(source), str(tmp_path / "out"), recipe(format="gguf"))
+    assert result["without_window"] == 100
+    assert "behind the 100 tokens that layers of the model see, the file attends to" in flat(capsys.readouterr().err)
+    assert "does not say that layers of the base model see 100 tokens" in flat((tmp_path / "out/README.md").read_text())
+
+
+def flat(text: str) -> str:
+    return " ".join(text.split())
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from rrtc.console import note
+from rrtc.console import note, warn
 from rrtc.errors import RrtcError
 from rrtc.export.formats import dense, gguf_quantized
 from rrtc.export.formats.writing import Texts
@@ -37,6 +37,7 @@ from rrtc.export.verify import (
     greedy_of,
     in_fresh_process,
     logits_of,
+    rotary_of,
 )
 from rrtc.io.folder import LICENSE_FILES
 from rrtc.io.source import load_model
@@ -149,6 +150,9 @@ def _read(folder: Path, expected: Reference) -> tuple[Tensor, list[tuple[int, fl
     if _architecture(gguf_file(folder))[1]:
         name = gguf_file(folder).name
         model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32).eval()
+        frequencies = _frequencies(gguf_file(folder), expected)
+        for rotary in rotary_of(model) if frequencies is not None else ():
+            rotary.inv_freq = frequencies
         return logits_of(model, expected.ids), greedy_of(model, expected.ids[:1, :PROMPT])
     report, logits = in_fresh_process("run_gguf.py", _about(folder), expected, gguf_quantized.NOT_RUN, TOO_FAR_APART)
     return logits, [(token, 0.0) for token in report["greedy"]]
@@ -210,7 +214,8 @@ def verify(folder: Path, expected: Reference, dtype: torch.dtype, from_disk: boo
     Returns the largest difference of a logit, and how it was found: read_by (the package whose logits were compared)
     and llama_cpp: None where llama-cpp-python is not installed, otherwise its version, the largest difference of a
     logit that it computed, and how many greedy tokens it has in common with transformers, of how many; it may part
-    from transformers where two tokens were equally good. Raises RrtcError where the file is another model, and where
+    from transformers where two tokens were equally good; and without_window, where the file says nothing of a window
+    that layers have: how long that is. Raises RrtcError where the file is another model, and where
     neither package can tell.
     """
     architecture, readable = _architecture(gguf_file(folder))
@@ -224,8 +229,9 @@ def verify(folder: Path, expected: Reference, dtype: torch.dtype, from_disk: boo
     run = None
     if readable:
         difference = check_loaded(
-            folder, expected, dtype, hint=HINT, gguf_file=gguf_file(folder).name, needs_tokenizer=not installed
-        )
+            folder, expected, dtype, hint=HINT, gguf_file=gguf_file(folder).name, needs_tokenizer=not installed,
+            frequencies=_frequencies(gguf_file(folder), expected),
+        )  # fmt: skip
         read_by = "transformers"
     if installed:
         note("Running the export in llama.cpp")
@@ -234,7 +240,14 @@ def verify(folder: Path, expected: Reference, dtype: torch.dtype, from_disk: boo
         note("The file was not run in llama.cpp: llama-cpp-python is not installed ('pip install rrtc[gguf]')")
     if not readable:
         difference, read_by = run["max_logit_difference"], "llama_cpp"
-    return difference, {"read_by": read_by, "llama_cpp": run}
+    found = {"read_by": read_by, "llama_cpp": run}
+    if expected.window and not _says_window(gguf_file(folder)):
+        warn(
+            f"llama.cpp knows no window for this architecture: behind the {expected.window:,} tokens that layers of "
+            "the model see, the file attends to everything, which the model has not learnt."
+        )
+        found["without_window"] = expected.window
+    return difference, found
 
 
 def _architecture(file: Path) -> tuple[str, bool]:
@@ -244,6 +257,34 @@ def _architecture(file: Path) -> tuple[str, bool]:
 
     name = GGUFReader(file).fields["general.architecture"].contents()
     return name, name in GGUF_SUPPORTED_ARCHITECTURES
+
+
+def _frequencies(file: Path, expected: Reference) -> Tensor | None:
+    """Those of the rotary embedding, which transformers reads from no file: it leaves out how they are scaled, as in
+    Llama 3. None where `file` does not say that they are those of the model."""
+    from gguf import GGUFReader
+
+    reader, wanted = GGUFReader(file), expected.frequencies
+    name = reader.fields["general.architecture"].contents()
+    said = {key: field.contents() for key, field in reader.fields.items() if key.startswith(f"{name}.rope.")}
+    kind = said.get(f"{name}.rope.scaling.type", "none")
+    if wanted is None or kind not in ("none", "linear"):
+        return None
+    width = said.get(f"{name}.rope.dimension_count", 2 * len(wanted))
+    found = said.get(f"{name}.rope.freq_base", 10_000.0) ** (-torch.arange(0, width, 2) / width)
+    if kind == "linear":
+        found = found / said[f"{name}.rope.scaling.factor"]
+    for tensor in reader.tensors:
+        if tensor.name == "rope_freqs.weight" and len(found) == len(tensor.data):
+            found = found / torch.tensor(tensor.data)
+    same = len(found) == len(wanted) and torch.allclose(found, wanted, rtol=1e-4, atol=0)
+    return wanted if same else None
+
+
+def _says_window(file: Path) -> bool:
+    from gguf import GGUFReader
+
+    return any(key.endswith(".attention.sliding_window") for key in GGUFReader(file).fields)
 
 
 def _about(folder: Path) -> dict:

@@ -3,9 +3,10 @@
     python -P reload.py JOB.json
 
 JOB.json: folder, gguf_file (the name of the file in it that is to be read; null for safetensors), trust_remote_code,
-from_disk (whether the model must not be in memory whole), scratch (a folder that accelerate may then use), ids (rows of
-token ids), logits_to_keep (of how many tokens at their end logits are wanted), text, and the files to write: `logits`,
-safetensors with one tensor (rows, tokens, vocabulary), computed in float32, and `report`, JSON with
+from_disk (whether the model must not be in memory whole), scratch (a folder that accelerate may then use), frequencies
+(of the rotary embedding, in place of those that transformers reads; or null), ids (rows of token ids), logits_to_keep
+(of how many tokens at their end logits are wanted), text, and the files to write: `logits`, safetensors with one tensor
+(rows, tokens, vocabulary), computed in float32, and `report`, JSON with
 
     problems             the keys that were missing, unexpected or of the wrong shape on loading
     token_ids            of the text; null where transformers cannot build the tokenizer of a GGUF file
@@ -72,6 +73,9 @@ def load(auto_class, job: dict):
         **placed,
     )
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
+    for module in model.modules() if job["frequencies"] else ():
+        if isinstance(getattr(module, "inv_freq", None), torch.Tensor):
+            module.inv_freq = torch.tensor(job["frequencies"])
     problems = [f"{kind.removesuffix('_keys')} {key}" for kind in kinds for key in sorted(map(str, info[kind]))]
     return model.eval(), problems
 
