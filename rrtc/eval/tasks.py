@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
+from rrtc.console import warn
 from rrtc.errors import RrtcError, WrongUsage
 from rrtc.io.folder import file_hash
 from rrtc.recipe.eval import EvalRecipe
@@ -168,6 +169,7 @@ class Harness:
         except Exception as error:  # an item without a field, a prompt too long for the model, the task's own code
             raise RrtcError(f"The task {task.name} stopped: {_first_line(error)}") from error
         progress.reach(task.items)
+        self._say_what_was_cut_off(task)
         scores = None
         if found is not None:  # as in every process but the first of those that share the items
             samples = found["samples"][task.name]
@@ -183,6 +185,24 @@ class Harness:
 
             scores = broadcast_object_list([scores])[0]
         return scores
+
+    def _say_what_was_cut_off(self, task: Task) -> None:
+        """Warns where prompts were longer than what the model sees: the harness leaves out how they begin."""
+        most, longest = self.lm.max_length, 0
+        for request in task.loaded.instances:
+            if request.request_type == "loglikelihood":
+                tokens = len(self.lm.tok_encode("".join(request.args))) - 1  # the last one is only said
+            elif request.request_type == "generate_until":
+                answer = request.args[1].get("max_gen_toks", self.lm.max_gen_toks)
+                tokens = len(self.lm.tok_encode(request.args[0])) + answer
+            else:
+                continue  # text that is scored in windows
+            longest = max(longest, tokens)
+        if longest > most:
+            warn(
+                f"The model sees {most:,} tokens, and prompts of the task {task.name} have up to {longest:,}: how these "
+                "begin was cut off, solved examples first. Its scores are not those that others report."
+            )
 
 
 class _Progress:

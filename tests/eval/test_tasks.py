@@ -187,6 +187,23 @@ def test_a_tokenizer_that_begins_every_text_does_so_here(model, data):
     assert different
 
 
+def test_prompts_that_are_cut_off_are_told(model, data, capfd):
+    settings = recipe(data, tasks=["arc_easy"], fewshot=3, seed=4)
+    (task,), _ = find_tasks(settings)
+    harness = Harness(model, pico_tokenizer(), settings)
+    harness.run(task)
+    assert "cut off" not in capfd.readouterr().err
+    texts = ["".join(request.args) for request in task.loaded.instances]
+    longest = max(len(pico_tokenizer().encode(text, add_special_tokens=False)) for text in texts) - 1
+    harness.lm._max_length = longest
+    harness.run(task)
+    assert "cut off" not in capfd.readouterr().err
+    harness.lm._max_length = longest - 1
+    harness.run(task)
+    said = " ".join(capfd.readouterr().err.split())
+    assert f"The model sees {longest - 1} tokens, and prompts of the task arc_easy have up to {longest}: how" in said
+
+
 def test_solved_examples_come_before_an_item_and_are_never_itself(model, data):
     settings = recipe(data, tasks=["arc_easy"], fewshot=3, seed=4)
     (task,), _ = find_tasks(settings)
