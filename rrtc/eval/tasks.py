@@ -200,8 +200,8 @@ class Harness:
             longest = max(longest, tokens)
         if longest > most:
             warn(
-                f"The model sees {most:,} tokens, and prompts of the task {task.name} have up to {longest:,}: how these "
-                "begin was cut off, solved examples first. Its scores are not those that others report."
+                f"The model sees {most:,} tokens, and prompts of the task {task.name} have up to {longest:,}: how "
+                "these begin was cut off, solved examples first. Its scores are not those that others report."
             )
 
 

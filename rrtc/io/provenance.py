@@ -151,8 +151,8 @@ def earlier_stages(folder: Path) -> list[tuple[str, Path]]:
 
 
 def without_places(value):
-    """`value`, plain data such as a provenance, with the last part alone of every absolute path: what others may see of
-    where things are on this machine."""
+    """`value`, plain data such as a provenance, with the last part alone of every path that cannot be a name on the
+    hub, which has one slash: what others may see of where things are on this machine."""
     if isinstance(value, dict):
         found = {}
         for key, inside in value.items():
@@ -164,4 +164,10 @@ def without_places(value):
         return found
     if isinstance(value, list):
         return [without_places(inside) for inside in value]
-    return Path(value).name if isinstance(value, str) and os.path.isabs(value) else value
+    return Path(value).name if isinstance(value, str) and _is_path(value) else value
+
+
+def _is_path(text: str) -> bool:
+    """Whether it is an absolute path, or else one without spaces, which sentences have."""
+    relative = text.startswith(("./", "../", "~/")) or text.count("/") > 1 and "://" not in text
+    return os.path.isabs(text) or (relative and not any(map(str.isspace, text)))

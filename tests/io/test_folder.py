@@ -38,6 +38,11 @@ from rrtc.units import parse_size
 
 def test_no_places_are_told():
     told = {"on": ["/home/me/a.txt", "b/c.txt", 3], "/home/me/a.txt": 1, "/home/you/a.txt": {"at": None}}
+    assert without_places(told | {"in": ["../acme/pay.txt", "~/pay.txt", "a/b/c.txt"]})["in"] == ["pay.txt"] * 2 + [
+        "c.txt"
+    ]
+    said = ["1/2 or 3/4 and / or", "https://a/b/c", "package://a/b/c", "user/model", "no path"]
+    assert without_places(said) == said
     assert without_places(told) == {"on": ["a.txt", "b/c.txt", 3], "a.txt": 1, "a.txt (2)": {"at": None}}
 
 
