@@ -92,6 +92,7 @@ class KeptLayer(DynamicLayer):
         self.nearby: Part | None = None  # the others
         self.cumulative_length, self.record_past = 0, False
         self.start: Tensor | None = None  # as in Documents, of the last forward pass
+        self.unread = False  # whether tokens came that no Sight has looked at
 
     @property
     def parts(self) -> list[Part]:
@@ -115,6 +116,7 @@ class KeptLayer(DynamicLayer):
         for part in self.parts:
             part.add(key_states, value_states, columns)
         self.cumulative_length += tokens
+        self.unread = True
         self._show()
         return key_states, value_states
 
@@ -189,7 +191,6 @@ class Sight:
 
     def __init__(self, rule: Rule, mask: Tensor | None, start: Tensor | None, past: int, kept: KeptLayer | None):
         self.rule, self.mask, self.start, self.past, self.kept = rule, mask, start, past, kept
-        self.asked = False
 
     def attend(self, run: Callable, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, adds_mask: bool,
                **kwargs) -> tuple[Tensor, Tensor | None]:  # fmt: skip
@@ -197,9 +198,11 @@ class Sight:
         the one that the user chose. adds_mask: whether it takes masks to be added, not bool ones."""
         if self.kept is None and key.shape[2] <= self.rule.window:  # which is everything
             return run(module, query, key, value, self.mask, **kwargs)
-        if self.kept is not None and self.asked:  # what it would be given is not what the cache has
-            raise ValueError(f"a {type(module).__name__} calls its kernel more than once, which a window cannot be for")
-        self.asked, parts = True, self._parts(key, value)
+        if self.kept is not None:
+            if not self.kept.unread:  # what it would be given is not what the cache has
+                raise ValueError(f"a {type(module).__name__} calls its kernel twice, which a window cannot be for")
+            self.kept.unread = False
+        parts = self._parts(key, value)
         each, output, weights = query.shape[1] // key.shape[1], None, None
         for part, see in zip(parts, (self._far, partial(self.rule.near, self)), strict=True):
             if part is None:
