@@ -11,6 +11,7 @@ matrix, in both places, as it is computed with.
 
 import contextlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -24,7 +25,7 @@ import torch
 from accelerate.utils import align_module_device
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedConfig
 
 from rrtc.errors import RrtcError
 from rrtc.io.source import load_tokenizer, read_config
@@ -57,7 +58,7 @@ class Reference:
     greedy: for a format that generates, the tokens that transformers' greedy generation adds to PROMPT tokens of the
     first row, and beside each by how much its logit surpassed the second largest.
     frequencies: for such a format, those of the model's rotary embedding, where it has one that does no more. window:
-    the shortest that layers have in the base model; 0 where none has one.
+    as `shortest_window` has it, of the base model.
     """
 
     ids: Tensor
@@ -102,7 +103,7 @@ def reference(
             rounded = logits_of(model, ids)
         greedy = greedy_of(model, ids[:1, :PROMPT]) if generates else ()
         frequencies = _frequencies_of(model) if generates else None
-        window = min(filter(None, windows_of(model.config.base_config)), default=0)
+        window = shortest_window(model.config.base_config)
         _move_when_run(model)
         noise = (logits_of(model, ids) - rounded).abs().max().item()
     return Reference(ids, rounded, (rounded - logits).abs().max().item(), text_ids, noise, greedy, frequencies, window)
@@ -152,6 +153,12 @@ def greedy_of(model: nn.Module, prompt: Tensor) -> list[tuple[int, float]]:
     )  # fmt: skip
     best = torch.stack(output.logits)[:, 0].float().topk(2).values
     return list(zip(output.sequences[0, prompt.shape[1] :].tolist(), (best[:, 0] - best[:, 1]).tolist(), strict=True))
+
+
+def shortest_window(config: PreTrainedConfig) -> int:
+    """The fewest tokens that a layer of a stock model sees, where that is less than the model can; otherwise 0."""
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return min((window for window in windows_of(config) if 0 < window < (context or math.inf)), default=0)
 
 
 def rotary_of(model: nn.Module) -> list[nn.Module]:

@@ -38,9 +38,10 @@ from rrtc.export.verify import (
     in_fresh_process,
     logits_of,
     rotary_of,
+    shortest_window,
 )
 from rrtc.io.folder import LICENSE_FILES
-from rrtc.io.source import load_model
+from rrtc.io.source import load_model, read_config
 from rrtc.io.weights import Weights
 from rrtc.model import RrtConfig
 from rrtc.recipe.export import ExportRecipe
@@ -116,6 +117,12 @@ def _converted(source: Path, folder: Path, dtype: torch.dtype, shard_bytes: int)
         parameters = dense.write(source, Path(between), dtype, shard_bytes, STORED.get(dtype))
         note("Converting it with llama.cpp's converter")
         convert(Path(between), folder, dtype)
+        window = shortest_window(read_config(Path(between)))
+        if _lacks(folder, window):
+            warn(
+                f"llama.cpp knows no window for this architecture: behind the {window:,} tokens that layers of the "
+                "model see, the file attends to everything, which the model has not learnt."
+            )
         yield Path(between), parameters
 
 
@@ -241,13 +248,7 @@ def verify(folder: Path, expected: Reference, dtype: torch.dtype, from_disk: boo
     if not readable:
         difference, read_by = run["max_logit_difference"], "llama_cpp"
     found = {"read_by": read_by, "llama_cpp": run}
-    if expected.window and not _says_window(gguf_file(folder)):
-        warn(
-            f"llama.cpp knows no window for this architecture: behind the {expected.window:,} tokens that layers of "
-            "the model see, the file attends to everything, which the model has not learnt."
-        )
-        found["without_window"] = expected.window
-    return difference, found
+    return difference, found | ({"without_window": expected.window} if _lacks(folder, expected.window) else {})
 
 
 def _architecture(file: Path) -> tuple[str, bool]:
@@ -281,10 +282,12 @@ def _frequencies(file: Path, expected: Reference) -> Tensor | None:
     return wanted if same else None
 
 
-def _says_window(file: Path) -> bool:
+def _lacks(folder: Path, window: int) -> bool:
+    """Whether layers of the model have windows, the shortest of `window` tokens, and the file in `folder` has none."""
     from gguf import GGUFReader
 
-    return any(key.endswith(".attention.sliding_window") for key in GGUFReader(file).fields)
+    fields = GGUFReader(gguf_file(folder)).fields if window else ()
+    return window > 0 and not any(key.endswith(".attention.sliding_window") for key in fields)
 
 
 def _about(folder: Path) -> dict:
