@@ -218,8 +218,8 @@ def trained(args: argparse.Namespace, name: str, model: RrtForCausalLM, lost: fl
             copy_companions(base, folder)
             shutil.copyfile(base / PROVENANCE, folder / PROVENANCE)
     rate = default_rate(max(lost, 0), args.batch_size * args.train_context)
-    values = {"learning_rate": rate, "batch_size": args.batch_size, "micro_batch": 1, "tokens": args.train_tokens}
-    values["context"] = args.train_context
+    values = {"learning_rate": rate, "tokens": args.train_tokens, "context": args.train_context}
+    values |= {"batch_size": args.batch_size, "micro_batch": 1}
     run(start, target, recipe_of_run(args, values))
     took = read_provenance(target)["measured"]["uptrain"]
     healed = RrtForCausalLM.from_pretrained(target, dtype=args.dtype).eval()
@@ -243,9 +243,8 @@ def table(rows: dict[str, dict]) -> None:
 
 
 def table_of_trained(rows: dict[str, dict]) -> None:
-    print(
-        "\n| after training | rate | seconds | KL | loss | keys found | loss of keys |\n|---|---|---|---|---|---|---|"
-    )
+    print("\n| after training | rate | seconds | KL | loss | keys found | loss of keys |")
+    print("|---|---|---|---|---|---|---|")
     for name, row in ((name, rows[name]["trained"]) for name in ROWS if "trained" in rows.get(name, {})):
         print(f"| {name} | {row['learning_rate']:.1e} | {row['seconds']:.0f} | {row['kl']:.4f} | {row['loss']:+.4f} "
               f"| {row['keys']} | {row['key_loss']:.3f} |", flush=True)  # fmt: skip

@@ -162,6 +162,7 @@ def shortest_window(config: PreTrainedConfig) -> int:
 
 
 def rotary_of(model: nn.Module) -> list[nn.Module]:
+    """Its rotary embeddings, those that have one set of frequencies."""
     return [module for module in model.modules() if isinstance(getattr(module, "inv_freq", None), Tensor)]
 
 

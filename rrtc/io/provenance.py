@@ -169,5 +169,5 @@ def without_places(value):
 
 def _is_path(text: str) -> bool:
     """Whether it is an absolute path, or else one without spaces, which sentences have."""
-    relative = text.startswith(("./", "../", "~/")) or text.count("/") > 1 and "://" not in text
+    relative = text.startswith(("./", "../", "~/")) or (text.count("/") > 1 and "://" not in text)
     return os.path.isabs(text) or (relative and not any(map(str.isspace, text)))

@@ -276,14 +276,15 @@ def check_reporter(name: str) -> None:
 
 def _micro_batch(recipe: UptrainRecipe, processes: int) -> int:
     """Windows in one forward pass of each of so many processes. Raises WrongUsage where they do not make a batch."""
-    asked, most = recipe.micro_batch, MICRO_BATCH if recipe.batch_size % (MICRO_BATCH * processes) == 0 else 1
-    if recipe.batch_size % ((asked or most) * processes):
-        in_passes = f" into micro-batches of {asked}" if asked is not None else ""
+    size = recipe.micro_batch or (MICRO_BATCH if recipe.batch_size % (MICRO_BATCH * processes) == 0 else 1)
+    if recipe.batch_size % (size * processes):
+        is_asked = recipe.micro_batch is not None
+        into, instead = (f" into micro-batches of {size}", ", or change micro_batch") if is_asked else ("", "")
         raise WrongUsage(
-            f"A batch_size of {recipe.batch_size} cannot be divided{in_passes} on {processes} processes.",
-            f"Make batch_size a multiple of {(asked or 1) * processes}{', or change micro_batch' if asked else ''}.",
+            f"A batch_size of {recipe.batch_size} cannot be divided{into} on {processes} processes.",
+            f"Make batch_size a multiple of {size * processes}{instead}.",
         )
-    return asked or most
+    return size
 
 
 def _taught_by(provenance: dict, recipe: UptrainRecipe) -> dict:

@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -51,6 +52,9 @@ FROM_DISK, TIMES_IN_MEMORY = False, 1
 MULTIPLIED_OUT = True
 GENERATES = True
 WINDOWS = False
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
 
 VARIABLE, SCRIPT = "RRTC_LLAMA_CPP", "convert_hf_to_gguf.py"
 WHERE = (
@@ -118,7 +122,7 @@ def _converted(source: Path, folder: Path, dtype: torch.dtype, shard_bytes: int)
         note("Converting it with llama.cpp's converter")
         convert(Path(between), folder, dtype)
         window = shortest_window(read_config(Path(between)))
-        if _lacks(folder, window):
+        if window and _lacks_window(_reader(folder)):
             warn(
                 f"llama.cpp knows no window for this architecture: behind the {window:,} tokens that layers of the "
                 "model see, the file attends to everything, which the model has not learnt."
@@ -154,10 +158,11 @@ def write_quantized(
 
 def _read(folder: Path, expected: Reference) -> tuple[Tensor, list[tuple[int, float]]]:
     """The logits of the quantized file in `folder`, and the tokens of its greedy generation with their leads."""
-    if _architecture(gguf_file(folder))[1]:
+    file = _reader(folder)
+    if _architecture(file)[1]:
         name = gguf_file(folder).name
         model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32).eval()
-        frequencies = _frequencies(gguf_file(folder), expected)
+        frequencies = _frequencies(file, expected)
         for rotary in rotary_of(model) if frequencies is not None else ():
             rotary.inv_freq = frequencies
         return logits_of(model, expected.ids), greedy_of(model, expected.ids[:1, :PROMPT])
@@ -225,7 +230,8 @@ def verify(folder: Path, expected: Reference, dtype: torch.dtype, from_disk: boo
     that layers have: how long that is. Raises RrtcError where the file is another model, and where
     neither package can tell.
     """
-    architecture, readable = _architecture(gguf_file(folder))
+    file = _reader(folder)
+    architecture, readable = _architecture(file)
     installed = importlib.util.find_spec("llama_cpp") is not None
     if not readable and not installed:
         raise RrtcError(
@@ -237,7 +243,7 @@ def verify(folder: Path, expected: Reference, dtype: torch.dtype, from_disk: boo
     if readable:
         difference = check_loaded(
             folder, expected, dtype, hint=HINT, gguf_file=gguf_file(folder).name, needs_tokenizer=not installed,
-            frequencies=_frequencies(gguf_file(folder), expected),
+            frequencies=_frequencies(file, expected),
         )  # fmt: skip
         read_by = "transformers"
     if installed:
@@ -248,26 +254,31 @@ def verify(folder: Path, expected: Reference, dtype: torch.dtype, from_disk: boo
     if not readable:
         difference, read_by = run["max_logit_difference"], "llama_cpp"
     found = {"read_by": read_by, "llama_cpp": run}
-    return difference, found | ({"without_window": expected.window} if _lacks(folder, expected.window) else {})
+    if expected.window and _lacks_window(file):
+        found["without_window"] = expected.window
+    return difference, found
 
 
-def _architecture(file: Path) -> tuple[str, bool]:
-    """(llama.cpp's name of the architecture in `file`, whether transformers reads such files)."""
+def _reader(folder: Path) -> "GGUFReader":
+    """Of the GGUF file in `folder`. It takes seconds where there are many tokens."""
     from gguf import GGUFReader
+
+    return GGUFReader(gguf_file(folder))
+
+
+def _architecture(file: "GGUFReader") -> tuple[str, bool]:
+    """(llama.cpp's name of the architecture in `file`, whether transformers reads such files)."""
     from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
-    name = GGUFReader(file).fields["general.architecture"].contents()
+    name = file.fields["general.architecture"].contents()
     return name, name in GGUF_SUPPORTED_ARCHITECTURES
 
 
-def _frequencies(file: Path, expected: Reference) -> Tensor | None:
+def _frequencies(file: "GGUFReader", expected: Reference) -> Tensor | None:
     """Those of the rotary embedding, which transformers reads from no file: it leaves out how they are scaled, as in
     Llama 3. None where `file` does not say that they are those of the model."""
-    from gguf import GGUFReader
-
-    reader, wanted = GGUFReader(file), expected.frequencies
-    name = reader.fields["general.architecture"].contents()
-    said = {key: field.contents() for key, field in reader.fields.items() if key.startswith(f"{name}.rope.")}
+    wanted, name = expected.frequencies, file.fields["general.architecture"].contents()
+    said = {key: field.contents() for key, field in file.fields.items() if key.startswith(f"{name}.rope.")}
     kind = said.get(f"{name}.rope.scaling.type", "none")
     if wanted is None or kind not in ("none", "linear"):
         return None
@@ -275,19 +286,15 @@ def _frequencies(file: Path, expected: Reference) -> Tensor | None:
     found = said.get(f"{name}.rope.freq_base", 10_000.0) ** (-torch.arange(0, width, 2) / width)
     if kind == "linear":
         found = found / said[f"{name}.rope.scaling.factor"]
-    for tensor in reader.tensors:
+    for tensor in file.tensors:
         if tensor.name == "rope_freqs.weight" and len(found) == len(tensor.data):
             found = found / torch.tensor(tensor.data)
     same = len(found) == len(wanted) and torch.allclose(found, wanted, rtol=1e-4, atol=0)
     return wanted if same else None
 
 
-def _lacks(folder: Path, window: int) -> bool:
-    """Whether layers of the model have windows, the shortest of `window` tokens, and the file in `folder` has none."""
-    from gguf import GGUFReader
-
-    fields = GGUFReader(gguf_file(folder)).fields if window else ()
-    return window > 0 and not any(key.endswith(".attention.sliding_window") for key in fields)
+def _lacks_window(file: "GGUFReader") -> bool:
+    return not any(key.endswith(".attention.sliding_window") for key in file.fields)
 
 
 def _about(folder: Path) -> dict:
